@@ -1,0 +1,1 @@
+"""Experiments: definitions, the models and texts they name, the trial pipeline, and the `hts` command."""

@@ -1,0 +1,412 @@
+"""The ``hts`` command."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from patch.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.definitions import Pruning, Trial
+    from experiments.pipeline import Machine
+    from experiments.store import Store
+
+# torch and transformers take seconds to import: commands import what they need, so that --help answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Hybrid tile sparsity: learn which tiles of a language model stay dense and which become 2:4.
+
+Run a whole study with [bold]hts run[/bold], or one step with [bold]hts prune[/bold], [bold]learn[/bold],
+[bold]eval[/bold] and [bold]audit[/bold]. Everything that was measured lies under the results directory as JSON rows;
+[bold]hts table[/bold] and [bold]hts plot[/bold] read nothing else.""",
+)
+console = Console()
+
+Study = Annotated[str, typer.Argument(help="A study; [bold]hts studies[/bold] lists them.")]
+Results = Annotated[Path, typer.Option(envvar="HTS_RESULTS", help="Results directory.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(envvar="HTS_DATA", help="Directory with local texts and tasks; without it they come from the hub."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(help="Only trials with KEY=VALUE: model, method, structure, target, tile or seed. Repeatable."),
+]
+Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
+Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
+
+DEFAULT_RESULTS = Path("runs")
+
+
+@app.command()
+def run(
+    study: Study,
+    where: Where = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the trials and what each still needs; run nothing.")] = False,
+) -> None:
+    """Run a study: every trial that is not complete, then its table and figures.
+
+    Safe to kill at any moment and to start again: finished stages are kept, learning resumes from its last checkpoint.
+    Several processes may run the same study on one results directory and share the work.
+    """
+    from experiments import pipeline
+    from experiments.store import Store
+
+    trials = _trials(study, where)
+    store = Store(results)
+    if dry_run:
+        for trial in trials:
+            missing = pipeline.missing_stages(trial, store)
+            console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}", highlight=False)
+        return
+    pipeline.validate(trials, data)
+    failed: list[Exception] = []
+    with _machine(device, data) as machine:
+
+        def report(trial: "Trial", error: Exception | None) -> None:
+            if error is None:
+                console.print(f"[green]done[/green]   {trial.label}", highlight=False)
+            else:
+                failed.append(error)
+                console.print(f"[red]failed[/red] {trial.label}: {_one_line(error)}", highlight=False, soft_wrap=True)
+
+        pipeline.run_trials(trials, store, machine, report)
+    _report(study, trials, store)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(trials)} trials failed; run again to retry them")
+
+
+@app.command()
+def status(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
+    """Show what is complete, running and missing of a study."""
+    from experiments import pipeline
+    from experiments.definitions import key
+    from experiments.store import Store
+
+    store = Store(results)
+    table = Table("trial", "id", "state", "stages", box=None, pad_edge=False)
+    counts = {"complete": 0, "running": 0, "partial": 0, "missing": 0}
+    for trial in _trials(study, where):
+        missing, total = len(pipeline.missing_stages(trial, store)), len(pipeline.stages(trial))
+        state = "partial" if missing < total else "missing"
+        if not missing:
+            state = "complete"
+        elif store.is_claimed(f"trial-{key(trial)}"):
+            state = "running"
+        counts[state] += 1
+        table.add_row(trial.label, key(trial), state, f"{total - missing}/{total}")
+    console.print(table)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
+
+
+@app.command()
+def studies() -> None:
+    """List the studies: what each shows, and how many trials it has."""
+    from experiments.studies import STUDIES
+
+    table = Table("study", "trials", "what it shows", box=None, pad_edge=False)
+    for name, study in STUDIES.items():
+        table.add_row(name, str(len(study.trials())), study.title)
+    console.print(table)
+
+
+@app.command(name="models")
+def list_models() -> None:
+    """List the models of the registry; any path or hub id works too."""
+    from experiments.models import REGISTRY
+
+    table = Table("model", "blocks", "hidden", "intermediate", "source", box=None, pad_edge=False)
+    for name, spec in REGISTRY.items():
+        table.add_row(name, str(spec.blocks), str(spec.hidden), str(spec.intermediate), spec.source)
+    console.print(table)
+
+
+@app.command()
+def prune(
+    model: Model,
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")],
+    structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights.")] = 0.5,
+    tile: Tile = "128x128",
+    calibration: Annotated[str, typer.Option(help="Text that Wanda and SparseGPT see.")] = "c4",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Prune a model in one shot and write a hybrid checkpoint that plain transformers loads."""
+    from experiments import studies
+
+    pruning = studies.one_shot(
+        model,
+        method,
+        structure,
+        sparsity,
+        _tile(tile),
+        studies.Calibration(calibration, windows, length, seed),
+    )
+    _checkpoint(pruning, out, results, data, device)
+
+
+@app.command()
+def learn(
+    model: Model,
+    method: Annotated[str, typer.Option(help="patch-joint, patch-tile or maskllm.")] = "patch-joint",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5.")] = 0.45,
+    tile: Tile = "128x128",
+    text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior.")] = "c4",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the published recipe's by default.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Learn a mask with the weights frozen; killed and started again, it resumes from its last checkpoint."""
+    from experiments import studies
+
+    given = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
+    pruning = studies.learned(
+        model,
+        method,
+        sparsity,
+        _tile(tile),
+        text,
+        studies.Calibration(calibration),
+        seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _checkpoint(pruning, out, results, data, device)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    perplexity: Annotated[
+        list[str] | None, typer.Option(help="Text, or TEXT@LENGTH for another window than 2048 tokens. Repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval-harness. Repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 16,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
+    from experiments import pipeline, studies
+    from experiments.definitions import Evaluation, Perplexity, Trial
+    from experiments.store import Store
+
+    items = []
+    for name in perplexity or ([] if task else ["wikitext2/test"]):
+        source, _, window = name.partition("@")
+        items.append(Perplexity(source, int(window or 2048)))
+    trial = Trial(studies.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
+    store = Store(results)
+    pipeline.validate([trial], data)
+    with _machine(device, data) as machine:
+        pipeline.run_trial(trial, store, machine)
+    _report(None, [trial], store)
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="A hybrid checkpoint, or a foreign one whose zeros are its mask.")],
+    tile: Annotated[str | None, typer.Option(help="Tile shape of a foreign checkpoint, rows x columns.")] = None,
+) -> None:
+    """Count each layer's tiles: dense, 2:4, violating. Exits with 1 if anything violates."""
+    from patch.checkpoint import audit as audit_checkpoint
+
+    rows = audit_checkpoint(path, _tile(tile) if tile else None)
+    table = Table("layer", box=None, pad_edge=False)
+    for heading in ("shape", "tiles", "dense", "2:4", "violating", "sparsity"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        shape = f"{row.shape[0]}x{row.shape[1]}"
+        counts = [str(count) for count in (row.tiles, row.dense, row.two_four, row.violating)]
+        table.add_row(row.layer, shape, *counts, f"{row.sparsity:.4f}", style="red" if row.violating else None)
+    console.print(table)
+    elements = sum(row.shape[0] * row.shape[1] for row in rows)
+    sparsity = sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / elements
+    violating = sum(row.violating for row in rows)
+    console.print(f"sparsity {sparsity:.6f} over {len(rows)} weights, {violating} violating tiles", highlight=False)
+    if violating:
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    study: Study,
+    format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",
+    where: Where = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Print the study's table from its rows."""
+    from experiments.store import Store
+
+    print(_table(study, _trials(study, where), Store(results), format))
+
+
+@app.command()
+def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
+    """Draw the study's figures from its rows."""
+    from experiments.store import Store
+
+    for path in _figures(study, _trials(study, where), Store(results)):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(results: Results = DEFAULT_RESULTS, data: Data = None) -> None:
+    """Say what this machine can run, and why not."""
+    from experiments.doctor import examine
+
+    table = Table("", "what", "found", box=None, pad_edge=False, show_header=False)
+    for finding in examine(results, data):
+        table.add_row("[green]ok[/green]" if finding.ok else "[yellow]--[/yellow]", finding.subject, finding.detail)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: bad input and full disks end in one line and a non-zero exit, not in a traceback."""
+    try:
+        app()
+    except (UserError, OSError) as error:
+        print(f"hts: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tile(text: str) -> tuple[int, int]:
+    from patch.mask import check_tile
+
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"tile '{text}': give rows x columns, such as 64x64")
+    return check_tile([int(side) for side in sides])
+
+
+def _trials(study: str, where: list[str] | None) -> "list[Trial]":
+    """The study's trials that match every KEY=VALUE."""
+    from experiments.definitions import check_name
+    from experiments.studies import STUDIES
+
+    trials = list(STUDIES[check_name("study", study, STUDIES)].trials())
+    for condition in where or []:
+        name, _, wanted = condition.partition("=")
+        check_name("--where key", name, _FIELDS)
+        found = {_FIELDS[name](trial.pruning) for trial in trials}
+        trials = [trial for trial in trials if _FIELDS[name](trial.pruning) == wanted]
+        if not trials:
+            raise UserError(f"no trial of {study} has {name}={wanted}: there are {', '.join(sorted(found))}")
+    return trials
+
+
+_FIELDS = {
+    "model": lambda pruning: pruning.model,
+    "method": lambda pruning: pruning.method,
+    "structure": lambda pruning: pruning.structure,
+    "target": lambda pruning: f"{pruning.sparsity:g}",
+    "tile": lambda pruning: "{}x{}".format(*pruning.tile) if pruning.tile else "none",
+    "seed": lambda pruning: str(pruning.seed),
+}
+
+
+@contextmanager
+def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
+    """The machine that trials run on, with progress bars on the terminal while they do."""
+    import torch
+
+    from experiments.pipeline import Machine
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used: {_one_line(error)}") from error
+    if data is not None and not data.is_dir():
+        raise UserError(f"data directory {data} is not there")
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label not in tasks:
+            tasks[label] = bar.add_task(label, total=total)
+        bar.update(tasks[label], completed=done, total=total)
+        if done >= total:
+            bar.remove_task(tasks.pop(label))
+
+    # Libraries' own bars would draw over this one.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with bar:
+        yield Machine(device, data, progress)
+
+
+def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:
+    """Make the checkpoint of one pruning, copy it to ``out``, and say where it is."""
+    from experiments import pipeline
+    from experiments.definitions import Evaluation, Trial
+    from experiments.store import Store
+    from patch.checkpoint import copy_checkpoint, load_info
+
+    if out is not None and out.exists():
+        raise UserError(f"{out} is already there: choose another --out or remove it")
+    store = Store(results)
+    pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
+    with _machine(device, data) as machine:
+        path = pipeline.ensure_checkpoint(pruning, store, machine)
+    assert path is not None
+    sparsity = load_info(path)["sparsity"]
+    if out is not None:
+        path = copy_checkpoint(path, out)
+    console.print(f"sparsity {sparsity:.6f} (target {pruning.sparsity:g}): {path}", highlight=False, soft_wrap=True)
+
+
+def _report(study: str | None, trials: "list[Trial]", store: "Store") -> None:
+    """Print the table; for a study also save it and draw its figures."""
+    from analysis import rows, tables
+    from experiments.definitions import key
+
+    frame = rows.load_rows(store.root / "rows", {key(trial) for trial in trials})
+    if frame.empty:
+        return
+    console.print(tables.rich_table(tables.accuracy_table(frame)))
+    if study is None:
+        return
+    from experiments.store import write_atomic
+
+    folder = _report_folder(store, study)
+    for format in ("md", "csv"):
+        write_atomic(folder / f"table.{format}", _table(study, trials, store, format) + "\n")
+    for path in [*sorted(folder.glob("table.*")), *_figures(study, trials, store)]:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)

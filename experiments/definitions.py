@@ -1,0 +1,172 @@
+"""What an experiment is: plain frozen data, named by the hash of its content.
+
+A `Trial` is one point of an experiment: a `Pruning` (which model, which method, how sparse, learned on what) and the
+`Evaluation` of the model that comes out. Both hash independently: trials that share a pruning share its checkpoint, and a pruning
+that starts from another one's mask (its ``prior``) names that pruning in full, so a SparseGPT prior is computed
+once, however many masks are learned from it.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from patch.budget import check_sparsity
+from patch.errors import UserError
+from patch.mask import TileShape, check_tile
+from patch.recipe import Recipe
+
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+LEARNED = ("maskllm", "patch-tile", "patch-joint")
+METHODS = ("dense", *ONE_SHOT, *LEARNED)
+STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
+_MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """``name`` if it is among ``known``; otherwise a UserError that suggests the nearest ones."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    raise UserError(f"unknown {kind} '{name}': {hint}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens, one per random document of ``source``."""
+
+    source: str = "c4"
+    windows: int = 128
+    length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Text and hyperparameters of a learned mask."""
+
+    source: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a model is pruned; its hash names the checkpoint.
+
+    Attributes:
+        model: a name of the registry, a path, or a hub id.
+        revision: digest of the model's files where they are local, so that a changed model is another trial.
+        method: one of `METHODS`.
+        structure: one of `STRUCTURES`.
+        sparsity: target share of zeros over all prunable weights.
+        tile: ``(rows, cols)``; also for 2:4, whose checkpoint scores tiles for the methods that start from it.
+        seed: of the learned methods' initial logits, noise and data order.
+        calibration: text for one-shot methods that need activations.
+        learning: text and recipe for learned methods.
+        prior: the pruning whose mask a learned method starts from (patterns and tile scores) or, in tile mode, keeps.
+    """
+
+    model: str
+    method: str
+    structure: str
+    sparsity: float
+    tile: TileShape | None = None
+    seed: int = 0
+    calibration: Calibration | None = None
+    learning: Learning | None = None
+    prior: "Pruning | None" = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("method", self.method, METHODS)
+        check_name("structure", self.structure, STRUCTURES)
+        if (self.method == "dense") != (self.structure == "dense"):
+            raise UserError(f"method {self.method} cannot have structure {self.structure}")
+        if self.structure == "unstructured":
+            if self.method not in ONE_SHOT:
+                raise UserError(f"{self.method} learns hybrid masks: structure 'unstructured' is for {', '.join(ONE_SHOT)}")
+            if not 0 <= self.sparsity < 1:
+                raise UserError(f"target sparsity {self.sparsity}: unstructured pruning takes 0 up to, not including, 1")
+        else:
+            check_sparsity(self.sparsity)
+        if self.structure == "2:4" and self.sparsity != 0.5:
+            raise UserError(f"structure 2:4 has sparsity 0.5, not {self.sparsity}: use structure 'hybrid' for less")
+        if self.structure in ("2:4", "hybrid"):
+            if self.tile is None:
+                raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
+            object.__setattr__(self, "tile", check_tile(self.tile))
+        if self.method in ("wanda", "sparsegpt") and self.calibration is None:
+            raise UserError(f"{self.method} needs calibration text")
+        if self.method in LEARNED:
+            if self.learning is None:
+                raise UserError(f"{self.method} needs text and a recipe to learn with")
+            if self.learning.recipe.mode != _MODES[self.method]:
+                raise UserError(f"{self.method} needs a recipe of mode {_MODES[self.method]}, got {self.learning.recipe.mode}")
+            if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
+                raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over all full windows of ``length`` tokens of ``source``."""
+
+    source: str = "wikitext2/test"
+    length: int = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on the pruned model.
+
+    Attributes:
+        perplexity: texts and window lengths.
+        tasks: names of `experiments.tasks`.
+        limit: only the first so many items of each task (for trials that are quick, never for reported numbers).
+        batch: sequences per forward pass.
+    """
+
+    perplexity: tuple[Perplexity, ...] = (Perplexity(),)
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    batch: int = 16
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of an experiment."""
+
+    pruning: Pruning
+    evaluation: Evaluation
+
+    @property
+    def label(self) -> str:
+        """A short human name, such as ``embedded patch-joint hybrid 45% 64x64``."""
+        return describe(self.pruning)
+
+
+def describe(pruning: Pruning) -> str:
+    """A short human name of a pruning, such as ``embedded patch-joint hybrid 45% 64x64``."""
+    if pruning.method == "dense":
+        return f"{pruning.model} dense"
+    parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
+    if pruning.tile and pruning.structure == "hybrid":
+        parts.append("{}x{}".format(*pruning.tile))
+    if pruning.seed:
+        parts.append(f"seed {pruning.seed}")
+    return " ".join(parts)
+
+
+def definition(value: Any) -> dict[str, Any]:
+    """A dataclass of this module as plain JSON data."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def key(value: Any) -> str:
+    """The 12 hex digits that name a definition: SHA-256 of its canonical JSON."""
+    canonical = json.dumps(dataclasses.asdict(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

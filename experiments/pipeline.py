@@ -1,0 +1,339 @@
+"""The life of a trial: load, calibrate, prune or learn, harden, checkpoint, evaluate, rows.
+
+Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A process that
+is killed loses at most the stage it was in, and of learning at most the steps since the last learner checkpoint.
+Several processes may run the same study on one results directory: each trial and each pruning is claimed by a lock, and
+those that another process holds are taken up last.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from experiments import evaluation, models, tasks, text
+from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key
+from experiments.provenance import provenance
+from experiments.store import Fact, Store
+from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.errors import UserError
+from patch.learner import Learned, Prior, learn
+from patch.mask import HybridMask
+from patch.oneshot import prune_model
+from patch.prunable import prunable_linears
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where trials run.
+
+    Attributes:
+        device: a torch device name, such as ``cpu`` or ``cuda``.
+        data: data directory with local copies of texts and tasks; None takes them from the Hugging Face hub.
+        progress: called with (label, done, total) as work goes on.
+    """
+
+    device: str
+    data: Path | None
+    progress: Progress
+
+
+def stages(trial: Trial) -> list[str]:
+    """The names of a trial's stages, in the order in which they run."""
+    perplexities = [f"perplexity:{item.source}@{item.length}" for item in trial.evaluation.perplexity]
+    return ["prune", *perplexities, *(f"task:{task}" for task in trial.evaluation.tasks)]
+
+
+def missing_stages(trial: Trial, store: Store) -> list[str]:
+    return [stage for stage in stages(trial) if not store.has_rows(trial, stage)]
+
+
+def validate(trials: Iterable[Trial], data: Path | None) -> None:
+    """Check what can be checked before work starts: models, tasks and local files.
+
+    Raises:
+        UserError: naming the first thing that is not there.
+    """
+    trials = list(trials)
+    for model in {trial.pruning.model for trial in trials}:
+        models.resolve(model)
+    tasks.check_tasks(sorted({task for trial in trials for task in trial.evaluation.tasks}), data)
+    for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
+        text.check_source(source, data)
+    for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
+        if pruning.calibration:
+            text.check_source(pruning.calibration.source, data)
+        if pruning.learning:
+            text.check_source(pruning.learning.source, data)
+
+
+def lineage(pruning: Pruning) -> list[Pruning]:
+    """A pruning and the priors it stands on, the last one first."""
+    return [*(lineage(pruning.prior) if pruning.prior else []), pruning]
+
+
+def run_trials(
+    trials: Iterable[Trial], store: Store, machine: Machine, on_done: Callable[[Trial, Exception | None], None]
+) -> None:
+    """Bring every trial to completion, beside any other process that works on the same results directory.
+
+    Args:
+        on_done: called once per trial, with the error if it failed; a failed trial does not stop the others.
+    """
+    waiting = list(trials)
+    while waiting:
+        held_elsewhere = []
+        for trial in waiting:
+            with store.claim(f"trial-{key(trial)}", wait=False) as mine:
+                if not mine:
+                    held_elsewhere.append(trial)
+                    continue
+                try:
+                    run_trial(trial, store, machine)
+                except (UserError, OSError, RuntimeError) as error:
+                    on_done(trial, error)
+                else:
+                    on_done(trial, None)
+        if len(held_elsewhere) == len(waiting):
+            machine.progress("waiting for trials that other processes hold", 0, len(waiting))
+            time.sleep(1)
+        waiting = held_elsewhere
+
+
+def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
+    """Run the stages of one trial that are not complete."""
+    missing = missing_stages(trial, store)
+    if not missing:
+        return
+    pruning = trial.pruning
+    ensure_checkpoint(pruning, store, machine)
+    if "prune" in missing:
+        facts, origin = _prune_facts(pruning, store)
+        store.write_rows(trial, "prune", facts, origin)
+    if missing == ["prune"]:
+        return
+    source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
+    model, tokenizer = models.load_model(source, device=machine.device)
+    for item in trial.evaluation.perplexity:
+        stage = f"perplexity:{item.source}@{item.length}"
+        if stage in missing:
+            _perplexity_stage(trial, stage, item, model, tokenizer, store, machine)
+    for task in trial.evaluation.tasks:
+        if f"task:{task}" in missing:
+            _task_stage(trial, task, model, tokenizer, store, machine)
+
+
+def _perplexity_stage(
+    trial: Trial,
+    stage: str,
+    item: Perplexity,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+) -> None:
+    started = time.monotonic()
+    documents = text.load_documents(item.source, machine.data)
+    windows = text.perplexity_windows(documents, tokenizer, item.length)
+    label = f"{trial.label}: {item.source}"
+    result = evaluation.perplexity(
+        model,
+        windows,
+        device=machine.device,
+        batch=trial.evaluation.batch,
+        on_batch=lambda done, total: machine.progress(label, done, total),
+    )
+    labels = {"source": item.source, "length": item.length, "windows": result.windows, "tokens": result.tokens}
+    facts = [Fact("perplexity", result.value, "ppl", labels, result.stderr)]
+    origin = provenance(time.monotonic() - started, {item.source: documents.sha256})
+    store.write_rows(trial, stage, facts, origin)
+
+
+def _task_stage(
+    trial: Trial, task: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, store: Store, machine: Machine
+) -> None:
+    started = time.monotonic()
+    machine.progress(f"{trial.label}: {task}", 0, 1)
+    results = tasks.evaluate_tasks(
+        model,
+        tokenizer,
+        [task],
+        data=machine.data,
+        limit=trial.evaluation.limit,
+        batch=trial.evaluation.batch,
+        device=machine.device,
+    )
+    facts = [
+        Fact(
+            result.metric,
+            result.value,
+            "1",
+            {"task": result.task, "num_fewshot": result.num_fewshot, "n": result.n, "primary": result.primary},
+            result.stderr,
+        )
+        for result in results
+    ]
+    store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started))
+    machine.progress(f"{trial.label}: {task}", 1, 1)
+
+
+def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
+    """The checkpoint of a pruning, made now (with its priors) if it is not there; None for the dense model."""
+    if pruning.method == "dense":
+        return None
+    path = store.checkpoint_path(pruning)
+    if path.exists():
+        return path
+    if pruning.prior:
+        ensure_checkpoint(pruning.prior, store, machine)
+    with store.claim(f"pruning-{key(pruning)}"):
+        # Another process may have finished it while this one waited.
+        if not path.exists():
+            _make_checkpoint(pruning, store, machine)
+    return path
+
+
+def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
+    started = time.monotonic()
+    learned = pruning.method in LEARNED
+    # One-shot methods bring one block at a time to the device, whatever the depth of the model.
+    model, tokenizer = models.load_model(pruning.model, device=machine.device if learned else "cpu")
+    if machine.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    sources: dict[str, str] = {}
+    tile_scores: Mapping[str, Tensor] = {}
+    if learned:
+        outcome = _learn(pruning, model, tokenizer, store, machine, sources)
+        masks: Mapping[str, HybridMask] = outcome.masks
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+        facts = [
+            Fact(metric, value, "1", {"step": int(entry["step"])})
+            for entry in outcome.history
+            for metric, value in entry.items()
+            if metric != "step"
+        ]
+    else:
+        layers = prune_model(
+            model,
+            pruning.method,
+            pruning.structure,
+            pruning.sparsity,
+            pruning.tile,
+            _calibration_windows(pruning, tokenizer, machine, sources),
+            machine.device,
+            on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        )
+        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        tile_scores = {name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None}
+        zeros = {name: layer.zeros for name, layer in layers.items()}
+        facts = []
+    elements = {name: linear.weight.numel() for name, linear in prunable_linears(model).items()}
+    achieved = sum(zeros.values()) / sum(elements.values())
+    facts += [
+        Fact("sparsity", achieved, "1", {}),
+        Fact("prune_seconds", time.monotonic() - started, "s", {}),
+        *_layer_facts(model, masks, zeros),
+    ]
+    if machine.device.startswith("cuda"):
+        facts.append(Fact("peak_memory", torch.cuda.max_memory_allocated(), "B", {}))
+    save_checkpoint(
+        store.checkpoint_path(pruning),
+        model,
+        tokenizer,
+        masks,
+        {
+            "method": pruning.method,
+            "structure": pruning.structure,
+            "target": pruning.sparsity,
+            "sparsity": achieved,
+            "seed": pruning.seed,
+            "definition": definition(pruning),
+            "zeros": zeros,
+            "facts": [vars(fact) for fact in facts],
+            "provenance": provenance(time.monotonic() - started, sources),
+        },
+        tile_scores,
+    )
+    shutil.rmtree(store.work_path(pruning), ignore_errors=True)
+
+
+def _calibration_windows(
+    pruning: Pruning, tokenizer: PreTrainedTokenizerBase, machine: Machine, sources: dict[str, str]
+) -> Tensor | None:
+    if pruning.calibration is None:
+        return None
+    wanted = pruning.calibration
+    documents = text.load_documents(wanted.source, machine.data)
+    sources[wanted.source] = documents.sha256
+    return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+def _learn(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> Learned:
+    """Learn the masks of a pruning and apply them to the model's weights."""
+    assert pruning.learning is not None and pruning.tile is not None
+    recipe = pruning.learning.recipe
+    documents = text.load_documents(pruning.learning.source, machine.data)
+    sources[pruning.learning.source] = documents.sha256
+    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / "tokens")
+    prior = Prior(patterns=None, tile_scores=None)
+    if pruning.prior:
+        path = store.checkpoint_path(pruning.prior)
+        patterns = {name: mask.patterns for name, mask in load_masks(path).items()}
+        prior = Prior(patterns=patterns, tile_scores=load_tile_scores(path) or None)
+
+    def on_step(metrics: Mapping[str, Any]) -> None:
+        machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
+
+    outcome = learn(
+        model,
+        recipe,
+        lambda step: stream.batch(step, recipe.batch),
+        sparsity=pruning.sparsity,
+        tile=pruning.tile,
+        seed=pruning.seed,
+        prior=prior,
+        work=store.work_path(pruning),
+        device=machine.device,
+        on_step=on_step,
+    )
+    with torch.no_grad():
+        for name, linear in prunable_linears(model).items():
+            linear.weight.copy_(outcome.masks[name].to(linear.weight.device).apply(linear.weight))
+    return outcome
+
+
+def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mapping[str, int]) -> list[Fact]:
+    facts = []
+    for name, linear in prunable_linears(model).items():
+        n, k = linear.weight.shape
+        labels = {"layer": name, "rows": n, "cols": k}
+        facts.append(Fact("layer_sparsity", zeros[name] / (n * k), "1", labels))
+        if name in masks:
+            dense = masks[name].dense
+            facts.append(Fact("dense_tiles", dense.double().mean().item(), "1", labels))
+            rows = ["".join("01"[int(tile)] for tile in row) for row in dense.tolist()]
+            facts.append(Fact("tile_map", None, "1", labels | {"tile_map": rows}))
+    return facts
+
+
+def _prune_facts(pruning: Pruning, store: Store) -> tuple[list[Fact], dict[str, Any]]:
+    """What was measured when the checkpoint was made, and on what; for the dense model, that it has no zeros."""
+    if pruning.method == "dense":
+        return [Fact("sparsity", 0.0, "1", {})], provenance(0.0)
+    info = load_info(store.checkpoint_path(pruning))
+    return [Fact(**fact) for fact in info["facts"]], info["provenance"]

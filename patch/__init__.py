@@ -1,0 +1,1 @@
+"""Learning and pruning hybrid tile masks: PATCH, MaskLLM, and the one-shot baselines."""
