@@ -217,5 +217,5 @@ def infer(weight: Tensor, tile: Sequence[int], stray_zeros: float = 0.01) -> Inf
     crowded = (zero.reshape(weight.shape[0], -1, GROUP).sum(-1) < 2).repeat_interleave(GROUP, 1)
     two_four = tile_sums(crowded.int(), tile) == 0
     few_zeros = tile_sums(zero.int(), tile) <= stray_zeros * sizes
-    mask = HybridMask(tuple(weight.shape), check_tile(tile), ~two_four, best_patterns(~zero))
+    mask = HybridMask((weight.shape[0], weight.shape[1]), check_tile(tile), ~two_four, best_patterns(~zero))
     return Inferred(mask, ~two_four & ~few_zeros)

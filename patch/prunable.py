@@ -11,7 +11,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: if the model keeps no module list ``layers`` in its decoder.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = getattr(model, "get_decoder", lambda: model)()
     blocks = getattr(decoder, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(f"{type(model).__name__} has no decoder blocks that can be pruned (no module list 'layers')")

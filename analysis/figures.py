@@ -1,0 +1,49 @@
+"""Every figure of a study.
+
+Each ``plot_*`` takes rows and a path, writes ``<path>.png`` and ``<path>.pdf``, and returns the two paths; the same
+rows give the same bytes. Each ``draw_*`` returns the figure, or draws on given axes, and writes nothing.
+
+    >>> frame = load_rows(Path("results/smollm2/rows"))
+    >>> plot_study(frame, Path("results/smollm2"))
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.frontier import plot_frontier
+from analysis.learning import plot_learning_curves
+from analysis.masks import plot_layer_sparsity, plot_tile_maps
+from analysis.names import trial_labels
+from analysis.points import gather, texts
+from analysis.style import Width
+
+
+def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> list[Path]:
+    """Every figure that the rows have something for, in one folder; returns the written paths.
+
+    Of trials that differ only in their seeds, the first stands for the others wherever single masks are shown.
+    """
+    written: list[Path] = []
+    points = gather(frame)
+    if texts(frame):
+        written += plot_frontier(frame, folder / "frontier", width)
+    hybrid = [point for point in points if point.structure == "hybrid"]
+    trials = [point.trials[0] for point in hybrid]
+    labels = trial_labels(frame[frame.trial.isin(trials)])
+    for trial in trials:
+        written += plot_tile_maps(frame, trial, folder / f"tiles-{_file_name(labels[trial])}")
+    for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
+        members = [point.trials[0] for point in hybrid if (point.model, point.method) == (model, method)]
+        several = len({point.model for point in hybrid}) > 1
+        name = _file_name(f"{model} {method}" if several else method)
+        written += plot_layer_sparsity(frame, members, folder / f"layer-sparsity-{name}", width)
+    if (frame.step.notna() & (frame.metric == "loss")).any():
+        first = [point.trials[0] for point in points]
+        written += plot_learning_curves(frame, folder / "learning-curves", width, first)
+    return written
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", label.lower().replace("%", "")).strip("-")

@@ -1,0 +1,274 @@
+"""What was measured of each pruned model: the rows of its trials, gathered into one point of a table or figure.
+
+Trials that differ only in their seeds are one point, with the spread over seeds; trials of the same pruning with
+different evaluations complete each other. Trials that differ in anything else, such as the recipe, are separate points,
+told apart by their ``variant``.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.names import METHODS, STRUCTURES, TASKS, rank
+from analysis.rows import records
+from patch.errors import UserError
+
+# The eight tasks over which the published means are taken; the last may be a subset, called so where it is shown.
+PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "hellaswag", "race")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number and how sure it is.
+
+    Attributes:
+        value: the mean over seeds.
+        stderr: standard error from the finite evaluation set (of several seeds, which share that set, the root mean
+            square), or None.
+        spread: standard deviation over seeds; None for a single one.
+        seeds: how many.
+    """
+
+    value: float
+    stderr: float | None = None
+    spread: float | None = None
+    seeds: int = 1
+
+    @property
+    def error(self) -> float | None:
+        """What is printed after the number: the spread over seeds if there are several, else the standard error."""
+        return self.stderr if self.spread is None else self.spread
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that perplexity is measured on, in windows of ``length`` tokens."""
+
+    source: str
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.length}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, in full or only its first ``limit`` items."""
+
+    name: str
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.limit is None else f"{self.name}[:{self.limit}]"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruned model (or several that differ in their seeds) and what was measured of it.
+
+    Attributes:
+        model: its name.
+        method: such as ``wanda``.
+        structure: ``dense``, ``unstructured``, ``2:4`` or ``hybrid``.
+        sparsity: target share of zeros.
+        tile: such as ``64x64``, for hybrid structures; otherwise None.
+        variant: what tells it from points that agree in all of the above, such as ``learning.recipe.steps=500``;
+            mostly empty.
+        achieved: measured share of zeros, or None.
+        perplexity: by text.
+        accuracy: the primary metric of each task, a share.
+        mean_accuracy: plain mean over `mean_tasks`, where every one was measured.
+        trials: hashes of the trials it is made of, by rising seed.
+    """
+
+    model: str
+    method: str
+    structure: str
+    sparsity: float
+    tile: str | None
+    variant: str
+    achieved: float | None
+    perplexity: Mapping[Text, Measured]
+    accuracy: Mapping[Task, Measured]
+    mean_accuracy: Measured | None
+    trials: tuple[str, ...]
+
+
+def gather(frame: pd.DataFrame) -> list[Point]:
+    """The points of a table of rows, in reading order: dense, one-shot methods, learned ones by falling sparsity.
+
+    Args:
+        frame: as from `analysis.rows.load_rows`.
+
+    Raises:
+        UserError: if two trials give different values for one quantity of one model.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    definitions = {row.trial: row.definition for row in records(frame.drop_duplicates("trial"))}
+    for trial, definition in definitions.items():
+        seedless, seeds = _split_seeds(definition["pruning"])
+        groups.setdefault(_canonical(seedless), {}).setdefault(_canonical(seeds), []).append(trial)
+    averaged = mean_tasks(tasks(frame))
+    rows_of = dict(list(frame.groupby("trial")))
+    points = []
+    for about, variant in _variants([json.loads(group) for group in groups]):
+        seeded = groups[_canonical(about)].items()
+        by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
+        perplexities = [_quantities(rows_of, trials, _perplexity_rows) for trials in by_seed]
+        accuracies = [_quantities(rows_of, trials, _accuracy_rows) for trials in by_seed]
+        complete = [seed for seed in accuracies if averaged and all(task in seed for task in averaged)]
+        members = tuple(trial for trials in by_seed for trial in trials)
+        achieved = [rows_of[trial].achieved.iloc[0] for trial in members]
+        points.append(
+            Point(
+                model=about["model"],
+                method=about["method"],
+                structure=about["structure"],
+                sparsity=about["sparsity"],
+                tile=_tile(about),
+                variant=variant,
+                achieved=None if any(map(math.isnan, achieved)) else statistics.fmean(achieved),
+                perplexity=_over_seeds(perplexities),
+                accuracy=_over_seeds(accuracies),
+                mean_accuracy=_measured([_mean(seed, averaged) for seed in complete]) if complete else None,
+                trials=members,
+            )
+        )
+    return sorted(points, key=_reading_order)
+
+
+def texts(frame: pd.DataFrame) -> list[Text]:
+    """The texts that perplexity was measured on, WikiText-2 first."""
+    found = {key for key, _ in _perplexity_rows(frame)}
+    return sorted(found, key=lambda text: (text.source != "wikitext2/test", text.source, text.length))
+
+
+def tasks(frame: pd.DataFrame) -> list[Task]:
+    """The tasks that were evaluated, in the order of the published table."""
+    found = {key for key, _ in _accuracy_rows(frame)}
+    return sorted(found, key=lambda task: (rank(TASKS, task.name), task.name, task.limit or 0))
+
+
+def mean_tasks(found: Iterable[Task]) -> list[Task]:
+    """The tasks that a mean accuracy is taken over: the published eight where all are there in full, otherwise all."""
+    found = list(found)
+    paper = [task for task in found if task.limit is None and task.name.removesuffix("_subset") in PAPER_TASKS]
+    return paper if len(paper) == len(PAPER_TASKS) else found
+
+
+def _perplexity_rows(frame: pd.DataFrame) -> list[tuple[Text, tuple[float, float]]]:
+    # LAMBADA has a perplexity too, of its last words.
+    rows = frame[(frame.metric == "perplexity") & frame.stage.str.startswith("perplexity:")]
+    return [(Text(row.source, int(row.length)), (row.value, row.stderr)) for row in records(rows)]
+
+
+def _accuracy_rows(frame: pd.DataFrame) -> list[tuple[Task, tuple[float, float]]]:
+    rows = frame[frame.stage.str.startswith("task:")]
+    return [
+        (Task(row.task, None if pd.isna(row.limit) else int(row.limit)), (row.value, row.stderr))
+        for row in records(rows)
+        if row.labels.get("primary", row.metric == "acc")
+    ]
+
+
+def _quantities(rows_of: Mapping[Any, pd.DataFrame], trials: Sequence[str], select: Any) -> dict[Any, Measured]:
+    """What the trials of one pruning measured; they may differ in what they evaluate, not in the outcome."""
+    found: dict[Any, Measured] = {}
+    for trial in trials:
+        for key, (value, stderr) in select(rows_of[trial]):
+            measured = Measured(value, None if math.isnan(stderr) else stderr)
+            if found.setdefault(key, measured) != measured and not math.isnan(value):
+                raise UserError(
+                    f"trials {', '.join(trials)} are of the same pruned model, but measured {found[key].value} and "
+                    f"{value} for {key}: select one of them"
+                )
+    return found
+
+
+def _over_seeds(by_seed: Sequence[Mapping[Any, Measured]]) -> dict[Any, Measured]:
+    keys = dict.fromkeys(key for seed in by_seed for key in seed)
+    return {key: _measured([seed[key] for seed in by_seed if key in seed]) for key in keys}
+
+
+def _measured(values: Sequence[Measured]) -> Measured:
+    if len(values) == 1:
+        return values[0]
+    numbers = [measured.value for measured in values]
+    errors = [measured.stderr for measured in values if measured.stderr is not None]
+    stderr = math.sqrt(statistics.fmean(error**2 for error in errors)) if len(errors) == len(values) else None
+    finite = all(map(math.isfinite, numbers))
+    spread = statistics.stdev(numbers) if finite else math.nan
+    return Measured(sum(numbers) / len(numbers), stderr, spread, len(values))
+
+
+def _mean(accuracy: Mapping[Task, Measured], over: Sequence[Task]) -> Measured:
+    """Mean over tasks, which are independent."""
+    chosen = [accuracy[task] for task in over]
+    errors = [measured.stderr for measured in chosen if measured.stderr is not None]
+    stderr = math.sqrt(sum(error**2 for error in errors)) / len(over) if len(errors) == len(over) else None
+    return Measured(statistics.fmean(measured.value for measured in chosen), stderr)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """A definition without its seeds (its own, of calibration, of the prior), and the seeds by dotted name."""
+    seedless: dict[str, Any] = {}
+    seeds: dict[str, Any] = {}
+    for name, value in pruning.items():
+        if name == "seed":
+            seeds[prefix + name] = value
+        elif isinstance(value, dict):
+            seedless[name], inner = _split_seeds(value, f"{prefix}{name}.")
+            seeds |= inner
+        else:
+            seedless[name] = value
+    return seedless, seeds
+
+
+def _tile(about: Mapping[str, Any]) -> str | None:
+    # Masks at 2:4 have a tile shape for the methods that start from them; their weights do not depend on it.
+    return "x".join(map(str, about["tile"])) if about["structure"] == "hybrid" and about["tile"] else None
+
+
+def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Each definition with the fields in which it differs from those that would look the same."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for about in definitions:
+        visible = (about["model"], about["method"], about["structure"], about["sparsity"], _tile(about))
+        alike.setdefault(visible, []).append(about)
+    result = []
+    for members in alike.values():
+        flat = [_flatten(member) for member in members]
+        names = dict.fromkeys(name for fields in flat for name in fields)
+        differing = [name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1]
+        for member, fields in zip(members, flat, strict=True):
+            result.append((member, ", ".join(f"{name}={fields.get(name)}" for name in differing)))
+    return result
+
+
+def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in about.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _reading_order(point: Point) -> tuple[Any, ...]:
+    area = math.prod(int(side) for side in point.tile.split("x")) if point.tile else 0
+    return (
+        point.model,
+        rank(METHODS, point.method),
+        rank(STRUCTURES, point.structure),
+        -point.sparsity,
+        area,
+        point.tile or "",
+        point.variant,
+    )

@@ -1,0 +1,153 @@
+"""What all figures share: column widths of a paper, type sizes, colours that the colour-blind tell apart, and writing.
+
+No figure goes through pyplot, and settings hold only inside `paper_style`: drawing leaves no global state behind.
+"""
+
+import io
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+Width = Literal["single", "double"]
+WIDTHS: Mapping[Width, float] = {"single": 3.35, "double": 7.0}
+"""Column widths of a two-column paper, in inches."""
+
+PALETTE = sns.color_palette("colorblind")
+INK = "0.25"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn; sizes in points."""
+
+    color: Any
+    marker: str
+    size: float = 4.2
+    width: float = 1.1
+    zorder: float = 3.0
+
+
+# Colour and marker both tell the methods apart. PATCH, which the figures are about, is drawn larger and on top.
+STYLES = {
+    "dense": Style(INK, ""),
+    "magnitude": Style(PALETTE[7], "p", 5.0),
+    "wanda": Style(PALETTE[9], "^", 4.8),
+    "sparsegpt": Style(PALETTE[0], "s"),
+    "maskllm": Style(PALETTE[2], "D"),
+    "patch-tile": Style(PALETTE[1], "v", 5.2, 1.6, 4.0),
+    "patch-joint": Style(PALETTE[3], "o", 5.2, 1.6, 5.0),
+}
+DASHED = (0, (4, 2))
+UNKNOWN_STYLE = Style(PALETTE[4], "P")
+
+_RC: dict[Any, Any] = {
+    "font.size": 7.5,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "legend.handletextpad": 0.5,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": "0.1",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.1,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+}
+
+
+def paper_style() -> AbstractContextManager[None]:
+    """Type sizes, lines and colours for a printed column, while the context lasts."""
+    return matplotlib.rc_context(_RC)
+
+
+def trial_looks(frame: pd.DataFrame, labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Lines that can be told apart: colour and marker by method, lighter and dashed where sparsity is lower."""
+    members: dict[str, list[str]] = {}
+    methods = frame.drop_duplicates("trial").set_index("trial").method
+    for trial in labels:
+        members.setdefault(methods[trial], []).append(trial)
+    looks = {}
+    dashes = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (4, 1.5, 1, 1.5)))
+    for method, trials in members.items():
+        style = STYLES.get(method, UNKNOWN_STYLE)
+        shades = sns.light_palette(style.color, n_colors=len(trials) + 3)[3:][::-1]
+        for place, trial in enumerate(trials):
+            looks[trial] = {
+                "color": shades[place],
+                "linestyle": dashes[place % len(dashes)],
+                "marker": style.marker,
+                "markersize": 2.6,
+                "linewidth": 1.0,
+            }
+    return looks
+
+
+def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
+    """A figure in inches that no global state knows of."""
+    engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0, wspace=0.02) if constrained else None
+    figure = Figure(figsize=(width, height), layout=engine)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
+    """A legend below the panels, in as few rows as ``columns`` allows, these of equal length."""
+    rows = math.ceil(len(handles) / columns)
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+
+
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write ``path`` with ``.png`` and ``.pdf`` appended, each whole or not at all; no time or version in either."""
+    nameless: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, metadata in nameless.items():
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix, metadata=metadata)
+        target = path.with_name(f"{path.name}.{suffix}")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        written.append(target)
+    return written

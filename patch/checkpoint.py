@@ -1,0 +1,498 @@
+"""Hybrid checkpoints: save, load, audit.
+
+A hybrid checkpoint is a normal Hugging Face model directory whose weights are already masked, so that plain
+``AutoModelForCausalLM.from_pretrained`` loads it, and beside them::
+
+    hybrid.safetensors   per pruned weight:
+        <name>.dense         bool [R, C], the tile map, True = dense
+        <name>.patterns      uint8 [N, ceil(K/4 / 2)], two patterns a byte, the first in the low half
+        <name>.tile_scores   float32 [R, C], where the method scored tiles
+    hybrid.json          format version; tile shape; shape and zeros of each pruned weight; size and SHA-256 of
+                         hybrid.safetensors and of the weights; method, structure, target, sparsity, seed, provenance
+
+An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.safetensors``.
+
+    >>> save_checkpoint("out", model, tokenizer, masks, {"method": "wanda", "structure": "hybrid", "target": 0.45})
+    >>> load_masks("out")["model.layers.0.mlp.up_proj"].sparsity
+    0.45
+    >>> sum(row.violating for row in audit("out"))
+    0
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patch.errors import UserError
+from patch.mask import GROUP, HybridMask, TileShape, check_tile, infer, tile_grid, tile_sums
+from patch.prunable import prunable_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+MASKS_FILE = "hybrid.safetensors"
+INFO_FILE = "hybrid.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
+TILED = ("2:4", "hybrid")
+_OWN_KEYS = ("format", "tile", "weights", "files")
+
+
+@torch.no_grad()
+def save_checkpoint(
+    path: str | Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    masks: Mapping[str, HybridMask],
+    info: Mapping[str, Any],
+    tile_scores: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a hybrid checkpoint: in full under ``path``, or not at all.
+
+    Args:
+        model: its prunable weights are masked already.
+        tokenizer: saved with the model where there is one.
+        masks: per prunable weight by its dotted name, all with one tile shape; empty for unstructured pruning.
+        info: JSON data for ``hybrid.json``: ``structure`` (2:4, hybrid or unstructured) at least; ``zeros``, elements
+            dropped per weight, is checked against the weights.
+        tile_scores: per weight of ``masks`` float32 ``[R, C]``; not every weight needs them.
+
+    Raises:
+        UserError: if ``path`` is already there or cannot be written, or masks, info and weights do not agree.
+    """
+    scores = tile_scores or {}
+    tile = _check_parts(model, masks, info, scores)
+    record = {
+        "format": FORMAT,
+        **info,
+        "tile": tile,
+        "weights": {
+            name: {"shape": mask.shape, "zeros": mask.zeros, "tile_scores": name in scores}
+            for name, mask in masks.items()
+        },
+    }
+    json.dumps(record)  # whatever cannot be written as JSON fails before the weights are
+    with new_directory(path) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if masks:
+            save_file(_mask_tensors(masks, scores), folder / MASKS_FILE, metadata={"format": "pt"})
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob(WEIGHT_INDEX)])
+        record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+        (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def copy_checkpoint(source: str | Path, path: str | Path) -> Path:
+    """Copy a hybrid checkpoint to ``path``, in full or not at all; returns where it is.
+
+    Raises:
+        UserError: if ``source`` is damaged, or ``path`` is already there or cannot be written.
+    """
+    load_info(source)
+    with new_directory(path) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    return Path(path)
+
+
+def load_info(path: str | Path, verify_weights: bool = False) -> dict[str, Any]:
+    """The content of ``hybrid.json``: the info it was saved with, and ``format``, ``tile``, ``weights`` and ``files``.
+
+    Args:
+        verify_weights: also hash the weight files (about a second per GiB); their sizes are compared in any case.
+
+    Raises:
+        UserError: if this is no hybrid checkpoint, a newer one, or a file is missing, truncated or changed.
+    """
+    folder = Path(path)
+    info = _read_json(_existing(folder, INFO_FILE))
+    version = info.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise UserError(f"{folder / INFO_FILE}: format {version} is newer than {FORMAT}, the newest known here: update")
+    try:
+        _check_info(info)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / INFO_FILE}: damaged: {_one_line(error)}") from error
+    for name, expected in info["files"].items():
+        file = _existing(folder, name)
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"{file}: {size} bytes instead of {expected['bytes']}: truncated or changed, copy it again")
+        if verify_weights:
+            _check_hash(file, info)
+    return info
+
+
+def load_masks(path: str | Path) -> dict[str, HybridMask]:
+    """The hybrid masks of a checkpoint by weight name, on the CPU; none if it is unstructured.
+
+    Raises:
+        UserError: as `load_info`; or if ``hybrid.safetensors`` is damaged, or a mask in it is missing or does not fit.
+    """
+    file = Path(path) / MASKS_FILE
+    info, tensors = _load_tensors(path)
+    masks = {}
+    for name, about in info["weights"].items():
+        n, k = about["shape"]
+        groups = k // GROUP
+        dense = _fitting(file, tensors, f"{name}.dense", torch.bool, tile_grid((n, k), info["tile"]))
+        packed = _fitting(file, tensors, f"{name}.patterns", torch.uint8, (n, -(-groups // 2)))
+        try:
+            masks[name] = HybridMask((n, k), info["tile"], dense, _unpack_nibbles(packed, groups))
+        except UserError as error:
+            raise UserError(f"{file}: {name}.patterns: {error}") from error
+    return masks
+
+
+def load_tile_scores(path: str | Path) -> dict[str, Tensor]:
+    """The tile scores of a checkpoint by weight name, float32 ``[R, C]`` on the CPU, for the weights that have them.
+
+    Raises:
+        UserError: as `load_masks`.
+    """
+    file = Path(path) / MASKS_FILE
+    info, tensors = _load_tensors(path)
+    return {
+        name: _fitting(file, tensors, f"{name}.tile_scores", torch.float32, tile_grid(about["shape"], info["tile"]))
+        for name, about in info["weights"].items()
+        if about["tile_scores"]
+    }
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the zeros of one weight look like.
+
+    Attributes:
+        layer: dotted name of the weight's ``Linear``.
+        shape: ``(N, K)``.
+        tiles: how many; the three below add up to it. All are 0 where no tile shape applies (unstructured pruning).
+        dense: tiles that keep everything.
+        two_four: tiles that keep at most two of every four.
+        violating: tiles that are not what the mask says or, without a mask, neither dense nor 2:4.
+        sparsity: zeros over elements, counted in the weight itself.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    tiles: int
+    dense: int
+    two_four: int
+    violating: int
+    sparsity: float
+
+
+def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
+    """Compare the weights of a checkpoint with its masks, weight by weight, one in memory at a time.
+
+    In a hybrid checkpoint a tile violates if a weight that its mask drops is not zero. In a foreign one the masks are
+    inferred from the zeros (`patch.mask.infer`), for which ``tile`` is needed. An unstructured checkpoint is inferred
+    the same way if ``tile`` is given, and otherwise only its sparsity is counted.
+
+    Returns:
+        One row per prunable weight, in model order.
+
+    Raises:
+        UserError: if a file is missing or damaged; if ``tile`` is missing, does not fit, or is not the checkpoint's
+            own; or if no tile violates and yet the weights are not the ones that were saved.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    own = (folder / INFO_FILE).exists()
+    masks: dict[str, HybridMask] = {}
+    if own:
+        info = load_info(folder)
+        masks = load_masks(folder)
+        if tile and info["tile"] and tuple(tile) != info["tile"]:
+            found = "{}x{}".format(*info["tile"])
+            raise UserError(f"{folder}: its tiles are {found}, not {tile[0]}x{tile[1]}: leave the tile shape out")
+        tile = tile or info["tile"]
+    elif tile is None:
+        raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
+    files = _weight_files(folder)
+    rows = []
+    for name, shape in _prunable_shapes(folder).items():
+        weight = _read_weight(folder, files, f"{name}.weight", shape)
+        rows.append(_audit_weight(name, weight, masks.get(name), tile))
+    # Last, so that changed weights show where they violate, which says more than that a hash differs.
+    if own and not any(row.violating for row in rows):
+        load_info(folder, verify_weights=True)
+    return rows
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty hidden directory beside ``path`` that becomes ``path`` if the block succeeds.
+
+    The files are on disk (fsync) before they appear under their name, so a process or machine that dies leaves either
+    nothing or everything; what a killed process left is removed by the next one that writes the same ``path``.
+
+    Raises:
+        UserError: if ``path`` is already there, or it cannot be written (disk full, no permission).
+    """
+    target = Path(os.path.abspath(path))
+    hidden = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if target.exists():
+                raise UserError(f"{target} is already there: choose another place, or remove it first")
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir()
+            try:
+                yield hidden
+                _flush(hidden)
+                os.rename(hidden, target)
+                _fsync(target.parent)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {target}: {reason}; nothing half-written was left") from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the operating system said, if ``error`` comes from there."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # The Rust writers of safetensors and tokenizers raise errors of their own, with the system's in the text.
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    return found[1].strip() if found else None
+
+
+def _flush(folder: Path) -> None:
+    # safetensors writes files that only their owner can read, whatever the umask.
+    mode = folder.stat().st_mode & 0o666
+    for item in folder.rglob("*"):
+        if item.is_file():
+            item.chmod(mode)
+        _fsync(item)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_parts(
+    model: "PreTrainedModel", masks: Mapping[str, HybridMask], info: Mapping[str, Any], scores: Mapping[str, Tensor]
+) -> TileShape | None:
+    """Whether masks, info and the model's weights agree; the tile shape of the masks."""
+    linears = prunable_linears(model)
+    for key in _OWN_KEYS:
+        if key in info:
+            raise UserError(f"checkpoint info must not have '{key}': it is written from the masks")
+    structure = info.get("structure")
+    if (structure in TILED) != bool(masks):
+        raise UserError(f"checkpoint info has structure {structure!r}, but there are {len(masks)} masks")
+    for name in [*masks, *scores, *info.get("zeros", {})]:
+        if name not in linears:
+            raise UserError(f"{name} is not a prunable weight of {type(model).__name__}")
+    for name, mask in masks.items():
+        weight = linears[name].weight
+        if tuple(weight.shape) != mask.shape:
+            raise UserError(f"{name}: the mask is for {mask.shape}, the weight is {tuple(weight.shape)}")
+        left = int(torch.count_nonzero(weight.masked_fill(mask.to(weight.device).keep(), 0)))
+        if left:
+            raise UserError(f"{name}: {left} weights are not zero though the mask drops them: apply the mask first")
+    for name, zeros in info.get("zeros", {}).items():
+        found = int((linears[name].weight == 0).sum())
+        if found < zeros:
+            raise UserError(f"{name}: {found} zeros in the weight, but {zeros} elements are said to be dropped")
+    for name, values in scores.items():
+        if name not in masks:
+            raise UserError(f"{name} has tile scores but no mask")
+        if values.dtype != torch.float32 or values.shape != masks[name].dense.shape:
+            found_grid = f"{values.dtype} {tuple(values.shape)}"
+            raise UserError(f"{name}: tile scores are {found_grid}, need float32 {tuple(masks[name].dense.shape)}")
+    tiles = {mask.tile for mask in masks.values()}
+    if len(tiles) > 1:
+        raise UserError(f"masks have different tile shapes: {sorted(tiles)}")
+    return next(iter(tiles), None)
+
+
+def _mask_tensors(masks: Mapping[str, HybridMask], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, mask in masks.items():
+        tensors[f"{name}.dense"] = mask.dense.cpu().contiguous()
+        tensors[f"{name}.patterns"] = _pack_nibbles(mask.patterns.cpu())
+        if name in scores:
+            tensors[f"{name}.tile_scores"] = scores[name].detach().cpu().contiguous()
+    return tensors
+
+
+def _pack_nibbles(patterns: Tensor) -> Tensor:
+    """Two patterns a byte, the first in the low half: uint8 ``[N, G] -> [N, ceil(G/2)]``."""
+    even = torch.nn.functional.pad(patterns, (0, patterns.shape[1] % 2))
+    return even[:, ::2] | (even[:, 1::2] << 4)
+
+
+def _unpack_nibbles(packed: Tensor, groups: int) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[:, :groups].contiguous()
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    """Whether ``hybrid.json`` has all that loading relies on; its tile shape becomes a tuple."""
+    for key in (*_OWN_KEYS, "structure"):
+        if key not in info:
+            raise UserError(f"'{key}' is missing")
+    if info["tile"] is None and info["weights"]:
+        raise UserError("there are masks but no tile shape")
+    if info["tile"] is not None:
+        info["tile"] = check_tile(info["tile"])
+    for name, about in info["weights"].items():
+        try:
+            tile_grid(about["shape"], info["tile"])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not isinstance(about["tile_scores"], bool):
+            raise UserError(f"{name}: 'tile_scores' must be true or false")
+    for name, about in info["files"].items():
+        if Path(name).name != name or not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
+            raise UserError(f"'files' has a malformed entry {name!r}")
+
+
+def _load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``hybrid.json`` and the tensors of ``hybrid.safetensors``, which must have the hash it was saved with."""
+    info = load_info(path)
+    if not info["weights"]:
+        return info, {}
+    file = _existing(Path(path), MASKS_FILE)
+    _check_hash(file, info)
+    try:
+        return info, load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: {_one_line(error)}") from error
+
+
+def _fitting(
+    file: Path, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"{file}: tensor {name} is missing")
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise UserError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, needs {dtype} {shape}")
+    return tensor
+
+
+def _existing(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    if not file.is_file():
+        raise UserError(f"{file}: is missing")
+    return file
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def _check_hash(file: Path, info: Mapping[str, Any]) -> None:
+    expected = info["files"].get(file.name)
+    if expected is None:
+        raise UserError(f"{file}: {INFO_FILE} does not know this file")
+    if _sha256(file) != expected["sha256"]:
+        raise UserError(f"{file}: its SHA-256 is not the one in {INFO_FILE}: changed or damaged, copy it again")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Which file of a model directory holds each tensor."""
+    if (folder / WEIGHT_INDEX).exists():
+        index = _read_json(folder / WEIGHT_INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise UserError(f"{folder / WEIGHT_INDEX}: 'weight_map' is missing")
+        files = {shard: _existing(folder, shard) for shard in sorted(set(index.values()))}
+        return {name: files[shard] for name, shard in index.items()}
+    file = _existing(folder, "model.safetensors")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or damaged: {_one_line(error)}") from error
+
+
+def _prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name and shape of every prunable weight, from the configuration alone: the model is built without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _existing(folder, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a causal language model: {_one_line(error)}") from error
+    return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(model).items()}
+
+
+def _read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor:
+    if name not in files:
+        raise UserError(f"{folder}: tensor {name} is missing from its weights")
+    try:
+        with safe_open(files[name], framework="pt") as tensors:
+            weight: Tensor = tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{files[name]}: {name}: {_one_line(error)}") from error
+    if tuple(weight.shape) != shape:
+        raise UserError(f"{files[name]}: {name} is {tuple(weight.shape)}, the configuration says {shape}")
+    return weight
+
+
+def _audit_weight(name: str, weight: Tensor, mask: HybridMask | None, tile: TileShape | None) -> AuditRow:
+    shape = (weight.shape[0], weight.shape[1])
+    sparsity = int((weight == 0).sum()) / weight.numel()
+    if mask is None and tile is None:
+        return AuditRow(name, shape, 0, 0, 0, 0, sparsity)
+    if mask is not None:
+        if mask.shape != shape:
+            raise UserError(f"{name}: the mask is for {mask.shape}, the weight is {shape}")
+        left = (weight != 0) & ~mask.keep()
+        violating = tile_sums(left.int(), mask.tile) > 0
+        dense = mask.dense
+    else:
+        assert tile is not None
+        try:
+            inferred = infer(weight, tile)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        violating = inferred.violating
+        dense = inferred.mask.dense & ~violating
+    tiles, bad, kept = dense.numel(), int(violating.sum()), int(dense.sum())
+    return AuditRow(name, shape, tiles, kept, tiles - kept - bad, bad, sparsity)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,205 @@
+"""One-shot pruning of a whole model: magnitude, Wanda, SparseGPT, each as 2:4, unstructured, or hybrid tiles.
+
+    >>> layers = prune_model(model, "wanda", "hybrid", 0.35, (64, 64), windows, "cuda")
+    >>> sum(layer.zeros for layer in layers.values()) / sum(layer.elements for layer in layers.values())
+
+A method is one module here that ends in a `patch.oneshot.method.Method`, and one line in `METHODS`.
+"""
+
+import difflib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patch.budget import UniformBudget
+from patch.calibration import Block, blocks_on, calibrate
+from patch.errors import UserError
+from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
+from patch.oneshot import magnitude, sparsegpt, wanda
+from patch.oneshot.method import Method
+from patch.oneshot.select import check_unstructured, tile_losses
+from patch.prunable import decoder_blocks, prunable_linears
+
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude.METHOD,
+    "wanda": wanda.METHOD,
+    "sparsegpt": sparsegpt.METHOD,
+}
+STRUCTURES = ("2:4", "unstructured", "hybrid")
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What became of one weight; tensors are on the CPU.
+
+    Attributes:
+        mask: which tiles and which elements; None for unstructured pruning.
+        zeros: elements dropped. A kept weight may be zero too (SparseGPT clears those of inputs that are always zero).
+        elements: elements of the weight.
+        tile_scores: float32 ``[R, C]``, what making each tile 2:4 loses by the method's measure, from the weights as
+            they were; comparable within this weight only. None for unstructured pruning.
+    """
+
+    mask: HybridMask | None
+    zeros: int
+    elements: int
+    tile_scores: Tensor | None
+
+
+def prune_model(
+    model: nn.Module,
+    method: str,
+    structure: str,
+    sparsity: float,
+    tile: TileShape | None,
+    windows: Tensor | None,
+    device: torch.device | str,
+    *,
+    tile_maps: Mapping[str, Tensor] | None = None,
+    batch: int = 8,
+    on_block: Callable[[int, int], None] | None = None,
+) -> dict[str, PrunedLayer]:
+    """Prune every prunable weight of ``model`` in place, block by block; the model stays on its own device.
+
+    Hybrid pruning at a budget gives each weight the same sparsity, in whole tiles, and carries the rounding from one
+    weight to the next, so the model's total is off by less than one tile's zeros. If pruning fails half-way, blocks
+    already done stay pruned: load the model again.
+
+    Args:
+        method: one of `METHODS`.
+        structure: one of `STRUCTURES`.
+        sparsity: zeros over elements: 0.5 for 2:4, in [0, 1) for unstructured, in [0, 0.5] for hybrid, where it is not
+            used if ``tile_maps`` are given.
+        tile: rows x columns; not used for unstructured pruning.
+        windows: calibration token ids, integer ``[n, length]``; not used by magnitude.
+        device: where blocks are run and pruned, one at a time.
+        tile_maps: for hybrid, per full weight name bool ``[R, C]``, True where the tile stays dense.
+        batch: calibration windows per forward pass.
+        on_block: called after each block with the number of blocks done and of all blocks.
+
+    Returns:
+        Per full weight name (``model.layers.0.mlp.up_proj``), in model order, what became of it.
+
+    Raises:
+        UserError: if an argument does not fit (before any weight changes), or weights or activations are not finite.
+    """
+    rule = METHODS[_known("method", method, METHODS)]
+    _known("structure", structure, STRUCTURES)
+    linears = prunable_linears(model)
+    tile = _check_structure(structure, sparsity, tile, linears, tile_maps)
+    budget = UniformBudget(sparsity) if structure == "hybrid" and tile_maps is None else None
+
+    def tile_map(name: str, losses: Tensor) -> Tensor:
+        if tile_maps is not None:
+            return tile_maps[name]
+        if budget is not None:
+            assert tile is not None
+            return budget.cut(losses, tile_sizes(linears[name].weight.shape, tile))
+        return torch.zeros(losses.shape, dtype=torch.bool)
+
+    layers: dict[str, PrunedLayer] = {}
+    blocks = len(decoder_blocks(model))
+    # Closed at once if something fails, so that the model is put back even while the error is on its way.
+    with closing(_blocks(model, rule, method, windows, device, batch)) as stream:
+        for block in stream:
+            layers |= _prune_block(block, rule, sparsity, tile, tile_map)
+            if on_block is not None:
+                on_block(block.index + 1, blocks)
+    return layers
+
+
+@torch.no_grad()
+def _prune_block(
+    block: Block[Any],
+    rule: Method,
+    sparsity: float,
+    tile: TileShape | None,
+    tile_map: Callable[[str, Tensor], Tensor],
+) -> dict[str, PrunedLayer]:
+    layers: dict[str, PrunedLayer] = {}
+    # Weights that read the same tensor share what is prepared from its statistic.
+    prepared: dict[int, Any] = {}
+    for name, linear in block.linears.items():
+        statistic = block.statistics.get(name)
+        if id(statistic) not in prepared:
+            prepared[id(statistic)] = rule.prepare(name, statistic)
+        layers[name] = _prune_linear(name, linear, rule, prepared[id(statistic)], sparsity, tile, tile_map)
+    return layers
+
+
+def _prune_linear(
+    name: str,
+    linear: nn.Linear,
+    rule: Method,
+    prepared: Any,
+    sparsity: float,
+    tile: TileShape | None,
+    tile_map: Callable[[str, Tensor], Tensor],
+) -> PrunedLayer:
+    weight = linear.weight
+    if not weight.isfinite().all():
+        raise UserError(f"{name}: the weight holds values that are not finite: the checkpoint is damaged")
+    if tile is None:
+        updated, keep = rule.unstructured(weight, prepared, sparsity)
+        weight.copy_(updated)
+        return PrunedLayer(None, int((~keep).sum()), weight.numel(), None)
+    losses = tile_losses(rule.scores(weight, prepared), tile).cpu()
+    dense = tile_map(name, losses).to(weight.device)
+    updated, mask = rule.hybrid(weight, prepared, tile, dense)
+    weight.copy_(updated)
+    return PrunedLayer(mask.to("cpu"), mask.zeros, weight.numel(), losses)
+
+
+def _blocks(
+    model: nn.Module, rule: Method, method: str, windows: Tensor | None, device: torch.device | str, batch: int
+) -> Generator[Block[Any], None, None]:
+    if rule.statistic is None:
+        return blocks_on(model, device)
+    if windows is None:
+        raise UserError(f"{method} needs calibration windows: token ids [windows, length]")
+    return calibrate(model, windows, device, batch, rule.statistic)
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> str:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown one-shot {kind} '{name}': {hint}")
+    return name
+
+
+def _check_structure(
+    structure: str,
+    sparsity: float,
+    tile: TileShape | None,
+    linears: Mapping[str, nn.Linear],
+    tile_maps: Mapping[str, Tensor] | None,
+) -> TileShape | None:
+    """The tile shape to use, None for unstructured; raises UserError for whatever does not fit together."""
+    if tile_maps is not None and structure != "hybrid":
+        raise UserError(f"tile maps are for structure 'hybrid', not '{structure}'")
+    if structure == "unstructured":
+        check_unstructured(sparsity)
+        return None
+    if structure == "2:4" and sparsity != 0.5:
+        raise UserError(f"sparsity {sparsity}: structure 2:4 is 0.5; use 'hybrid' for less")
+    if tile is None:
+        raise UserError(f"structure {structure} needs a tile shape, such as 64x64")
+    for name, linear in linears.items():
+        try:
+            grid = tile_grid(linear.weight.shape, tile)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if tile_maps is None:
+            continue
+        if name not in tile_maps:
+            raise UserError(f"{name}: no tile map given")
+        if tile_maps[name].dtype != torch.bool or tuple(tile_maps[name].shape) != grid:
+            raise UserError(
+                f"{name}: tile map is {tile_maps[name].dtype} {tuple(tile_maps[name].shape)}, needs bool {grid}"
+            )
+    return check_tile(tile)

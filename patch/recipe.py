@@ -1,0 +1,223 @@
+"""Hyperparameters of learning: one frozen dataclass, the published recipes by name, and what they set at each step.
+
+A recipe is plain JSON data, because it is part of a trial's definition and so of its hash. Shorter ones are derived:
+
+    >>> import dataclasses
+    >>> demo = dataclasses.replace(RECIPES["patch-joint"], steps=150, batch=8, microbatch=8, length=256)
+    >>> demo.at(75).tau
+    2.025
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from patch.errors import UserError
+
+Mode = Literal["joint", "tile", "maskllm"]
+WeightPenalty = Literal["norm", "square"]
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe sets at one step.
+
+    Attributes:
+        lr: learning rate.
+        tau: temperature of the pattern and tile samples.
+        pattern_scale: factor of the pattern logits.
+        tile_scale: factor of the tile logits.
+        weight_penalty: factor of the kept weights' size, which is rewarded.
+    """
+
+    lr: float
+    tau: float
+    pattern_scale: float
+    tile_scale: float
+    weight_penalty: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
+
+    Attributes:
+        mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.
+        steps: optimizer steps; 0 hardens the initial logits.
+        batch: sequences a step.
+        microbatch: sequences a forward pass, each pass with noise of its own; divides ``batch``.
+        length: tokens a sequence.
+        lr: learning rate after warm-up, from which a cosine leads down to ``lr_end`` at the last step.
+        lr_end: see ``lr``.
+        warmup: steps in which the learning rate rises linearly from 0.
+        betas, eps, weight_decay: of AdamW.
+        clip: largest norm of all gradients together; None does not clip.
+        tau: first and last temperature of the samples; linear in the step, as both scales are.
+        pattern_scale: first and last factor of the pattern logits.
+        tile_scale: first and last factor of the tile logits.
+        logit_std: standard deviation of the initial logits.
+        pattern_prior: in standard deviations, how much one shared kept element lifts a pattern's initial logit.
+        tile_prior: in standard deviations, how far the initial logits of dense and 2:4 tiles lie from zero.
+        sparsity_penalty: lambda_s, factor of ``|density - target density|``; ``maskllm`` has a fixed density and no use
+            for it.
+        weight_penalty: lambda_w, factor of the kept weights' size; falls linearly to 0 at the last step.
+        weight_penalty_kind: ``norm``: sum of ``||W * M||`` over the sum of ``||W||`` (Frobenius, PATCH); ``square``:
+            sum of ``(W * M)^2`` (MaskLLM).
+        activation_checkpointing: recompute each block in the backward pass, its masks included. Device memory then
+            holds the masks of one block; without it, which is faster, those of the whole model.
+        checkpoint_every: steps between checkpoints of the learner.
+        log_every: steps between entries of the history.
+
+    Raises:
+        UserError: naming the first value that does not fit.
+    """
+
+    mode: Mode
+    steps: int
+    batch: int
+    microbatch: int
+    length: int
+    lr: float
+    lr_end: float
+    warmup: int
+    betas: Span
+    eps: float
+    weight_decay: float
+    clip: float | None
+    tau: Span
+    pattern_scale: Span
+    tile_scale: Span
+    logit_std: float
+    pattern_prior: float
+    tile_prior: float
+    sparsity_penalty: float
+    weight_penalty: float
+    weight_penalty_kind: WeightPenalty
+    activation_checkpointing: bool = True
+    checkpoint_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("weight_penalty_kind", self.weight_penalty_kind, get_args(WeightPenalty))
+        if not isinstance(self.activation_checkpointing, bool):
+            raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
+        for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):
+            _check_whole(name, getattr(self, name), least)
+        for name in ("checkpoint_every", "log_every"):
+            _check_whole(name, getattr(self, name), 1)
+        if self.batch % self.microbatch:
+            raise UserError(
+                f"recipe: microbatch {self.microbatch} does not divide batch {self.batch}: choose one that does"
+            )
+        for name in ("lr", "eps", "logit_std"):
+            self._set(name, _number(name, getattr(self, name), positive=True))
+        for name in ("lr_end", "weight_decay", "pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"):
+            self._set(name, _number(name, getattr(self, name), positive=False))
+        if self.clip is not None:
+            self._set("clip", _number("clip", self.clip, positive=True))
+        for name in ("tau", "pattern_scale", "tile_scale"):
+            self._set(name, _span(name, getattr(self, name), positive=True))
+        self._set("betas", _span("betas", self.betas, positive=False))
+        if max(self.betas) >= 1:
+            raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
+        if self.lr_end > self.lr:
+            raise UserError(
+                f"recipe: lr_end {self.lr_end} is above lr {self.lr}: the learning rate falls from lr to lr_end"
+            )
+
+    def _set(self, name: str, value: float | Span) -> None:
+        # One spelling for equal values, since a recipe is hashed: 1 becomes 1.0, a list from JSON a tuple.
+        object.__setattr__(self, name, value)
+
+    def at(self, step: int) -> Settings:
+        """The settings of step 0, 1, ... ``steps - 1``."""
+        progress = step / max(1, self.steps)
+        return Settings(
+            lr=self._lr(step),
+            tau=_linear(self.tau, progress),
+            pattern_scale=_linear(self.pattern_scale, progress),
+            tile_scale=_linear(self.tile_scale, progress),
+            weight_penalty=self.weight_penalty * (1 - progress),
+        )
+
+    def _lr(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * step / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _linear(span: Span, progress: float) -> float:
+    return span[0] + (span[1] - span[0]) * progress
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"recipe: {name} {value!r}: give one of {', '.join(choices)}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"recipe: {name} {value!r}: give a whole number from {least}")
+
+
+def _number(name: str, value: object, positive: bool) -> float:
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or value < 0 or (positive and value == 0):  # type: ignore[operator]
+        raise UserError(f"recipe: {name} {value!r}: give a {'positive number' if positive else 'number from 0'}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _span(name: str, value: object, positive: bool) -> Span:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise UserError(f"recipe: {name} {value!r}: give two numbers")
+    return _number(name, value[0], positive), _number(name, value[1], positive)
+
+
+# Hourri et al., PATCH. The reference code ran transformers' Trainer, whose defaults it kept where it set nothing: eps,
+# clip and a cosine to zero; 5 steps of warm-up are its own.
+PATCH_JOINT = Recipe(
+    mode="joint",
+    steps=2000,
+    batch=256,
+    microbatch=1,
+    length=4096,
+    lr=1e-3,
+    lr_end=0.0,
+    warmup=5,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.0,
+    clip=1.0,
+    tau=(4.0, 0.05),
+    pattern_scale=(100.0, 500.0),
+    tile_scale=(25.0, 350.0),
+    logit_std=0.014,
+    pattern_prior=3.0,
+    tile_prior=3.0,
+    sparsity_penalty=7.0,
+    weight_penalty=10.0,
+    weight_penalty_kind="norm",
+)
+
+PATCH_TILE = dataclasses.replace(PATCH_JOINT, mode="tile")
+
+# Fang et al., MaskLLM: scales as in the published scripts (the code's own default is ten times that).
+MASKLLM = dataclasses.replace(
+    PATCH_JOINT,
+    mode="maskllm",
+    lr=5e-4,
+    lr_end=5e-6,
+    warmup=0,
+    eps=1e-5,
+    weight_decay=0.1,
+    logit_std=0.01,
+    sparsity_penalty=0.0,
+    weight_penalty=1e-5,
+    weight_penalty_kind="square",
+)
+
+RECIPES = {"patch-joint": PATCH_JOINT, "patch-tile": PATCH_TILE, "maskllm": MASKLLM}
