@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/hts demo
+	$(BIN)/hts run demo
 
 test: lint
 	$(BIN)/pytest

@@ -1,6 +1,5 @@
 """The ``hts`` command."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from rich.table import Table
 from patch.errors import UserError
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from experiments.definitions import Pruning, Trial
     from experiments.pipeline import Machine
     from experiments.store import Store
@@ -210,7 +211,9 @@ def evaluate(
         list[str] | None, typer.Option(help="Text, or TEXT@LENGTH for another window than 2048 tokens. Repeatable.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval-harness. Repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 16,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
@@ -268,7 +271,7 @@ def table(
     """Print the study's table from its rows."""
     from experiments.store import Store
 
-    print(_table(study, _trials(study, where), Store(results), format))
+    print(_table(_trials(study, where), Store(results), format))
 
 
 @app.command()
@@ -343,6 +346,7 @@ _FIELDS = {
 def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
     """The machine that trials run on, with progress bars on the terminal while they do."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from experiments.pipeline import Machine
 
@@ -367,7 +371,7 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
             bar.remove_task(tasks.pop(label))
 
     # Libraries' own bars would draw over this one.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    disable_progress_bar()
     with bar:
         yield Machine(device, data, progress)
 
@@ -393,20 +397,37 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 
 
 def _report(study: str | None, trials: "list[Trial]", store: "Store") -> None:
-    """Print the table; for a study also save it and draw its figures."""
-    from analysis import rows, tables
-    from experiments.definitions import key
-
-    frame = rows.load_rows(store.root / "rows", {key(trial) for trial in trials})
-    if frame.empty:
-        return
-    console.print(tables.rich_table(tables.accuracy_table(frame)))
-    if study is None:
-        return
+    """Print the table; of a study also save it and draw its figures."""
+    from analysis import tables
     from experiments.store import write_atomic
 
-    folder = _report_folder(store, study)
-    for format in ("md", "csv"):
-        write_atomic(folder / f"table.{format}", _table(study, trials, store, format) + "\n")
-    for path in [*sorted(folder.glob("table.*")), *_figures(study, trials, store)]:
+    console.print(tables.rich_table(tables.accuracy_table(_frame(trials, store)), console.width))
+    if study is None:
+        return
+    written = [store.root / "reports" / study / f"table.{format}" for format in ("md", "csv")]
+    for path in written:
+        write_atomic(path, _table(trials, store, path.suffix[1:]) + "\n")
+    for path in [*written, *_figures(study, trials, store)]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _frame(trials: "list[Trial]", store: "Store") -> "DataFrame":
+    from analysis.rows import load_rows
+    from experiments.definitions import key
+
+    frame = load_rows(store.root / "rows", {key(trial) for trial in trials})
+    if frame.empty:
+        raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
+    return frame
+
+
+def _table(trials: "list[Trial]", store: "Store", format: str) -> str:
+    from analysis import tables
+
+    return tables.render(tables.accuracy_table(_frame(trials, store)), format)
+
+
+def _figures(study: str, trials: "list[Trial]", store: "Store") -> list[Path]:
+    from analysis.figures import plot_study
+
+    return plot_study(_frame(trials, store), store.root / "reports" / study)

@@ -89,9 +89,13 @@ class Pruning:
             raise UserError(f"method {self.method} cannot have structure {self.structure}")
         if self.structure == "unstructured":
             if self.method not in ONE_SHOT:
-                raise UserError(f"{self.method} learns hybrid masks: structure 'unstructured' is for {', '.join(ONE_SHOT)}")
+                raise UserError(
+                    f"{self.method} learns hybrid masks: structure 'unstructured' is for {', '.join(ONE_SHOT)}"
+                )
             if not 0 <= self.sparsity < 1:
-                raise UserError(f"target sparsity {self.sparsity}: unstructured pruning takes 0 up to, not including, 1")
+                raise UserError(
+                    f"target sparsity {self.sparsity}: unstructured pruning takes 0 up to, not including, 1"
+                )
         else:
             check_sparsity(self.sparsity)
         if self.structure == "2:4" and self.sparsity != 0.5:
@@ -106,7 +110,9 @@ class Pruning:
             if self.learning is None:
                 raise UserError(f"{self.method} needs text and a recipe to learn with")
             if self.learning.recipe.mode != _MODES[self.method]:
-                raise UserError(f"{self.method} needs a recipe of mode {_MODES[self.method]}, got {self.learning.recipe.mode}")
+                raise UserError(
+                    f"{self.method} needs a recipe of mode {_MODES[self.method]}, got {self.learning.recipe.mode}"
+                )
             if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
                 raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
 
@@ -127,7 +133,7 @@ class Evaluation:
         perplexity: texts and window lengths.
         tasks: names of `experiments.tasks`.
         limit: only the first so many items of each task (for trials that are quick, never for reported numbers).
-        batch: sequences per forward pass.
+        batch: windows of text per forward pass; tasks fill the device by themselves.
     """
 
     perplexity: tuple[Perplexity, ...] = (Perplexity(),)

@@ -47,7 +47,9 @@ def _libraries() -> list[Finding]:
 def _accelerators() -> list[Finding]:
     if not torch.cuda.is_available():
         cores = torch.get_num_threads()
-        return [Finding("GPU", False, f"none that torch {torch.__version__} sees: {cores} CPU threads, small models only")]
+        return [
+            Finding("GPU", False, f"none that torch {torch.__version__} sees: {cores} CPU threads, small models only")
+        ]
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -62,7 +64,9 @@ def _data(data: Path | None) -> list[Finding]:
     if data is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         note = "texts, tasks and models come from the Hugging Face hub; --data DIR or HTS_DATA names local copies"
-        return [Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)]
+        return [
+            Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)
+        ]
     return [*_available("text", text.NAMES, text, data), *_available("task", tasks.TASKS, tasks, data)]
 
 

@@ -174,6 +174,13 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def local_revision(name: str) -> str | None:
+    """`fingerprint` of a model whose files are on this machine, None of one that a name and its source pin."""
+    found = resolve(name)
+    local = found == name and Path(name).is_dir()
+    return fingerprint(name) if local or name == "embedded" else None
+
+
 def _directory_or_hub_id(name: str, data: Path | None) -> str:
     found = resolve(name)
     if isinstance(found, str):

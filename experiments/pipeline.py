@@ -6,7 +6,6 @@ Several processes may run the same study on one results directory: each trial an
 those that another process holds are taken up last.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from experiments.provenance import provenance
 from experiments.store import Fact, Store
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
+from patch.learner import CHECKPOINT as LEARNER_STATE
 from patch.learner import Learned, Prior, learn
 from patch.mask import HybridMask
 from patch.oneshot import prune_model
@@ -44,6 +44,11 @@ class Machine:
     device: str
     data: Path | None
     progress: Progress
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Weights are used as they are stored, but a CPU computes in float32: few have fast bfloat16."""
+        return torch.float32 if self.device == "cpu" else None
 
 
 def stages(trial: Trial) -> list[str]:
@@ -121,7 +126,7 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     if missing == ["prune"]:
         return
     source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
-    model, tokenizer = models.load_model(source, device=machine.device)
+    model, tokenizer = models.load_model(source, device=machine.device, dtype=machine.dtype, data=machine.data)
     for item in trial.evaluation.perplexity:
         stage = f"perplexity:{item.source}@{item.length}"
         if stage in missing:
@@ -161,28 +166,28 @@ def _task_stage(
     trial: Trial, task: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, store: Store, machine: Machine
 ) -> None:
     started = time.monotonic()
-    machine.progress(f"{trial.label}: {task}", 0, 1)
+    label = f"{trial.label}: {task}"
     results = tasks.evaluate_tasks(
         model,
         tokenizer,
         [task],
         data=machine.data,
         limit=trial.evaluation.limit,
-        batch=trial.evaluation.batch,
+        batch="auto",
         device=machine.device,
+        on_batch=lambda done, total: machine.progress(label, done, total),
     )
     facts = [
         Fact(
             result.metric,
             result.value,
-            "1",
+            "ppl" if result.metric == "perplexity" else "1",
             {"task": result.task, "num_fewshot": result.num_fewshot, "n": result.n, "primary": result.primary},
             result.stderr,
         )
         for result in results
     ]
     store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started))
-    machine.progress(f"{trial.label}: {task}", 1, 1)
 
 
 def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
@@ -205,7 +210,9 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     started = time.monotonic()
     learned = pruning.method in LEARNED
     # One-shot methods bring one block at a time to the device, whatever the depth of the model.
-    model, tokenizer = models.load_model(pruning.model, device=machine.device if learned else "cpu")
+    model, tokenizer = models.load_model(
+        pruning.model, device=machine.device if learned else "cpu", dtype=machine.dtype, data=machine.data
+    )
     if machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     sources: dict[str, str] = {}
@@ -262,7 +269,8 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         },
         tile_scores,
     )
-    shutil.rmtree(store.work_path(pruning), ignore_errors=True)
+    # The learner's state has served; its TensorBoard log stays.
+    (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
 
 
 def _calibration_windows(
@@ -290,7 +298,7 @@ def _learn(
     documents = text.load_documents(pruning.learning.source, machine.data)
     sources[pruning.learning.source] = documents.sha256
     stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / "tokens")
-    prior = Prior(patterns=None, tile_scores=None)
+    prior = Prior()
     if pruning.prior:
         path = store.checkpoint_path(pruning.prior)
         patterns = {name: mask.patterns for name, mask in load_masks(path).items()}

@@ -113,3 +113,10 @@ class Store:
             yield True
         finally:
             lock.release()
+
+    def is_claimed(self, name: str) -> bool:
+        """Whether some process holds the lock ``name`` now."""
+        if not (self.root / "locks" / f"{name}.lock").exists():
+            return False
+        with self.claim(name, wait=False) as free:
+            return not free

@@ -1,11 +1,17 @@
-"""The studies: one function per published table or figure, each returning its trials."""
+"""The studies: one function per published table or figure, each returning its trials.
+
+A study names its models, methods, targets, texts and recipes; nothing here runs. ``hts studies`` lists them and
+``hts run NAME --dry-run`` shows the trials of one.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from experiments import models
 from experiments.definitions import (
+    LEARNED,
     ONE_SHOT,
     Calibration,
     Evaluation,
@@ -15,5 +21,185 @@ from experiments.definitions import (
     Trial,
     check_name,
 )
+from experiments.tasks import EMBEDDED_TASK, PAPER_TASKS
 from patch.mask import TileShape
 from patch.recipe import RECIPES, Recipe
+
+Trials = tuple[Trial, ...]
+TARGETS = (0.45, 0.35, 0.25)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of trials."""
+
+    title: str
+    trials: Callable[[], Trials]
+
+
+def dense(model: str) -> Pruning:
+    """The model as it is."""
+    return Pruning(model, "dense", "dense", 0.0, revision=models.local_revision(model))
+
+
+def one_shot(
+    model: str, method: str, structure: str, sparsity: float, tile: TileShape | None, calibration: Calibration
+) -> Pruning:
+    """Magnitude, Wanda or SparseGPT; magnitude needs no calibration text and its hash ignores it."""
+    check_name("one-shot method", method, ONE_SHOT)
+    return Pruning(
+        model,
+        method,
+        structure,
+        sparsity,
+        None if structure == "unstructured" else tile,
+        calibration=None if method == "magnitude" else calibration,
+        revision=models.local_revision(model),
+    )
+
+
+def learned(
+    model: str,
+    method: str,
+    sparsity: float,
+    tile: TileShape,
+    text: str,
+    calibration: Calibration,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    **changes: Any,
+) -> Pruning:
+    """MaskLLM or PATCH, from the mask that SparseGPT finds on ``calibration``; tile mode, from the mask MaskLLM learns.
+
+    Args:
+        recipe: the published one of the method by default.
+        changes: fields of the recipe to replace.
+    """
+    check_name("learned method", method, LEARNED)
+    chosen = dataclasses.replace(recipe or RECIPES[method], **changes)
+    if method == "patch-tile":
+        # Both stages take the same steps, batches and text; rates and penalties stay their own.
+        shared = {name: getattr(chosen, name) for name in ("steps", "batch", "microbatch", "length")}
+        prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
+    else:
+        prior = one_shot(model, "sparsegpt", "2:4", 0.5, tile, calibration)
+    return Pruning(
+        model,
+        method,
+        "2:4" if method == "maskllm" else "hybrid",
+        sparsity,
+        tile,
+        seed,
+        learning=Learning(text, chosen),
+        prior=prior,
+        revision=models.local_revision(model),
+    )
+
+
+def demo() -> Trials:
+    """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task.
+
+    The recipe is the published one but for its length: steps, batch and learning rate were chosen on the validation excerpt.
+    """
+    tile = (64, 64)
+    calibration = Calibration("embedded/train", windows=512, length=128)
+    short: dict[str, Any] = {
+        "steps": 80,
+        "batch": 16,
+        "microbatch": 16,
+        "length": 128,
+        "activation_checkpointing": False,
+        "checkpoint_every": 10,
+        "log_every": 5,
+    }
+
+    def learn(method: str, sparsity: float) -> Pruning:
+        return learned("embedded", method, sparsity, tile, "embedded/train", calibration, **short)
+
+    return _trials(
+        [
+            dense("embedded"),
+            *(one_shot("embedded", method, "2:4", 0.5, tile, calibration) for method in ONE_SHOT),
+            learn("maskllm", 0.5),
+            *(learn("patch-joint", target) for target in TARGETS),
+        ],
+        Evaluation((Perplexity("embedded/test", 256),), (EMBEDDED_TASK,)),
+    )
+
+
+def smollm2_oneshot() -> Trials:
+    """One-shot pruning of SmolLM2-135M: 2:4, unstructured 50%, and hybrid 64x64 tiles, on all tasks in full."""
+    model, tile = "smollm2-135m", (64, 64)
+    calibration = Calibration("novels", 128, 2048)
+    return _trials(
+        [
+            dense(model),
+            *(
+                one_shot(model, method, structure, 0.5, tile, calibration)
+                for method in ONE_SHOT
+                for structure in ("2:4", "unstructured")
+            ),
+            *(
+                one_shot(model, method, "hybrid", target, tile, calibration)
+                for method in ("wanda", "sparsegpt")
+                for target in TARGETS
+            ),
+        ],
+        Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada"), batch=8),
+    )
+
+
+def _accuracy(model: str, method: str) -> list[Pruning]:
+    """Dense, the 2:4 baselines, and PATCH at three sparsities, as the published accuracy tables have them."""
+    tile, calibration = (128, 128), Calibration()
+    return [
+        dense(model),
+        *(one_shot(model, baseline, "2:4", 0.5, tile, calibration) for baseline in ONE_SHOT),
+        learned(model, "maskllm", 0.5, tile, "c4", calibration),
+        *(learned(model, method, target, tile, "c4", calibration) for target in TARGETS),
+    ]
+
+
+def accuracy_small() -> Trials:
+    """The published accuracy table of models up to 1B parameters, where tiles and patterns are learned jointly."""
+    names = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-3-1b")
+    return _trials([pruning for name in names for pruning in _accuracy(name, "patch-joint")], _PUBLISHED)
+
+
+def accuracy_large() -> Trials:
+    """The published accuracy table of the larger models, where tiles are learned over MaskLLM's patterns."""
+    names = ("llama-2-7b", "llama-3.1-8b")
+    return _trials([pruning for name in names for pruning in _accuracy(name, "patch-tile")], _PUBLISHED)
+
+
+def tile_shapes() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity."""
+    # The keys and values of this model have 128 rows: no larger tile fits them.
+    shapes = ((32, 32), (64, 64), (128, 128), (64, 128), (128, 64))
+    prunings = [learned("qwen2.5-0.5b", "patch-joint", 0.35, tile, "c4", Calibration()) for tile in shapes]
+    return _trials([dense("qwen2.5-0.5b"), *prunings], _PUBLISHED)
+
+
+def sparsities() -> Trials:
+    """Perplexity and accuracy from 0 to 50% in steps of 5."""
+    model = "qwen2.5-0.5b"
+    targets = [step / 20 for step in range(1, 11)]
+    prunings = [learned(model, "patch-joint", target, (128, 128), "c4", Calibration()) for target in targets]
+    return _trials([dense(model), *prunings], _PUBLISHED)
+
+
+_PUBLISHED = Evaluation((Perplexity("wikitext2/test", 4096),), PAPER_TASKS)
+
+
+def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
+    return tuple(Trial(pruning, evaluation) for pruning in prunings)
+
+
+STUDIES = {
+    "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
+    "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
+    "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
+    "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),
+    "tile-shapes": Study("perplexity against tile shape at 35%", tile_shapes),
+    "sparsities": Study("perplexity and accuracy from 0 to 50%", sparsities),
+}

@@ -22,7 +22,5 @@ def prunable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every prunable ``Linear`` by its full dotted name, in model order; never embeddings or ``lm_head``."""
     inside = {id(module) for block in decoder_blocks(model) for module in block.modules()}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in inside
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from patch.budget import UniformBudget, cut_globally
 from patch.errors import UserError
 from patch.mask import tile_grid, tile_sizes

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from patch.errors import UserError
 from patch.mask import (
     KEPT_PAIRS,
