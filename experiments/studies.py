@@ -145,7 +145,7 @@ def smollm2_oneshot() -> Trials:
                 for target in TARGETS
             ),
         ],
-        Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada"), batch=8),
+        Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8),
     )
 
 
