@@ -106,8 +106,14 @@ def inverse_factor(hessian: Tensor, name: str = "weight", damping: float = DAMPI
 
 
 def scores(weight: Tensor, factor: InverseFactor) -> Tensor:
-    """``|w| / d`` of a weight not yet updated, float32 ``[N, K]``; its square is what dropping the element costs."""
-    return weight.float().masked_fill(factor.dead, 0).abs() / factor.upper.diagonal()
+    """What dropping each element of a weight not yet updated costs, as a square root: ``|w_j| / sqrt((H^-1)_jj)``.
+
+    The cost of optimal brain surgeon when all other weights of the row make up for it, float32 ``[N, K]``. The sweep's
+    own ``d_j`` would not do to compare tiles: it counts only the columns that are still to come, so the last columns of
+    any weight look dear, and the tiles there would stay dense whatever they hold.
+    """
+    inverse_diagonal = factor.upper.square().sum(0)
+    return weight.float().masked_fill(factor.dead, 0).abs() / inverse_diagonal.sqrt()
 
 
 def prune_hybrid(weight: Tensor, factor: InverseFactor, tile: TileShape, dense: Tensor) -> tuple[Tensor, HybridMask]:

@@ -72,15 +72,19 @@ def inputs_of(model: nn.Module, block: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def naive_inverse(tokens: Tensor) -> Tensor:
+    hessian = 2 / len(make_windows()) * tokens.T @ tokens
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    return torch.linalg.inv(hessian)
+
+
 def naive_divisors(tokens: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """Per input, by what a score is multiplied; and for SparseGPT the factor of the inverse Hessian."""
     if method == "magnitude":
         return torch.ones(tokens.shape[1], dtype=torch.float64), torch.zeros(0)
     if method == "wanda":
         return tokens.square().mean(0).sqrt(), torch.zeros(0)
-    hessian = 2 / len(make_windows()) * tokens.T @ tokens
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    upper = torch.linalg.cholesky(naive_inverse(tokens), upper=True)
     return 1 / upper.diagonal(), upper
 
 
@@ -190,7 +194,10 @@ def test_tile_scores_are_what_two_four_loses_of_the_original_weights(method: str
     inputs = inputs_of(reference, decoder_blocks(reference)[0])
     layers = prune(model, method, structure)
     for name, tokens in inputs.items():
-        squares = (before[name].double() * naive_divisors(tokens, method)[0]).square()
+        # Tiles are compared before any column is settled, so by the diagonal of the whole inverse Hessian.
+        whole = method == "sparsegpt"
+        scale = naive_inverse(tokens).diagonal().rsqrt() if whole else naive_divisors(tokens, method)[0]
+        squares = (before[name].double() * scale).square()
         rows, cols = squares.shape
         expected = torch.zeros(tile_grid(squares.shape, TILE), dtype=torch.float64)
         for row in range(rows):

@@ -107,17 +107,21 @@ def naive_wanda_scores(layer: Layer) -> Tensor:
 
 
 @functools.cache
-def naive_obs_steps(inputs: Tensor, damping: float = 0.01) -> tuple[Tensor, list[Tensor]]:
-    """The cost divisor of each column, and its correction of the columns from it on, by removing columns one by one.
-
-    No Cholesky factor: the inverse of the Hessian of the columns still to come is updated explicitly.
-    """
+def naive_inverse(inputs: Tensor, damping: float = 0.01) -> Tensor:
     tokens = inputs.flatten(0, 1).double()
     hessian = 2 / len(inputs) * tokens.T @ tokens
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-    inverse = torch.linalg.inv(hessian)
+    return torch.linalg.inv(hessian)
+
+
+def naive_obs_steps(inputs: Tensor, damping: float = 0.01) -> tuple[Tensor, list[Tensor]]:
+    """The cost divisor of each column, and its correction of the columns from it on, by removing columns one by one.
+
+    No Cholesky factor: the inverse of the Hessian of the columns still to come is updated explicitly.
+    """
+    inverse = naive_inverse(inputs, damping)
     costs, corrections = [], []
     for column in range(len(inverse)):
         pivot = inverse[column, column].clone()
@@ -242,7 +246,7 @@ def test_scores_are_the_costs_of_the_papers(shape: tuple, tile: tuple) -> None:
     )
     alive = layer.weight.double().clone()
     alive[:, DEAD] = 0
-    costs = alive**2 / naive_obs_steps(layer.inputs)[0]
+    costs = alive**2 / naive_inverse(layer.inputs).diagonal()
     torch.testing.assert_close(
         sparsegpt.scores(layer.weight, factor_of(layer)).double().square(), costs, rtol=1e-3, atol=1e-3
     )
