@@ -1,9 +1,9 @@
 """What an experiment is: plain frozen data, named by the hash of its content.
 
 A `Trial` is one point of an experiment: a `Pruning` (which model, which method, how sparse, learned on what) and the
-`Evaluation` of the model that comes out. Both hash independently: trials that share a pruning share its checkpoint, and a pruning
-that starts from another one's mask (its ``prior``) names that pruning in full, so a SparseGPT prior is computed
-once, however many masks are learned from it.
+`Evaluation` of the model that comes out. Both hash independently: trials that share a pruning share its checkpoint, and
+a pruning that starts from another one's mask (its ``prior``) names that pruning in full, so a SparseGPT prior is
+computed once, however many masks are learned from it.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens, one per random document of ``source``."""
+    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens, one per random document."""
 
     source: str = "c4"
     windows: int = 128

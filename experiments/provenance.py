@@ -23,15 +23,15 @@ def _output(*command: str) -> str | None:
 def revision() -> tuple[str, bool | None]:
     """Git revision of the code and whether it has uncommitted changes.
 
-    ``HTS_REVISION`` names it where the code runs from an exported tree or a container without its repository; whether that
-    tree was changed cannot be known, so the second part is None.
+    ``HTS_REVISION`` names it where the code runs from an exported tree or a container without its repository; whether
+    that tree was changed cannot be known, so the second part is None.
     """
     if "HTS_REVISION" in os.environ:
         return os.environ["HTS_REVISION"], None
     here = str(Path(__file__).resolve().parent)
     commit = _output("git", "-C", here, "rev-parse", "HEAD")
     if commit is None:
-        return f"v{metadata.version('hybrid-tile-sparsity')}", None
+        return _installed_version(), None
     # Rows and figures that a run itself writes do not make the code dirty.
     return commit, bool(_output("git", "-C", here, "status", "--porcelain", "--", ":/", ":(exclude,top)results"))
 
@@ -53,6 +53,13 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
     }
+
+
+def _installed_version() -> str:
+    try:
+        return f"v{metadata.version('hybrid-tile-sparsity')}"
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _processor() -> str:

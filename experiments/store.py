@@ -98,8 +98,8 @@ class Store:
     def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the lock ``name``; yields whether it is held (always, when waiting).
 
-        Advisory ``flock``: works between processes of one machine and, on a file system that serves it (NFS, Lustre with
-        ``-o flock``), between machines. A process that dies loses its locks at once.
+        Advisory ``flock``: works between processes of one machine and, on a file system that serves it (NFS, Lustre
+        with ``-o flock``), between machines. A process that dies loses its locks at once.
         """
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,8 @@ def learned(
 def demo() -> Trials:
     """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task.
 
-    The recipe is the published one but for its length: steps, batch and learning rate were chosen on the validation excerpt.
+    The recipe is the published one but for its length: steps, batch and learning rate were chosen on the validation
+    excerpt.
     """
     tile = (64, 64)
     calibration = Calibration("embedded/train", windows=512, length=128)

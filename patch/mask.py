@@ -2,8 +2,8 @@
 
 A weight is ``[out_features N, in_features K]`` as in ``torch.nn.Linear``. A *group* is four consecutive inputs of one
 row; its *pattern* is one of the six ways to keep two of four, numbered in lexicographic order of the kept pair. A
-*tile* is a ``rows x cols`` block; the last row and column of tiles may be ragged. Since ``cols`` and ``K`` are multiples
-of four, every tile holds whole groups and a 2:4 tile drops exactly half of its elements.
+*tile* is a ``rows x cols`` block; the last row and column of tiles may be ragged. Since ``cols`` and ``K`` are
+multiples of four, every tile holds whole groups and a 2:4 tile drops exactly half of its elements.
 
     >>> import torch
     >>> weight = torch.randn(128, 256)
@@ -125,7 +125,7 @@ class HybridMask:
         shape: ``(N, K)`` of the weight.
         tile: ``(rows, cols)`` of a tile.
         dense: bool ``[R, C]``, the tile map: True where the tile stays dense.
-        patterns: uint8 ``[N, K/4]``, values 0..5. Defined in dense tiles too (what they would keep), where it has no effect.
+        patterns: uint8 ``[N, K/4]``, values 0..5; in dense tiles what they would keep, which has no effect.
 
     Raises:
         UserError: if the parts do not fit each other, or a pattern is out of range.
@@ -190,7 +190,7 @@ class Inferred:
 
     Attributes:
         mask: tiles classified as 2:4 are 2:4, all others dense.
-        violating: bool ``[R, C]``, True where a tile has many zeros and yet is not 2:4; such a tile is dense in ``mask``.
+        violating: bool ``[R, C]``, True where a tile has many zeros and yet is not 2:4; in ``mask`` it is dense.
     """
 
     mask: HybridMask

@@ -60,9 +60,9 @@ def test_ties_are_cut_in_order_so_that_every_process_agrees() -> None:
 @pytest.mark.parametrize("target", [-0.1, 0.51, float("nan")])
 def test_targets_that_hybrid_tiles_cannot_reach_are_refused(target: float) -> None:
     scores, sizes = scores_and_sizes((16, 32), 0)
-    with pytest.raises(UserError, match="hybrid tiles reach 0 to 0.5"):
+    with pytest.raises(UserError, match=r"hybrid tiles reach 0 to 0\.5"):
         cut_globally(scores, sizes, target)
-    with pytest.raises(UserError, match="hybrid tiles reach 0 to 0.5"):
+    with pytest.raises(UserError, match=r"hybrid tiles reach 0 to 0\.5"):
         UniformBudget(target)
 
 
