@@ -1,0 +1,114 @@
+"""The results directory: whole files or none, and locks that die with their process."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.definitions import Calibration, Evaluation, Pruning, Trial, definition, key
+from experiments.store import SCHEMA, Fact, Store, write_atomic
+
+TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows" / "a.jsonl"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["a.jsonl"]
+
+
+def _write_many(path: Path, letter: str) -> None:
+    for _ in range(50):
+        write_atomic(path, letter * 10_000)
+
+
+def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_many, args=(path, letter)) for letter in "xyz"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert path.read_text() in {letter * 10_000 for letter in "xyz"}
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_rows_carry_definition_and_provenance(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), "perplexity:wikitext2/test@2048"
+    facts = [Fact("perplexity", 12.5, "ppl", {"length": 2048}, 0.1), Fact("tile_map", None, "1", {"layer": "q"})]
+    assert not store.has_rows(TRIAL, stage)
+    store.write_rows(TRIAL, stage, facts, {"git": "abc"})
+    assert store.has_rows(TRIAL, stage)
+    rows = [json.loads(line) for line in store.rows_path(TRIAL, stage).read_text().splitlines()]
+    assert [row["metric"] for row in rows] == ["perplexity", "tile_map"]
+    for row in rows:
+        assert row["schema"] == SCHEMA and row["trial"] == key(TRIAL) and row["stage"] == stage
+        assert row["definition"] == definition(TRIAL) and row["provenance"] == {"git": "abc"}
+    assert rows[0]["value"] == 12.5 and rows[0]["stderr"] == 0.1 and rows[1]["value"] is None
+    assert json.loads((tmp_path / "rows" / key(TRIAL) / "definition.json").read_text()) == definition(TRIAL)
+
+
+def test_stages_have_files_of_their_own_inside_the_trial(tmp_path: Path) -> None:
+    stages = ["prune", "task:piqa", "perplexity:wikitext2/test@2048", "perplexity:../../etc@5", "task:arc_easy"]
+    paths = [Store(tmp_path).rows_path(TRIAL, stage) for stage in stages]
+    assert len(set(paths)) == len(stages)
+    assert {path.resolve().parent for path in paths} == {(tmp_path / "rows" / key(TRIAL)).resolve()}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments.store import Store
+with Store(Path(sys.argv[1])).claim("trial-x") as mine:
+    print(mine, flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):  # type: ignore[no-untyped-def]
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().strip() == "True"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_claim_keeps_others_out_until_its_holder_dies(tmp_path: Path, holder: subprocess.Popen) -> None:
+    store = Store(tmp_path)
+    with store.claim("trial-x", wait=False) as mine:
+        assert not mine
+    assert store.is_claimed("trial-x") and not store.is_claimed("trial-y")
+    with store.claim("trial-y", wait=False) as mine:
+        assert mine
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with store.claim("trial-x", wait=False) as mine:
+        assert mine
+    assert not store.is_claimed("trial-x")
+
+
+def test_waiting_for_a_claim_ends_when_its_holder_does(tmp_path: Path, holder: subprocess.Popen) -> None:
+    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({holder.pid}, 9)"])
+    started = time.monotonic()
+    with Store(tmp_path).claim("trial-x") as mine:
+        assert mine
+    assert time.monotonic() - started >= 0.3
+    killer.wait()
