@@ -39,7 +39,7 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         several = len({point.model for point in hybrid}) > 1
         name = _file_name(f"{model} {method}" if several else method)
         written += plot_layer_sparsity(frame, members, folder / f"layer-sparsity-{name}", width)
-    if (frame.step.notna() & (frame.metric == "loss")).any():
+    if (frame.step.notna() & (frame.metric == "cross_entropy")).any():
         first = [point.trials[0] for point in points]
         written += plot_learning_curves(frame, folder / "learning-curves", width, first)
     return written

@@ -1,4 +1,4 @@
-"""How masks were learned: loss and density against the optimizer step."""
+"""How masks were learned: cross entropy and density against the optimizer step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,9 @@ from patch.errors import UserError
 def plot_learning_curves(
     frame: pd.DataFrame, path: Path, width: Width = "double", trials: Sequence[str] | None = None
 ) -> list[Path]:
-    """Loss and density against the step, a line per learned trial; the loss also averaged over neighbouring steps.
+    """Cross entropy and density against the step, a line per learned trial; the former also smoothed.
+
+    The loss itself is not drawn: it holds penalties that change with the step by design.
 
     Raises:
         UserError: if there are no learning rows.
@@ -30,7 +32,7 @@ def plot_learning_curves(
 
 def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: Sequence[str] | None = None) -> Figure:
     """The figure of `plot_learning_curves`."""
-    rows = frame[frame.step.notna() & frame.metric.isin(["loss", "density"])]
+    rows = frame[frame.step.notna() & frame.metric.isin(["cross_entropy", "density"])]
     if trials is not None:
         rows = rows[rows.trial.isin(trials)]
     if rows.empty:
@@ -43,12 +45,12 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     looks = trial_looks(rows, labels)
     for trial in labels:
         of_trial = rows[rows.trial == trial].sort_values("step")
-        for axis, metric in ((upper, "loss"), (lower, "density")):
+        for axis, metric in ((upper, "cross_entropy"), (lower, "density")):
             line = of_trial[of_trial.metric == metric]
             steps, values = line.step.to_numpy(dtype=int), line.value.to_numpy(dtype=float)
-            draw_curve(axis, steps, values, looks[trial], smooth=metric == "loss")
+            draw_curve(axis, steps, values, looks[trial], smooth=metric == "cross_entropy")
         lower.axhline(1 - of_trial.sparsity.iloc[0], color="0.6", linewidth=0.6, linestyle=":", zorder=1)
-    upper.set_ylabel("Loss (nat/token)")
+    upper.set_ylabel("Cross entropy (nat/token)")
     lower.set_ylabel("Density (%)")
     lower.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
     lower.set_xlabel("Step")

@@ -14,6 +14,7 @@ Noise is an argument: this module is the reference that a fused kernel must equa
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,12 @@ def soft_patterns(logits: Tensor, noise: Tensor, tau: float, scale: float) -> Te
         ``[N, K]`` in [0, 1], of the dtype of ``logits``.
     """
     _, rows, groups = logits.shape
-    shares = torch.softmax(torch.add(noise, logits, alpha=scale).div_(tau), 0).flatten(1)
+    exponents = torch.add(noise, logits, alpha=scale).div_(tau)
+    # Shares too small to count beside one are held at a floor and get no gradient. Left alone they become denormal
+    # numbers, on which the matrix products of a CPU run four times slower once tau is small.
+    floor = math.log(torch.finfo(logits.dtype).eps / 64)
+    exponents = exponents.sub_(exponents.detach().amax(0)).clamp_min(floor)
+    shares = torch.softmax(exponents, 0).flatten(1)
     return (shares.t() @ pattern_table(logits.device, logits.dtype)).view(rows, groups * GROUP)
 
 

@@ -208,7 +208,7 @@ def test_layer_sparsity(smollm: pd.DataFrame) -> None:
 def test_learning_curves(demo: pd.DataFrame) -> None:
     figure = draw_learning_curves(demo)
     loss, density = figure.axes
-    assert loss.get_ylabel() == "Loss (nat/token)" and density.get_ylabel() == "Density (%)"
+    assert loss.get_ylabel() == "Cross entropy (nat/token)" and density.get_ylabel() == "Density (%)"
     assert loss.get_xlabel() == density.get_xlabel() == "Step"
     assert legend(figure) == ["MaskLLM 2:4", "PATCH joint 45%", "PATCH joint 35%", "PATCH joint 25%"]
     assert {len(line.get_xdata()) for line in loss.lines} == {200}
