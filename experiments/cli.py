@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -190,7 +190,7 @@ def learn(
     """Learn a mask with the weights frozen; killed and started again, it resumes from its last checkpoint."""
     from experiments import studies
 
-    given = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
+    given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
     pruning = studies.learned(
         model,
         method,

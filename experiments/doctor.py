@@ -4,7 +4,9 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,21 +69,18 @@ def _data(data: Path | None) -> list[Finding]:
         return [
             Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)
         ]
-    return [*_available("text", text.NAMES, text, data), *_available("task", tasks.TASKS, tasks, data)]
+    return [
+        *(_check(f"text {name}", partial(text.check_source, name, data)) for name in text.LOCAL_SOURCES),
+        *(_check(f"task {name}", partial(tasks.check_tasks, [name], data)) for name in tasks.TASKS),
+    ]
 
 
-def _available(kind: str, names: object, checker: object, data: Path) -> list[Finding]:
-    findings = []
-    for name in names:  # type: ignore[attr-defined]
-        try:
-            if checker is text:
-                text.check_source(name, data)
-            else:
-                tasks.check_tasks([name], data)
-            findings.append(Finding(f"{kind} {name}", True, "ready"))
-        except UserError as error:
-            findings.append(Finding(f"{kind} {name}", False, str(error)))
-    return findings
+def _check(subject: str, check: Callable[[], None]) -> Finding:
+    try:
+        check()
+    except UserError as error:
+        return Finding(subject, False, str(error))
+    return Finding(subject, True, "ready")
 
 
 def _models() -> Finding:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import smollm2
 from experiments.definitions import check_name
 from experiments.embedded import MODEL as EMBEDDED
+from patch.checkpoint import prunable_shapes
 from patch.errors import UserError
 
 if TYPE_CHECKING:
@@ -172,6 +173,14 @@ def fingerprint(name: str) -> str:
         with open(file, "rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def linear_shapes(name: str) -> set[tuple[int, int]]:
+    """``(N, K)`` of every kind of prunable ``Linear``, without loading a weight; empty for a hub id, not yet here."""
+    found = resolve(name)
+    if isinstance(found, ModelSpec):
+        return set(found.linear_shapes().values())
+    return set(prunable_shapes(Path(found)).values()) if Path(found).is_dir() else set()
 
 
 def local_revision(name: str) -> str | None:

@@ -1,7 +1,8 @@
 """The life of a trial: load, calibrate, prune or learn, harden, checkpoint, evaluate, rows.
 
-Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A process that
-is killed loses at most the stage it was in, and of learning at most the steps since the last learner checkpoint.
+Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A
+process that is killed loses at most the stage it was in, and of learning at most the steps since the last learner
+checkpoint.
 Several processes may run the same study on one results directory: each trial and each pruning is claimed by a lock, and
 those that another process holds are taken up last.
 """
@@ -24,7 +25,7 @@ from patch.checkpoint import load_info, load_masks, load_tile_scores, save_check
 from patch.errors import UserError
 from patch.learner import CHECKPOINT as LEARNER_STATE
 from patch.learner import Learned, Prior, learn
-from patch.mask import HybridMask
+from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
 
@@ -68,8 +69,10 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
         UserError: naming the first thing that is not there.
     """
     trials = list(trials)
-    for model in {trial.pruning.model for trial in trials}:
-        models.resolve(model)
+    for model, tile in {(trial.pruning.model, trial.pruning.tile) for trial in trials}:
+        for shape in models.linear_shapes(model):
+            if tile:
+                tile_grid(shape, tile)
     tasks.check_tasks(sorted({task for trial in trials for task in trial.evaluation.tasks}), data)
     for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
         text.check_source(source, data)

@@ -115,6 +115,7 @@ _SOURCES = {
     "wiki_docs": _Source("train/wiki_docs.jsonl", _json_texts),
     "wiki_leads": _Source("train/wiki_leads.jsonl", _json_texts),
 }
+LOCAL_SOURCES = tuple(_SOURCES)
 _EMBEDDED = {f"embedded/{split}": TEXT / f"{split}.jsonl.xz" for split in ("train", "validation", "test")}
 _FILE = re.compile(r"\.(txt|jsonl)(\.gz|\.xz)?$")
 

@@ -225,7 +225,7 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
         raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
     files = _weight_files(folder)
     rows = []
-    for name, shape in _prunable_shapes(folder).items():
+    for name, shape in prunable_shapes(folder).items():
         weight = _read_weight(folder, files, f"{name}.weight", shape)
         rows.append(_audit_weight(name, weight, masks.get(name), tile))
     # Last, so that changed weights show where they violate, which says more than that a hash differs.
@@ -444,7 +444,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{file}: truncated or damaged: {_one_line(error)}") from error
 
 
-def _prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Name and shape of every prunable weight, from the configuration alone: the model is built without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -89,7 +89,12 @@ def trial_rows(
     for step in range(1, steps + 1):
         loss = 3.6 + 2.5 * math.exp(-step / 40) + rng.normal(0, 0.08) + 0.8 * sparsity
         density = 1 - sparsity + (0.25 * sparsity) * math.exp(-step / 50)
-        for metric, value in (("loss", loss), ("cross_entropy", loss), ("density", density), ("tau", 4 - 3.95 * step / steps)):
+        for metric, value in (
+            ("loss", loss),
+            ("cross_entropy", loss),
+            ("density", density),
+            ("tau", 4 - 3.95 * step / steps),
+        ):
             rows.append(row(trial, definition, "prune", metric, value, labels={"step": step}))
     zeros = elements = 0
     for name, n, k in layers:

@@ -1,0 +1,154 @@
+"""The life of a trial: complete, skipped when complete, killed and resumed, shared between processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_study import tiny_trials
+
+from experiments import pipeline
+from experiments.definitions import Trial
+from experiments.store import Store
+from patch.checkpoint import audit, load_info
+
+DRIVER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tiny_study import tiny_trials
+from experiments import pipeline
+from experiments.store import Store
+model, text, root = map(Path, sys.argv[1:4])
+def done(trial, error):
+    print(trial.label, error, flush=True)
+    assert error is None, error
+pipeline.run_trials(tiny_trials(model, text), Store(root), pipeline.Machine("cpu", None, lambda *_: None), done)
+"""
+
+
+def start(model: Path, text: Path, root: Path) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", DRIVER, str(model), str(text), str(root)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+
+
+def measured(root: Path) -> dict[str, list[Any]]:
+    """What the rows say but for provenance and durations."""
+    facts: dict[str, list[Any]] = {}
+    for path in sorted((root / "rows").rglob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        facts[str(path.relative_to(root))] = [
+            (row["metric"], row["value"], row["stderr"], row["labels"], row["definition"])
+            for row in rows
+            if row["metric"] != "prune_seconds"
+        ]
+    return facts
+
+
+def litter(root: Path) -> list[str]:
+    """Files that a finished run should not leave behind."""
+    names = [path.name for path in root.rglob("*") if not path.name.endswith(".lock")]
+    return [name for name in names if name.startswith(".") or "partial" in name or name == "learner.pt"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    started = time.monotonic()
+    finish(start(tiny_model, tiny_text, root))
+    return root, time.monotonic() - started
+
+
+def load(root: Path, trials: tuple[Trial, ...]) -> dict[str, list[dict[str, Any]]]:
+    store = Store(root)
+    return {
+        trial.pruning.method: [json.loads(line) for line in store.rows_path(trial, "prune").read_text().splitlines()]
+        for trial in trials
+    }
+
+
+def test_rows_are_complete_and_the_budget_is_met(undisturbed: tuple, tiny_model: Path, tiny_text: Path) -> None:
+    root, store = undisturbed[0], Store(undisturbed[0])
+    trials = tiny_trials(tiny_model, tiny_text)
+    for trial in trials:
+        assert pipeline.missing_stages(trial, store) == []
+    rows = load(root, trials)
+    sparsity = {method: next(r["value"] for r in rows[method] if r["metric"] == "sparsity") for method in rows}
+    assert sparsity["dense"] == 0 and sparsity["magnitude"] == 0.5
+    elements = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert abs(sparsity["patch-joint"] - 0.35) * elements <= 16 * 16 / 2
+    steps = [row["labels"]["step"] for row in rows["patch-joint"] if row["metric"] == "cross_entropy"]
+    assert steps == [3, 6, 9, 12]
+    assert litter(root) == []
+
+
+def test_the_evaluated_checkpoint_is_the_audited_one(undisturbed: tuple, tiny_model: Path, tiny_text: Path) -> None:
+    learned = tiny_trials(tiny_model, tiny_text)[2].pruning
+    path = Store(undisturbed[0]).checkpoint_path(learned)
+    layers = audit(path)
+    assert not any(layer.violating for layer in layers)
+    zeros = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in layers)
+    info = load_info(path, verify_weights=True)
+    assert zeros == pytest.approx(info["sparsity"] * sum(la.shape[0] * la.shape[1] for la in layers))
+
+
+def test_a_complete_study_is_not_touched_again(undisturbed: tuple, tiny_model: Path, tiny_text: Path) -> None:
+    root = undisturbed[0]
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
+    finish(start(tiny_model, tiny_text, root))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_killed_at_ten_random_moments_the_rows_are_the_same(
+    undisturbed: tuple, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    expected, seconds = measured(undisturbed[0]), undisturbed[1]
+    rng, killed = random.Random(0), 0
+    for _ in range(10):
+        process = start(tiny_model, tiny_text, tmp_path)
+        try:
+            # From the middle on: the first half goes to imports.
+            process.wait(timeout=seconds * rng.uniform(0.4, 1.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    finish(start(tiny_model, tiny_text, tmp_path))
+    assert killed > 0, "no run was disturbed"
+    assert measured(tmp_path) == expected
+    assert litter(tmp_path) == []
+
+
+def test_two_processes_share_a_study(undisturbed: tuple, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    processes = [start(tiny_model, tiny_text, tmp_path) for _ in range(2)]
+    for process in processes:
+        finish(process)
+    assert measured(tmp_path) == measured(undisturbed[0])
+    assert sorted(os.listdir(tmp_path / "rows")) == sorted(os.listdir(undisturbed[0] / "rows"))
+    assert litter(tmp_path) == []
+
+
+def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    broken = tiny_trials(tiny_model, tmp_path / "absent.jsonl")[2]
+    good = tiny_trials(tiny_model, tiny_text)[0]
+    outcome: dict[str, Exception | None] = {}
+    machine = pipeline.Machine("cpu", None, lambda *_: None)
+    pipeline.run_trials(
+        [broken, good], Store(tmp_path), machine, lambda trial, error: outcome.update({trial.pruning.method: error})
+    )
+    assert "absent.jsonl" in str(outcome["patch-joint"]) and outcome["dense"] is None
+    assert pipeline.missing_stages(good, Store(tmp_path)) == []
+    assert pipeline.missing_stages(broken, Store(tmp_path)) == pipeline.stages(broken)
