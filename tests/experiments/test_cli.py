@@ -94,9 +94,10 @@ def test_a_data_directory_without_the_file_is_named(hts, tmp_path: Path) -> None
 def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, err = hts("run", "tiny", "--where", "method=magnitude")
     assert code == 0, err
-    assert "done" in out and "Magnitude" in out
+    assert "done" in out
     report = tmp_path / "runs" / "reports" / "tiny"
     assert {"table.md", "table.csv", "frontier.png"} <= set(os.listdir(report))
+    assert "Magnitude" in (report / "table.md").read_text()
     code, out, _ = hts("status", "tiny")
     assert code == 0 and "1 complete" in out and "2 missing" in out
     code, out, _ = hts("table", "tiny", "--where", "method=magnitude")
