@@ -176,6 +176,8 @@ def learn(
     tile: Tile = "128x128",
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
     calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior.")] = "c4",
+    calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the published recipe's by default.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
@@ -197,7 +199,7 @@ def learn(
         sparsity,
         _tile(tile),
         text,
-        studies.Calibration(calibration),
+        studies.Calibration(calibration, calibration_windows, calibration_length),
         seed,
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -220,6 +222,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
+    from analysis.rows import records
     from experiments import pipeline, studies
     from experiments.definitions import Evaluation, Perplexity, Trial
     from experiments.store import Store
@@ -233,7 +236,17 @@ def evaluate(
     pipeline.validate([trial], data)
     with _machine(device, data) as machine:
         pipeline.run_trial(trial, store, machine)
-    _report(None, [trial], store)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("measured on", overflow="fold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    for row in records(_frame([trial], store)):
+        # Parts of a task (the subjects of MMLU) and its other metrics stay in the rows.
+        if row.stage != "prune" and row.labels.get("primary", True):
+            name = row.task if row.stage.startswith("task:") else f"{row.labels['source']}@{row.labels['length']}"
+            table.add_row(name, row.metric, f"{row.value:.4f}", f"{row.stderr:.4f}")
+    console.print(table)
 
 
 @app.command()
@@ -396,14 +409,12 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     console.print(f"sparsity {sparsity:.6f} (target {pruning.sparsity:g}): {path}", highlight=False, soft_wrap=True)
 
 
-def _report(study: str | None, trials: "list[Trial]", store: "Store") -> None:
-    """Print the table; of a study also save it and draw its figures."""
+def _report(study: str, trials: "list[Trial]", store: "Store") -> None:
+    """Print the table, save it, and draw the figures."""
     from analysis import tables
     from experiments.store import write_atomic
 
     console.print(tables.rich_table(tables.accuracy_table(_frame(trials, store)), console.width))
-    if study is None:
-        return
     written = [store.root / "reports" / study / f"table.{format}" for format in ("md", "csv")]
     for path in written:
         write_atomic(path, _table(trials, store, path.suffix[1:]) + "\n")

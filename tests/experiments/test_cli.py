@@ -141,6 +141,23 @@ def test_a_checkpoint_passes_its_audit_and_is_not_overwritten(hts, tiny_model: P
     assert_refused(hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16", "--out", pruned), "already")
 
 
+@pytest.mark.parametrize("method", ["patch-joint", "patch-tile", "maskllm"])
+def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str
+) -> None:
+    sparsity = 0.5 if method == "maskllm" else 0.25
+    small = ["--steps", 2, "--batch", 2, "--microbatch", 1, "--length", 16, "--tile", "16x16", "--sparsity", sparsity]
+    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16]
+    out = tmp_path / "learned"
+    code, printed, err = hts("learn", tiny_model, "--method", method, "--text", tiny_text, *small, *prior, "--out", out)
+    assert code == 0, err
+    assert f"(target {sparsity})" in printed
+    code, printed, _ = hts("audit", out)
+    assert code == 0 and f"sparsity {sparsity:.6f}" in printed
+    code, printed, err = hts("eval", out, "--perplexity", f"{tiny_text}@32")
+    assert code == 0 and "perplexity" in printed and "@32" in printed, err
+
+
 def test_a_truncated_checkpoint_is_refused(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
     weights = pruned / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
