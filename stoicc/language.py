@@ -23,6 +23,7 @@ LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _CONSTRAINTS_24 = gl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r")
 _CONSTRAINTS_DENSE = gl.constexpr("=r,=r,=r,=r,r,r,r,r")
 _MARK_24 = gl.constexpr(f"// stoicc.{VERSION} sparse $4 $5 $6 $7 $8 ")
+_MARK_REMOTE = gl.constexpr(f"// stoicc.{VERSION} remote $1")
 _MARK_DENSE = gl.constexpr(f"// stoicc.{VERSION} dense $4 $5 $6 $7")
 
 
@@ -55,6 +56,43 @@ def dot_dense(values, x, acc, start: gl.constexpr):
 def _placeholder(x):
     # Any 64 x 16 operand: the lowering replaces it by the registers of the mark.
     return x.slice(0, 64, 0).slice(0, 16, 1)
+
+
+@gluon.constexpr_function
+def _cluster_start(size, threads):
+    return (
+        f"// stoicc.{VERSION} cluster {size} {threads}\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;\n"
+        "mov.b32 $0, 0;"
+    )
+
+
+@gluon.constexpr_function
+def _multicast(mask):
+    return f"// stoicc.{VERSION} multicast {mask}"
+
+
+@gluon.jit
+def cluster_start(SIZE: gl.constexpr, THREADS: gl.constexpr):
+    """Make the kernel one of clusters of ``SIZE`` blocks, and wait until all of them have set up their barriers.
+
+    To be called once, by the default partition of ``THREADS`` threads, after ``mbarrier.init``.
+    """
+    gl.inline_asm_elementwise(_cluster_start(SIZE, THREADS), "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def multicast_next(MASK: gl.constexpr):
+    """The bulk copy that follows lands in the shared memory of every block of the cluster whose bit is set."""
+    gl.inline_asm_elementwise(_multicast(MASK), "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def remote_next(rank):
+    """The ``mbarrier.arrive`` that follows is at the same barrier of the cluster's block ``rank``."""
+    gl.inline_asm_elementwise(_MARK_REMOTE, "=r,r", [rank], gl.int32, False, 1)
 
 
 _OPERANDS_24 = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f")

@@ -1,17 +1,22 @@
-"""From marked dense tensor-core instructions to sparse ones: the compiler pass behind ``stoicc.language``.
+"""From marked instructions to ones that stock Triton does not emit: the compiler pass behind ``stoicc.language``.
 
-Stock Triton can emit the dense ``wgmma`` with all its layouts, barriers and fences, but not its sparse form. So a kernel
-emits a *mark*, one line of inline assembly that is only a comment, directly before a dense ``wgmma`` of a 64 x 16 A
-operand; this pass, wrapped around Triton's own PTX stage through the public
-``triton.knobs.runtime.add_stages_inspection_hook``, rewrites that next instruction:
+Stock Triton can emit the dense ``wgmma`` and bulk copies with all their layouts, barriers and fences, but not their sparse
+and cluster forms. So a kernel emits a *mark*, one line of inline assembly that is only a comment, directly before the
+instruction; this pass, wrapped around Triton's own PTX stage through the public
+``triton.knobs.runtime.add_stages_inspection_hook``, rewrites what follows:
 
-    // stoicc.<version> sparse  a0 a1 a2 a3 metadata selector   ->   wgmma.mma_async.sp ... m64nNk32 {a0, a1, a2, a3}, ...
-    // stoicc.<version> dense   a0 a1 a2 a3                     ->   wgmma.mma_async    ... m64nNk16 {a0, a1, a2, a3}, ...
+    sparse a0 a1 a2 a3 metadata selector    wgmma.mma_async ... m64nNk16       A in those registers, 2:4, m64nNk32
+    dense a0 a1 a2 a3                       wgmma.mma_async ... m64nNk16       A in those registers
+    multicast mask                          cp.async.bulk.tensor to shared     into the same place of several blocks
+    remote rank                             mbarrier.arrive                    at the barrier of another block
 
 The registers of the A operand come from the mark, as 32-bit words exactly as they were loaded: Triton's own way through
 tensors of 16-bit elements unpacks and repacks every word, and those moves wait for loads that should stay in flight.
 The B operand of the sparse instruction covers 32 columns of K; the 16-column slice that the kernel names starts at the
 same address and, K-major and 128-byte swizzled, has the same descriptor.
+
+A fifth mark stands alone: ``cluster size threads`` makes the kernel one of clusters of that many blocks. Only its first
+``threads`` threads wait at the cluster's barrier; the others, Triton's waiting workers, arrive as the kernel starts.
 
 A mark that is not followed by its instruction, or a mark of another version, is a ``LoweringError``. Kernels without
 marks pass through unchanged, and the hook is set only while one of ours is compiled. The version is part of the marks and
@@ -21,78 +26,141 @@ so of the source that Triton's cache hashes.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from triton import knobs
 
 VERSION = "1"
 
-_MARK = re.compile(r"//\s*stoicc\.(\S+) (sparse|dense)((?: %r\d+)+)(?: ([01]))?\s*$")
+_MARK = re.compile(r"//\s*stoicc\.(?P<version>\S+) (?P<kind>\w+) ?(?P<operands>[^/]*?)\s*$")
 _WGMMA = re.compile(
     r"(?P<indent>\s*)wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<types>\w+\.\w+)\s+"
     r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+),\s*(?P<rest>.*);"
 )
+_COPY = re.compile(
+    r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(?P<rest> .*);"
+)
+_ARRIVE = re.compile(r"\s*(?P<guard>@!?%p\d+ )?mbarrier\.arrive\.shared::cta\.b64 _, \[(?P<barrier>[^\]]+)\];")
 
 
 class LoweringError(RuntimeError):
     """A mark could not be turned into the instruction it stands for; the kernel would compute something else."""
 
 
+@dataclass(frozen=True)
+class _Mark:
+    kind: str
+    operands: list[str]
+    line: int
+
+
 def lower(ptx: str, kernel: str = "kernel") -> str:
-    """PTX with every marked ``wgmma`` rewritten.
+    """PTX with the instruction after every mark rewritten.
 
     Args:
         ptx: what Triton generated.
         kernel: its name, for error messages.
 
     Raises:
-        LoweringError: if a mark is of another version, is not followed by a ``wgmma`` of bfloat16 or float16 with a
-            16-column A operand before the next mark, or one of its registers is written in between.
+        LoweringError: if a mark is of another version, its operands are not of its kind, the instruction it stands for
+            does not follow before the next mark, or one of its registers is written in between.
     """
     if "stoicc." not in ptx:
         return ptx
     lines: list[str] = []
-    pending: tuple[str, list[str], str | None] | None = None
+    pending: _Mark | None = None
+    cluster: _Mark | None = None
     for number, line in enumerate(ptx.split("\n"), start=1):
-        mark = _MARK.search(line)
-        if mark:
-            version, kind, registers, selector = mark.groups()
-            if version != VERSION:
-                raise LoweringError(f"{kernel}: line {number}: mark of version {version}, this lowering is {VERSION}")
+        found = _MARK.search(line)
+        if found:
+            mark = _Mark(found["kind"], found["operands"].split(), number)
+            _check(mark, found["version"], kernel)
             if pending:
-                raise LoweringError(f"{kernel}: line {number}: a mark follows a mark that no wgmma has consumed")
-            pending = (kind, registers.split(), selector)
-        elif pending and "wgmma.mma_async" in line:
-            line = _rewrite(line, pending, kernel, number)
-            pending = None
-        elif pending and _writes(line, pending[1]):
+                raise LoweringError(f"{kernel}: line {number}: a mark follows the {pending.kind} mark of line {pending.line}")
+            if mark.kind == "cluster":
+                cluster = mark
+            else:
+                pending = mark
+        elif pending and _INSTRUCTIONS[pending.kind] in line:
+            rewritten = _REWRITES[pending.kind](line, pending)
+            if rewritten is None:
+                raise LoweringError(f"{kernel}: line {number}: cannot make this {pending.kind}: {line.strip()}")
+            line, pending = rewritten, None
+        elif pending and _writes(line, pending.operands):
             raise LoweringError(f"{kernel}: line {number}: {line.strip()} overwrites a register of the mark before it")
         lines.append(line)
     if pending:
-        raise LoweringError(f"{kernel}: the last mark was not consumed: place it directly before its wgmma")
-    return "\n".join(lines)
+        raise LoweringError(
+            f"{kernel}: the {pending.kind} mark of line {pending.line} was not consumed: place it directly before its "
+            f"{_INSTRUCTIONS[pending.kind]}"
+        )
+    return "\n".join(lines if cluster is None else _in_clusters(lines, cluster))
 
 
-def _rewrite(line: str, mark: tuple[str, list[str], str | None], kernel: str, number: int) -> str:
-    kind, registers, selector = mark
+def _check(mark: _Mark, version: str, kernel: str) -> None:
+    if version != VERSION:
+        raise LoweringError(f"{kernel}: line {mark.line}: mark of version {version}, this lowering is {VERSION}")
+    if mark.kind not in _OPERANDS or len(mark.operands) != _OPERANDS[mark.kind]:
+        raise LoweringError(f"{kernel}: line {mark.line}: unknown mark {mark.kind} {' '.join(mark.operands)}")
+
+
+def _wgmma(line: str, mark: _Mark) -> str | None:
     found = _WGMMA.fullmatch(line.rstrip())
-    if not found or len(registers) != (5 if kind == "sparse" else 4) or (selector is None) == (kind == "sparse"):
-        raise LoweringError(f"{kernel}: line {number}: cannot make the marked instruction {kind}: {line.strip()}")
+    if not found:
+        return None
     # A in registers has no transposition bit, A in shared memory has one: keep the scales and B's bit.
     scale_a, scale_b, *transposed = (item.strip() for item in found["rest"].split(","))
-    operands = [found["acc"], "{" + ", ".join(registers[:4]) + "}", found["b"]]
-    name = "wgmma.mma_async"
-    shape = f"m64n{found['n']}k16"
-    if kind == "sparse":
-        name, shape = name + ".sp", f"m64n{found['n']}k32"
-        operands += [registers[4], str(selector)]
+    operands = [found["acc"], "{" + ", ".join(mark.operands[:4]) + "}", found["b"], *mark.operands[4:]]
+    name, k = ("wgmma.mma_async.sp", 32) if mark.kind == "sparse" else ("wgmma.mma_async", 16)
     operands += [found["scale_d"], scale_a, scale_b, transposed[-1]]
-    return f"{found['indent']}{name}.sync.aligned.{shape}.f32.{found['types']} {', '.join(operands)};"
+    return f"{found['indent']}{name}.sync.aligned.m64n{found['n']}k{k}.f32.{found['types']} {', '.join(operands)};"
 
 
-def _writes(line: str, registers: list[str]) -> bool:
+def _multicast(line: str, mark: _Mark) -> str | None:
+    found = _COPY.fullmatch(line.rstrip())
+    return found and f"{found['head']}.multicast::cluster{found['rest']}, {mark.operands[0]};"
+
+
+def _remote(line: str, mark: _Mark) -> str | None:
+    found = _ARRIVE.fullmatch(line.rstrip())
+    return found and (
+        "\t{ .reg .b32 stoicc_remote; "
+        f"mapa.shared::cluster.u32 stoicc_remote, {found['barrier']}, {mark.operands[0]}; "
+        f"{found['guard'] or ''}mbarrier.arrive.release.cluster.shared::cluster.b64 _, [stoicc_remote]; }}"
+    )
+
+
+def _in_clusters(lines: list[str], mark: _Mark) -> list[str]:
+    size, threads = mark.operands
+    arrive = (
+        "\t{ .reg .pred stoicc_worker; .reg .b32 stoicc_thread; mov.u32 stoicc_thread, %tid.x; "
+        f"setp.ge.u32 stoicc_worker, stoicc_thread, {threads}; @stoicc_worker barrier.cluster.arrive.release; }}"
+    )
+    entry = next(i for i, line in enumerate(lines) if line.startswith(".reqntid"))
+    body = next(i for i, line in enumerate(lines) if i > entry and line.startswith("// %bb.0"))
+    directives = [".explicitcluster", f".reqnctapercluster {size}, 1, 1"]
+    return [*lines[: entry + 1], *directives, *lines[entry + 1 : body + 1], arrive, *lines[body + 1 :]]
+
+
+_OPERANDS = {"sparse": 6, "dense": 4, "multicast": 1, "remote": 1, "cluster": 2}
+_INSTRUCTIONS = {
+    "sparse": "wgmma.mma_async",
+    "dense": "wgmma.mma_async",
+    "multicast": "cp.async.bulk.tensor",
+    "remote": "mbarrier.arrive",
+}
+_REWRITES: dict[str, Callable[[str, _Mark], str | None]] = {
+    "sparse": _wgmma,
+    "dense": _wgmma,
+    "multicast": _multicast,
+    "remote": _remote,
+}
+
+
+def _writes(line: str, operands: list[str]) -> bool:
     destination = re.match(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", line)
-    return bool(destination) and any(re.search(re.escape(r) + r"\b", destination[1]) for r in registers)
+    return bool(destination) and any(re.search(re.escape(r) + r"\b", destination[1]) for r in operands if r[0] == "%")
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Many tokens on Hopper: a persistent, warp-specialised product of a hybrid weight with ``wgmma`` and ``wgmma.sp``.
 
-Two consumer warpgroups each own a band of one or two panels (64 or 128 output features) against one tile of tokens; a
-producer warp keeps a ring of activation tiles filled by bulk tensor copies. Weights do not pass through shared memory:
-each consumer loads its records from global memory straight into the registers of the tensor core's A operand, one turn of
-the loop ahead. Why: a sparse ``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all
-that a multiprocessor has, so any other traffic through it costs time.
+Two consumer warpgroups each own a panel, 64 output features, against one tile of tokens; a producer warp keeps a ring of
+activation tiles filled by bulk tensor copies. Weights do not pass through shared memory: each consumer loads its records
+from global memory straight into the registers of the tensor core's A operand, one turn of the loop ahead. Why: a sparse
+``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all that a multiprocessor has,
+so any other traffic through it costs time.
 
-A consumer drains its ``wgmma`` once per step, since ptxas serialises the pipeline when metadata registers change while it
+Where two neighbouring bands have one walk (tiles of at least 128 rows), two thread blocks form a cluster, one band each:
+each copies half of an activation tile and the copy lands in both, which halves what is read from the L2 cache.
+
+A consumer drains its ``wgmma`` once per turn, since ptxas serialises the pipeline when metadata registers change while it
 is open; the other consumer's instructions fill the gap.
 """
 
@@ -21,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.format import HybridWeight
-from stoicc.language import FRAGMENT, dot_24, dot_dense
+from stoicc.language import FRAGMENT, cluster_start, dot_24, dot_dense, multicast_next, remote_next
 
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -32,15 +35,15 @@ class HopperConfig:
 
     Attributes:
         tokens: tokens of an output tile: 64, 128 or 256.
-        panels: panels of a consumer: 1, or 2 for weights whose band is 2. An output tile has ``128 * panels`` features.
         stages: tiles of activations in the ring.
         together: token tiles that are walked together.
+        cluster: thread blocks that share activations: 1, or 2 for weights whose band is 2.
     """
 
     tokens: int
-    panels: int
     stages: int
     together: int
+    cluster: int
 
 
 RECORD_24 = gl.constexpr(9 * 128)
@@ -58,26 +61,50 @@ def _output_tile(index, groups, token_tiles, order, TILES_TOGETHER: gl.constexpr
 
 
 @gluon.jit
-def _produce(x_desc, columns, order, x_ring, full, empty, steps, groups, token_tiles, PANELS: gl.constexpr, TILES_TOGETHER: gl.constexpr):
-    STAGES: gl.constexpr = x_ring.shape[0]
-    TOKENS: gl.constexpr = x_ring.shape[1]
+def _produce(
+    x_desc, columns, order, x_ring, full, empty, steps, groups, token_tiles,
+    TOKENS: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = full.shape[0]
+    rank = gl.program_id(0) % CLUSTER
     count = 0
-    for index in range(gl.program_id(0), groups * token_tiles, gl.num_programs(0)):
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
         group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
-        walk = columns + group * 2 * PANELS * steps
+        walk = columns + group * 2 * CLUSTER * steps
         column = gl.load(walk)
+        token = token_tile * TOKENS + rank * (TOKENS // CLUSTER)
         for step in range(steps):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), TOKENS * 64 * 2)
-            tma.async_copy_global_to_shared(x_desc, [token_tile * TOKENS, column * 64], full.index(stage), x_ring.index(stage))
+            if CLUSTER == 2:
+                multicast_next(3)
+            tma.async_copy_global_to_shared(
+                x_desc, [token, column * 64], full.index(stage), x_ring.index(stage * CLUSTER + rank)
+            )
             column = gl.load(walk + gl.minimum(step + 1, steps - 1))
+            count += 1
+    if CLUSTER == 2:
+        # The other block still arrives at this one's barriers: do not leave before it has.
+        for _ in range(STAGES):
+            mbarrier.wait(empty.index(count % STAGES), (count // STAGES & 1) ^ 1)
             count += 1
 
 
 @gluon.jit
-def _wait_full(full, count, STAGES: gl.constexpr):
+def _wait_full(full, count):
+    STAGES: gl.constexpr = full.shape[0]
     mbarrier.wait(full.index(count % STAGES), count // STAGES & 1)
+
+
+@gluon.jit
+def _release(empty, count, peer, CLUSTER: gl.constexpr):
+    STAGES: gl.constexpr = empty.shape[0]
+    barrier = empty.index(count % STAGES)
+    mbarrier.arrive(barrier)
+    if CLUSTER == 2:
+        remote_next(peer)
+        mbarrier.arrive(barrier)
 
 
 @gluon.jit
@@ -91,60 +118,35 @@ def _dot_24(values0, values1, metadata, x, acc):
 
 
 @gluon.jit
-def _walk_24(acc0, acc1, record0, record1, length, count, x_ring, full, empty, lane_words, lane_metadata, PANELS: gl.constexpr):
-    """``length`` steps of a band whose blocks there are all 2:4: an odd one first, then two at a time."""
+def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
+    """``length`` steps over 2:4 blocks: an odd one first, then two at a time."""
     STAGES: gl.constexpr = x_ring.shape[0]
     if length % 2 == 1:
-        a0, a1, am = _load_24(record0, lane_words, lane_metadata)
-        record0 += RECORD_24
-        if PANELS == 2:
-            c0, c1, cm = _load_24(record1, lane_words, lane_metadata)
-            record1 += RECORD_24
-        _wait_full(full, count, STAGES)
-        x = x_ring.index(count % STAGES)
-        acc0 = _dot_24(a0, a1, am, x, acc0)
-        if PANELS == 2:
-            acc1 = _dot_24(c0, c1, cm, x, acc1)
-            acc0, acc1 = warpgroup_mma_wait(0, [acc0, acc1])
-        else:
-            acc0 = warpgroup_mma_wait(0, [acc0])
-        mbarrier.arrive(empty.index(count % STAGES))
+        a0, a1, am = _load_24(record, lane_words, lane_metadata)
+        record += RECORD_24
+        _wait_full(full, count)
+        acc = _dot_24(a0, a1, am, x_ring.index(count % STAGES), acc)
+        acc = warpgroup_mma_wait(0, [acc])
+        _release(empty, count, peer, CLUSTER)
         count += 1
     if length >= 2:
-        a0, a1, am = _load_24(record0, lane_words, lane_metadata)
-        b0, b1, bm = _load_24(record0 + RECORD_24, lane_words, lane_metadata)
-        if PANELS == 2:
-            c0, c1, cm = _load_24(record1, lane_words, lane_metadata)
-            d0, d1, dm = _load_24(record1 + RECORD_24, lane_words, lane_metadata)
+        a0, a1, am = _load_24(record, lane_words, lane_metadata)
+        b0, b1, bm = _load_24(record + RECORD_24, lane_words, lane_metadata)
         for left in range(length // 2, 0, -1):
             # The last turn loads its own records again rather than read past the end.
-            ahead = gl.where(left > 1, 2 * RECORD_24, 0)
-            record0 += ahead
-            e0, e1, em = _load_24(record0, lane_words, lane_metadata)
-            f0, f1, fm = _load_24(record0 + RECORD_24, lane_words, lane_metadata)
-            if PANELS == 2:
-                record1 += ahead
-                g0, g1, gm = _load_24(record1, lane_words, lane_metadata)
-                h0, h1, hm = _load_24(record1 + RECORD_24, lane_words, lane_metadata)
-            _wait_full(full, count, STAGES)
-            x = x_ring.index(count % STAGES)
-            acc0 = _dot_24(a0, a1, am, x, acc0)
-            if PANELS == 2:
-                acc1 = _dot_24(c0, c1, cm, x, acc1)
-            _wait_full(full, count + 1, STAGES)
-            x = x_ring.index((count + 1) % STAGES)
-            acc0 = _dot_24(b0, b1, bm, x, acc0)
-            if PANELS == 2:
-                acc1 = _dot_24(d0, d1, dm, x, acc1)
-                acc0, acc1 = warpgroup_mma_wait(0, [acc0, acc1])
-                c0, c1, cm, d0, d1, dm = g0, g1, gm, h0, h1, hm
-            else:
-                acc0 = warpgroup_mma_wait(0, [acc0])
-            mbarrier.arrive(empty.index(count % STAGES))
-            mbarrier.arrive(empty.index((count + 1) % STAGES))
+            record += gl.where(left > 1, 2 * RECORD_24, 0)
+            e0, e1, em = _load_24(record, lane_words, lane_metadata)
+            f0, f1, fm = _load_24(record + RECORD_24, lane_words, lane_metadata)
+            _wait_full(full, count)
+            acc = _dot_24(a0, a1, am, x_ring.index(count % STAGES), acc)
+            _wait_full(full, count + 1)
+            acc = _dot_24(b0, b1, bm, x_ring.index((count + 1) % STAGES), acc)
+            acc = warpgroup_mma_wait(0, [acc])
+            _release(empty, count, peer, CLUSTER)
+            _release(empty, count + 1, peer, CLUSTER)
             a0, a1, am, b0, b1, bm = e0, e1, em, f0, f1, fm
             count += 2
-    return acc0, acc1, count
+    return acc, count
 
 
 @gluon.jit
@@ -160,47 +162,27 @@ def _dot_dense(values0, values1, values2, values3, x, acc):
 
 
 @gluon.jit
-def _walk_dense(acc0, acc1, record0, record1, length, count, x_ring, full, empty, lane_words, PANELS: gl.constexpr):
-    """``length`` steps of a band whose blocks there are all dense."""
+def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
+    """``length`` steps over dense blocks."""
     STAGES: gl.constexpr = x_ring.shape[0]
-    a0, a1, a2, a3 = _load_dense(record0, lane_words)
-    if PANELS == 2:
-        c0, c1, c2, c3 = _load_dense(record1, lane_words)
+    a0, a1, a2, a3 = _load_dense(record, lane_words)
     for left in range(length, 0, -1):
-        ahead = gl.where(left > 1, RECORD_DENSE, 0)
-        record0 += ahead
-        e0, e1, e2, e3 = _load_dense(record0, lane_words)
-        if PANELS == 2:
-            record1 += ahead
-            g0, g1, g2, g3 = _load_dense(record1, lane_words)
-        _wait_full(full, count, STAGES)
-        x = x_ring.index(count % STAGES)
-        acc0 = _dot_dense(a0, a1, a2, a3, x, acc0)
-        if PANELS == 2:
-            acc1 = _dot_dense(c0, c1, c2, c3, x, acc1)
-            acc0, acc1 = warpgroup_mma_wait(0, [acc0, acc1])
-            c0, c1, c2, c3 = g0, g1, g2, g3
-        else:
-            acc0 = warpgroup_mma_wait(0, [acc0])
-        mbarrier.arrive(empty.index(count % STAGES))
+        record += gl.where(left > 1, RECORD_DENSE, 0)
+        e0, e1, e2, e3 = _load_dense(record, lane_words)
+        _wait_full(full, count)
+        acc = _dot_dense(a0, a1, a2, a3, x_ring.index(count % STAGES), acc)
+        acc = warpgroup_mma_wait(0, [acc])
+        _release(empty, count, peer, CLUSTER)
         a0, a1, a2, a3 = e0, e1, e2, e3
         count += 1
-    return acc0, acc1, count
-
-
-@gluon.jit
-def _stage_output(y_stage, acc, bias, feature, out_features, HAS_BIAS: gl.constexpr):
-    if HAS_BIAS:
-        rows = feature + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
-        acc += gl.load(bias + rows, mask=rows < out_features, other=0.0).to(gl.float32)[:, None]
-    y_stage.permute((1, 0)).store(acc.to(y_stage.dtype))
+    return acc, count
 
 
 @gluon.jit
 def _consume(
     y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
     steps, panels, groups, token_tiles, out_features,
-    BAND: gl.constexpr, PANELS: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = x_ring.shape[1]
     accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
@@ -210,46 +192,40 @@ def _consume(
     words_24 = warp * 256 + lane * 4 + register
     words_dense = warp * 512 + lane * 4 + register
     metadata = warp * 32 + lane
+    y_stage = y_stages.index(CONSUMER)
+    rank = gl.program_id(0) % CLUSTER
+    peer = rank ^ 1
     count = 0
-    for index in range(gl.program_id(0), groups * token_tiles, gl.num_programs(0)):
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
         group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
-        first_panel = (group * 2 + BAND) * PANELS
+        own_panel = (group * CLUSTER + rank) * 2 + CONSUMER
         # Beyond the last panel, compute it again: those output rows are outside and not stored.
-        panel0 = gl.minimum(first_panel, panels - 1)
-        sparse = gl.load(sparse_blocks + panel0)
-        lead = gl.load(leads + panel0)
-        record0 = words + gl.load(starts + panel0).to(gl.int64) * 128
-        record1 = record0
-        if PANELS == 2:
-            record1 = words + gl.load(starts + gl.minimum(first_panel + 1, panels - 1)).to(gl.int64) * 128
-        acc0 = gl.zeros([64, TOKENS], gl.float32, accumulator)
-        acc1 = acc0
+        panel = gl.minimum(own_panel, panels - 1)
+        sparse = gl.load(sparse_blocks + panel)
+        lead = gl.load(leads + panel)
+        record = words + gl.load(starts + panel).to(gl.int64) * 128
+        acc = gl.zeros([64, TOKENS], gl.float32, accumulator)
         if lead > 0:
-            acc0, acc1, count = _walk_24(
-                acc0, acc1, record0, record1, lead, count, x_ring, full, empty, words_24, metadata, PANELS
-            )
+            acc, count = _walk_24(acc, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
         if steps > sparse:
-            skip = sparse * RECORD_24
-            acc0, acc1, count = _walk_dense(
-                acc0, acc1, record0 + skip, record1 + skip, steps - sparse, count, x_ring, full, empty, words_dense, PANELS
+            acc, count = _walk_dense(
+                acc, record + sparse * RECORD_24, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER
             )
         if sparse > lead:
-            skip = lead * RECORD_24
-            acc0, acc1, count = _walk_24(
-                acc0, acc1, record0 + skip, record1 + skip, sparse - lead, count, x_ring, full, empty, words_24, metadata, PANELS
+            record += lead * RECORD_24
+            acc, count = _walk_24(
+                acc, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER
             )
-        feature = first_panel * 64
-        token = token_tile * TOKENS
+        if HAS_BIAS:
+            features = own_panel * 64 + gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+            acc += gl.load(bias + features, mask=features < out_features, other=0.0).to(gl.float32)[:, None]
+        # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
         gl.thread_barrier()
-        _stage_output(y_stages.index(BAND * PANELS), acc0, bias, feature, out_features, HAS_BIAS)
-        if PANELS == 2:
-            _stage_output(y_stages.index(BAND * PANELS + 1), acc1, bias, feature + 64, out_features, HAS_BIAS)
+        y_stage.permute((1, 0)).store(acc.to(y_stage.dtype))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_desc, [token, feature], y_stages.index(BAND * PANELS))
-        if PANELS == 2:
-            tma.async_copy_shared_to_global(y_desc, [token, feature + 64], y_stages.index(BAND * PANELS + 1))
+        tma.async_copy_shared_to_global(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
     tma.store_wait(0)
 
 
@@ -257,44 +233,50 @@ def _consume(
 def hopper_linear(
     x_desc, y_desc, words, bias, starts, columns, sparse_blocks, leads, order,
     steps, panels, groups, token_tiles, out_features,
-    PANELS: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """``y = x @ W^T + bias`` over all output tiles of ``128 * PANELS`` features by as many tokens as ``x_desc``'s block.
+    """``y = x @ W^T + bias`` over output tiles of 128 features a thread block by as many tokens as ``y_desc``'s block.
 
     Args:
-        x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS, 64]``.
+        x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS / CLUSTER, 64]``.
         y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``.
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
-        leads: the weight's where ``PANELS`` is its band; its ``sparse_blocks`` where ``PANELS`` is 1 and its band is 2, when
-            the two panels of a group are one band and turn together.
-        order: int32 ``[groups]``, the groups of ``2 * PANELS`` panels, most expensive first.
-        PANELS: panels of a consumer, one or two.
+        leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a group is
+            only one of its bands, whose panels turn together.
+        order: int32 ``[groups]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
         STAGES: tiles of activations in the ring, at least three.
+        CLUSTER: thread blocks that share activations, one or two.
         TILES_TOGETHER: token tiles that are walked together.
     """
-    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
-    y_stages = gl.allocate_shared_memory(y_desc.dtype, [2 * PANELS, TOKENS, 64], y_desc.layout)
+    TOKENS: gl.constexpr = y_desc.block_type.shape[0]
+    x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, 64], x_desc.layout)
+    x_ring = x_halves._reinterpret(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
+    y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), 2)
+        mbarrier.init(empty.index(stage), 2 * CLUSTER)
     fence_async_shared()
     gl.thread_barrier()
+    if CLUSTER == 2:
+        cluster_start(2, 128)
     # Written out, since values of a tuple that has a name are no longer compile-time constants.
     gl.warp_specialize(
         [
             (_consume, (
                 y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
-                steps, panels, groups, token_tiles, out_features, 0, PANELS, TILES_TOGETHER, HAS_BIAS,
+                steps, panels, groups, token_tiles, out_features, 0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
             (_consume, (
                 y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
-                steps, panels, groups, token_tiles, out_features, 1, PANELS, TILES_TOGETHER, HAS_BIAS,
+                steps, panels, groups, token_tiles, out_features, 1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
-            (_produce, (x_desc, columns, order, x_ring, full, empty, steps, groups, token_tiles, PANELS, TILES_TOGETHER)),
+            (_produce, (
+                x_desc, columns, order, x_halves, full, empty, steps, groups, token_tiles,
+                TOKENS, CLUSTER, TILES_TOGETHER,
+            )),
         ],
         [4, 1],
         [232, 24],
@@ -306,32 +288,31 @@ def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, 
 
     Args:
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
-        order: int32 ``[groups]`` for ``config.panels``.
+        order: int32 ``[groups]`` for ``2 * config.cluster`` panels.
         y: ``[tokens, N]``, 16-byte aligned rows.
     """
     groups = len(order)
     token_tiles = triton.cdiv(x.shape[0], config.tokens)
-    block = [config.tokens, 64]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPE[hybrid.dtype])
-    turns_together = config.panels < hybrid.band
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    hopper_linear[(min(processors, groups * token_tiles),)](
-        TensorDescriptor.from_tensor(x, block, layout),
-        TensorDescriptor.from_tensor(y, block, layout),
+    dtype = GLUON_DTYPE[hybrid.dtype]
+    x_block, y_block = [config.tokens // config.cluster, 64], [config.tokens, 64]
+    clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // config.cluster
+    hopper_linear[(min(clusters, groups * token_tiles) * config.cluster,)](
+        TensorDescriptor.from_tensor(x, x_block, gl.NVMMASharedLayout.get_default_for(x_block, dtype)),
+        TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout.get_default_for(y_block, dtype)),
         hybrid.records,
         y if bias is None else bias,
         hybrid.starts,
         hybrid.columns,
         hybrid.sparse_blocks,
-        hybrid.sparse_blocks if turns_together else hybrid.leads,
+        hybrid.leads if config.cluster == hybrid.band else hybrid.sparse_blocks,
         order,
         hybrid.steps,
         hybrid.panels,
         groups,
         token_tiles,
         hybrid.shape[0],
-        PANELS=config.panels,
         STAGES=config.stages,
+        CLUSTER=config.cluster,
         TILES_TOGETHER=config.together,
         HAS_BIAS=bias is not None,
         num_warps=4,
