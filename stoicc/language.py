@@ -59,7 +59,7 @@ def _placeholder(x):
 
 
 @gluon.constexpr_function
-def _cluster_start(size, threads):
+def _cluster_barrier(size, threads):
     return (
         f"// stoicc.{VERSION} cluster {size} {threads}\n"
         "fence.mbarrier_init.release.cluster;\n"
@@ -75,12 +75,13 @@ def _multicast(mask):
 
 
 @gluon.jit
-def cluster_start(SIZE: gl.constexpr, THREADS: gl.constexpr):
-    """Make the kernel one of clusters of ``SIZE`` blocks, and wait until all of them have set up their barriers.
+def cluster_barrier(SIZE: gl.constexpr, THREADS: gl.constexpr):
+    """Make the kernel one of clusters of ``SIZE`` blocks, and wait here for all of them.
 
-    To be called once, by the default partition of ``THREADS`` threads, after ``mbarrier.init``.
+    What they have written and the barriers they have set up can then be seen by each other. To be called once, by the
+    ``THREADS`` threads of the default partition.
     """
-    gl.inline_asm_elementwise(_cluster_start(SIZE, THREADS), "=r", [], gl.int32, False, 1)
+    gl.inline_asm_elementwise(_cluster_barrier(SIZE, THREADS), "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit

@@ -127,7 +127,7 @@ def _remote(line: str, mark: _Mark) -> str | None:
     return found and (
         "\t{ .reg .b32 stoicc_remote; "
         f"mapa.shared::cluster.u32 stoicc_remote, {found['barrier']}, {mark.operands[0]}; "
-        f"{found['guard'] or ''}mbarrier.arrive.release.cluster.shared::cluster.b64 _, [stoicc_remote]; }}"
+        f"{found['guard'] or ''}mbarrier.arrive.shared::cluster.b64 _, [stoicc_remote]; }}"
     )
 
 

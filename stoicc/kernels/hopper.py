@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.format import HybridWeight
-from stoicc.language import FRAGMENT, cluster_start, dot_24, dot_dense, multicast_next, remote_next
+from stoicc.language import FRAGMENT, cluster_barrier, dot_24, dot_dense, multicast_next, remote_next
 
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -261,7 +261,7 @@ def hopper_linear(
     fence_async_shared()
     gl.thread_barrier()
     if CLUSTER == 2:
-        cluster_start(2, 128)
+        cluster_barrier(2, 128)
     # Written out, since values of a tuple that has a name are no longer compile-time constants.
     gl.warp_specialize(
         [

@@ -6,20 +6,24 @@ and along tokens. With few tokens all that matters is to keep many loads in flig
 into the registers of the tensor core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed
 while the other is on its way, and the first dense records are asked for before the first 2:4 record is used.
 
+Where the features alone do not fill the GPU, thread blocks split K once more: on Hopper a cluster of ``blocks`` shares a
+panel's records, each leaves its sums in a workspace, and after the cluster's barrier the first adds them in a fixed order.
+
 Activations of up to eight tokens go the same way (``stages`` 0). More of them are copied asynchronously to a ring in
 shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
-from torch import Tensor, int32
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from stoicc.format import HybridWeight
-from stoicc.language import mma_24, mma_dense
+from stoicc.language import cluster_barrier, mma_24, mma_dense
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class StreamConfig:
         warps: warps along K, features and tokens.
         records: records in one of a warp's two sets, a power of two.
         stages: tiles of activations in the ring; 0 loads them as registers.
+        blocks: thread blocks of a cluster that split K; more than one needs Hopper.
     """
 
     rows: int
@@ -39,6 +44,7 @@ class StreamConfig:
     warps: tuple[int, int, int]
     records: int
     stages: int
+    blocks: int = 1
 
 
 RECORD_24 = gl.constexpr(9 * 128)
@@ -109,7 +115,7 @@ def _load_x(x, columns, step, count, x_words, token_offsets, k_words, tokens_ins
 
 
 @gluon.jit
-def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride):
+def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS: gl.constexpr):
     """Start to copy the activations of all records of one turn into its stage."""
     STAGES: gl.constexpr = ring.shape[0]
     RECORDS: gl.constexpr = ring.shape[1]
@@ -118,7 +124,8 @@ def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_
     record = gl.arange(0, RECORDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + gl.program_id(1) * TOKENS
     word = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    step = gl.where(turn < turns_24, turn * RECORDS, sparse + (turn - turns_24) * RECORDS) + record
+    first = gl.where(turn < turns_24, turn * BLOCKS * RECORDS, sparse + (turn - turns_24) * BLOCKS * RECORDS)
+    step = first + block * RECORDS + record
     inside = step < gl.where(turn < turns_24, sparse, steps)
     word = gl.load(columns + step, mask=inside, other=0) * 32 + word
     pointer = x + token.to(gl.int64) * x_stride + word
@@ -147,9 +154,9 @@ def _load_24(record, step, count, lane_words, lane_metadata):
     record += step * RECORD_24
     # Where there is no record there must still be metadata that the instruction takes: 0x4 keeps positions 0 and 1.
     return (
-        gl.load(record + lane_words, mask=inside, other=0),
-        gl.load(record + 128 + lane_words, mask=inside, other=0),
-        gl.load(record + METADATA + lane_metadata, mask=inside, other=0x44444444),
+        gl.load(record + lane_words, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 128 + lane_words, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + METADATA + lane_metadata, mask=inside, eviction_policy="evict_first", other=0x44444444),
     )
 
 
@@ -158,10 +165,10 @@ def _load_dense(record, step, count, lane_words):
     inside = step < count
     record += step * RECORD_DENSE + lane_words
     return (
-        gl.load(record, mask=inside, other=0),
-        gl.load(record + 128, mask=inside, other=0),
-        gl.load(record + 256, mask=inside, other=0),
-        gl.load(record + 384, mask=inside, other=0),
+        gl.load(record, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 128, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 256, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 384, mask=inside, eviction_policy="evict_first", other=0),
     )
 
 
@@ -177,13 +184,36 @@ def _multiply_dense(a0, a1, a2, a3, x0, x1, acc, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _fragment_indices(ROWS: gl.constexpr, EIGHTS: gl.constexpr, layout: gl.constexpr):
+    return (
+        gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None],
+        gl.arange(0, EIGHTS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None],
+        gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))[None, None, :, None],
+        gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))[None, None, None, :],
+    )
+
+
+@gluon.jit
+def _add_blocks(total, workspace, tile, block, layout: gl.constexpr, BLOCKS: gl.constexpr, THREADS: gl.constexpr):
+    """The sum of the cluster's blocks, in their order; of use to the first only."""
+    ROWS: gl.constexpr = total.shape[0]
+    EIGHTS: gl.constexpr = total.shape[1]
+    row, eight, lane, register = _fragment_indices(ROWS, EIGHTS, layout)
+    SIZE: gl.constexpr = ROWS * EIGHTS * 128
+    own = workspace + tile.to(gl.int64) * SIZE + ((row * EIGHTS + eight) * 32 + lane) * 4 + register
+    gl.store(own + block * SIZE, total)
+    cluster_barrier(BLOCKS, THREADS)
+    if block == 0:
+        for other in gl.static_range(1, BLOCKS):
+            total += gl.load(own + other * SIZE, volatile=True)
+    return total
+
+
+@gluon.jit
 def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.constexpr, HAS_BIAS: gl.constexpr):
     ROWS: gl.constexpr = total.shape[0]
     EIGHTS: gl.constexpr = total.shape[1]
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None]
-    eight = gl.arange(0, EIGHTS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))[None, None, :, None]
-    register = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))[None, None, None, :]
+    row, eight, lane, register = _fragment_indices(ROWS, EIGHTS, layout)
     feature = first + row * 16 + lane // 4 + register // 2 * 8
     token = (gl.program_id(1) * EIGHTS + eight) * 8 + lane % 4 * 2 + register % 2
     if HAS_BIAS:
@@ -194,9 +224,9 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 
 @gluon.jit
 def stream_linear(
-    x, y, words, bias, starts, columns, sparse_blocks, order, steps, tokens, k_words, x_stride, out_features, y_stride,
+    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, tokens, k_words, x_stride, out_features, y_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
-    RECORDS: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias``, a thread block per ``ROWS`` features and ``TOKENS`` tokens.
 
@@ -205,9 +235,10 @@ def stream_linear(
         y: output ``[tokens, N]``, rows ``y_stride`` elements apart.
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``; words as int32.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
+        workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
         order: int32 ``[panels]``, most expensive first.
         k_words: ``K / 2``.
-        ROWS to STAGES: as in ``StreamConfig``.
+        ROWS to BLOCKS: as in ``StreamConfig``.
     """
     dtype: gl.constexpr = y.dtype.element_ty
     PARTS: gl.constexpr = 64 // ROWS
@@ -217,8 +248,10 @@ def stream_linear(
     lane = _index(32, layout, 4)
     register = _index(4, layout, 5)
 
-    panel = gl.load(order + gl.program_id(0) // PARTS)
-    first_row = gl.program_id(0) % PARTS * R
+    block = gl.program_id(0) % BLOCKS
+    part = gl.program_id(0) // BLOCKS
+    panel = gl.load(order + part // PARTS)
+    first_row = part % PARTS * R
     row = first_row + _index(R, layout, 2)
     sparse = gl.load(sparse_blocks + panel)
     dense = steps - sparse
@@ -231,8 +264,9 @@ def stream_linear(
     lane_metadata = row * 32 + lane
 
     # A turn is one set of records of every warp; both loops take two turns at a time, one of each set.
-    SET: gl.constexpr = K_WARPS * RECORDS
-    step = _index(RECORDS, layout, 1) * K_WARPS + _index(K_WARPS, layout, 0)
+    OWN: gl.constexpr = K_WARPS * RECORDS
+    SET: gl.constexpr = BLOCKS * OWN
+    step = block * OWN + _index(RECORDS, layout, 1) * K_WARPS + _index(K_WARPS, layout, 0)
     turns_24 = (sparse + 2 * SET - 1) // (2 * SET) * 2
     acc = gl.zeros([K_WARPS, RECORDS, R, TOKENS // 8, 32, 4], gl.float32, layout)
     if STAGES == 0:
@@ -245,9 +279,9 @@ def stream_linear(
         cx, cy = _load_x(x, columns_dense, step, dense, x_words, offsets, k_words, inside)
     else:
         swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
-        ring = gl.allocate_shared_memory(gl.int32, [STAGES, SET, TOKENS, 32], swizzled)
+        ring = gl.allocate_shared_memory(gl.int32, [STAGES, OWN, TOKENS, 32], swizzled)
         for turn in gl.static_range(STAGES - 1):
-            _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride)
+            _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
     a0, a1, am = _load_24(record, step, sparse, lane_24, lane_metadata)
     b0, b1, bm = _load_24(record, step + SET, sparse, lane_24, lane_metadata)
     c0, c1, c2, c3 = _load_dense(record_dense, step, dense, lane_dense)
@@ -257,14 +291,14 @@ def stream_linear(
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride)
+            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         acc = _multiply_24(a0, a1, am, ax, ay, acc, dtype)
         a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             bx, by = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride)
+            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:
             ax, ay = _load_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
         acc = _multiply_24(b0, b1, bm, bx, by, acc, dtype)
@@ -281,14 +315,14 @@ def stream_linear(
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride)
+            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         acc = _multiply_dense(c0, c1, c2, c3, cx, cy, acc, dtype)
         c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             dx, dy = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride)
+            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:
             cx, cy = _load_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
         acc = _multiply_dense(d0, d1, d2, d3, dx, dy, acc, dtype)
@@ -298,7 +332,11 @@ def stream_linear(
 
     total = gl.sum(gl.sum(acc, 1), 0)
     rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
-    _store(y, total, bias, panel * 64 + first_row * 16, tokens, out_features, y_stride, rows, HAS_BIAS)
+    if BLOCKS > 1:
+        tile = (gl.program_id(1) * (gl.num_programs(0) // BLOCKS) + part) * BLOCKS
+        total = _add_blocks(total, workspace, tile, block, rows, BLOCKS, gl.num_warps() * 32)
+    if block == 0:
+        _store(y, total, bias, panel * 64 + first_row * 16, tokens, out_features, y_stride, rows, HAS_BIAS)
 
 
 def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: StreamConfig) -> None:
@@ -310,14 +348,19 @@ def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, 
         y: ``[tokens, N]``.
     """
     tokens = x.shape[0]
-    pairs = x.view(int32)
+    pairs = x.view(torch.int32)
     k_warps, row_warps, token_warps = config.warps
-    grid = (hybrid.panels * (64 // config.rows), triton.cdiv(tokens, config.tokens))
+    grid = (hybrid.panels * (64 // config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
+    # A new workspace for every call: the allocator keeps streams and captured graphs apart.
+    workspace = y
+    if config.blocks > 1:
+        workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
     stream_linear[grid](
         pairs,
         y,
         hybrid.records,
         y if bias is None else bias,
+        workspace,
         hybrid.starts,
         hybrid.columns,
         hybrid.sparse_blocks,
@@ -335,6 +378,7 @@ def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, 
         TOKEN_WARPS=token_warps,
         RECORDS=config.records,
         STAGES=config.stages,
+        BLOCKS=config.blocks,
         HAS_BIAS=bias is not None,
         num_warps=k_warps * row_warps * token_warps,
     )
