@@ -32,7 +32,7 @@ chosen by the instruction's selector.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -124,6 +124,18 @@ class HybridWeight:
         """bool ``[panels, steps]``, True where the block is stored densely."""
         return _dense_blocks(self.columns, self.sparse_blocks)
 
+    @classmethod
+    def trusted(cls, *values: object) -> "HybridWeight":
+        """A weight of parts that were checked before, without checking them again: for the path of every call."""
+        weight = object.__new__(cls)
+        for field, value in zip(fields(cls), values, strict=True):
+            object.__setattr__(weight, field.name, value)
+        return weight
+
+    def orders(self) -> Tensor:
+        """int32: ``order(1)``, ``order(2)`` and ``order(4)`` one after the other."""
+        return torch.cat([self.order(1), self.order(2), self.order(4)])
+
     def order(self, group: int) -> Tensor:
         """int32 ``[ceil(panels / group)]``: groups of panels by falling bytes, for grids that should end with the cheap."""
         units = _padded((self.starts[1:] - self.starts[:-1])[:, None], group).reshape(-1, group).sum(1)
@@ -132,6 +144,11 @@ class HybridWeight:
     def parts(self) -> dict[str, Tensor]:
         """The tensors by name."""
         return {name: getattr(self, name) for name in ("records", "starts", "columns", "sparse_blocks", "leads")}
+
+    def copy(self) -> "HybridWeight":
+        """The same weight in memory of its own."""
+        copied = {name: part.clone() for name, part in self.parts().items()}
+        return HybridWeight.trusted(self.shape, self.tile, self.dtype, *copied.values(), self.band)
 
     def to(self, device: torch.device | str) -> "HybridWeight":
         moved = {name: part.to(device) for name, part in self.parts().items()}

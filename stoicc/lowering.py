@@ -19,24 +19,29 @@ A fifth mark stands alone: ``cluster size threads`` makes the kernel one of clus
 ``threads`` threads wait at the cluster's barrier; the others, Triton's waiting workers, arrive as the kernel starts.
 
 A mark that is not followed by its instruction, or a mark of another version, is a ``LoweringError``. Kernels without
-marks pass through unchanged, and the hook is set only while one of ours is compiled. The version is part of the marks and
-so of the source that Triton's cache hashes.
+marks pass through unchanged, and the hook is set only while one of ours is compiled.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from triton import knobs
 
-VERSION = "1"
+# The marks carry the digest of this file, so that no change to it can be served an old binary by Triton's cache.
+VERSION = sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 _MARK = re.compile(r"//\s*stoicc\.(?P<version>\S+) (?P<kind>\w+) ?(?P<operands>[^/]*?)\s*$")
 _WGMMA = re.compile(
     r"(?P<indent>\s*)wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<types>\w+\.\w+)\s+"
     r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+),\s*(?P<rest>.*);"
+)
+_BREAKS_CHAIN = re.compile(
+    r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|wgmma\.wait_group|(?!\$L__tmp)[\w$]+:|\{$"
 )
 _COPY = re.compile(
     r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(?P<rest> .*);"
@@ -95,6 +100,7 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
             f"{kernel}: the {pending.kind} mark of line {pending.line} was not consumed: place it directly before its "
             f"{_INSTRUCTIONS[pending.kind]}"
         )
+    lines = _chain(lines)
     return "\n".join(lines if cluster is None else _in_clusters(lines, cluster))
 
 
@@ -129,6 +135,28 @@ def _remote(line: str, mark: _Mark) -> str | None:
         f"mapa.shared::cluster.u32 stoicc_remote, {found['barrier']}, {mark.operands[0]}; "
         f"{found['guard'] or ''}mbarrier.arrive.shared::cluster.b64 _, [stoicc_remote]; }}"
     )
+
+
+def _chain(lines: list[str]) -> list[str]:
+    """Let ``wgmma`` that directly follow each other share one fence and one group.
+
+    Triton fences and commits each; then every instruction waits for the one before it to have read its registers. Only
+    the first needs the fence, and only the last the commit, as long as nothing but address arithmetic lies between.
+    """
+    kept: list[str] = []
+    commit: int | None = None  # where the previous wgmma of this chain was committed
+    dropped: set[int] = set()
+    for line in lines:
+        text = line.strip()
+        if text == "wgmma.fence.sync.aligned;" and commit is not None:
+            dropped.add(commit)
+            continue
+        if text == "wgmma.commit_group.sync.aligned;":
+            commit = len(kept)
+        elif _BREAKS_CHAIN.match(text):
+            commit = None
+        kept.append(line)
+    return [line for number, line in enumerate(kept) if number not in dropped]
 
 
 def _in_clusters(lines: list[str], mark: _Mark) -> list[str]:

@@ -1,6 +1,7 @@
 """Any GPU since Ampere, and few tokens on all of them: ``mma`` and ``mma.sp`` on records streamed into registers.
 
-A thread block computes 16, 32 or 64 features of one panel. Its warps are split along K (each takes every n-th record; they
+A thread block computes 16, 32 or 64 features of one panel, or 128 of two that have one block map (weights whose band is
+2). Its warps are split along K (each takes every n-th record; they
 add up at the end in a fixed order, so there are no atomics, no workspace, and the same bits on every run), along features,
 and along tokens. With few tokens all that matters is to keep many loads in flight: records go straight from global memory
 into the registers of the tensor core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed
@@ -31,7 +32,7 @@ class StreamConfig:
     """How the kernel is cut up.
 
     Attributes:
-        rows: features of a thread block: 16, 32 or 64.
+        rows: features of a thread block: 16, 32 or 64; 128 for weights whose band is 2.
         tokens: tokens of a thread block: 8 to 128, a power of two.
         warps: warps along K, features and tokens.
         records: records in one of a warp's two sets, a power of two.
@@ -224,7 +225,7 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 
 @gluon.jit
 def stream_linear(
-    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, tokens, k_words, x_stride, out_features, y_stride,
+    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride, out_features, y_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
     RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -236,12 +237,13 @@ def stream_linear(
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``; words as int32.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
         workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
-        order: int32 ``[panels]``, most expensive first.
+        order: int32, panels (with 128 ``ROWS``, pairs of panels), most expensive first.
         k_words: ``K / 2``.
         ROWS to BLOCKS: as in ``StreamConfig``.
     """
     dtype: gl.constexpr = y.dtype.element_ty
-    PARTS: gl.constexpr = 64 // ROWS
+    PARTS: gl.constexpr = 1 if ROWS > 64 else 64 // ROWS
+    PANELS: gl.constexpr = 2 if ROWS > 64 else 1
     R: gl.constexpr = ROWS // 16
     layout: gl.constexpr = _fragments(RECORDS, ROWS, TOKENS, K_WARPS, ROW_WARPS, TOKEN_WARPS)
     staged: gl.constexpr = _staged(RECORDS, TOKENS, K_WARPS, ROW_WARPS, TOKEN_WARPS)
@@ -250,12 +252,17 @@ def stream_linear(
 
     block = gl.program_id(0) % BLOCKS
     part = gl.program_id(0) // BLOCKS
-    panel = gl.load(order + part // PARTS)
+    panel = gl.load(order + part // PARTS) * PANELS
     first_row = part % PARTS * R
     row = first_row + _index(R, layout, 2)
     sparse = gl.load(sparse_blocks + panel)
     dense = steps - sparse
-    record = words + gl.load(starts + panel).to(gl.int64) * 128
+    if PANELS == 1:
+        record = words + gl.load(starts + panel).to(gl.int64) * 128
+    else:
+        # Beyond the last panel, compute it again: those output rows are outside and not stored.
+        record = words + gl.load(starts + gl.minimum(panel + row // 4, panels - 1)).to(gl.int64) * 128
+        row = row % 4
     record_dense = record + sparse * RECORD_24
     columns += panel * steps
     columns_dense = columns + sparse
@@ -344,13 +351,13 @@ def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, 
 
     Args:
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
-        order: int32 ``[panels]``.
+        order: int32, of the panels, or with 128 ``rows`` of pairs of panels.
         y: ``[tokens, N]``.
     """
     tokens = x.shape[0]
     pairs = x.view(torch.int32)
     k_warps, row_warps, token_warps = config.warps
-    grid = (hybrid.panels * (64 // config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
+    grid = (triton.cdiv(hybrid.panels * 64, config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
     # A new workspace for every call: the allocator keeps streams and captured graphs apart.
     workspace = y
     if config.blocks > 1:
@@ -366,6 +373,7 @@ def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, 
         hybrid.sparse_blocks,
         order,
         hybrid.steps,
+        hybrid.panels,
         tokens,
         pairs.shape[1],
         pairs.stride(0),
