@@ -229,7 +229,8 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+# Sizes are not specialised on: a binary for each of their divisibilities would gain nothing.
+@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features"])
 def hopper_linear(
     x_desc, y_desc, words, bias, starts, columns, sparse_blocks, leads, order,
     steps, panels, groups, token_tiles, out_features,

@@ -21,7 +21,7 @@ class PortableConfig:
     tokens: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "tokens", "out_features"])
 def portable_linear(
     x, y, words, halves, bias, starts, columns, sparse_blocks, steps, tokens, in_features, out_features, x_stride, y_stride,
     TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,

@@ -223,7 +223,8 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
     gl.store(y + token.to(gl.int64) * y_stride + feature, total.to(y.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
+# Sizes are not specialised on, but for those that the width of the copies of activations depends on.
+@gluon.jit(do_not_specialize=["steps", "panels", "tokens", "out_features"])
 def stream_linear(
     x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride, out_features, y_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
