@@ -1,8 +1,8 @@
 """STOICC: hybrid weights, tiles of which are dense and the others 2:4, on sparse tensor cores.
 
-    >>> import stoicc
-    >>> report = stoicc.compile_model(model, masks)     # an ordinary transformers model now runs packed
-    >>> y = stoicc.linear(x, stoicc.pack(weight, mask)) # or one product
+>>> import stoicc
+>>> report = stoicc.compile_model(model, masks)     # an ordinary transformers model now runs packed
+>>> y = stoicc.linear(x, stoicc.pack(weight, mask)) # or one product
 """
 
 from stoicc.format import HybridWeight, pack, pack_masked, unpack

@@ -244,7 +244,10 @@ def _groups(model: nn.Module, masks: Mapping[str, HybridMask], fuse: bool) -> It
 def _stackable(model: nn.Module, masks: Mapping[str, HybridMask], names: Sequence[str]) -> bool:
     biases = {_linear(model, name).bias is not None for name in names}
     weights = [_linear(model, name).weight for name in names]
-    alike = {(masks[name].tile, weight.shape[1], weight.dtype, weight.device) for name, weight in zip(names, weights, strict=True)}
+    alike = {
+        (masks[name].tile, weight.shape[1], weight.dtype, weight.device)
+        for name, weight in zip(names, weights, strict=True)
+    }
     # Only the last may end within a tile.
     whole = all(masks[name].shape[0] % masks[name].tile[0] == 0 for name in names[:-1])
     return len(biases) == 1 and len(alike) == 1 and whole

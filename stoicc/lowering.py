@@ -82,7 +82,9 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
             mark = _Mark(found["kind"], found["operands"].split(), number)
             _check(mark, found["version"], kernel)
             if pending:
-                raise LoweringError(f"{kernel}: line {number}: a mark follows the {pending.kind} mark of line {pending.line}")
+                raise LoweringError(
+                    f"{kernel}: line {number}: a mark follows the {pending.kind} mark of line {pending.line}"
+                )
             if mark.kind == "cluster":
                 cluster = mark
             else:

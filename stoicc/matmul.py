@@ -37,7 +37,9 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         UserError: if dtype, device or shape do not fit.
     """
-    return linear_op(x, *hybrid.parts().values(), hybrid.orders(), bias, list(hybrid.shape), list(hybrid.tile), hybrid.band)
+    return linear_op(
+        x, *hybrid.parts().values(), hybrid.orders(), bias, list(hybrid.shape), list(hybrid.tile), hybrid.band
+    )
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())
@@ -55,7 +57,9 @@ def linear_op(
     band: int,
 ) -> Tensor:
     """``linear`` on the parts of a ``HybridWeight`` and its ``orders()``."""
-    hybrid = HybridWeight.trusted(tuple(shape), tuple(tile), x.dtype, records, starts, columns, sparse_blocks, leads, band)
+    hybrid = HybridWeight.trusted(
+        tuple(shape), tuple(tile), x.dtype, records, starts, columns, sparse_blocks, leads, band
+    )
     check_operands(x, hybrid, bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], shape[0])

@@ -284,7 +284,9 @@ def hopper_linear(
     )  # fmt: skip
 
 
-def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: HopperConfig) -> None:
+def launch(
+    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: HopperConfig
+) -> None:
     """Enqueue ``y = x @ W^T + bias`` on the current stream.
 
     Args:

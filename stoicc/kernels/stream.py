@@ -79,7 +79,9 @@ def _staged(records, tokens, k_warps, row_warps, token_warps):
     return gl.DistributedLinearLayout(
         reg_bases=_bits(8, 3, 2, 4) + _bits(own_tokens, 3, 1, 8) + _bits(records, 3, 0, k_warps),
         lane_bases=_bits(4, 3, 2) + _bits(8, 3, 1),
-        warp_bases=_bits(k_warps, 3, 0) + [[0, 0, 0]] * (row_warps.bit_length() - 1) + _bits(token_warps, 3, 1, own_tokens * 8),
+        warp_bases=_bits(k_warps, 3, 0)
+        + [[0, 0, 0]] * (row_warps.bit_length() - 1)
+        + _bits(token_warps, 3, 1, own_tokens * 8),
         block_bases=[],
         shape=[k_warps * records, tokens, 32],
     )
@@ -123,7 +125,9 @@ def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_
     TOKENS: gl.constexpr = ring.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [1, gl.num_warps(), 1], [2, 1, 0])
     record = gl.arange(0, RECORDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + gl.program_id(1) * TOKENS
+    token = (
+        gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + gl.program_id(1) * TOKENS
+    )
     word = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     first = gl.where(turn < turns_24, turn * BLOCKS * RECORDS, sparse + (turn - turns_24) * BLOCKS * RECORDS)
     step = first + block * RECORDS + record
@@ -299,7 +303,9 @@ def stream_linear(
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+            _copy_x(
+                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
+            )
         acc = _multiply_24(a0, a1, am, ax, ay, acc, dtype)
         a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
         if STAGES > 0:
@@ -323,7 +329,9 @@ def stream_linear(
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()
             cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+            _copy_x(
+                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
+            )
         acc = _multiply_dense(c0, c1, c2, c3, cx, cy, acc, dtype)
         c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
         if STAGES > 0:
@@ -347,7 +355,9 @@ def stream_linear(
         _store(y, total, bias, panel * 64 + first_row * 16, tokens, out_features, y_stride, rows, HAS_BIAS)
 
 
-def launch(x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: StreamConfig) -> None:
+def launch(
+    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: StreamConfig
+) -> None:
     """Enqueue ``y = x @ W^T + bias`` on the current stream.
 
     Args:
