@@ -37,7 +37,11 @@ def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
         header, *measured = rows
         frame = pd.DataFrame([row["cell"] | {k: v for k, v in row.items() if k != "cell"} for row in measured])
         frame["copy_roof"], frame["matmul_roof"] = header["roof"]["copy"], header["roof"]["matmul"]
-        frame["gpu"], frame["git"], frame["origin"] = header["provenance"]["gpu"], header["provenance"]["git"], str(path)
+        frame["gpu"], frame["git"], frame["origin"] = (
+            header["provenance"]["gpu"],
+            header["provenance"]["git"],
+            str(path),
+        )
         frames.append(frame)
     frame = pd.concat(frames, ignore_index=True)
     for column in ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status"):

@@ -1,11 +1,11 @@
 """Kernel speed: hybrid weights against dense and 2:4 libraries, side by side in one process.
 
-A *cell* is one product: a linear of a model of the registry (query, key and value fused, gate and up fused), a number of
-tokens, a sparsity, a tile shape, and whether the dense tiles are spread evenly or as unevenly as learned maps are. Every
-hybrid result is compared with float64 before its time counts.
+A *cell* is one product: a linear of a model of the registry (query, key and value fused, gate and up fused), a number
+of tokens, a sparsity, a tile shape, and whether the dense tiles are spread evenly or as unevenly as learned maps are.
+Every hybrid result is compared with float64 before its time counts.
 
-Rows go to ``<results>/bench/<gpu>/kernels/<model>-<linear>.jsonl``, one file per linear, written when it is complete, so a
-bench that was interrupted goes on with the next one.
+Rows go to ``<results>/bench/<gpu>/kernels/<model>-<linear>.jsonl``, one file per linear, written when it is complete,
+so a bench that was interrupted goes on with the next one.
 """
 
 import json
@@ -80,7 +80,7 @@ def variants(tiles: Sequence[TileShape], sparsities: Sequence[float]) -> Iterato
 
 
 def random_mask(n: int, k: int, variant: Variant, scores: Tensor, generator: torch.Generator) -> HybridMask:
-    """A mask at exactly the tile share of ``variant``; uneven maps vary by row and column of tiles like learned ones."""
+    """A mask at the tile share of ``variant``; uneven maps vary by row and column of tiles like learned ones."""
     tile = (min(variant.tile[0], n), min(variant.tile[1], k))
     rows, cols = tile_grid((n, k), tile)
     device = scores.device

@@ -36,7 +36,8 @@ def tune(
         compile_candidates(device, workers)
     shapes = dict.fromkeys((linear.n, linear.k) for name in model or MODELS for linear in fused_linears(name))
     # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
-    work = [(n, k, band, tokens) for n, k in shapes for band in (2, 1) for tokens in configs.TOKENS if band == 2 or n >= 4096]
+    both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
+    work = [(*shape, tokens) for shape in both for tokens in configs.TOKENS]
     entries = []
     with Progress(console=console) as progress:
         for shape in progress.track(work, description="tuning"):
@@ -51,7 +52,9 @@ def tune(
 def kernels(
     model: Models = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; two minutes.")
+    ] = False,
     compiled: Annotated[bool, typer.Option(help="Also time torch.compile in max-autotune mode (slow).")] = False,
     rounds: Annotated[int, typer.Option(help="Timed runs of each implementation.")] = 15,
     again: Annotated[bool, typer.Option(help="Measure linears again whose rows are there.")] = False,
@@ -75,7 +78,9 @@ def kernels(
         task = progress.add_task("timing", total=len(missing) * len(counts))
         for linear, path in missing:
             started = time.time()
-            tiles = bench_kernels.DEFAULT_TILES if quick else bench_kernels.TILES.get(linear.model, bench_kernels.DEFAULT_TILES)
+            tiles = bench_kernels.DEFAULT_TILES
+            if not quick:
+                tiles = bench_kernels.TILES.get(linear.model, tiles)
             rows = bench_kernels.bench_linear(
                 linear, counts, tiles, bench_kernels.SPARSITIES, rounds, compiled, lambda _: progress.advance(task)
             )

@@ -1,4 +1,4 @@
-"""Timing of GPU work: graphs that are replayed, implementations taken in turns, caches cold, roofs measured alongside."""
+"""Timing of GPU work: replayed graphs, implementations taken in turns, caches cold, roofs measured alongside."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Call = Callable[[], Tensor]
 
-# Larger than any L2 cache: written before each run of a large product, read through by the rotated weights of a small one.
+# Larger than any L2 cache: written before each run of a large product, exceeded by the rotated weights of a small one.
 CACHE_BYTES = 256 << 20
 
 
@@ -25,7 +25,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Roof:
-    """What the GPU reaches in this process: a large copy in TB/s (read and written), a large bfloat16 product in TFLOP/s."""
+    """What the GPU reaches: a large copy in TB/s, read and written, and a large bfloat16 product in TFLOP/s."""
 
     copy: float
     matmul: float
@@ -49,8 +49,8 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, flush: bool) -> dict[str, Timing]:
     """Time implementations of the same thing against each other.
 
-    Each round runs every implementation once, so that a change of clocks or temperature meets all of them. Work is queued
-    ahead of the GPU, so host time does not count.
+    Each round runs every implementation once, so that a change of clocks or temperature meets all of them. Work is
+    queued ahead of the GPU, so host time does not count.
 
     Args:
         implementations: by name, the calls to run; the time reported is that of one of them. Give several on distinct

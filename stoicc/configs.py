@@ -1,8 +1,8 @@
 """Which kernel with which configuration: what can run, what is worth trying, and what the tables say.
 
 A table is one JSON file per GPU model: the fastest configuration found for each shape and number of tokens. Those in
-``stoicc/tuning`` are committed; a GPU without one gets its own, kept in the user's cache directory, from ``hts tune`` or
-the first time a shape is used.
+``stoicc/tuning`` are committed; a GPU without one gets its own, kept in the user's cache directory, from ``hts tune``
+or the first time a shape is used.
 """
 
 import json

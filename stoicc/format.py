@@ -19,16 +19,16 @@ and each panel's records lie in the order of the walk. So the first band turns f
 to dense and back, and between turns the records that a kernel needs are one contiguous stretch of memory. The first
 panel's ``columns`` are the walk of its group.
 
-Values are stored in *fragment order*: the order in which tensor cores want their left operand in registers, which is the
-same for ``wgmma`` (A in registers), ``mma.m16n8k16`` and ``mma.sp.m16n8k32``. A thread fetches the four registers of one
-instruction as one 16-byte load straight from global memory, and weights never pass through shared memory. For the four
-groups of 16 rows (*warps*) of a block, each k-step (16 stored columns) is 32 lanes x 8 values; lane ``4q + p`` holds rows
-``q`` and ``q + 8``, stored columns ``2p, 2p+1`` and ``2p+8, 2p+9``.
+Values are stored in *fragment order*: the order in which tensor cores want their left operand in registers, which is
+the same for ``wgmma`` (A in registers), ``mma.m16n8k16`` and ``mma.sp.m16n8k32``. A thread fetches the four registers
+of one instruction as one 16-byte load straight from global memory, and weights never pass through shared memory. For
+the four groups of 16 rows (*warps*) of a block, each k-step (16 stored columns) is 32 lanes x 8 values; lane ``4q +
+p`` holds rows ``q`` and ``q + 8``, stored columns ``2p, 2p+1`` and ``2p+8, 2p+9``.
 
-A record's metadata is one 32-bit word a lane. With ``s = p // 2`` the k-step and ``p' = p % 2``, the low half-word tells
-row ``q``, groups ``8s + 4p' .. 8s + 4p' + 3``, the high half-word row ``q + 8``, the same groups; a group is one nibble,
-``first | second << 2``, the two kept positions in ascending order. So one word a thread serves both k-steps of a record,
-chosen by the instruction's selector.
+A record's metadata is one 32-bit word a lane. With ``s = p // 2`` the k-step and ``p' = p % 2``, the low half-word
+tells row ``q``, groups ``8s + 4p' .. 8s + 4p' + 3``, the high half-word row ``q + 8``, the same groups; a group is
+one nibble, ``first | second << 2``, the two kept positions in ascending order. So one word a thread serves both
+k-steps of a record, chosen by the instruction's selector.
 """
 
 from collections.abc import Iterator
@@ -137,7 +137,7 @@ class HybridWeight:
         return torch.cat([self.order(1), self.order(2), self.order(4)])
 
     def order(self, group: int) -> Tensor:
-        """int32 ``[ceil(panels / group)]``: groups of panels by falling bytes, for grids that should end with the cheap."""
+        """int32 ``[ceil(panels / group)]``: groups of panels by falling bytes."""
         units = _padded((self.starts[1:] - self.starts[:-1])[:, None], group).reshape(-1, group).sum(1)
         return units.argsort(descending=True, stable=True).to(torch.int32)
 
@@ -237,7 +237,7 @@ def unpack(hybrid: HybridWeight) -> Tensor:
 
 
 def metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
-    """For some panels at a time: the first one's number, and the nibbles of their 2:4 records, ``[records, 64, 16]``."""
+    """Some panels at a time: the first one's number, and the nibbles of their 2:4 records ``[records, 64, 16]``."""
     place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps)
     sparse = ~_dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
     for first in range(0, hybrid.panels, PANELS_AT_ONCE):

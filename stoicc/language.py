@@ -1,7 +1,7 @@
 """What a kernel author writes to reach sparse tensor cores from Gluon.
 
-A *fragment* is the A operand of one instruction in registers: an int32 tensor ``[4 warps, 32 lanes, 4 registers]``, each
-word two 16-bit values, loaded from the fragment order of ``stoicc.format``. ``x`` is a ``[tokens, 64]`` tile of
+A *fragment* is the A operand of one instruction in registers: an int32 tensor ``[4 warps, 32 lanes, 4 registers]``,
+each word two 16-bit values, loaded from the fragment order of ``stoicc.format``. ``x`` is a ``[tokens, 64]`` tile of
 activations in shared memory, K-major with 128-byte swizzle.
 
     acc = dot_24(values, metadata, x, acc, start=0, selector=0)     wgmma, 2:4, 32 columns of K       sm_90a

@@ -170,7 +170,8 @@ def compile_model(model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bo
         fuse: pack siblings as one where their maps allow.
 
     Raises:
-        UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight, or
+        UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
+        or
             a weight has another dtype.
     """
     for name, mask in masks.items():

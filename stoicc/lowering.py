@@ -1,8 +1,8 @@
 """From marked instructions to ones that stock Triton does not emit: the compiler pass behind ``stoicc.language``.
 
-Stock Triton can emit the dense ``wgmma`` and bulk copies with all their layouts, barriers and fences, but not their sparse
-and cluster forms. So a kernel emits a *mark*, one line of inline assembly that is only a comment, directly before the
-instruction; this pass, wrapped around Triton's own PTX stage through the public
+Stock Triton can emit the dense ``wgmma`` and bulk copies with all their layouts, barriers and fences, but not their
+sparse and cluster forms. So a kernel emits a *mark*, one line of inline assembly that is only a comment, directly
+before the instruction; this pass, wrapped around Triton's own PTX stage through the public
 ``triton.knobs.runtime.add_stages_inspection_hook``, rewrites what follows:
 
     sparse a0 a1 a2 a3 metadata selector    wgmma.mma_async ... m64nNk16       A in those registers, 2:4, m64nNk32
@@ -41,7 +41,7 @@ _WGMMA = re.compile(
     r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+),\s*(?P<rest>.*);"
 )
 _BREAKS_CHAIN = re.compile(
-    r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|wgmma\.wait_group|(?!\$L__tmp)[\w$]+:|\{$"
+    r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|(?!\$L__tmp)[\w$]+:|\{$"
 )
 _COPY = re.compile(
     r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(?P<rest> .*);"

@@ -34,7 +34,7 @@ def compile_candidates(device: torch.device, workers: int) -> None:
     ordered = sorted(wanted, key=str)
     processes = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=processes) as pool:
-        for _ in pool.map(_compile, [(device, *ordered[first::workers * 2]) for first in range(workers * 2)]):
+        for _ in pool.map(_compile, [(device, *ordered[first :: workers * 2]) for first in range(workers * 2)]):
             pass
 
 
@@ -70,8 +70,8 @@ def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) 
 def predicted_speedup(device: torch.device, hybrid: HybridWeight, tokens: int) -> float:
     """What the tables make of a hybrid weight against dense: above 1 it is faster; 1 where nothing is known.
 
-    An entry was measured with three quarters of the blocks 2:4. Few tokens take time by bytes, 16 - 7 share, many tokens
-    by instructions, 2 - share.
+    An entry was measured with three quarters of the blocks 2:4. Few tokens take time by bytes, 16 - 7 share, many
+    tokens by instructions, 2 - share.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
     entry = configs.nearest(configs.tables(name), *hybrid.shape, hybrid.band, tokens, capability)

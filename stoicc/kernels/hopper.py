@@ -1,16 +1,16 @@
 """Many tokens on Hopper: a persistent, warp-specialised product of a hybrid weight with ``wgmma`` and ``wgmma.sp``.
 
-Two consumer warpgroups each own a panel, 64 output features, against one tile of tokens; a producer warp keeps a ring of
-activation tiles filled by bulk tensor copies. Weights do not pass through shared memory: each consumer loads its records
-from global memory straight into the registers of the tensor core's A operand, one turn of the loop ahead. Why: a sparse
-``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all that a multiprocessor has,
-so any other traffic through it costs time.
+Two consumer warpgroups each own a panel, 64 output features, against one tile of tokens; a producer warp keeps a ring
+of activation tiles filled by bulk tensor copies. Weights do not pass through shared memory: each consumer loads its
+records from global memory straight into the registers of the tensor core's A operand, one turn of the loop ahead.
+Why: a sparse ``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all that a
+multiprocessor has, so any other traffic through it costs time.
 
-Where two neighbouring bands have one walk (tiles of at least 128 rows), two thread blocks form a cluster, one band each:
-each copies half of an activation tile and the copy lands in both, which halves what is read from the L2 cache.
+Where two neighbouring bands have one walk (tiles of at least 128 rows), two thread blocks form a cluster, one band
+each: each copies half of an activation tile and the copy lands in both, which halves what is read from the L2 cache.
 
-A consumer drains its ``wgmma`` once per turn, since ptxas serialises the pipeline when metadata registers change while it
-is open; the other consumer's instructions fill the gap.
+A consumer drains its ``wgmma`` once per turn, since ptxas serialises the pipeline when metadata registers change
+while it is open; the other consumer's instructions fill the gap.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ METADATA = gl.constexpr(8 * 128)
 
 @gluon.jit
 def _output_tile(index, groups, token_tiles, order, TILES_TOGETHER: gl.constexpr):
-    """Group of panels and tile of tokens of the ``index``-th output tile: some token tiles at a time, for the L2 cache."""
+    """Group of panels and token tile of the ``index``-th output tile: some token tiles at a time, for the L2 cache."""
     width = TILES_TOGETHER * groups
     first = index // width * TILES_TOGETHER
     together = gl.minimum(token_tiles - first, TILES_TOGETHER)
@@ -243,7 +243,8 @@ def hopper_linear(
         y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``.
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
-        leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a group is
+        leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
+        group is
             only one of its bands, whose panels turn together.
         order: int32 ``[groups]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
         STAGES: tiles of activations in the ring, at least three.

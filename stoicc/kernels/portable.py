@@ -23,7 +23,8 @@ class PortableConfig:
 
 @triton.jit(do_not_specialize=["steps", "tokens", "out_features"])
 def portable_linear(
-    x, y, words, halves, bias, starts, columns, sparse_blocks, steps, tokens, in_features, out_features, x_stride, y_stride,
+    x, y, words, halves, bias, starts, columns, sparse_blocks, steps, tokens, in_features, out_features, x_stride,
+    y_stride,
     TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias``, a thread block per panel and ``TOKENS`` tokens.

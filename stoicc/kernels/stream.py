@@ -1,14 +1,15 @@
 """Any GPU since Ampere, and few tokens on all of them: ``mma`` and ``mma.sp`` on records streamed into registers.
 
-A thread block computes 16, 32 or 64 features of one panel, or 128 of two that have one block map (weights whose band is
-2). Its warps are split along K (each takes every n-th record; they
-add up at the end in a fixed order, so there are no atomics, no workspace, and the same bits on every run), along features,
-and along tokens. With few tokens all that matters is to keep many loads in flight: records go straight from global memory
-into the registers of the tensor core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed
-while the other is on its way, and the first dense records are asked for before the first 2:4 record is used.
+A thread block computes 16, 32 or 64 features of one panel, or 128 of two that have one block map (weights whose band
+is 2). Its warps are split along K (each takes every n-th record; they add up at the end in a fixed order, so there
+are no atomics, no workspace, and the same bits on every run), along features, and along tokens. With few tokens all
+that matters is to keep many loads in flight: records go straight from global memory into the registers of the tensor
+core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed while the other is on its way,
+and the first dense records are asked for before the first 2:4 record is used.
 
-Where the features alone do not fill the GPU, thread blocks split K once more: on Hopper a cluster of ``blocks`` shares a
-panel's records, each leaves its sums in a workspace, and after the cluster's barrier the first adds them in a fixed order.
+Where the features alone do not fill the GPU, thread blocks split K once more: on Hopper a cluster of ``blocks``
+shares a panel's records, each leaves its sums in a workspace, and after the cluster's barrier the first adds them in
+a fixed order.
 
 Activations of up to eight tokens go the same way (``stages`` 0). More of them are copied asynchronously to a ring in
 shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
@@ -74,7 +75,7 @@ def _fragments(records, rows, tokens, k_warps, row_warps, token_warps):
 
 @gluon.constexpr_function
 def _staged(records, tokens, k_warps, row_warps, token_warps):
-    """Layout of ``[records of all warps, tokens, 32 words]`` that puts the words of a fragment in its lane's registers."""
+    """Layout of ``[records of all warps, tokens, 32 words]`` that gives each lane the words of its fragment."""
     own_tokens = tokens // 8 // token_warps
     return gl.DistributedLinearLayout(
         reg_bases=_bits(8, 3, 2, 4) + _bits(own_tokens, 3, 1, 8) + _bits(records, 3, 0, k_warps),
@@ -230,7 +231,8 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 # Sizes are not specialised on, but for those that the width of the copies of activations depends on.
 @gluon.jit(do_not_specialize=["steps", "panels", "tokens", "out_features"])
 def stream_linear(
-    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride, out_features, y_stride,
+    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride,
+    out_features, y_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
     RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
