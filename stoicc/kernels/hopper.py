@@ -118,34 +118,45 @@ def _dot_24(values0, values1, metadata, x, acc):
 
 
 @gluon.jit
+def _step_24(acc, a0, a1, am, count, x_ring, full):
+    _wait_full(full, count)
+    return _dot_24(a0, a1, am, x_ring.index(count % x_ring.shape[0]), acc)
+
+
+@gluon.jit
 def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
-    """``length`` steps over 2:4 blocks: an odd one first, then two at a time."""
-    STAGES: gl.constexpr = x_ring.shape[0]
-    if length % 2 == 1:
+    """``length`` steps over 2:4 blocks: those that four do not divide first, then four at a time."""
+    for _ in range(length % 4):
         a0, a1, am = _load_24(record, lane_words, lane_metadata)
         record += RECORD_24
-        _wait_full(full, count)
-        acc = _dot_24(a0, a1, am, x_ring.index(count % STAGES), acc)
-        acc = warpgroup_mma_wait(0, [acc])
+        acc = warpgroup_mma_wait(0, [_step_24(acc, a0, a1, am, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
         count += 1
-    if length >= 2:
+    if length >= 4:
         a0, a1, am = _load_24(record, lane_words, lane_metadata)
         b0, b1, bm = _load_24(record + RECORD_24, lane_words, lane_metadata)
-        for left in range(length // 2, 0, -1):
+        c0, c1, cm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
+        d0, d1, dm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+        for left in range(length // 4, 0, -1):
             # The last turn loads its own records again rather than read past the end.
-            record += gl.where(left > 1, 2 * RECORD_24, 0)
+            record += gl.where(left > 1, 4 * RECORD_24, 0)
             e0, e1, em = _load_24(record, lane_words, lane_metadata)
             f0, f1, fm = _load_24(record + RECORD_24, lane_words, lane_metadata)
-            _wait_full(full, count)
-            _wait_full(full, count + 1)
-            acc = _dot_24(a0, a1, am, x_ring.index(count % STAGES), acc)
-            acc = _dot_24(b0, b1, bm, x_ring.index((count + 1) % STAGES), acc)
-            acc = warpgroup_mma_wait(0, [acc])
+            g0, g1, gm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
+            h0, h1, hm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+            # While one step is in flight the next is issued, and the stage of the one before is given back.
+            acc = _step_24(acc, a0, a1, am, count, x_ring, full)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, b0, b1, bm, count + 1, x_ring, full)])
             _release(empty, count, peer, CLUSTER)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, c0, c1, cm, count + 2, x_ring, full)])
             _release(empty, count + 1, peer, CLUSTER)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, d0, d1, dm, count + 3, x_ring, full)])
+            _release(empty, count + 2, peer, CLUSTER)
+            acc = warpgroup_mma_wait(0, [acc])
+            _release(empty, count + 3, peer, CLUSTER)
             a0, a1, am, b0, b1, bm = e0, e1, em, f0, f1, fm
-            count += 2
+            c0, c1, cm, d0, d1, dm = g0, g1, gm, h0, h1, hm
+            count += 4
     return acc, count
 
 
@@ -162,19 +173,35 @@ def _dot_dense(values0, values1, values2, values3, x, acc):
 
 
 @gluon.jit
+def _step_dense(acc, a0, a1, a2, a3, count, x_ring, full):
+    _wait_full(full, count)
+    return _dot_dense(a0, a1, a2, a3, x_ring.index(count % x_ring.shape[0]), acc)
+
+
+@gluon.jit
 def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
-    """``length`` steps over dense blocks."""
-    STAGES: gl.constexpr = x_ring.shape[0]
-    a0, a1, a2, a3 = _load_dense(record, lane_words)
-    for left in range(length, 0, -1):
-        record += gl.where(left > 1, RECORD_DENSE, 0)
-        e0, e1, e2, e3 = _load_dense(record, lane_words)
-        _wait_full(full, count)
-        acc = _dot_dense(a0, a1, a2, a3, x_ring.index(count % STAGES), acc)
-        acc = warpgroup_mma_wait(0, [acc])
+    """``length`` steps over dense blocks: an odd one first, then two at a time."""
+    if length % 2 == 1:
+        a0, a1, a2, a3 = _load_dense(record, lane_words)
+        record += RECORD_DENSE
+        acc = warpgroup_mma_wait(0, [_step_dense(acc, a0, a1, a2, a3, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
-        a0, a1, a2, a3 = e0, e1, e2, e3
         count += 1
+    if length >= 2:
+        a0, a1, a2, a3 = _load_dense(record, lane_words)
+        b0, b1, b2, b3 = _load_dense(record + RECORD_DENSE, lane_words)
+        for left in range(length // 2, 0, -1):
+            record += gl.where(left > 1, 2 * RECORD_DENSE, 0)
+            e0, e1, e2, e3 = _load_dense(record, lane_words)
+            f0, f1, f2, f3 = _load_dense(record + RECORD_DENSE, lane_words)
+            acc = _step_dense(acc, a0, a1, a2, a3, count, x_ring, full)
+            acc = _step_dense(acc, b0, b1, b2, b3, count + 1, x_ring, full)
+            acc = warpgroup_mma_wait(1, [acc])
+            _release(empty, count, peer, CLUSTER)
+            acc = warpgroup_mma_wait(0, [acc])
+            _release(empty, count + 1, peer, CLUSTER)
+            a0, a1, a2, a3, b0, b1, b2, b3 = e0, e1, e2, e3, f0, f1, f2, f3
+            count += 2
     return acc, count
 
 
