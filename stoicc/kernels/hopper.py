@@ -6,11 +6,12 @@ records from global memory straight into the registers of the tensor core's A op
 Why: a sparse ``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all that a
 multiprocessor has, so any other traffic through it costs time.
 
-Where two neighbouring bands have one walk (tiles of at least 128 rows), two thread blocks form a cluster, one band
-each: each copies half of an activation tile and the copy lands in both, which halves what is read from the L2 cache.
+Where bands have two panels (tiles of at least 128 rows), two thread blocks form a cluster: each copies half of an
+activation tile and the copy lands in both, which halves what is read from the L2 cache. Each block has one panel of
+either band, so that a column that is dense in one band and 2:4 in the other costs both blocks the same.
 
-A consumer drains its ``wgmma`` once per turn, since ptxas serialises the pipeline when metadata registers change
-while it is open; the other consumer's instructions fill the gap.
+A consumer drains its ``wgmma`` once per turn of the loop, since ptxas serialises the pipeline when metadata registers
+change while it is open; within a turn one step is in flight while the next is issued.
 """
 
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ def _consume(
     count = 0
     for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
         group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
-        own_panel = (group * CLUSTER + rank) * 2 + CONSUMER
+        # The first consumers of a cluster have one band, the second the other: so all blocks have the same work.
+        own_panel = (group * 2 + CONSUMER) * CLUSTER + rank
         # Beyond the last panel, compute it again: those output rows are outside and not stored.
         panel = gl.minimum(own_panel, panels - 1)
         sparse = gl.load(sparse_blocks + panel)
