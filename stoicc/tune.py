@@ -49,7 +49,7 @@ def tune_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> 
     """Measure all candidates for one shape, and add the fastest to the user's table."""
     entry = measure_shape(device, n, k, band, tokens)
     name = torch.cuda.get_device_name(device)
-    configs.remember(name, [entry], {"gpu": name, "torch": torch.__version__})
+    configs.remember(configs.user_table(name), [entry], {"gpu": name, "torch": torch.__version__})
     return entry
 
 
