@@ -14,6 +14,8 @@ the gradient of its tile, goes to a slot of its own, and ``torch.sum`` adds the 
 
 Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported) runs the kernels on a CPU.
 """
+# mypy: disable-error-code=no-untyped-def
+# Kernels' arguments are of Triton's types, not of Python's.
 
 import functools
 import math
@@ -83,22 +85,36 @@ def _power(exponent, largest):
 
 
 @triton.jit
-def _exponent(patterns, inside, bits, slope, inverse_tau):
-    return slope * tl.load(patterns, inside, 0.0).to(tl.float32) - inverse_tau * _exponential(bits)
+def _logits(patterns, plane, index, inside):
+    """One logit of each plane; loaded ahead of everything that waits, so that one wait serves for all."""
+    patterns += index
+    return (
+        tl.load(patterns, inside, 0.0),
+        tl.load(patterns + plane, inside, 0.0),
+        tl.load(patterns + 2 * plane, inside, 0.0),
+        tl.load(patterns + 3 * plane, inside, 0.0),
+        tl.load(patterns + 4 * plane, inside, 0.0),
+        tl.load(patterns + 5 * plane, inside, 0.0),
+    )
 
 
 @triton.jit
-def _powers(patterns, plane, index, inside, key, slope, inverse_tau):
+def _exponent(logit, bits, slope, inverse_tau):
+    return slope * logit.to(tl.float32) - inverse_tau * _exponential(bits)
+
+
+@triton.jit
+def _powers(logits, index, key, slope, inverse_tau):
     """The six patterns' shares of each group, not normalised, and what normalises them."""
+    l0, l1, l2, l3, l4, l5 = logits
     r0, r1, r2, r3 = tl.philox(key, index, 0, 0, 0, 7)
-    patterns += index
-    x0 = _exponent(patterns, inside, r0 >> 9, slope, inverse_tau)
-    x1 = _exponent(patterns + plane, inside, r1 >> 9, slope, inverse_tau)
-    x2 = _exponent(patterns + 2 * plane, inside, r2 >> 9, slope, inverse_tau)
-    x3 = _exponent(patterns + 3 * plane, inside, r3 >> 9, slope, inverse_tau)
+    x0 = _exponent(l0, r0 >> 9, slope, inverse_tau)
+    x1 = _exponent(l1, r1 >> 9, slope, inverse_tau)
+    x2 = _exponent(l2, r2 >> 9, slope, inverse_tau)
+    x3 = _exponent(l3, r3 >> 9, slope, inverse_tau)
     # The planes above have left the low eleven bits of each word.
-    x4 = _exponent(patterns + 4 * plane, inside, (r0 << 12) | ((r1 & 0x3FF) << 2), slope, inverse_tau)
-    x5 = _exponent(patterns + 5 * plane, inside, (r2 << 12) | ((r3 & 0x3FF) << 2), slope, inverse_tau)
+    x4 = _exponent(l4, (r0 << 12) | ((r1 & 0x3FF) << 2), slope, inverse_tau)
+    x5 = _exponent(l5, (r2 << 12) | ((r3 & 0x3FF) << 2), slope, inverse_tau)
     largest = _larger(_larger(_larger(x0, x1), _larger(x2, x3)), _larger(x4, x5))
     s0, s1, s2 = _power(x0, largest), _power(x1, largest), _power(x2, largest)
     s3, s4, s5 = _power(x3, largest), _power(x4, largest), _power(x5, largest)
@@ -106,9 +122,9 @@ def _powers(patterns, plane, index, inside, key, slope, inverse_tau):
 
 
 @triton.jit
-def _fixed(patterns, index, inside):
+def _fixed(patterns):
     """What fixed patterns keep of each element, 0.0 or 1.0: bit ``4 * pattern + element`` of the constant."""
-    kept = 0xCA6953 >> (4 * tl.load(patterns + index, inside, 0).to(tl.int32))
+    kept = 0xCA6953 >> (4 * patterns.to(tl.int32))
     return (
         (kept & 1).to(tl.float32),
         ((kept >> 1) & 1).to(tl.float32),
@@ -136,16 +152,9 @@ def _tile_size(rows, groups, first_row, first_group, TILE_ROWS: tl.constexpr, TI
 
 @triton.jit
 def _place(
-    rows,
-    groups,
-    first_row,
-    first_group,
-    block,
-    TILE_ROWS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-):
+    rows, groups, first_row, first_group, block,
+    TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
     """Where the groups and where the elements of a tile's block lie, and which of them are in the tile."""
     ACROSS: tl.constexpr = (TILE_GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     row = block // ACROSS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -168,27 +177,13 @@ def _elements(values, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def _forward(
-    weight,
-    patterns,
-    tiles,
-    masked,
-    sums,
-    rows,
-    groups,
-    key,
-    slope,
-    inverse_tau,
-    tile_scale,
-    FIXED: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    weight, patterns, tiles, masked, sums,
+    rows, groups, key, slope, inverse_tau, tile_scale,
+    FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """``weight * mask``, and in ``sums[:, program]`` the kept elements (a tile's are its first program's) and squares.
 
     Args:
@@ -211,22 +206,19 @@ def _forward(
     squares = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
         index, inside, element, element_inside = _place(
-            rows,
-            groups,
-            first_row,
-            first_group,
-            chunk * STEPS + step,
-            TILE_ROWS,
-            TILE_GROUPS,
-            BLOCK_ROWS,
-            BLOCK_GROUPS,
-        )
-        w0, w1, w2, w3 = _elements(tl.load(weight + element, element_inside, 0.0), BLOCK_ROWS, BLOCK_GROUPS)
+            rows, groups, first_row, first_group, chunk * STEPS + step, TILE_ROWS, TILE_GROUPS, BLOCK_ROWS, BLOCK_GROUPS
+        )  # fmt: skip
         if FIXED:
-            m0, m1, m2, m3 = _fixed(patterns, index, inside)
+            fixed = tl.load(patterns + index, inside, 0)
+        else:
+            logits = _logits(patterns, plane, index, inside)
+        w = tl.load(weight + element, element_inside, 0.0)
+        w0, w1, w2, w3 = _elements(w, BLOCK_ROWS, BLOCK_GROUPS)
+        if FIXED:
+            m0, m1, m2, m3 = _fixed(fixed)
             share = 1 - t
         else:
-            s0, s1, s2, s3, s4, s5, norm = _powers(patterns, plane, index, inside, key, slope, inverse_tau)
+            s0, s1, s2, s3, s4, s5, norm = _powers(logits, index, key, slope, inverse_tau)
             m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
             share = (1 - t) * norm
         p0, p1, p2, p3 = w0 * (t + share * m0), w1 * (t + share * m1), w2 * (t + share * m2), w3 * (t + share * m3)
@@ -239,30 +231,13 @@ def _forward(
     tl.store(sums + tl.num_programs(0) + program, tl.sum(squares))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def _backward(
-    weight,
-    patterns,
-    tiles,
-    grad_masked,
-    grad_kept,
-    grad_squares,
-    grad_patterns,
-    grad_tiles,
-    rows,
-    groups,
-    key,
-    slope,
-    inverse_tau,
-    tile_scale,
-    FIXED: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    weight, patterns, tiles, grad_masked, grad_kept, grad_squares, grad_patterns, grad_tiles,
+    rows, groups, key, slope, inverse_tau, tile_scale,
+    FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """The gradients of `_forward`.
 
     Args:
@@ -284,22 +259,20 @@ def _backward(
     grad_t = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
         index, inside, element, element_inside = _place(
-            rows,
-            groups,
-            first_row,
-            first_group,
-            chunk * STEPS + step,
-            TILE_ROWS,
-            TILE_GROUPS,
-            BLOCK_ROWS,
-            BLOCK_GROUPS,
-        )
-        w0, w1, w2, w3 = _elements(tl.load(weight + element, element_inside, 0.0), BLOCK_ROWS, BLOCK_GROUPS)
-        g0, g1, g2, g3 = _elements(tl.load(grad_masked + element, element_inside, 0.0), BLOCK_ROWS, BLOCK_GROUPS)
+            rows, groups, first_row, first_group, chunk * STEPS + step, TILE_ROWS, TILE_GROUPS, BLOCK_ROWS, BLOCK_GROUPS
+        )  # fmt: skip
         if FIXED:
-            m0, m1, m2, m3 = _fixed(patterns, index, inside)
+            fixed = tl.load(patterns + index, inside, 0)
         else:
-            s0, s1, s2, s3, s4, s5, norm = _powers(patterns, plane, index, inside, key, slope, inverse_tau)
+            logits = _logits(patterns, plane, index, inside)
+        w = tl.load(weight + element, element_inside, 0.0)
+        g = tl.load(grad_masked + element, element_inside, 0.0)
+        w0, w1, w2, w3 = _elements(w, BLOCK_ROWS, BLOCK_GROUPS)
+        g0, g1, g2, g3 = _elements(g, BLOCK_ROWS, BLOCK_GROUPS)
+        if FIXED:
+            m0, m1, m2, m3 = _fixed(fixed)
+        else:
+            s0, s1, s2, s3, s4, s5, norm = _powers(logits, index, key, slope, inverse_tau)
             m0, m1 = (s0 + s1 + s2) * norm, (s0 + s3 + s4) * norm
             m2, m3 = (s1 + s3 + s5) * norm, (s2 + s4 + s5) * norm
         # From here on the gradients of the mask: through the product, and through its square.
@@ -326,8 +299,8 @@ def _backward(
 
 @triton.jit
 def _store(pointers, inside, power, slope):
-    """Store a logit's gradient: none where the share is held at the floor, as Adam would make much of very little."""
-    gradient = tl.where(power > 1.8626452e-09, power, 0.0) * slope
+    """Store a logit's gradient: none where the share is held at the floor, for Adam makes much of the very little."""
+    gradient = tl.where(power > 1.87e-09, power, 0.0) * slope
     tl.store(pointers, gradient.to(pointers.dtype.element_ty), inside)
 
 
@@ -411,8 +384,8 @@ class _MaskedWeight(torch.autograd.Function):
             )
         ctx.save_for_backward(weight, patterns, tiles)
         ctx.draw = draw
-        kept, squares = sums.sum(1).unbind()
-        return masked, kept.clone(), squares.clone()
+        totals = sums.sum(1)
+        return masked, totals[0], totals[1]
 
     @staticmethod
     @once_differentiable
