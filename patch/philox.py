@@ -4,8 +4,9 @@ This is the definition of what `patch.relax_triton` draws, in integers and float
 words of one pattern group are Philox4x32-7 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011; seven
 rounds are the fewest that pass BigCrush) of the counter ``(row * K/4 + group, 0, 0, 0)`` under the key; those of a tile
 of the counter ``(tile_row * C + tile_col, 1, 0, 0)``. A group needs six uniform numbers and gets 128 bits, so each
-has 21: of plane 0 to 3 the high bits of one word each, of plane 4 the low bits of the words 0 (11) and 1 (10), of plane
-5 those of the words 2 and 3. A uniform number is an odd multiple of 2**-22 in (0, 1), exact in float32, as is one less
+has 21: planes 0 to 3 the high bits of one word each; plane 4 the low bits of ``word0 << 10 ^ word1``, which are as
+random as the low 11 of word 0 and the low 10 of word 1, that nothing else uses; plane 5 those of words 2 and 3. A
+uniform number is an odd multiple of 2**-22 in (0, 1), exact in float32, as is one less
 it: noise is finite, Gumbel noise in (-2.73, 15.25), logistic noise within 15.25 of zero.
 """
 
@@ -51,7 +52,7 @@ def _uniform(bits: Tensor) -> Tensor:
 def pattern_noise(key: int, rows: int, groups: int, device: torch.device | str = "cpu") -> Tensor:
     """Gumbel noise of a weight's pattern logits, ``-log(-log(1 - uniform))``, float64 ``[6, rows, groups]``."""
     r0, r1, r2, r3 = _words_of(key, rows * groups, 0, device)
-    mixed = [(r0 & 0x7FF) << 10 | r1 & 0x3FF, (r2 & 0x7FF) << 10 | r3 & 0x3FF]
+    mixed = [(r0 << 10 ^ r1) & 0x1FFFFF, (r2 << 10 ^ r3) & 0x1FFFFF]
     bits = torch.stack([word >> 11 for word in (r0, r1, r2, r3)] + mixed)
     return -torch.log(-torch.log1p(-_uniform(bits))).view(len(KEPT_PAIRS), rows, groups)
 

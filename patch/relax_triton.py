@@ -45,12 +45,33 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _log2(x):
-    """The base-two logarithm of a normal number; on a GPU one instruction, off by 2**-22 around one."""
+def _log2_magnitude(x):
+    """The base-two logarithm of the magnitude of a normal number; on a GPU one instruction, off by 2**-22 around one.
+
+    Instructions take the magnitude of an operand for free; a negation outside would be one more.
+    """
     if _INTERPRETED:
-        return tl.log2(x)
+        return tl.log2(tl.abs(x))
     else:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        assembly: tl.constexpr = "{ .reg .f32 x; abs.f32 x, $1; lg2.approx.ftz.f32 $0, x; }"
+        return tl.inline_asm_elementwise(assembly, "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _philox(key, counter, STREAM: tl.constexpr):
+    """`patch.philox.words` of the counter ``(counter, STREAM, 0, 0)``.
+
+    Triton's own asks for the high and the low half of each product apart, which costs twice the multiplications.
+    """
+    c0 = counter.to(tl.uint32)
+    c1, c2, c3 = tl.full((), STREAM, tl.uint32), tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (right >> 32).to(tl.uint32) ^ c1 ^ k0, right.to(tl.uint32)
+        c2, c3 = (left >> 32).to(tl.uint32) ^ c3 ^ k1, left.to(tl.uint32)
+        k0, k1 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False), tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -68,20 +89,13 @@ def _exponential(bits):
     """
     u, rest = _uniform(bits)
     # The instruction is exact to 2**-22, not to a share of its result, which is small where u is: a series there.
-    # Signs are left to the absolute value, which costs nothing; a negation does.
     series = u * (1.44269504 + u * (0.72134752 + u * 0.48089835))
-    return _log2(tl.abs(tl.where(u < 0.015625, series, _log2(rest))))
+    return _log2_magnitude(tl.where(u < 0.015625, series, _log2_magnitude(rest)))
 
 
 @triton.jit
 def _larger(left, right):
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _power(exponent, largest):
-    """Two to the exponent less the largest, held at the floor of `patch.relax.soft_patterns`: 2**-29 = eps / 64."""
-    return tl.exp2(_larger(exponent - largest, -29.0))
 
 
 @triton.jit
@@ -99,26 +113,26 @@ def _logits(patterns, plane, index, inside):
 
 
 @triton.jit
-def _exponent(logit, bits, slope, inverse_tau):
-    return slope * logit.to(tl.float32) - inverse_tau * _exponential(bits)
+def _powers(logits, index, key, scale, inverse_tau):
+    """The six patterns' shares of each group, not normalised: two to the exponent less the largest exponent."""
+    l0, l1, l2, l3, l4, l5 = logits
+    r0, r1, r2, r3 = _philox(key, index, 0)
+    x0 = scale * l0.to(tl.float32) - _exponential(r0 >> 9)
+    x1 = scale * l1.to(tl.float32) - _exponential(r1 >> 9)
+    x2 = scale * l2.to(tl.float32) - _exponential(r2 >> 9)
+    x3 = scale * l3.to(tl.float32) - _exponential(r3 >> 9)
+    # The planes above have left the low eleven bits of each word.
+    x4 = scale * l4.to(tl.float32) - _exponential(((r0 << 10) ^ r1) << 2)
+    x5 = scale * l5.to(tl.float32) - _exponential(((r2 << 10) ^ r3) << 2)
+    largest = inverse_tau * _larger(_larger(_larger(x0, x1), _larger(x2, x3)), _larger(x4, x5))
+    s0, s1, s2 = _power(x0, largest, inverse_tau), _power(x1, largest, inverse_tau), _power(x2, largest, inverse_tau)
+    s3, s4, s5 = _power(x3, largest, inverse_tau), _power(x4, largest, inverse_tau), _power(x5, largest, inverse_tau)
+    return s0, s1, s2, s3, s4, s5
 
 
 @triton.jit
-def _powers(logits, index, key, slope, inverse_tau):
-    """The six patterns' shares of each group, not normalised, and what normalises them."""
-    l0, l1, l2, l3, l4, l5 = logits
-    r0, r1, r2, r3 = tl.philox(key, index, 0, 0, 0, 7)
-    x0 = _exponent(l0, r0 >> 9, slope, inverse_tau)
-    x1 = _exponent(l1, r1 >> 9, slope, inverse_tau)
-    x2 = _exponent(l2, r2 >> 9, slope, inverse_tau)
-    x3 = _exponent(l3, r3 >> 9, slope, inverse_tau)
-    # The planes above have left the low eleven bits of each word.
-    x4 = _exponent(l4, (r0 << 12) | ((r1 & 0x3FF) << 2), slope, inverse_tau)
-    x5 = _exponent(l5, (r2 << 12) | ((r3 & 0x3FF) << 2), slope, inverse_tau)
-    largest = _larger(_larger(_larger(x0, x1), _larger(x2, x3)), _larger(x4, x5))
-    s0, s1, s2 = _power(x0, largest), _power(x1, largest), _power(x2, largest)
-    s3, s4, s5 = _power(x3, largest), _power(x4, largest), _power(x5, largest)
-    return s0, s1, s2, s3, s4, s5, 1.0 / (((s0 + s1) + (s2 + s3)) + (s4 + s5))
+def _power(x, largest, inverse_tau):
+    return tl.exp2(inverse_tau * x - largest)
 
 
 @triton.jit
@@ -136,9 +150,9 @@ def _fixed(patterns):
 @triton.jit
 def _soft_tile(tiles, tile, key, scale, inverse_tau):
     """``t`` of one tile."""
-    bits, _, _, _ = tl.philox(key, tile, 1, 0, 0, 7)
+    bits, _, _, _ = _philox(key, tile, 1)
     u, rest = _uniform(bits >> 9)
-    noise = 0.69314718 * (_log2(u) - _log2(rest))
+    noise = 0.69314718 * (_log2_magnitude(u) - _log2_magnitude(rest))
     logit = tl.load(tiles + tile).to(tl.float32)
     return 1.0 / (1.0 + tl.exp2(-1.44269504 * inverse_tau * (scale * logit + noise)))
 
@@ -169,18 +183,48 @@ def _place(
 
 
 @triton.jit
-def _elements(values, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """``[rows, 4 * groups]`` to the first, second, third and fourth element of each group, in float32."""
-    even, odd = tl.split(values.reshape(ROWS, GROUPS, 2, 2))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
+def _load_groups(weight, index, inside, element, element_inside, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The first, second, third and fourth element of each group, in float32."""
+    dtype: tl.constexpr = weight.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        # A group is one word: what a thread loads of it is what it needs, and no thread has to pass elements on.
+        word = tl.load(weight.to(tl.pointer_type(tl.int64)) + index, inside, 0)
+        return (
+            word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+            (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+            (word >> 32).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+            (word >> 48).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+        )
+    else:
+        values = tl.load(weight + element, element_inside, 0.0)
+        even, odd = tl.split(values.reshape(ROWS, GROUPS, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
+
+
+@triton.jit
+def _word(value, dtype: tl.constexpr):
+    return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def _store_groups(masked, first, second, third, fourth, index, inside, element, element_inside):
+    """The inverse of `_load_groups`."""
+    dtype: tl.constexpr = masked.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        word = _word(first, dtype) | (_word(second, dtype) << 16) | (_word(third, dtype) << 32)
+        word |= _word(fourth, dtype) << 48
+        tl.store(masked.to(tl.pointer_type(tl.uint64)) + index, word, inside)
+    else:
+        even, odd = tl.join(first.to(dtype), third.to(dtype)), tl.join(second.to(dtype), fourth.to(dtype))
+        tl.store(masked + element, tl.join(even, odd).reshape(element.shape), element_inside)
 
 
 @triton.jit(do_not_specialize=["key"])
 def _forward(
     weight, patterns, tiles, masked, sums,
-    rows, groups, key, slope, inverse_tau, tile_scale,
+    rows, groups, key, pattern_scale, inverse_tau, tile_scale,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +235,7 @@ def _forward(
         patterns: logits ``[6, rows, groups]``, or uint8 ``[rows, groups]`` if FIXED.
         tiles: logits, or None.
         sums: float32 ``[2, tiles * CHUNKS]``.
-        slope: pattern scale over temperature over log(2).
+        pattern_scale: over log(2).
         STEPS: blocks of a program.
         CHUNKS: programs of a tile.
     """
@@ -212,20 +256,18 @@ def _forward(
             fixed = tl.load(patterns + index, inside, 0)
         else:
             logits = _logits(patterns, plane, index, inside)
-        w = tl.load(weight + element, element_inside, 0.0)
-        w0, w1, w2, w3 = _elements(w, BLOCK_ROWS, BLOCK_GROUPS)
+        w0, w1, w2, w3 = _load_groups(weight, index, inside, element, element_inside, BLOCK_ROWS, BLOCK_GROUPS)
         if FIXED:
             m0, m1, m2, m3 = _fixed(fixed)
             share = 1 - t
         else:
-            s0, s1, s2, s3, s4, s5, norm = _powers(logits, index, key, slope, inverse_tau)
+            s0, s1, s2, s3, s4, s5 = _powers(logits, index, key, pattern_scale, inverse_tau)
             m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
-            share = (1 - t) * norm
+            # A group's mask sums to two.
+            share = (1 - t) * 2.0 / ((m0 + m1) + (m2 + m3))
         p0, p1, p2, p3 = w0 * (t + share * m0), w1 * (t + share * m1), w2 * (t + share * m2), w3 * (t + share * m3)
         squares += (p0 * p0 + p1 * p1) + (p2 * p2 + p3 * p3)
-        dtype: tl.constexpr = masked.dtype.element_ty
-        even, odd = tl.join(p0.to(dtype), p2.to(dtype)), tl.join(p1.to(dtype), p3.to(dtype))
-        tl.store(masked + element, tl.join(even, odd).reshape(BLOCK_ROWS, 4 * BLOCK_GROUPS), element_inside)
+        _store_groups(masked, p0, p1, p2, p3, index, inside, element, element_inside)
     size = _tile_size(rows, groups, first_row, first_group, TILE_ROWS, TILE_GROUPS)
     tl.store(sums + program, tl.where(chunk == 0, size * (0.5 + 0.5 * t), 0.0))
     tl.store(sums + tl.num_programs(0) + program, tl.sum(squares))
@@ -234,7 +276,7 @@ def _forward(
 @triton.jit(do_not_specialize=["key"])
 def _backward(
     weight, patterns, tiles, grad_masked, grad_kept, grad_squares, grad_patterns, grad_tiles,
-    rows, groups, key, slope, inverse_tau, tile_scale,
+    rows, groups, key, pattern_scale, inverse_tau, tile_scale,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -265,16 +307,15 @@ def _backward(
             fixed = tl.load(patterns + index, inside, 0)
         else:
             logits = _logits(patterns, plane, index, inside)
-        w = tl.load(weight + element, element_inside, 0.0)
-        g = tl.load(grad_masked + element, element_inside, 0.0)
-        w0, w1, w2, w3 = _elements(w, BLOCK_ROWS, BLOCK_GROUPS)
-        g0, g1, g2, g3 = _elements(g, BLOCK_ROWS, BLOCK_GROUPS)
+        w0, w1, w2, w3 = _load_groups(weight, index, inside, element, element_inside, BLOCK_ROWS, BLOCK_GROUPS)
+        g0, g1, g2, g3 = _load_groups(grad_masked, index, inside, element, element_inside, BLOCK_ROWS, BLOCK_GROUPS)
         if FIXED:
             m0, m1, m2, m3 = _fixed(fixed)
         else:
-            s0, s1, s2, s3, s4, s5, norm = _powers(logits, index, key, slope, inverse_tau)
-            m0, m1 = (s0 + s1 + s2) * norm, (s0 + s3 + s4) * norm
-            m2, m3 = (s1 + s3 + s5) * norm, (s2 + s4 + s5) * norm
+            s0, s1, s2, s3, s4, s5 = _powers(logits, index, key, pattern_scale, inverse_tau)
+            m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
+            norm = 2.0 / ((m0 + m1) + (m2 + m3))
+            m0, m1, m2, m3 = m0 * norm, m1 * norm, m2 * norm, m3 * norm
         # From here on the gradients of the mask: through the product, and through its square.
         g0, g1 = w0 * (g0 + twice * w0 * (t + (1 - t) * m0)), w1 * (g1 + twice * w1 * (t + (1 - t) * m1))
         g2, g3 = w2 * (g2 + twice * w2 * (t + (1 - t) * m2)), w3 * (g3 + twice * w3 * (t + (1 - t) * m3))
@@ -282,7 +323,7 @@ def _backward(
         grad_t += (g0 + g1) + (g2 + g3) - mean
         if not FIXED:
             # The softmax's gradient is s * (h - sum of s * h), h being the sum over a pattern's two elements.
-            factor = 0.69314718 * slope * (1 - t) * norm
+            factor = 0.69314718 * pattern_scale * inverse_tau * (1 - t) * norm
             grad_patterns_here = grad_patterns + index
             _store(grad_patterns_here, inside, s0, factor * (g0 + g1 - mean))
             _store(grad_patterns_here + plane, inside, s1, factor * (g0 + g2 - mean))
@@ -299,8 +340,11 @@ def _backward(
 
 @triton.jit
 def _store(pointers, inside, power, slope):
-    """Store a logit's gradient: none where the share is held at the floor, for Adam makes much of the very little."""
-    gradient = tl.where(power > 1.87e-09, power, 0.0) * slope
+    """Store a logit's gradient: none where `patch.relax.soft_patterns` holds the share at its floor of 2**-29.
+
+    Adam would make much of what little there is. The share itself is left alone: it changes nothing on a GPU.
+    """
+    gradient = tl.where(power > 1.8626452e-09, power, 0.0) * slope
     tl.store(pointers, gradient.to(pointers.dtype.element_ty), inside)
 
 
@@ -357,9 +401,9 @@ class _Draw:
     key: int
 
     def scalars(self, weight: Tensor) -> tuple[int, int, int, float, float, float]:
-        slope = self.softness.pattern_scale / self.softness.tau / math.log(2)
         sides = weight.shape[0], weight.shape[1] // GROUP
-        return *sides, self.key, slope, 1 / self.softness.tau, self.softness.tile_scale
+        scale = self.softness.pattern_scale / math.log(2)
+        return *sides, self.key, scale, 1 / self.softness.tau, self.softness.tile_scale
 
 
 class _MaskedWeight(torch.autograd.Function):
