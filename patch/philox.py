@@ -3,11 +3,11 @@
 This is the definition of what `patch.relax_triton` draws, in integers and float64, and too slow to learn with. The
 words of one pattern group are Philox4x32-7 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011; seven
 rounds are the fewest that pass BigCrush) of the counter ``(row * K/4 + group, 0, 0, 0)`` under the key; those of a tile
-of the counter ``(tile_row * C + tile_col, 1, 0, 0)``. A group needs six uniform numbers and gets 128 bits, so each
-has 21: planes 0 to 3 the high bits of one word each; plane 4 the low bits of ``word0 << 10 ^ word1``, which are as
-random as the low 11 of word 0 and the low 10 of word 1, that nothing else uses; plane 5 those of words 2 and 3. A
-uniform number is an odd multiple of 2**-22 in (0, 1), exact in float32, as is one less
-it: noise is finite, Gumbel noise in (-2.73, 15.25), logistic noise within 15.25 of zero.
+of the counter ``(tile_row * C + tile_col, 1, 0, 0)``. A group needs six uniform numbers and gets 128 bits, so each has
+21: planes 0 to 3 the high bits of one word each; plane 4 the low bits of ``word0 << 10 ^ word1``, which are as random
+as the low 11 bits of word 0 and the low 10 of word 1, that nothing else uses; plane 5 those of words 2 and 3. A uniform
+number is an odd multiple of 2**-22 in (0, 1), exact in float32, as is one less it: noise is finite, Gumbel noise in
+(-2.73, 15.25), logistic noise within 15.25 of zero.
 """
 
 import torch

@@ -113,10 +113,19 @@ def _logits(patterns, plane, index, inside):
 
 
 @triton.jit
+def _beside(index, logit):
+    """``index``, held by the threads that hold ``logit``: or else the noise moves between threads, not the index."""
+    if _INTERPRETED:
+        return index
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [index, logit], tl.int32, True, 1)
+
+
+@triton.jit
 def _powers(logits, index, key, scale, inverse_tau):
     """The six patterns' shares of each group, not normalised: two to the exponent less the largest exponent."""
     l0, l1, l2, l3, l4, l5 = logits
-    r0, r1, r2, r3 = _philox(key, index, 0)
+    r0, r1, r2, r3 = _philox(key, _beside(index, l0.to(tl.float32)), 0)
     x0 = scale * l0.to(tl.float32) - _exponential(r0 >> 9)
     x1 = scale * l1.to(tl.float32) - _exponential(r1 >> 9)
     x2 = scale * l2.to(tl.float32) - _exponential(r2 >> 9)
