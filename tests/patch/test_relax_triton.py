@@ -1,6 +1,7 @@
 """The fused soft mask against the eager one in float64, given the same noise; in Triton's interpreter or on a GPU."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from patch.relax import Masked, Softness
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 RUNS = GPU or relax_triton.triton.knobs.runtime.interpret
+# Of the mask. Noise is magnified by scale over temperature, and the GPU's logarithm is coarse beside the interpreter's.
+PRECISION = 1e-3 if GPU else 2e-4
 needs_kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU or TRITON_INTERPRET=1, which another test here sets")
 
 MODES = ["joint", "tile", "maskllm"]
@@ -33,15 +36,14 @@ SHAPES = [
     pytest.param((7, 20), (3, 8), id="ragged-both"),
     pytest.param((5, 4), (5, 4), id="one-tile-one-group-wide"),
     pytest.param((1, 12), (1, 8), id="one-row"),
-    pytest.param((40, 64), (32, 20), id="tile-of-five-groups"),
+    pytest.param((24, 32), (20, 20), id="tile-of-five-groups"),
     pytest.param((33, 32), (33, 4), id="tile-of-one-group"),
     pytest.param((3, 1040), (2, 1032), id="tile-wider-than-a-block"),
-    pytest.param((80, 160), (64, 128), id="several-programs-a-tile"),
+    pytest.param((40, 80), (24, 72), id="several-programs-a-tile"),
 ]
 SOFTNESS = [
     pytest.param(Softness(4.0, 100.0, 25.0), id="first-step"),
     pytest.param(Softness(0.05, 500.0, 350.0), id="last-step"),
-    pytest.param(Softness(1.0, 1.0, 1.0), id="plain"),
 ]
 STREAM = (3, 1, 4, 1)
 
@@ -135,9 +137,8 @@ def make(
 
 def assert_equal(fused: Mapping[str, Tensor], exact: Mapping[str, Tensor], case: Case, softness: Softness) -> None:
     assert fused.keys() == exact.keys()
-    coarse = 2.0**-7 if case.weight.dtype == torch.bfloat16 else 0.0
-    # Noise and logits are magnified by scale over temperature.
-    torch.testing.assert_close(fused["weight"], exact["weight"], rtol=coarse, atol=5e-4)
+    coarse = torch.finfo(case.weight.dtype).eps
+    torch.testing.assert_close(fused["weight"], exact["weight"], rtol=coarse, atol=3 * PRECISION)
     for name in ("kept", "squares"):
         torch.testing.assert_close(fused[name], exact[name], rtol=1e-5, atol=1e-4)
     # Gradients of saturated masks are tiny; what counts is the size that they have elsewhere.
@@ -145,9 +146,9 @@ def assert_equal(fused: Mapping[str, Tensor], exact: Mapping[str, Tensor], case:
         if name in fused:
             logits = case.patterns if name == "patterns" else case.tiles
             assert logits is not None
-            coarse = 2.0**-7 if logits.dtype == torch.bfloat16 else 1e-4
+            coarse = max(1e-4, torch.finfo(logits.dtype).eps)
             size = scale / softness.tau * (1 if name == "patterns" else max(1, case.tile[0] * case.tile[1]) ** 0.5)
-            torch.testing.assert_close(fused[name], exact[name], rtol=coarse, atol=3e-4 * size)
+            torch.testing.assert_close(fused[name], exact[name], rtol=coarse, atol=2 * PRECISION * size)
 
 
 @needs_kernels
@@ -167,10 +168,20 @@ def test_values_and_gradients_are_the_eager_ones(
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_dtype_is_near_float64(mode: str, weights: torch.dtype, logits: torch.dtype) -> None:
     softness = Softness(0.7, 100.0, 50.0)
-    for shape, tile in (((24, 40), (16, 16)), ((7, 20), (3, 8))):
-        case = make(mode, shape, tile, weights, logits)
-        fused = case.fused(softness)
-        assert_equal(fused, case.eager(softness), case, softness)
+    case = make(mode, (12, 28), (8, 16), weights, logits)
+    assert_equal(case.fused(softness), case.eager(softness), case, softness)
+
+
+@needs_kernels
+@every_mode
+def test_programs_of_several_blocks_add_up_to_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    softness, case = Softness(1.0, 100.0, 100.0), make(mode, (40, 80), (24, 72))
+    few = relax_triton._blocks.__wrapped__((40, 80), (24, 72))
+    monkeypatch.setattr(relax_triton, "_PROGRAMS", 4)
+    monkeypatch.setattr(relax_triton, "_blocks", relax_triton._blocks.__wrapped__)
+    more = relax_triton._blocks((40, 80), (24, 72))
+    assert (few.steps, few.chunks) == (1, 2) and (more.steps, more.chunks) == (2, 1)
+    assert_equal(case.fused(softness), case.eager(softness), case, softness)
 
 
 @needs_kernels
@@ -179,8 +190,7 @@ def test_each_output_has_a_gradient_of_its_own(part: str) -> None:
     softness = Softness(1.0, 10.0, 10.0)
     case = make("joint", (12, 24), (8, 16))
     grads = tuple(
-        grad if name == part else torch.zeros_like(grad)
-        for name, grad in zip(Masked._fields, case.grads, strict=True)
+        grad if name == part else torch.zeros_like(grad) for name, grad in zip(Masked._fields, case.grads, strict=True)
     )
     case = dataclasses.replace(case, grads=grads)
     fused, exact = case.fused(softness), case.eager(softness)
@@ -191,7 +201,7 @@ def test_each_output_has_a_gradient_of_its_own(part: str) -> None:
 
 @needs_kernels
 def test_the_same_stream_draws_the_same_bits_and_another_one_others() -> None:
-    softness, case = Softness(1.0, 100.0, 100.0), make("joint", (80, 96), (64, 64))
+    softness, case = Softness(1.0, 100.0, 100.0), make("joint", (40, 80), (24, 72))
     first, again, other = case.fused(softness), case.fused(softness), case.fused(softness, (3, 1, 4, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in ("weight", "patterns", "tiles"))
@@ -200,10 +210,10 @@ def test_the_same_stream_draws_the_same_bits_and_another_one_others() -> None:
 @needs_kernels
 def test_noise_does_not_depend_on_how_a_weight_is_divided() -> None:
     """Under tiles that are surely 2:4, whatever their shape, the mask is that without tiles."""
-    softness, case = Softness(1.0, 100.0, 1.0), make("maskllm", (40, 48), (8, 8))
+    softness, case = Softness(1.0, 100.0, 1.0), make("maskllm", (16, 24), (8, 8))
     expected = case.fused(softness)["weight"]
-    for tile in ((8, 8), (24, 20), (40, 48)):
-        sparse = torch.full(tile_grid((40, 48), tile), -1000.0, device=DEVICE)
+    for tile in ((8, 8), (12, 20), (16, 24)):
+        sparse = torch.full(tile_grid((16, 24), tile), -1000.0, device=DEVICE)
         found = dataclasses.replace(case, tiles=sparse, tile=tile).fused(softness)["weight"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -220,12 +230,17 @@ def test_nothing_is_saved_but_the_inputs() -> None:
 
 @needs_kernels
 def test_shares_at_the_floor_have_no_gradient_as_in_the_eager_mask() -> None:
-    softness = Softness(0.05, 500.0, 350.0)
+    softness = Softness(0.2, 200.0, 1.0)
     case = make("joint", (16, 64), (16, 32))
+    noise = philox.pattern_noise(relax.stream_seed("masks", *STREAM), 16, 16, DEVICE)
+    exponents = (softness.pattern_scale * case.patterns.double() + noise) / softness.tau
+    above_floor = exponents - exponents.amax(0) - math.log(torch.finfo(torch.float32).eps / 64)
     fused, eager = case.fused(softness)["patterns"], case.eager(softness, torch.float32)["patterns"]
-    assert 0.1 < (eager == 0).double().mean() < 0.9
-    # The few whose exponent lies within rounding of the floor may fall on either side.
-    assert ((fused == 0) != (eager == 0)).double().mean() < 0.002
+    # Neither mask is exact to better than this.
+    held, free = above_floor < -0.01, above_floor > 0.01
+    assert held.double().mean() > 0.2 and free.double().mean() > 0.2
+    assert (eager[held] == 0).all() and (fused[held] == 0).all()
+    assert (fused[free] != 0).double().mean() > 0.9
 
 
 @needs_kernels
@@ -267,7 +282,7 @@ def test_inputs_need_not_be_contiguous() -> None:
 @needs_kernels
 def test_patterns_are_sampled_as_often_as_their_softmax_says() -> None:
     logits = torch.tensor([0.9, -0.5, 0.2, 0.0, 1.4, -2.0], device=DEVICE)
-    rows, groups = 100, 500
+    rows, groups = 32, 320
     masked = relax_triton.sampled_weight(
         torch.ones(rows, 4 * groups, device=DEVICE),
         logits.view(6, 1, 1).expand(6, rows, groups),
@@ -277,7 +292,7 @@ def test_patterns_are_sampled_as_often_as_their_softmax_says() -> None:
         STREAM,
     )
     shares = torch.bincount(best_patterns(masked.weight).flatten().long(), minlength=6) / (rows * groups)
-    torch.testing.assert_close(shares, torch.softmax(logits, 0), atol=0.011, rtol=0)
+    torch.testing.assert_close(shares, torch.softmax(logits, 0), atol=0.025, rtol=0)
 
 
 def test_a_weight_beyond_32_bit_offsets_is_refused() -> None:
@@ -290,7 +305,7 @@ def test_a_weight_beyond_32_bit_offsets_is_refused() -> None:
 
 SHORT = dataclasses.replace(
     RECIPES["patch-joint"],
-    steps=3,
+    steps=2,
     batch=2,
     microbatch=2,
     length=8,
@@ -300,7 +315,7 @@ SHORT = dataclasses.replace(
     checkpoint_every=1,
     activation_checkpointing=False,
 )
-TILE = (24, 20)
+TILE = (32, 20)
 
 
 def words(step: int) -> Tensor:
@@ -309,7 +324,9 @@ def words(step: int) -> Tensor:
 
 def run(mode: str, work: Path, **changes: Any) -> Learned:
     sizes = {"hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(num_key_value_heads=2, vocab_size=32, max_position_embeddings=16, **sizes)
+    # The fused attention's backward pass adds in any order.
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
+    config = LlamaConfig(attn_implementation="eager", **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(DEVICE)
@@ -332,13 +349,13 @@ def test_learning_is_as_with_the_eager_mask(mode: str, tmp_path: Path) -> None:
         for name, masks in (("fused", relax_triton.sampled_weight), ("eager", reference))
     ]
     for fused, eager in zip(*histories, strict=True):
-        assert fused == pytest.approx(eager, rel=1e-3)
+        assert fused == pytest.approx(eager, rel=1e-2, abs=1e-3)
 
 
 @needs_kernels
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for on in (False, True):
-        run("joint", tmp_path / str(on), recipe={"activation_checkpointing": on, "steps": 2})
+        run("joint", tmp_path / str(on), recipe={"activation_checkpointing": on})
     assert_same_bits(*(torch.load(tmp_path / str(on) / CHECKPOINT)["logits"] for on in (False, True)))
 
 
@@ -350,9 +367,8 @@ def test_a_stopped_run_is_continued_bit_by_bit(tmp_path: Path) -> None:
     def stop(entry: Mapping[str, float]) -> None:
         raise Stopped
 
-    for _ in range(2):
-        with pytest.raises(Stopped):
-            run("joint", tmp_path / "stopped", on_step=stop)
+    with pytest.raises(Stopped):
+        run("joint", tmp_path / "stopped", on_step=stop)
     resumed, undisturbed = run("joint", tmp_path / "stopped"), run("joint", tmp_path / "undisturbed")
     assert resumed.history == undisturbed.history
     assert_same_bits(*(torch.load(tmp_path / name / CHECKPOINT)["logits"] for name in ("stopped", "undisturbed")))
