@@ -158,12 +158,15 @@ def _fixed(patterns):
 
 @triton.jit
 def _soft_tile(tiles, tile, key, scale, inverse_tau):
-    """``t`` of one tile."""
+    """``t`` and ``1 - t`` of one tile, both to full precision however near to zero."""
     bits, _, _, _ = _philox(key, tile, 1)
     u, rest = _uniform(bits >> 9)
     noise = 0.69314718 * (_log2_magnitude(u) - _log2_magnitude(rest))
     logit = tl.load(tiles + tile).to(tl.float32)
-    return 1.0 / (1.0 + tl.exp2(-1.44269504 * inverse_tau * (scale * logit + noise)))
+    exponent = 1.44269504 * inverse_tau * (scale * logit + noise)
+    power = tl.exp2(-tl.abs(exponent))
+    large, small = 1.0 / (1.0 + power), power / (1.0 + power)
+    return tl.where(exponent > 0, large, small), tl.where(exponent > 0, small, large)
 
 
 @triton.jit
@@ -253,9 +256,9 @@ def _forward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
-    t = 0.0
+    t, rest = 0.0, 1.0
     if tiles is not None:
-        t = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
         index, inside, element, element_inside = _place(
@@ -268,12 +271,12 @@ def _forward(
         w0, w1, w2, w3 = _load_groups(weight, index, inside, element, element_inside, BLOCK_ROWS, BLOCK_GROUPS)
         if FIXED:
             m0, m1, m2, m3 = _fixed(fixed)
-            share = 1 - t
+            share = rest
         else:
             s0, s1, s2, s3, s4, s5 = _powers(logits, index, key, pattern_scale, inverse_tau)
             m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
             # A group's mask sums to two.
-            share = (1 - t) * 2.0 / ((m0 + m1) + (m2 + m3))
+            share = rest * 2.0 / ((m0 + m1) + (m2 + m3))
         p0, p1, p2, p3 = w0 * (t + share * m0), w1 * (t + share * m1), w2 * (t + share * m2), w3 * (t + share * m3)
         squares += (p0 * p0 + p1 * p1) + (p2 * p2 + p3 * p3)
         _store_groups(masked, p0, p1, p2, p3, index, inside, element, element_inside)
@@ -303,9 +306,9 @@ def _backward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
-    t = 0.0
+    t, rest = 0.0, 1.0
     if tiles is not None:
-        t = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
     twice = 2 * tl.load(grad_squares)
     grad_t = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
@@ -326,13 +329,13 @@ def _backward(
             norm = 2.0 / ((m0 + m1) + (m2 + m3))
             m0, m1, m2, m3 = m0 * norm, m1 * norm, m2 * norm, m3 * norm
         # From here on the gradients of the mask: through the product, and through its square.
-        g0, g1 = w0 * (g0 + twice * w0 * (t + (1 - t) * m0)), w1 * (g1 + twice * w1 * (t + (1 - t) * m1))
-        g2, g3 = w2 * (g2 + twice * w2 * (t + (1 - t) * m2)), w3 * (g3 + twice * w3 * (t + (1 - t) * m3))
+        g0, g1 = w0 * (g0 + twice * w0 * (t + rest * m0)), w1 * (g1 + twice * w1 * (t + rest * m1))
+        g2, g3 = w2 * (g2 + twice * w2 * (t + rest * m2)), w3 * (g3 + twice * w3 * (t + rest * m3))
         mean = (g0 * m0 + g1 * m1) + (g2 * m2 + g3 * m3)
         grad_t += (g0 + g1) + (g2 + g3) - mean
         if not FIXED:
             # The softmax's gradient is s * (h - sum of s * h), h being the sum over a pattern's two elements.
-            factor = 0.69314718 * pattern_scale * inverse_tau * (1 - t) * norm
+            factor = 0.69314718 * pattern_scale * inverse_tau * rest * norm
             grad_patterns_here = grad_patterns + index
             _store(grad_patterns_here, inside, s0, factor * (g0 + g1 - mean))
             _store(grad_patterns_here + plane, inside, s1, factor * (g0 + g2 - mean))
@@ -343,7 +346,7 @@ def _backward(
     if tiles is not None:
         size = _tile_size(rows, groups, first_row, first_group, TILE_ROWS, TILE_GROUPS)
         through_kept = tl.where(chunk == 0, 0.5 * size * tl.load(grad_kept), 0.0)
-        through_logit = tile_scale * inverse_tau * t * (1 - t)
+        through_logit = tile_scale * inverse_tau * t * rest
         tl.store(grad_tiles + program, through_logit * (tl.sum(grad_t) + through_kept))
 
 
