@@ -35,6 +35,7 @@ from patch.relax import Masked, Softness, stream_seed
 
 # Groups a program holds at a time: four to each of 128 threads make 16-byte accesses of float32 logits.
 _BLOCK = 512
+_BLOCK_GROUPS = 128
 _THREADS_OF_WARP = 32
 # More programs than this keep no more of a GPU busy, and each costs a slot and a drawing of its tile's noise.
 _PROGRAMS = 4096
@@ -65,7 +66,7 @@ def _philox(key, counter, STREAM: tl.constexpr):
     """
     c0 = counter.to(tl.uint32)
     c1, c2, c3 = tl.full((), STREAM, tl.uint32), tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key.to(tl.uint64) >> 32).to(tl.uint32)
     for _ in tl.static_range(7):
         left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c1 = (right >> 32).to(tl.uint32) ^ c1 ^ k0, right.to(tl.uint32)
@@ -285,7 +286,8 @@ def _forward(
     tl.store(sums + tl.num_programs(0) + program, tl.sum(squares))
 
 
-@triton.jit(do_not_specialize=["key"])
+# Autograd hands over the two scalars at any address; a kernel for each alignment would be compiled.
+@triton.jit(do_not_specialize=["key", "grad_kept", "grad_squares"])
 def _backward(
     weight, patterns, tiles, grad_masked, grad_kept, grad_squares, grad_patterns, grad_tiles,
     rows, groups, key, pattern_scale, inverse_tau, tile_scale,
@@ -395,7 +397,7 @@ class _Blocks:
 def _blocks(shape: tuple[int, int], tile: TileShape) -> _Blocks:
     """Depends on the shapes alone, so that sums are the same on every GPU."""
     tile_rows, tile_groups = tile[0], tile[1] // GROUP
-    block_groups = min(triton.next_power_of_2(tile_groups), _BLOCK // 4)
+    block_groups = min(triton.next_power_of_2(tile_groups), _BLOCK_GROUPS)
     block_rows = min(triton.next_power_of_2(tile_rows), _BLOCK // block_groups)
     blocks = -(-tile_rows // block_rows) * -(-tile_groups // block_groups)
     tiles = math.prod(tile_grid(shape, tile))
