@@ -65,10 +65,11 @@ def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "12
     means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
     library = frame[(frame.model == model) & frame.implementation.isin(("cusparselt", "semi_structured"))]
     best = library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean)
+    libraries = dict(best.items())
     columns = [f"{100 * sparsity:.0f}%" for sparsity in means.columns]
     lines = ["| tokens | " + " | ".join([*columns, "best 2:4 library, 50%"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for tokens, row in means.iterrows():
-        cells = [f"{value:.2f}" for value in row] + [f"{best[tokens]:.2f}" if tokens in best else "-"]
+        cells = [f"{value:.2f}" for value in row] + [f"{libraries[tokens]:.2f}" if tokens in libraries else "-"]
         lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """End-to-end speed: a whole model of the registry with hybrid weights against the same model dense.
 
-Weights are random, which time does not mind; tile maps are random and uneven. Both models run the same way, the strongest
-that a user has: every decoder block through ``torch.compile``, the whole pass replayed as a CUDA graph, the cache of keys
-and values preallocated, logits of the last token only.
+Weights are random, which time does not mind; tile maps are random and uneven. Both models run the same way, the
+strongest that a user has: every decoder block through ``torch.compile``, the whole pass replayed as a CUDA graph, the
+cache of keys and values preallocated, logits of the last token only.
 
     decode   one step for a batch of sequences that are ``CONTEXT`` tokens long
     prefill  a batch of prompts
@@ -75,15 +75,19 @@ def build(name: str, device: torch.device | str, blocks: int | None = None) -> "
         num_key_value_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         vocab_size=spec.vocab,
-        attn_implementation="sdpa",
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             model = LlamaForCausalLM(config)
+            model.set_attn_implementation("sdpa")
     finally:
         torch.set_default_dtype(before)
+    for block in decoder_blocks(model):
+        # One compiled block serves all: nothing in them may tell them apart, and each has a cache of its own.
+        attention: Any = block.self_attn
+        attention.layer_idx = 0
     return model.eval().requires_grad_(False)
 
 
@@ -91,8 +95,9 @@ def make_hybrid(model: "PreTrainedModel", sparsity: float, tile: TileShape) -> R
     """Pack the model's linears with random uneven maps, each at the same sparsity."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
+    variant = Variant(sparsity, tile, "uneven")
     masks = {
-        name: random_mask(*linear.weight.shape, Variant(sparsity, tile, "uneven"), linear.weight.abs(), generator)
+        name: random_mask(linear.out_features, linear.in_features, variant, linear.weight.abs(), generator)
         for name, linear in prunable_linears(model).items()
     }
     return compile_model(model, masks)
@@ -140,13 +145,9 @@ def bench_model(
     torch._dynamo.config.cache_size_limit = 64
     compiled = functools.partial(torch.compile, dynamic=False)
     dense = build(name, device)
-    for block in decoder_blocks(dense):  # one compiled block serves all: nothing in them may tell them apart
-        block.self_attn.layer_idx = 0
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:
         hybrid = build(name, device)
-        for block in decoder_blocks(hybrid):
-            block.self_attn.layer_idx = 0
         report = make_hybrid(hybrid, sparsity, tile)
         cell = {"model": name, "sparsity": sparsity, "tile": list(tile), "tiles": "uneven"}
         for implementation, size in (("dense", report.bytes_before), ("hybrid", report.bytes_after)):

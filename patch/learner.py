@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,7 @@ def learn(
     work: Path,
     device: torch.device | str,
     on_step: Callable[[Metrics], None] | None = None,
-    sampled_weight: SampledWeight | None = None,
+    sampled_weight: SampledWeight = relax.sampled_weight,
 ) -> Learned:
     """Learn the masks of all prunable weights of a causal language model; the model itself stays as it is.
 
@@ -131,8 +130,9 @@ def learn(
         work: folder for ``learner.pt`` and ``tensorboard/``; a run found there is continued.
         on_step: called after each step with ``step`` (completed steps), ``loss``, ``cross_entropy``, ``density``,
             ``grad_norm``, the settings of the step, and ``tokens_per_second``.
-        sampled_weight: draws the soft masks; None for `default_sampled_weight` of ``device``. Each has noise of its
-            own, so a run that is continued with another ends right, but not with the same bits.
+        sampled_weight: draws the soft masks: `patch.relax.sampled_weight`, the eager one, or on an NVIDIA GPU
+            `patch.relax_triton.sampled_weight`, which is fused. Each has noise of its own, so a run that is continued
+            with another ends right, but not with the same bits.
 
     Raises:
         UserError: if target, tile, prior, model, tokens or the checkpoint in ``work`` do not fit.
@@ -140,7 +140,6 @@ def learn(
         OSError: if ``work`` cannot be written.
     """
     device = torch.device(device)
-    sampled_weight = sampled_weight or default_sampled_weight(device)
     linears = _prepare(model, recipe, sparsity, check_tile(tile), seed, prior, device, sampled_weight)
     run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior))
     run.resume()
@@ -160,16 +159,6 @@ def learn(
                 if on_step:
                     on_step(metrics | speed)
     return Learned(run.harden(), run.history)
-
-
-def default_sampled_weight(device: torch.device) -> SampledWeight:
-    """The fused soft mask on an NVIDIA GPU where Triton is installed, elsewhere the eager one."""
-    if device.type == "cuda" and torch.version.cuda and find_spec("triton"):
-        # Takes a second to import, and is not there on every platform.
-        from patch import relax_triton
-
-        return relax_triton.sampled_weight
-    return relax.sampled_weight
 
 
 class _MaskedLinear:

@@ -205,6 +205,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:
     for item in table["entries"]:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in item["config"].items()}
-        config = KERNELS[fields.pop("kernel")](**fields)
+        fields: dict[str, Any] = dict(item["config"])
+        kind: Any = KERNELS[fields.pop("kernel")]
+        config = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         yield Entry(**{**item, "config": config})

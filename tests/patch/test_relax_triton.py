@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch import philox, relax, relax_triton
 from patch.errors import UserError
-from patch.learner import CHECKPOINT, Learned, Prior, default_sampled_weight, learn
+from patch.learner import CHECKPOINT, Learned, Prior, learn
 from patch.mask import TileShape, best_patterns, tile_grid, tile_sums
 from patch.prunable import prunable_linears
 from patch.recipe import RECIPES
@@ -377,21 +377,3 @@ def test_a_stopped_run_is_continued_bit_by_bit(tmp_path: Path) -> None:
 def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.parametrize(
-    ("device", "cuda", "triton", "fused"),
-    [
-        pytest.param("cuda", "13.0", True, True, id="nvidia"),
-        pytest.param("cuda", None, True, False, id="other-gpu"),
-        pytest.param("cuda", "13.0", False, False, id="no-triton"),
-        pytest.param("cpu", "13.0", True, False, id="cpu"),
-    ],
-)
-def test_the_learner_takes_the_fused_mask_where_it_runs(
-    device: str, cuda: str | None, triton: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr("patch.learner.find_spec", lambda name: object() if triton else None)
-    expected = relax_triton.sampled_weight if fused else relax.sampled_weight
-    assert default_sampled_weight(torch.device(device)) is expected
