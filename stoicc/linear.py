@@ -205,7 +205,7 @@ def compile_model(
     dense: list[str] = []
     slower: list[str] = []
     before = after = 0
-    for names in _groups(model, masks, fuse):
+    for names in list(_groups(model, masks, fuse)):
         linears = [_linear(model, name) for name in names]
         size = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
         before += size

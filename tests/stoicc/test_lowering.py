@@ -7,7 +7,8 @@ from stoicc.lowering import VERSION, LoweringError, lower, lowering
 
 SHARED = "\twgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd1, %rd2, %p3, 1, 1, 0, 1;"
 REGISTERS = "\twgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1,%f2}, {%r7, %r8, %r9, %r10}, %rd2, 1, 1, 1, 0;"
-COPY = "\t@%p6 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r80], [%rd21, {%r81, %r82}], [%r79];"
+COPY_TO = "\t@%p6 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+COPY = COPY_TO + " [%r80], [%rd21, {%r81, %r82}], [%r79];"
 ARRIVE = "\t@%p41 mbarrier.arrive.shared::cta.b64 _, [%r663];"
 FENCE, COMMIT = "\twgmma.fence.sync.aligned;", "\twgmma.commit_group.sync.aligned;"
 
@@ -36,7 +37,8 @@ SPARSE_MARK, DENSE_MARK = mark("sparse %r1 %r2 %r3 %r4 %r5 1"), mark("dense %r1 
         ),
         pytest.param(
             [DENSE_MARK, SHARED],
-            "\twgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, {%r1, %r2, %r3, %r4}, %rd2, %p3, 1, 1, 1;",
+            "\twgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "{%f1,%f2}, {%r1, %r2, %r3, %r4}, %rd2, %p3, 1, 1, 1;",
             id="dense",
         ),
         pytest.param(
@@ -118,9 +120,14 @@ def test_neighbours_share_one_fence_and_one_group(between: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize(
     "between",
-    ["$L__BB0_3:", "\t@%p1 bra \t$L__BB0_4;", "\tbar.sync \t0, 128;", "\twgmma.wait_group.sync.aligned 0;", "\tld.global.b32 \t%r9, [%rd4];"],
-    ids=["label", "branch", "barrier", "wait", "load"],
-)  # fmt: skip
+    [
+        pytest.param("$L__BB0_3:", id="label"),
+        pytest.param("\t@%p1 bra \t$L__BB0_4;", id="branch"),
+        pytest.param("\tbar.sync \t0, 128;", id="barrier"),
+        pytest.param("\twgmma.wait_group.sync.aligned 0;", id="wait"),
+        pytest.param("\tld.global.b32 \t%r9, [%rd4];", id="load"),
+    ],
+)
 def test_anything_else_between_keeps_both(between: str) -> None:
     lowered = chained(between)
     assert lowered.count(FENCE.strip()) == lowered.count(COMMIT.strip()) == 2

@@ -1,4 +1,4 @@
-"""Every shipped configuration, compiled without a GPU: the instructions are there, nothing spills, nothing serialises."""
+"""Every shipped configuration, compiled without a GPU: the instructions are there, and nothing spills or serialises."""
 
 import re
 import subprocess
@@ -96,7 +96,7 @@ def assert_sound(kernel: Any, arch: int) -> None:
 @pytest.mark.parametrize("config", shipped(90, HopperConfig), ids=str)
 def test_hopper_configurations(config: HopperConfig) -> None:
     kernel = hopper(config)
-    # Two consumers, each with two 2:4 walks (a loop of four steps, and single steps) and one dense (two, and single ones).
+    # Two consumers, each with two 2:4 walks (four steps, and single ones) and a dense one (two steps, and single ones).
     assert kernel.asm["sass"].count("HGMMA.SP.") == 2 * 2 * (4 + 1) * 2
     assert kernel.asm["sass"].count("HGMMA.64x") == 2 * (2 + 1) * 4
     assert_sound(kernel, 90)
@@ -109,7 +109,7 @@ def test_hopper_configurations(config: HopperConfig) -> None:
 )
 def test_stream_configurations(arch: int, config: StreamConfig) -> None:
     kernel = stream(config, arch)
-    k_warps, row_warps, token_warps = config.warps
+    _, row_warps, token_warps = config.warps
     products = config.records * (config.rows // 16 // row_warps) * (config.tokens // 8 // token_warps)
     sass = kernel.asm["sass"]
     assert sass.count("HMMA.SP.") == 2 * 2 * products  # two sets, two k-steps

@@ -1,0 +1,58 @@
+"""The portable kernel in Triton's interpreter, on a CPU.
+
+Triton decides when it is imported whether it interprets, so all cases run in one process of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stoicc import reference
+from stoicc.kernels.portable import PortableConfig, launch
+from stoicc_hybrids import random_hybrid
+
+SHAPES = [(64, 64, 1), (200, 344, 5), (128, 192, 33), (72, 8, 16)]
+SHARES = [0.0, 0.5, 1.0]
+# The interpreter cuts bfloat16 off where a GPU rounds.
+TOLERANCE = {"float16": 5e-4, "bfloat16": 5e-3}
+
+
+def relative_error(n: int, k: int, tokens: int, share: float, dtype: torch.dtype) -> float:
+    hybrid = random_hybrid(n, k, (64, min(k, 64)), share, dtype)
+    x = torch.randn(tokens, k).to(dtype)
+    bias = torch.randn(n).to(dtype) if tokens > 1 else None
+    y = torch.full((tokens, n), float("nan"), dtype=dtype)
+    launch(x, hybrid, bias, y, PortableConfig(16))
+    exact = reference.exact(x, hybrid, bias)
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    tests = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, __file__]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return json.loads(printed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("share", SHARES, ids=["dense", "mixed", "two-four"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_portable_kernel(errors: dict[str, float], shape: tuple[int, int, int], share: float, dtype: str) -> None:
+    assert errors[f"{shape} {share} {dtype}"] <= TOLERANCE[dtype]
+
+
+if __name__ == "__main__":
+    found = {}
+    for shape in SHAPES:
+        for share in SHARES:
+            for dtype in TOLERANCE:
+                found[f"{shape} {share} {dtype}"] = relative_error(*shape, share, getattr(torch, dtype))
+    print(json.dumps(found))
