@@ -44,7 +44,8 @@ _BREAKS_CHAIN = re.compile(
     r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|(?!\$L__tmp)[\w$]+:|\{$"
 )
 _COPY = re.compile(
-    r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(?P<rest> .*);"
+    r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd)\.shared::(cluster|cta)(?P<kind>\.global\.mbarrier::complete_tx::bytes)"
+    r"(?P<rest> .*);"
 )
 _ARRIVE = re.compile(r"\s*(?P<guard>@!?%p\d+ )?mbarrier\.arrive\.shared::cta\.b64 _, \[(?P<barrier>[^\]]+)\];")
 
@@ -127,7 +128,9 @@ def _wgmma(line: str, mark: _Mark) -> str | None:
 
 def _multicast(line: str, mark: _Mark) -> str | None:
     found = _COPY.fullmatch(line.rstrip())
-    return found and f"{found['head']}.multicast::cluster{found['rest']}, {mark.operands[0]};"
+    if not found:
+        return None
+    return f"{found['head']}.shared::cluster{found['kind']}.multicast::cluster{found['rest']}, {mark.operands[0]};"
 
 
 def _remote(line: str, mark: _Mark) -> str | None:

@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from stoicc.compat import barrier, load_tile, reinterpret, store_tile
 from stoicc.format import HybridWeight
 from stoicc.language import FRAGMENT, cluster_barrier, dot_24, dot_dense, multicast_next, remote_next
 
@@ -80,9 +81,7 @@ def _produce(
             mbarrier.expect(full.index(stage), TOKENS * 64 * 2)
             if CLUSTER == 2:
                 multicast_next(3)
-            tma.async_copy_global_to_shared(
-                x_desc, [token, column * 64], full.index(stage), x_ring.index(stage * CLUSTER + rank)
-            )
+            load_tile(x_desc, [token, column * 64], full.index(stage), x_ring.index(stage * CLUSTER + rank))
             column = gl.load(walk + gl.minimum(step + 1, steps - 1))
             count += 1
     if CLUSTER == 2:
@@ -250,11 +249,11 @@ def _consume(
             acc += gl.load(bias + features, mask=features < out_features, other=0.0).to(gl.float32)[:, None]
         # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         y_stage.permute((1, 0)).store(acc.to(y_stage.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
+        barrier()
+        store_tile(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
     tma.store_wait(0)
 
 
@@ -280,9 +279,9 @@ def hopper_linear(
         CLUSTER: thread blocks that share activations, one or two.
         TILES_TOGETHER: token tiles that are walked together.
     """
-    TOKENS: gl.constexpr = y_desc.block_type.shape[0]
+    TOKENS: gl.constexpr = y_desc.block_shape[0]
     x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, 64], x_desc.layout)
-    x_ring = x_halves._reinterpret(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
+    x_ring = reinterpret(x_halves, x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
     y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -290,7 +289,7 @@ def hopper_linear(
         mbarrier.init(full.index(stage), 1)
         mbarrier.init(empty.index(stage), 2 * CLUSTER)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     if CLUSTER == 2:
         cluster_barrier(2, 128)
     # Written out, since values of a tuple that has a name are no longer compile-time constants.

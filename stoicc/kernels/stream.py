@@ -24,6 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from stoicc.compat import barrier
 from stoicc.format import HybridWeight
 from stoicc.language import cluster_barrier, mma_24, mma_dense
 
@@ -303,7 +304,7 @@ def stream_linear(
         ahead = step + (turn + 2) * SET
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
-            gl.thread_barrier()
+            barrier()
             ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
             _copy_x(
                 x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
@@ -312,7 +313,7 @@ def stream_linear(
         a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
-            gl.thread_barrier()
+            barrier()
             bx, by = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:
@@ -329,7 +330,7 @@ def stream_linear(
         turn = turns_24 + done // SET
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
-            gl.thread_barrier()
+            barrier()
             cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
             _copy_x(
                 x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
@@ -338,7 +339,7 @@ def stream_linear(
         c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
-            gl.thread_barrier()
+            barrier()
             dx, dy = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:

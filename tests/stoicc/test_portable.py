@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from stoicc_hybrids import random_hybrid
 
 from stoicc import reference
 from stoicc.kernels.portable import PortableConfig, launch
-from stoicc_hybrids import random_hybrid
 
 SHAPES = [(64, 64, 1), (200, 344, 5), (128, 192, 33), (72, 8, 16)]
 SHARES = [0.0, 0.5, 1.0]
