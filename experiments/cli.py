@@ -102,13 +102,14 @@ def status(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS
 
     store = Store(results)
     table = Table("trial", "id", "state", "stages", box=None, pad_edge=False)
+    claimed = store.claimed()
     counts = {"complete": 0, "running": 0, "partial": 0, "missing": 0}
     for trial in _trials(study, where):
         missing, total = len(pipeline.missing_stages(trial, store)), len(pipeline.stages(trial))
         state = "partial" if missing < total else "missing"
         if not missing:
             state = "complete"
-        elif store.is_claimed(f"trial-{key(trial)}"):
+        elif f"trial-{key(trial)}" in claimed:
             state = "running"
         counts[state] += 1
         table.add_row(trial.label, key(trial), state, f"{total - missing}/{total}")
