@@ -92,7 +92,7 @@ def live(folder: Path) -> dict[str, Holder]:
 
 def is_alive(machine: str, pid: int, started: int | None) -> bool | None:
     """Whether a process still runs; None if it is on another machine."""
-    if machine != _machine():
+    if machine != here():
         return None
     now = start_ticks(pid)
     return now is not None and now == started
@@ -108,14 +108,15 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _machine() -> str:
+def here() -> str:
+    """Where a pid means something: this boot of this machine's kernel, and this namespace of processes."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + os.readlink("/proc/self/ns/pid")
 
 
 def _me() -> Holder:
     pid = os.getpid()
     job = os.environ.get("SLURM_JOB_ID")
-    return Holder(secrets.token_hex(8), socket.gethostname(), _machine(), pid, start_ticks(pid), job)
+    return Holder(secrets.token_hex(8), socket.gethostname(), here(), pid, start_ticks(pid), job)
 
 
 def _acquire(path: Path, holder: Holder) -> bool:
