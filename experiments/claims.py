@@ -5,9 +5,9 @@ where ``flock`` may be local to each node. Its owner touches it every `BEAT` sec
 `LEASE` seconds is stale, and so is at once the claim of a process that is known to be gone: it ran on this machine, or
 it was an earlier run of the batch job this process belongs to, which Slurm requeued.
 
-Ages are differences between times that the file server gave, so the clocks of the machines need not agree. A process that
-stands still for longer than its lease may lose its claim and go on when it wakes: two then do the same work, and since
-results appear whole and under the hash of what they are, the second replaces the first by its like.
+Ages are differences between times that the file server gave, so the clocks of the machines need not agree. A process
+that stands still for longer than its lease may lose its claim and go on when it wakes: two then do the same work, and
+since results appear whole and under the hash of what they are, the second replaces the first by its like.
 """
 
 import json
@@ -99,7 +99,7 @@ def is_alive(machine: str, pid: int, started: int | None) -> bool | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process of this machine started, in ticks since the boot; None if it is gone, or dead and not yet reaped."""
+    """When a process of this machine started, in ticks since the boot; None if it is gone, or dead and not reaped."""
     try:
         # The name in parentheses may hold anything; what follows it does not.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -150,8 +150,8 @@ def _link(draft: Path, path: Path) -> bool:
 def _remove(path: Path, token: str) -> bool:
     """Remove the claim ``path`` if it is still the one with ``token``.
 
-    There is no "unlink if it is still the same file": the right to remove one token's claim is therefore a claim itself.
-    Without it, two processes that both saw a stale claim could remove each other's new one.
+    There is no "unlink if it is still the same file": the right to remove one token's claim is therefore a claim
+    itself. Without it, two processes that both saw a stale claim could remove each other's new one.
 
     Returns:
         False if another process is removing it.

@@ -7,7 +7,7 @@
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
     <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
-    <root>/locks/                              claims (`experiments.claims`); those of a process that died are taken over
+    <root>/locks/                              claims of running processes (`experiments.claims`)
 
 Files appear under their names only when complete (temporary file, fsync, rename), so a killed process leaves nothing
 that a later one could mistake for a result.
