@@ -128,7 +128,7 @@ def sweep(
     from slurm.submit import Sweep
     from slurm.task import Work
 
-    options = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+    options: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options |= {"parallel": parallel, "setup": tuple(setup or ())}
     resources = {"gpus": gpus or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
     chosen = clusters.override(clusters.load(cluster), options, resources)

@@ -1,4 +1,4 @@
-"""What is looked at before anything is submitted, so that a mistake costs a line of text and not a night in the queue."""
+"""What is looked at before anything is submitted: a mistake should cost a line of text, not a night in the queue."""
 
 import os
 import subprocess
@@ -17,7 +17,6 @@ _START_SECONDS = 60
 
 _NETWORK = (
     "nfs",
-    "nfs4",
     "lustre",
     "gpfs",
     "beegfs",
@@ -28,7 +27,6 @@ _NETWORK = (
     "fuse",
     "panfs",
     "orangefs",
-    "pvfs2",
 )
 
 

@@ -72,8 +72,8 @@ class Cluster:
         partition, account, qos, constraint: as sbatch takes them; None leaves them to Slurm.
         parallel: tasks of one array, or processes of this machine, that run at a time; None is all, or one process.
         setup: shell lines that run in each job before its work, such as ``module load``.
-        signal: seconds before the time limit, or before a preemption where the partition grants them, at which a task is
-            told to stop and is requeued.
+        signal: seconds before the time limit, or before a preemption where the partition grants them, at which a task
+            is told to stop and is requeued.
         timeouts: how often one task may reach its time limit and be requeued.
         shared_results: the results directory is on every node, though it does not look so from here.
         gpu_memory: GiB of one GPU; None does not check estimates against it.

@@ -1,7 +1,7 @@
 """What is to be done for a study, once each, and in which order.
 
-A trial takes one step for each pruning it stands on (its priors, then itself) and one to evaluate it. Trials that share a
-pruning share its step. Steps of one kind that stand on equally many others make a wave, which becomes one or more job
+A trial takes one step for each pruning it stands on (its priors, then itself) and one to evaluate it. Trials that share
+a pruning share its step. Steps of one kind that stand on equally many others make a wave, which becomes one or more job
 arrays; a wave starts when the arrays that hold what it needs have ended, however they ended, so that one failed trial
 stops nobody but those that stand on it.
 """

@@ -74,7 +74,7 @@ def tasks(batches: Collection[Batch]) -> dict[tuple[str, int], Task]:
     lines = _ask("squeue", "--noheader", "--array", "--states=all", "-O", ",".join(_FIELDS))
     for line in lines.splitlines():
         job, index, state, restarts, name, *reason = line.split()
-        if name in mine and index.isdecimal() | (index == "N/A"):
+        if name in mine and (index.isdecimal() or index == "N/A"):
             place = (mine[name].id, int(index) if index.isdecimal() else 0)
             found[place] = Task(job, state, int(restarts), name, " ".join(reason))
     left = {
@@ -82,8 +82,8 @@ def tasks(batches: Collection[Batch]) -> dict[tuple[str, int], Task]:
         for batch in mine.values()
         if batch.job is not None and any((batch.id, index) not in found for index in range(len(batch.steps)))
     }
-    for job, index, state in _accounted(list(left)):
-        found.setdefault((left[job].id, index), Task(job, state, name=left[job].name))
+    for job, position, state in _accounted(list(left)):
+        found.setdefault((left[job].id, position), Task(job, state, name=left[job].name))
     return found
 
 

@@ -7,9 +7,11 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -149,7 +151,12 @@ def _report(sweep: Sweep, busy: dict[str, Batch]) -> tuple[Batch, list[submitit.
 
 
 def _submit(
-    sweep: Sweep, stage: str, ids: Sequence[str], after: Collection[str], call: object, *arguments: Sequence[object]
+    sweep: Sweep,
+    stage: str,
+    ids: Sequence[str],
+    after: Collection[str],
+    call: Callable[..., Any],
+    *arguments: Sequence[Any],
 ) -> tuple[Batch, list[submitit.Job]]:
     """Submit one array, recorded before and after."""
     store, executor = sweep.store, sweep.cluster.executor
@@ -161,7 +168,7 @@ def _submit(
     batches.save(store, batch)
     folder = batches.folder(store, batch)
     try:
-        jobs = _executor(sweep.cluster, stage, name, after, folder).map_array(call, *arguments)
+        jobs: list[submitit.Job] = _executor(sweep.cluster, stage, name, after, folder).map_array(call, *arguments)
     except (FailedJobError, FailedSubmissionError) as error:
         batches.forget(store, batch)
         with suppress(OSError):
@@ -173,9 +180,7 @@ def _submit(
     return batch, jobs
 
 
-def _executor(
-    cluster: Cluster, stage: str, name: str, after: Collection[str], folder: os.PathLike
-) -> submitit.Executor:
+def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], folder: Path) -> submitit.Executor:
     if cluster.executor == "debug":
         return submitit.DebugExecutor(folder)
     resources: Resources = cluster.stages[stage]
@@ -233,5 +238,5 @@ def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, li
     return started
 
 
-def _here(pid: int) -> dict[str, object]:
+def _here(pid: int) -> dict[str, Any]:
     return {"host": claims.here(), "started": claims.start_ticks(pid)}

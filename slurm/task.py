@@ -1,7 +1,7 @@
 """What a job does: one step of a plan, a whole study on this machine, or its report.
 
 These are submitit's callables: they are pickled when a sweep is submitted and run where Slurm puts them. All that they
-know of earlier attempts lies in the results directory, so a requeued job is given the same again and goes on from there.
+know of earlier attempts lies in the results directory: a requeued job is given the same again and goes on from there.
 """
 
 import os
