@@ -49,22 +49,24 @@ class Work:
 
 @dataclass(frozen=True)
 class RunStep(Checkpointable):
-    """Do one step, unless it is done or what it needs is missing; returns what came of it, in words.
+    """Do one step, unless it is done or what it needs is missing, and say in the log what came of it.
 
     If it fails, every trial that needs it gets a row with the traceback.
     """
 
     work: Work
 
-    def __call__(self, step: Step) -> str:
+    def __call__(self, step: Step) -> None:
         store = Store(self.work.results)
-        print(step.label, flush=True)
+        print(f"{step.id}: {step.label}", flush=True)
         if plan.is_done(step, store):
-            return "was done already"
+            print(f"{step.id}: was done already", flush=True)
+            return
         for pruning in pipeline.lineage(step.pruning)[: None if step.kind == "evaluate" else -1]:
             if pruning.method != "dense" and not store.checkpoint_path(pruning).exists():
                 # Not a failure of its own: its trial says why already, or the sweep submits both again.
-                return f"cannot start: {store.checkpoint_path(pruning)} is not there"
+                print(f"{step.id}: cannot start: {store.checkpoint_path(pruning)} is not there", flush=True)
+                return
         try:
             if step.kind == "evaluate":
                 with store.claim(f"trial-{key(step.trials[0])}"):
@@ -75,7 +77,7 @@ class RunStep(Checkpointable):
             for trial in step.trials:
                 pipeline.record_failure(trial, step.label, error, store)
             raise
-        return "done"
+        print(f"{step.id}: done", flush=True)
 
     def checkpoint(self, step: Step) -> DelayedSubmission:
         """What a requeued job is given: the same, since all progress is on disk."""
