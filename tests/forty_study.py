@@ -1,7 +1,7 @@
 """Forty trials of the embedded model, minutes in all: shared priors, a long learning, and one trial that fails.
 
-``python forty_study.py RESULTS TEXT run`` runs them all in this process, without a cluster; any other arguments after TEXT
-are those of the ``hts`` command, which knows the study as ``forty``.
+``python forty_study.py RESULTS TEXT run`` runs them all in this process, without a cluster; any other arguments after
+TEXT are those of the ``hts`` command, which knows the study as ``forty``.
 """
 
 import dataclasses
@@ -20,7 +20,14 @@ LONG_STEPS = 400
 def forty_trials(text: Path) -> tuple[Trial, ...]:
     """One text serves for calibration, learning and evaluation."""
     calibration = Calibration(str(text), windows=8, length=16)
-    short: dict[str, Any] = {"steps": 10, "batch": 2, "microbatch": 2, "length": 16, "checkpoint_every": 5, "log_every": 5}
+    short: dict[str, Any] = {
+        "steps": 10,
+        "batch": 2,
+        "microbatch": 2,
+        "length": 16,
+        "checkpoint_every": 5,
+        "log_every": 5,
+    }
 
     def one_shot(method: str, structure: str, sparsity: float) -> Pruning:
         return studies.one_shot("embedded", method, structure, sparsity, TILE, calibration)

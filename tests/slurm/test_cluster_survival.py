@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, DevCluster, Forty, wait_until
+from dev_cluster import REPOSITORY, DevCluster, Forty, wait_until
 from forty_study import forty_trials
 
 from experiments.definitions import key
@@ -91,14 +91,14 @@ class Sweep(Forty):
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if f"SLURM_JOB_ID={raw}".encode() in environment and b"submitit.core._submit\0" in command:
-                if b"srun\0" not in command:
-                    return int(folder.name)
+            is_worker = b"submitit.core._submit\0" in command and not command.startswith(b"srun\0")
+            if is_worker and f"SLURM_JOB_ID={raw}".encode() in environment:
+                return int(folder.name)
         return None
 
     def has_started(self, job: str) -> bool:
         """Whether a task has come to its work; before that it is submitit that runs."""
-        array, _, index = job.partition("_")
+        array = job.partition("_")[0]
         logs = self.results.glob(f"sweeps/forty/*/{array}*_0_log.out")
         logs = [log for log in logs if log.name in (f"{job}_0_log.out", f"{array}_0_log.out")]
         return any("prune " in log.read_text() or "learn " in log.read_text() for log in logs)
@@ -150,7 +150,9 @@ def test_forty_trials_survive(
     wait_until("masks are learned", lambda: [job for job, kind in sweep.queue("R") if kind == "learn"])
     learning = [job for job, kind in sweep.queue("R") if kind == "learn"]
     wait_until("one is at work", lambda: any(sweep.has_started(job) for job in learning))
-    urgent = cluster.run("sbatch", "--parsable", "-p", "main", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 5").strip()
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "main", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 5"
+    ).strip()
     wait_until("it runs", lambda: "RUNNING" in cluster.run("squeue", "-h", "-t", "all", "-j", urgent, "-o", "%T"))
     wait_until("something was requeued", lambda: sweep.progress().counts()["requeued"])
 
