@@ -194,9 +194,7 @@ def _replace(value: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(type(value))
     checked = {}
     for name, given in changes.items():
-        check_name(
-            f"key '{prefix}'" if prefix.endswith(".") else "key", name, [key for key in hints if key != "stages"]
-        )
+        check_name("key", name, [key for key in hints if key != "stages"])
         checked[name] = _check(prefix + name, given, hints[name])
     return dataclasses.replace(value, **checked)
 

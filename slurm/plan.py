@@ -96,8 +96,9 @@ def is_done(step: Step, store: Store) -> bool:
 
 def waves(known: dict[str, Step], wanted: Collection[str]) -> list[Wave]:
     """The wanted steps, as waves in the order in which they can be submitted."""
-    groups: dict[tuple[int, str], list[Step]] = {}
+    groups: dict[tuple[int, bool, Kind], list[Step]] = {}
     for id, step in known.items():
         if id in wanted:
-            groups.setdefault((len(step.needs), step.kind), []).append(step)
-    return [Wave(steps[0].kind, depth, tuple(steps)) for (depth, _), steps in sorted(groups.items())]
+            # Slurm takes earlier jobs first: what others wait for goes before evaluations, which nobody waits for.
+            groups.setdefault((len(step.needs), step.kind == "evaluate", step.kind), []).append(step)
+    return [Wave(kind, depth, tuple(steps)) for (depth, _, kind), steps in sorted(groups.items())]

@@ -16,6 +16,9 @@ from slurm.cluster import Cluster, Resources, parse_time
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
+# More tasks at a time than any array has.
+NO_CAP = 10**7
+
 # One field of squeue, wide enough for any value: squeue cuts what is longer.
 _FIELDS = ("ArrayJobID:24", "ArrayTaskID:24", "State:24", "RestartCnt:12", "Name:200", "Reason:200")
 

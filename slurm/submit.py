@@ -194,7 +194,8 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
         "mem": f"{round(1024 * resources.memory)}M" if resources.memory else None,
         # However the jobs before it ended: those that failed have rows that say so.
         "dependency": f"afterany:{':'.join(sorted(after))}" if after else None,
-        "array_parallelism": cluster.parallel,
+        # submitit's own default is 256.
+        "array_parallelism": cluster.parallel or queue.NO_CAP,
     }
     executor.update_parameters(
         job_name=name,
