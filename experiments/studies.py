@@ -68,7 +68,7 @@ def learned(
     calibration: Calibration,
     seed: int = 0,
     recipe: Recipe | None = None,
-    start: str | None = "",
+    start: str | None = "usual",
     **changes: Any,
 ) -> Pruning:
     """MaskLLM or PATCH, from the mask that SparseGPT finds on ``calibration``; tile mode, from the mask MaskLLM learns.
@@ -80,7 +80,7 @@ def learned(
     """
     check_name("learned method", method, LEARNED)
     chosen = dataclasses.replace(recipe or RECIPES[method], **changes)
-    start = USUAL_PRIOR[method] if start == "" else start
+    start = USUAL_PRIOR[method] if start == "usual" else start
     prior: Pruning | None
     if start is None:
         prior = None

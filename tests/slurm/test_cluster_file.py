@@ -76,7 +76,7 @@ def test_a_mistake_is_named_with_the_file(folder: Path, text: str, message: str)
 
 def test_an_unknown_cluster_lists_the_known_ones(folder: Path) -> None:
     (folder / "big.toml").write_text("")
-    with pytest.raises(UserError, match="no cluster 'bog'.*known: big, debug, local, slurm"):
+    with pytest.raises(UserError, match=r"no cluster 'bog'.*known: big, debug, local, slurm"):
         load("bog")
 
 
