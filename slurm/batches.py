@@ -76,5 +76,6 @@ def log_path(store: Store, batch: Batch, index: int) -> Path:
     return folder(store, batch) / f"{task}_0_log.out"
 
 
-def with_job(batch: Batch, job: str) -> Batch:
+def with_job(batch: Batch, job: str | None) -> Batch:
+    """A batch whose job is now known, or, of this process's own work, is over."""
     return dataclasses.replace(batch, job=job)

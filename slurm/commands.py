@@ -15,7 +15,7 @@ from experiments.definitions import Trial, check_name, key
 from experiments.store import Store
 from experiments.studies import STUDIES
 from patch.errors import UserError
-from slurm import checks, plan, progress, queue, submit
+from slurm import batches, checks, plan, progress, queue, submit
 from slurm.cluster import Cluster
 from slurm.progress import STATES, Progress
 from slurm.submit import Sweep
@@ -71,11 +71,12 @@ def sweep(sweep: Sweep, retry_failed: bool, console: Console) -> None:
         console.print(f"submitted {what}, {len(batch.steps)} tasks", highlight=False)
     failed = 0
     if sweep.cluster.executor == "debug":
-        for _, jobs in submitted:
+        for batch, jobs in submitted:
             for job in jobs:
                 if error := job.exception():
                     failed += 1
                     console.print(f"[red]failed[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+            batches.save(sweep.store, batches.with_job(batch, None))
     console.print(_summary(progress.examine(sweep.trials, sweep.store)), highlight=False)
     if failed:
         raise UserError(f"{failed} tasks failed; once the cause is gone, --retry-failed runs them again")

@@ -5,6 +5,7 @@ from pathlib import Path
 from forty_study import forty_trials
 from tiny_study import tiny_trials
 
+from experiments import pipeline
 from experiments.definitions import Evaluation, Perplexity, Trial, key
 from experiments.store import Fact, Store
 from experiments.studies import STUDIES
@@ -16,7 +17,7 @@ from slurm.task import Work
 
 def finish(trial: Trial, store: Store) -> None:
     """The rows of a trial, as if it had run."""
-    for stage in plan.pipeline.stages(trial):
+    for stage in pipeline.stages(trial):
         store.write_rows(trial, stage, [Fact("sparsity", 0.0, "1", {})], {})
 
 
@@ -48,7 +49,7 @@ def test_waves_follow_what_steps_stand_on(tmp_path: Path) -> None:
 
 
 def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
-    trials, store = tiny_trials(tmp_path, tmp_path / "text"), Store(tmp_path)
+    trials, store = tiny_trials(Path("embedded"), tmp_path / "text"), Store(tmp_path)
     everything = wanted(trials, tmp_path)
     assert sorted(everything) == sorted(plan.steps(trials))
     dense, magnitude, learned = trials
@@ -56,7 +57,7 @@ def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
     assert f"evaluate-{key(dense)}" not in wanted(trials, tmp_path)
     # A checkpoint is there: only the evaluation is left.
     store.checkpoint_path(magnitude.pruning).mkdir(parents=True)
-    assert [id for id in wanted((dense, magnitude), tmp_path)] == [f"evaluate-{key(magnitude)}"]
+    assert wanted((dense, magnitude), tmp_path) == [f"evaluate-{key(magnitude)}"]
     # In the queue: its dependents are submitted, itself not.
     queued = f"learn-{key(learned.pruning)}"
     assert queued not in wanted(trials, tmp_path, (queued,))
@@ -69,14 +70,14 @@ def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
 
 def test_a_finished_trial_needs_no_checkpoint(tmp_path: Path) -> None:
     """Checkpoints are large: they may be deleted once their rows are there."""
-    trials = tiny_trials(tmp_path, tmp_path / "text")
+    trials = tiny_trials(Path("embedded"), tmp_path / "text")
     for trial in trials:
         finish(trial, Store(tmp_path))
     assert wanted(trials, tmp_path) == []
 
 
 def test_another_evaluation_of_a_pruning_shares_it(tmp_path: Path) -> None:
-    trial = tiny_trials(tmp_path, tmp_path / "text")[1]
+    trial = tiny_trials(Path("embedded"), tmp_path / "text")[1]
     other = Trial(trial.pruning, Evaluation((Perplexity("wikitext2/test", 128),)))
     kinds = [step.kind for step in plan.steps((trial, other)).values()]
     assert kinds == ["prune", "evaluate", "evaluate"]
