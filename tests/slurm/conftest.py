@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,13 +21,13 @@ def start_cluster() -> Iterator[Callable[..., DevCluster]]:
     """Bring up clusters in folders of their own; skips where the machine does not allow it."""
     started = []
 
-    def start(port: int, *options: str) -> DevCluster:
+    def start(*options: str) -> DevCluster:
         # The path of a socket may have 107 characters: pytest's own folders are too deep.
         folder = Path(tempfile.mkdtemp(prefix="hts-slurm-"))
         tests = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
         environment = os.environ | {
             "HTS_DEVCLUSTER": str(folder),
-            "HTS_DEVCLUSTER_PORT": str(port),
+            "HTS_DEVCLUSTER_PORT": str(_free_ports()),
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
             "PYTHONPATH": tests,
@@ -49,7 +50,20 @@ def start_cluster() -> Iterator[Callable[..., DevCluster]]:
 
 @pytest.fixture(scope="session")
 def cluster(start_cluster: Callable[..., DevCluster]) -> DevCluster:
-    return start_cluster(18817)
+    return start_cluster()
+
+
+def _free_ports() -> int:
+    """The first of four neighbouring ports that nobody listens on."""
+    while True:
+        first = random.randrange(20_000, 30_000, 4)
+        try:
+            for port in range(first, first + 4):
+                with socket.create_server(("127.0.0.1", port)):
+                    pass
+        except OSError:
+            continue
+        return first
 
 
 @pytest.fixture(scope="session")

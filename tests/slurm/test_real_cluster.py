@@ -61,7 +61,7 @@ def test_the_cap_on_parallel_tasks_holds_across_arrays(forty: Forty, tmp_path: P
 
 
 def test_a_cluster_without_accounting(start_cluster: Callable[..., DevCluster], text: Path, tmp_path: Path) -> None:
-    cluster = start_cluster(18917, "--no-accounting")
+    cluster = start_cluster("--no-accounting")
     forty = Forty(cluster, tmp_path / "runs", text)
     file = cluster.file(tmp_path / "test.toml")
     options = ("forty", "--where", "method=sparsegpt", "--cluster", file)
