@@ -14,7 +14,7 @@ from experiments.definitions import Calibration, Evaluation, Perplexity, Pruning
 
 TILE = (64, 64)
 # Seconds of learning on one core: longer than the test's time limit of a job.
-LONG_STEPS = 400
+LONG_STEPS = 200
 
 
 def forty_trials(text: Path) -> tuple[Trial, ...]:
