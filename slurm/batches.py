@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments import claims
 from experiments.store import Store, write_atomic
 
 
@@ -31,6 +32,7 @@ class Batch:
         steps: ids of `plan.Step`, by array index; of a local process, all steps that it may take up.
         submitted: seconds since the epoch.
         job: Slurm's number of the job or array, or the process id; None until it is known.
+        over: none of its tasks waits or runs, or ever will.
         host: for local processes, where ``job`` means something (see `experiments.claims`).
         started: for local processes, the process's start (see `experiments.claims`).
     """
@@ -45,6 +47,7 @@ class Batch:
     job: str | None = None
     host: str = ""
     started: int | None = None
+    over: bool = False
 
 
 def folder(store: Store, batch: Batch) -> Path:
@@ -70,12 +73,17 @@ def load_all(store: Store) -> Iterator[Batch]:
     yield from sorted(found, key=lambda batch: batch.submitted)
 
 
+def runs_here(batch: Batch) -> bool:
+    """Whether the process of a batch runs on this machine."""
+    return batch.job is not None and bool(claims.is_alive(batch.host, int(batch.job), batch.started))
+
+
 def log_path(store: Store, batch: Batch, index: int) -> Path:
     """The log of one task; its errors lie beside it under ``.err``."""
     task = f"{batch.job}_{index}" if batch.executor == "slurm" and len(batch.steps) > 1 else str(batch.job)
     return folder(store, batch) / f"{task}_0_log.out"
 
 
-def with_job(batch: Batch, job: str | None) -> Batch:
-    """A batch whose job is now known, or, of this process's own work, is over."""
-    return dataclasses.replace(batch, job=job)
+def close(store: Store, batch: Batch) -> None:
+    """Record that a batch is over, so that nobody asks about it again."""
+    save(store, dataclasses.replace(batch, over=True))

@@ -60,6 +60,8 @@ def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> Non
         return
     queue.require()
     for stage in sorted(set(stages)):
+        if cluster.stages[stage].gpus > 1:
+            raise UserError(f"stage {stage} asks for {cluster.stages[stage].gpus} GPUs, and uses one: give --gpus 1")
         queue.check(cluster, stage, cluster.stages[stage])
     if cluster.shared_results:
         return

@@ -10,7 +10,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments import claims
 from experiments.definitions import Trial, check_name, key
 from experiments.store import Store
 from experiments.studies import STUDIES
@@ -76,7 +75,7 @@ def sweep(sweep: Sweep, retry_failed: bool, console: Console) -> None:
                 if error := job.exception():
                     failed += 1
                     console.print(f"[red]failed[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
-            batches.save(sweep.store, batches.with_job(batch, None))
+            batches.close(sweep.store, batch)
     console.print(_summary(progress.examine(sweep.trials, sweep.store)), highlight=False)
     if failed:
         raise UserError(f"{failed} tasks failed; once the cause is gone, --retry-failed runs them again")
@@ -121,7 +120,7 @@ def cancel(study: str, store: Store, console: Console) -> None:
         found = [batch for batch, _ in submit.in_queue(store) if batch.study == study]
         queue.cancel([batch.job for batch in found if batch.executor == "slurm" and batch.job])
         for batch in found:
-            if batch.executor == "local" and batch.job and claims.is_alive(batch.host, int(batch.job), batch.started):
+            if batch.executor == "local" and batch.job:
                 _kill(int(batch.job))
     console.print(f"cancelled {len(found)} job arrays and processes of {study}", highlight=False)
 
@@ -131,8 +130,10 @@ def _kill(pid: int) -> None:
     import psutil
 
     process = psutil.Process(pid)
-    for each in (*process.children(recursive=True), process):
+    processes = [*process.children(recursive=True), process]
+    for each in processes:
         each.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=10)
 
 
 def _checked(sweep: Sweep, retry_failed: bool, busy: set[str]) -> list[plan.Wave]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import claims
 from experiments.definitions import Trial, key
 from experiments.store import Store
 from patch.errors import UserError
@@ -96,37 +95,37 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
     }
     claimed = store.claimed()
     states = []
-    for trial in trials:
-        evaluate = known[f"evaluate-{key(trial)}"]
+    for evaluate in (step for step in known.values() if step.kind == "evaluate"):
+        [trial] = evaluate.trials
         if evaluate.id in done:
             states.append(TrialState(trial, "done"))
             continue
         chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
-        failure = store.failure(trial) if key(trial) in started else None
-        states.append(_state(trial, chain, attempts, claimed, failure))
+        failure = store.failure(trial) if evaluate.hash in started else None
+        states.append(_state(chain, attempts, claimed, failure))
     return Progress(tuple(states), problem, _seconds_left(states, relevant, store))
 
 
 def _state(
-    trial: Trial,
     chain: list[Step],
     attempts: dict[str, Attempt],
     claimed: set[str],
     failure: dict[str, str] | None,
 ) -> TrialState:
     """The state of a trial that is not done, from the steps it still has to take."""
-    step = chain[0]
+    step, evaluate = chain[0], chain[-1]
+    [trial] = evaluate.trials
     attempt = attempts.get(step.id)
     task = attempt.task if attempt else None
     restarts = task.restarts if task else 0
-    if (task and task.runs) or step.claim in claimed or f"trial-{key(trial)}" in claimed:
+    if (task and task.runs) or step.claim in claimed or evaluate.claim in claimed:
         return TrialState(trial, "running", step, attempt, restarts, step.label)
     if task and task.waits:
         state = "requeued" if restarts or task.state != "PENDING" else "pending"
         return TrialState(trial, state, step, attempt, restarts, task.reason)
     if failure:
         return TrialState(trial, "failed", step, attempt, restarts, failure["error"])
-    if attempt and attempt.batch.executor == "local" and _runs(attempt.batch):
+    if attempt and attempt.batch.executor == "local" and batches.runs_here(attempt.batch):
         return TrialState(trial, "pending", step, attempt)
     if attempt:
         return TrialState(trial, "missing", step, attempt, restarts, f"{step.label} ended {_how(task)}")
@@ -135,10 +134,6 @@ def _state(
 
 def _how(task: Task | None) -> str:
     return task.state if task and task.state != "COMPLETED" else "without a result"
-
-
-def _runs(batch: Batch) -> bool:
-    return batch.job is not None and bool(claims.is_alive(batch.host, int(batch.job), batch.started))
 
 
 def _listed(folder: Path) -> list[str]:

@@ -74,7 +74,7 @@ def tasks(batches: Collection[Batch]) -> dict[tuple[str, int], Task]:
     require()
     found: dict[tuple[str, int], Task] = {}
     # An array's tasks that wait are one entry to the controller: --array unfolds them in squeue itself.
-    lines = _ask("squeue", "--noheader", "--array", "--states=all", "-O", ",".join(_FIELDS))
+    lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--name={','.join(mine)}", "-O", ",".join(_FIELDS))
     for line in lines.splitlines():
         job, index, state, restarts, name, *reason = line.split()
         if name in mine and (index.isdecimal() or index == "N/A"):

@@ -64,8 +64,13 @@ def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.W
             continue
         if not retry_failed and store.failure(step.trials[0]):
             continue
-        wanted |= {step.id, *step.needs} - set(busy)
-    return plan.waves(known, {id for id in wanted if not _is_made(known[id], store, claimed)})
+        lost = False
+        for id in (*step.needs, step.id):
+            # What is in the queue and stands on something that was lost will not start: it is submitted again too.
+            if not _is_made(known[id], store, claimed) and (lost or id not in busy):
+                lost = True
+                wanted.add(id)
+    return plan.waves(known, wanted)
 
 
 def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[submitit.Job]]]:
@@ -100,16 +105,21 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
 def in_queue(store: Store) -> list[tuple[Batch, list[str]]]:
     """The batches that are not over, each with the ids of its steps that wait or run.
 
-    Batches whose submitter died are completed with the job that it submitted, or forgotten. To be called by the one
-    process that submits.
+    Batches whose submitter died are completed with the job that it submitted, or forgotten; those that are over are
+    recorded as such. To be called by the one process that submits.
+
+    Raises:
+        UserError: if Slurm cannot be asked about its jobs: then nobody knows what waits and runs.
     """
-    known = list(batches.load_all(store))
+    known = [batch for batch in batches.load_all(store) if not batch.over]
     tasks = queue.tasks(known)
     found = []
     for batch in known:
         if batch.executor != "slurm":
-            if batch.job and claims.is_alive(batch.host, int(batch.job), batch.started):
+            if batches.runs_here(batch):
                 found.append((batch, list(batch.steps)))
+            else:
+                batches.close(store, batch)
             continue
         mine = {index: task for (id, index), task in tasks.items() if id == batch.id}
         if batch.job is None:
@@ -121,6 +131,8 @@ def in_queue(store: Store) -> list[tuple[Batch, list[str]]]:
         live = [batch.steps[index] for index, task in mine.items() if not task.is_over]
         if live:
             found.append((batch, live))
+        else:
+            batches.close(store, batch)
     return found
 
 
@@ -175,7 +187,7 @@ def _submit(
             folder.rmdir()
         raise UserError(f"Slurm would not take the {stage} stage: {' '.join(str(error).split())}") from error
     if executor == "slurm":
-        batch = batches.with_job(batch, jobs[0].job_id.partition("_")[0])
+        batch = dataclasses.replace(batch, job=jobs[0].job_id.partition("_")[0])
         batches.save(store, batch)
     return batch, jobs
 

@@ -59,8 +59,14 @@ def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
     store.checkpoint_path(magnitude.pruning).mkdir(parents=True)
     assert wanted((dense, magnitude), tmp_path) == [f"evaluate-{key(magnitude)}"]
     # In the queue: its dependents are submitted, itself not.
-    queued = f"learn-{key(learned.pruning)}"
-    assert queued not in wanted(trials, tmp_path, (queued,))
+    prior, mask, evaluation = (
+        f"prune-{key(learned.pruning.prior)}",
+        f"learn-{key(learned.pruning)}",
+        f"evaluate-{key(learned)}",
+    )
+    assert wanted((learned,), tmp_path, (prior, mask)) == [evaluation]
+    # What the queue holds stands on a step that was lost: it will not start.
+    assert wanted((learned,), tmp_path, (mask, evaluation)) == [prior, mask, evaluation]
     with store.claim(f"trial-{key(magnitude)}"):
         assert wanted((magnitude,), tmp_path) == []
     store.write_failure(learned, "learn", ValueError("diverged"), {})

@@ -22,7 +22,7 @@ def forty(cluster: DevCluster, text: Path, tmp_path: Path) -> Forty:
     [
         pytest.param(["--partition", "nowhere"], r"invalid partition specified: nowhere", id="partition"),
         pytest.param(["--account", "nobody"], r"Invalid account or account/partition combination", id="account"),
-        pytest.param(["--gpus", "prune=3"], r"prune .*gpus-per-node=3.*node configuration is not available", id="gpus"),
+        pytest.param(["--gpus", "prune=3"], r"stage prune asks for 3 GPUs, and uses one", id="gpus"),
         pytest.param(["--mem", "500"], r"mem=512000M.*node configuration is not available", id="memory"),
         pytest.param(["--cpus", "64"], r"cpus-per-task=64.*(not available|More processors)", id="cores"),
         pytest.param(["--partition", "main", "--time", "9-0"], r"partition's limit of 1440 minutes", id="time"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -205,19 +206,45 @@ def test_without_an_answer_nothing_is_submitted_and_status_says_so(
         submit.submit(Sweep("tiny", (trial,), Cluster(executor="debug"), Work(tmp_path)))
 
 
-def test_ten_thousand_trials_are_submitted_and_reported(tmp_path: Path) -> None:
-    """Through the debug executor, which runs nothing until it is asked for an outcome."""
+def simulate(count: int, results: Path) -> dict[str, float]:
+    """Submit trials through the debug executor, which runs nothing until it is asked for an outcome; seconds of each."""
+    seconds, started = {}, time.monotonic()
+
+    def lap(what: str) -> None:
+        nonlocal started
+        seconds[what], started = time.monotonic() - started, time.monotonic()
+
     trials = tuple(
         Trial(Pruning("embedded", "wanda", "hybrid", 0.25, (64, 64), calibration=Calibration(seed=seed)), Evaluation())
-        for seed in range(10_000)
+        for seed in range(count)
     )
-    sweep = Sweep("large", trials, Cluster(executor="debug"), Work(tmp_path))
+    sweep = Sweep("large", trials, Cluster(executor="debug"), Work(results))
+    lap("define")
     submitted = submit.submit(sweep)
-    assert [len(jobs) for _, jobs in submitted] == [10_000, 10_000]
-    assert len(list((tmp_path / "sweeps").rglob("*.json"))) == 2
+    lap("submit")
+    assert [len(jobs) for _, jobs in submitted] == [count, count]
+    assert len(list((results / "sweeps").rglob("*.json"))) == 2
     # The debug executor's jobs are in this process.
     assert submit.submit(sweep) == []
-    assert len(progress.examine(trials, Store(tmp_path)).trials) == 10_000
+    lap("submit again")
+    assert len(progress.examine(trials, Store(results)).trials) == count
+    lap("status")
+    return seconds
+
+
+def test_a_thousand_trials_are_two_batches(tmp_path: Path) -> None:
+    simulate(1_000, tmp_path)
+
+
+@pytest.mark.slurm
+def test_ten_thousand_trials_take_seconds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with capsys.disabled():
+        for count in (2_500, 5_000, 10_000):
+            seconds = simulate(count, tmp_path / str(count))
+            print(
+                f"\n{count:6} trials: " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()), end=""
+            )
+    assert sum(seconds.values()) < 60
 
 
 def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
