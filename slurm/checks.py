@@ -87,6 +87,8 @@ def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:
     """Estimated GPU hours of some steps, and how many of them could not be estimated."""
     hours, unknown = 0.0, 0
     for step in steps:
+        if not cluster.stages[step.kind].gpus:
+            continue
         if step.kind == "evaluate":
             flops = cost.evaluation_flops(step.pruning.model, step.trials[0].evaluation)
         else:

@@ -5,6 +5,7 @@ know of earlier attempts lies in the results directory: a requeued job is given 
 """
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class RunStep(Checkpointable):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
                 pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
+        except subprocess.SubprocessError:
+            # Not the step's fault: it was told to stop, and Slurm could not be asked to requeue it. The next sweep does.
+            raise
         except Exception as error:
             for trial in step.trials:
                 pipeline.record_failure(trial, step.label, error, store)

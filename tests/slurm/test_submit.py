@@ -207,7 +207,7 @@ def test_without_an_answer_nothing_is_submitted_and_status_says_so(
 
 
 def simulate(count: int, results: Path) -> dict[str, float]:
-    """Submit trials through the debug executor, which runs nothing until it is asked for an outcome; seconds of each."""
+    """Submit trials through the debug executor, which runs nothing until it is asked to; seconds of each part."""
     seconds, started = {}, time.monotonic()
 
     def lap(what: str) -> None:
