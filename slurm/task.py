@@ -75,7 +75,7 @@ class RunStep(Checkpointable):
             else:
                 pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
         except subprocess.SubprocessError:
-            # Not the step's fault: it was told to stop, and Slurm could not be asked to requeue it. The next sweep does.
+            # It was told to stop, and Slurm could not be asked to requeue it: not its failure, the next sweep has it.
             raise
         except Exception as error:
             for trial in step.trials:
