@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import claims
+from experiments.claims import Holder
 from experiments.definitions import Pruning, Trial, definition, key
 
 SCHEMA = 1
@@ -128,6 +129,6 @@ class Store:
         with claims.claim(self.root / "locks" / f"{name}.lock", wait) as mine:
             yield mine
 
-    def claimed(self) -> set[str]:
-        """The names of all claims that some process holds now."""
-        return set(claims.live(self.root / "locks"))
+    def claimed(self) -> dict[str, Holder]:
+        """All claims that some process holds now, by name."""
+        return claims.live(self.root / "locks")

@@ -93,7 +93,7 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
         for batch in open_
         for index, id in enumerate(batch.steps)
     }
-    claimed = store.claimed()
+    claimed = queue.held(store)
     states = []
     for evaluate in (step for step in known.values() if step.kind == "evaluate"):
         [trial] = evaluate.trials

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from experiments.store import Store
 from patch.errors import UserError
 from slurm.batches import Batch
 from slurm.cluster import Cluster, Resources, parse_time
@@ -106,6 +107,23 @@ def _accounted(jobs: Sequence[str]) -> list[tuple[str, int, str]]:
         if index.isdecimal() or not index:
             found.append((job, int(index or 0), state.split()[0]))
     return found
+
+
+def held(store: Store) -> set[str]:
+    """The names of the claims that some process holds, but for those of jobs that Slurm no longer has.
+
+    The lease of a claim takes two minutes to run out; of a job that was cancelled, Slurm knows at once.
+    """
+    claims = store.claimed()
+    jobs = sorted({holder.job for holder in claims.values() if holder.job is not None})
+    gone: set[str] = set()
+    if jobs and shutil.which("squeue"):
+        command = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}"]
+        outcome = subprocess.run(command, capture_output=True, text=True)
+        # Of a single job that it does not know any more, squeue makes an error.
+        if outcome.returncode == 0 or "Invalid job id" in outcome.stderr:
+            gone = set(jobs) - set(outcome.stdout.split())
+    return {name for name, holder in claims.items() if holder.job not in gone}
 
 
 def max_array_size() -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from slurm import batches, plan, queue
 from slurm.batches import Batch
 from slurm.cluster import Cluster, Resources
 from slurm.plan import Step
+from slurm.queue import Task
 from slurm.task import RunStep, RunTrials, Work, WriteReport
 
 
@@ -57,7 +58,7 @@ def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.W
     """
     store = sweep.store
     known = plan.steps(sweep.trials)
-    claimed = store.claimed()
+    claimed = queue.held(store)
     wanted = set()
     for step in known.values():
         if step.kind != "evaluate" or plan.is_done(step, store) or step.claim in claimed:
@@ -85,6 +86,7 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
     store = sweep.store
     with store.claim("sweep"):
         live = in_queue(store)
+        _tidy(store, [batch for batch, _ in live])
         busy = {step: batch for batch, steps in live for step in steps}
         waves = todo(sweep, busy, retry_failed)
         for wave in waves:
@@ -105,35 +107,43 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
 def in_queue(store: Store) -> list[tuple[Batch, list[str]]]:
     """The batches that are not over, each with the ids of its steps that wait or run.
 
-    Batches whose submitter died are completed with the job that it submitted, or forgotten; those that are over are
-    recorded as such. To be called by the one process that submits.
-
     Raises:
         UserError: if Slurm cannot be asked about its jobs: then nobody knows what waits and runs.
     """
     known = [batch for batch in batches.load_all(store) if not batch.over]
-    tasks = queue.tasks(known)
+    tasks: dict[str, dict[int, Task]] = {}
+    for (id, index), task in queue.tasks(known).items():
+        if not task.is_over:
+            tasks.setdefault(id, {})[index] = task
     found = []
     for batch in known:
+        mine = tasks.get(batch.id, {})
         if batch.executor != "slurm":
-            if batches.runs_here(batch):
-                found.append((batch, list(batch.steps)))
-            else:
-                batches.close(store, batch)
-            continue
-        mine = {index: task for (id, index), task in tasks.items() if id == batch.id}
-        if batch.job is None:
-            if not mine:
-                batches.forget(store, batch)
-                continue
-            batch = dataclasses.replace(batch, job=next(iter(mine.values())).job)
-            batches.save(store, batch)
-        live = [batch.steps[index] for index, task in mine.items() if not task.is_over]
+            live = list(batch.steps) if batches.runs_here(batch) else []
+        else:
+            live = [batch.steps[index] for index in mine]
         if live:
-            found.append((batch, live))
+            # The job is not recorded if its submitter died at once.
+            job = batch.job or next(iter(mine.values())).job
+            found.append((dataclasses.replace(batch, job=job), live))
+    return found
+
+
+def _tidy(store: Store, live: Collection[Batch]) -> None:
+    """Complete, close or forget the records of submitters that died and of jobs that are over.
+
+    To be called by the one process that submits: another one's record may lack its job because it is submitting.
+    """
+    found = {batch.id: batch for batch in live}
+    for batch in batches.load_all(store):
+        if batch.over or found.get(batch.id) == batch:
+            continue
+        if batch.id in found:
+            batches.save(store, found[batch.id])
+        elif batch.job is None:
+            batches.forget(store, batch)
         else:
             batches.close(store, batch)
-    return found
 
 
 def _is_made(step: Step, store: Store, claimed: Collection[str]) -> bool:
@@ -147,7 +157,7 @@ def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[t
     before: set[str] = set()
     for start in range(0, len(wave.steps), size):
         steps = wave.steps[start : start + size]
-        after = {job for need in wave.needs if need in busy and (job := busy[need].job)} | before
+        after = _jobs(wave.needs, busy) | before
         batch, jobs = _submit(sweep, wave.kind, [step.id for step in steps], after, RunStep(sweep.work), steps)
         busy |= dict.fromkeys(batch.steps, batch)
         if sweep.cluster.parallel and batch.job:
@@ -158,8 +168,14 @@ def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[t
 
 def _report(sweep: Sweep, busy: dict[str, Batch]) -> tuple[Batch, list[submitit.Job]]:
     ids = {f"evaluate-{key(trial)}" for trial in sweep.trials}
-    after = {job for id in ids if id in busy and (job := busy[id].job)}
-    return _submit(sweep, "report", ["report"], after, WriteReport(sweep.work), [sweep.study], [sweep.trials])
+    return _submit(
+        sweep, "report", ["report"], _jobs(ids, busy), WriteReport(sweep.work), [sweep.study], [sweep.trials]
+    )
+
+
+def _jobs(ids: Collection[str], busy: Mapping[str, Batch]) -> set[str]:
+    """The jobs of Slurm that hold some steps."""
+    return {batch.job for id in ids if (batch := busy.get(id)) and batch.job and batch.executor == "slurm"}
 
 
 def _submit(

@@ -95,14 +95,14 @@ def test_a_claim_keeps_others_out_until_its_holder_dies(tmp_path: Path, holder: 
     store = Store(tmp_path)
     with store.claim("trial-x", wait=False) as mine:
         assert not mine
-    assert store.claimed() == {"trial-x"}
+    assert set(store.claimed()) == {"trial-x"}
     with store.claim("trial-y", wait=False) as mine:
         assert mine
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with store.claim("trial-x", wait=False) as mine:
         assert mine
-    assert store.claimed() == set()
+    assert store.claimed() == {}
     assert list((tmp_path / "locks").iterdir()) == []
 
 

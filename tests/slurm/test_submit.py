@@ -160,6 +160,7 @@ def test_a_submitter_that_died_is_cleaned_up_after(
     monkeypatch.setattr(queue, "tasks", lambda batches: found)
     live = submit.in_queue(store)
     assert [(batch.job, steps) for batch, steps in live] == ([("77", ["x"])] if arrived else [])
+    submit.submit(Sweep("tiny", (), Cluster(executor="debug"), Work(tmp_path)))
     assert [batch.job for batch in batches.load_all(store)] == (["77"] if arrived else [])
 
 
