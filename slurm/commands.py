@@ -39,7 +39,7 @@ def studies_table(cluster: Cluster) -> Table:
 
 def dry_run(sweep: Sweep, retry_failed: bool, console: Console) -> None:
     """Check everything that `sweep` checks, and print what it would submit."""
-    waves = _checked(sweep, retry_failed, {step for _, steps in submit.in_queue(sweep.store) for step in steps})
+    waves = _checked(sweep, retry_failed, {step for _, steps in queue.live(sweep.store) for step in steps})
     table = Table("stage", "after", "tasks", "arrays", "GPUs", "time", "GPU hours", box=None, pad_edge=False)
     size = queue.max_array_size() if sweep.cluster.executor == "slurm" else None
     for wave in waves:
@@ -117,7 +117,7 @@ def cancel(study: str, store: Store, console: Console) -> None:
     """Cancel all jobs and kill all local processes that were submitted for a study."""
     # No new jobs meanwhile.
     with store.claim("sweep"):
-        found = [batch for batch, _ in submit.in_queue(store) if batch.study == study]
+        found = [batch for batch, _ in queue.live(store) if batch.study == study]
         queue.cancel([batch.job for batch in found if batch.executor == "slurm" and batch.job])
         for batch in found:
             if batch.executor == "local" and batch.job:

@@ -3,6 +3,7 @@
 Every question is one command, whatever the number of jobs: a sweep must not be a burden to the controller.
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from experiments.store import Store
 from patch.errors import UserError
+from slurm import batches
 from slurm.batches import Batch
 from slurm.cluster import Cluster, Resources, parse_time
 
@@ -61,7 +63,7 @@ def require() -> None:
         raise UserError("no Slurm here (sbatch is not on the PATH): go to a login node, or use --cluster local")
 
 
-def tasks(batches: Collection[Batch]) -> dict[tuple[str, int], Task]:
+def tasks(asked: Collection[Batch]) -> dict[tuple[str, int], Task]:
     """The tasks of some batches by batch id and array index, from the queue and, of those that left it, the accounting.
 
     Tasks that neither knows are not in the answer: they are over.
@@ -69,7 +71,7 @@ def tasks(batches: Collection[Batch]) -> dict[tuple[str, int], Task]:
     Raises:
         UserError: with Slurm's message, if the queue cannot be read: then nobody knows what runs.
     """
-    mine = {batch.name: batch for batch in batches if batch.executor == "slurm"}
+    mine = {batch.name: batch for batch in asked if batch.executor == "slurm"}
     if not mine:
         return {}
     require()
@@ -106,6 +108,31 @@ def _accounted(jobs: Sequence[str]) -> list[tuple[str, int, str]]:
         # What was cancelled before it started is listed as 12_[3-7]: there is nothing to tell about its tasks.
         if index.isdecimal() or not index:
             found.append((job, int(index or 0), state.split()[0]))
+    return found
+
+
+def live(store: Store) -> list[tuple[Batch, list[str]]]:
+    """The batches that are not over, each with the ids of its steps that wait or run.
+
+    Raises:
+        UserError: if Slurm cannot be asked about its jobs: then nobody knows what waits and runs.
+    """
+    known = [batch for batch in batches.load_all(store) if not batch.over]
+    by_batch: dict[str, dict[int, Task]] = {}
+    for (id, index), task in tasks(known).items():
+        if not task.is_over:
+            by_batch.setdefault(id, {})[index] = task
+    found = []
+    for batch in known:
+        mine = by_batch.get(batch.id, {})
+        if batch.executor != "slurm":
+            steps = list(batch.steps) if batches.runs_here(batch) else []
+        else:
+            steps = [batch.steps[index] for index in mine]
+        if steps:
+            # The job is not recorded if its submitter died at once.
+            job = batch.job or next(iter(mine.values())).job
+            found.append((dataclasses.replace(batch, job=job), steps))
     return found
 
 

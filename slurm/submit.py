@@ -24,7 +24,6 @@ from slurm import batches, plan, queue
 from slurm.batches import Batch
 from slurm.cluster import Cluster, Resources
 from slurm.plan import Step
-from slurm.queue import Task
 from slurm.task import RunStep, RunTrials, Work, WriteReport
 
 
@@ -85,7 +84,7 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
     """
     store = sweep.store
     with store.claim("sweep"):
-        live = in_queue(store)
+        live = queue.live(store)
         _tidy(store, [batch for batch, _ in live])
         busy = {step: batch for batch, steps in live for step in steps}
         waves = todo(sweep, busy, retry_failed)
@@ -102,31 +101,6 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
             queue.cancel([batch.job for batch in stale if batch.job])
             submitted.append(_report(sweep, busy))
         return submitted
-
-
-def in_queue(store: Store) -> list[tuple[Batch, list[str]]]:
-    """The batches that are not over, each with the ids of its steps that wait or run.
-
-    Raises:
-        UserError: if Slurm cannot be asked about its jobs: then nobody knows what waits and runs.
-    """
-    known = [batch for batch in batches.load_all(store) if not batch.over]
-    tasks: dict[str, dict[int, Task]] = {}
-    for (id, index), task in queue.tasks(known).items():
-        if not task.is_over:
-            tasks.setdefault(id, {})[index] = task
-    found = []
-    for batch in known:
-        mine = tasks.get(batch.id, {})
-        if batch.executor != "slurm":
-            live = list(batch.steps) if batches.runs_here(batch) else []
-        else:
-            live = [batch.steps[index] for index in mine]
-        if live:
-            # The job is not recorded if its submitter died at once.
-            job = batch.job or next(iter(mine.values())).job
-            found.append((dataclasses.replace(batch, job=job), live))
-    return found
 
 
 def _tidy(store: Store, live: Collection[Batch]) -> None:

@@ -16,7 +16,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 from experiments import pipeline, reports
 from experiments.definitions import Trial, key
 from experiments.store import Store
-from slurm import plan
+from slurm import plan, queue
 from slurm.plan import Step
 
 # Seconds between two lines of progress in a log.
@@ -63,11 +63,15 @@ class RunStep(Checkpointable):
         if plan.is_done(step, store):
             print(f"{step.id}: was done already", flush=True)
             return
-        for pruning in pipeline.lineage(step.pruning)[: None if step.kind == "evaluate" else -1]:
-            if pruning.method != "dense" and not store.checkpoint_path(pruning).exists():
-                # Not a failure of its own: its trial says why already, or the sweep submits both again.
-                print(f"{step.id}: cannot start: {store.checkpoint_path(pruning)} is not there", flush=True)
-                return
+        missing = [id for id in step.needs if not (store.root / "checkpoints" / id.partition("-")[2]).exists()]
+        if missing:
+            # Not a failure of its own: its trial says why already, or the next sweep submits both again.
+            print(f"{step.id}: cannot start without {missing[0]}", flush=True)
+            if "SLURM_JOB_ID" in os.environ and any(missing[0] in steps for _, steps in queue.live(store)):
+                # Slurm takes a job for ended that it is about to requeue; when it starts this one again, it knows.
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                raise SystemExit(f"{step.id}: requeued until {missing[0]} is over")
+            return
         try:
             if step.kind == "evaluate":
                 with store.claim(f"trial-{key(step.trials[0])}"):

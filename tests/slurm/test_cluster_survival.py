@@ -132,10 +132,10 @@ def test_forty_trials_survive(
     assert counts["running"] + counts["pending"] + counts["done"] == 40, counts
 
     # A task is cancelled and another one's process killed, while they run.
-    wait_until("three prunings run", lambda: len([job for job, kind in sweep.queue("R") if kind == "prune"]) >= 3)
-    # The latest, so that they are not done before they are hit.
-    running = sorted((job for job, kind in sweep.queue("R") if kind == "prune"), key=_age)
-    cancelled, killed = running[-2:]
+    first = set(sweep.queue("R"))
+    # Tasks that have just begun: a task that is told to stop goes on until Slurm kills it, and may still get done.
+    wait_until("two prunings begin", lambda: len(_prunings(sweep) - first) >= 2)
+    (cancelled, _), (killed, _), *_ = sorted(_prunings(sweep) - first, key=lambda task: _age(task[0]), reverse=True)
     cluster.run("scancel", cancelled)
     wait_until("its process is there", lambda: sweep.worker(killed))
     worker = sweep.worker(killed)
@@ -201,6 +201,10 @@ def test_forty_trials_survive(
     assert [name for name in names if "partial" in name or name == "learner.pt"] == []
     assert (sweep.results / "reports" / "forty" / "table.md").is_file()
     assert FAILURE not in (sweep.results / "reports" / "forty" / "table.md").read_text()
+
+
+def _prunings(sweep: Sweep) -> set[tuple[str, str]]:
+    return {task for task in sweep.queue("R") if task[1] == "prune"}
 
 
 def _age(job: str) -> tuple[int, ...]:

@@ -157,8 +157,8 @@ def test_a_submitter_that_died_is_cleaned_up_after(
     store = Store(tmp_path)
     batches.save(store, a_batch())
     found = {("ab", 0): Task("77", "PENDING")} if arrived else {}
-    monkeypatch.setattr(queue, "tasks", lambda batches: found)
-    live = submit.in_queue(store)
+    monkeypatch.setattr(queue, "tasks", lambda asked: found)
+    live = queue.live(store)
     assert [(batch.job, steps) for batch, steps in live] == ([("77", ["x"])] if arrived else [])
     submit.submit(Sweep("tiny", (), Cluster(executor="debug"), Work(tmp_path)))
     assert [batch.job for batch in batches.load_all(store)] == (["77"] if arrived else [])
@@ -182,7 +182,7 @@ def test_status_says_what_slurm_says(
 ) -> None:
     trial, store = Trial(Pruning("embedded", "dense", "dense", 0.0), Evaluation()), Store(tmp_path)
     batches.save(store, a_batch(steps=(f"evaluate-{key(trial)}",), job="7"))
-    monkeypatch.setattr(queue, "tasks", lambda batches: {("ab", 0): task} if task else {})
+    monkeypatch.setattr(queue, "tasks", lambda asked: {("ab", 0): task} if task else {})
     [found] = progress.examine([trial], store).trials
     assert found.state == state
     if task and state == "missing":
