@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments import speed_cli
 from patch.errors import UserError
 
 if TYPE_CHECKING:
@@ -377,6 +378,10 @@ def doctor(results: Results = DEFAULT_RESULTS, data: Data = None) -> None:
     for finding in examine(results, data):
         table.add_row("[green]ok[/green]" if finding.ok else "[yellow]--[/yellow]", finding.subject, finding.detail)
     console.print(table)
+
+
+app.command()(speed_cli.tune)
+app.add_typer(speed_cli.bench, name="bench")
 
 
 def main() -> None:

@@ -1,1 +1,23 @@
-"""Running hybrid weights on sparse tensor cores. The packed format and the kernels are yet to come."""
+"""STOICC: hybrid weights, tiles of which are dense and the others 2:4, on sparse tensor cores.
+
+>>> import stoicc
+>>> report = stoicc.compile_model(model, masks)     # an ordinary transformers model now runs packed
+>>> y = stoicc.linear(x, stoicc.pack(weight, mask)) # or one product
+"""
+
+from stoicc.format import HybridWeight, pack, pack_masked, unpack
+from stoicc.linear import HybridLinear, compile_model
+from stoicc.matmul import linear
+from stoicc.quantizer import StoiccConfig, save_packed
+
+__all__ = [
+    "HybridLinear",
+    "HybridWeight",
+    "StoiccConfig",
+    "compile_model",
+    "linear",
+    "pack",
+    "pack_masked",
+    "save_packed",
+    "unpack",
+]

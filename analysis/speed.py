@@ -1,0 +1,72 @@
+"""Rows of a bench as tables: speedup over the fastest dense implementation, and how close to the roof.
+
+A bench file is JSON lines; the first says where its rows come from. No torch.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from patch.errors import UserError
+
+SCHEMA = 1
+DENSE = ("cublas", "compiled")
+
+
+def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
+    """One row a measurement: the cell's fields, implementation, time in microseconds, the best dense time, speedup.
+
+    Raises:
+        UserError: if a file is missing or is not a bench file, naming it and the line.
+    """
+    frames = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such bench file: run `hts bench kernels`")
+        rows = []
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise UserError(f"{path}: line {number} is not JSON: the file is damaged, measure it again") from None
+        if not rows or rows[0].get("schema") != SCHEMA:
+            raise UserError(f"{path}: not a bench file of schema {SCHEMA}")
+        header, *measured = rows
+        frame = pd.DataFrame([row["cell"] | {k: v for k, v in row.items() if k != "cell"} for row in measured])
+        frame["copy_roof"], frame["matmul_roof"] = header["roof"]["copy"], header["roof"]["matmul"]
+        frame["gpu"], frame["git"], frame["origin"] = (
+            header["provenance"]["gpu"],
+            header["provenance"]["git"],
+            str(path),
+        )
+        frames.append(frame)
+    frame = pd.concat(frames, ignore_index=True)
+    for column in ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status"):
+        if column not in frame:
+            frame[column] = None
+    frame["tile"] = [f"{t[0]}x{t[1]}" if isinstance(t, list) else None for t in frame.tile]
+    dense = frame[frame.implementation.isin(DENSE)].groupby(["model", "linear", "tokens"]).value.min().rename("dense")
+    frame = frame.join(dense, on=["model", "linear", "tokens"])
+    frame["speedup"] = frame.dense / frame.value
+    return frame
+
+
+def geometric_mean(values: pd.Series) -> float:
+    return float(np.exp(np.log(values.astype(float)).mean()))
+
+
+def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "128x128") -> str:
+    """Geometric-mean speedup over the linears of a model, by tokens and sparsity, as a Markdown table."""
+    chosen = frame[(frame.model == model) & (frame.implementation == "hybrid") & (frame.tile == tile)]
+    means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
+    library = frame[(frame.model == model) & frame.implementation.isin(("cusparselt", "semi_structured"))]
+    best = library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean)
+    columns = [f"{100 * sparsity:.0f}%" for sparsity in means.columns]
+    lines = ["| tokens | " + " | ".join([*columns, "best 2:4 library, 50%"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for tokens, row in means.iterrows():
+        cells = [f"{value:.2f}" for value in row] + [f"{best[tokens]:.2f}" if tokens in best else "-"]
+        lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

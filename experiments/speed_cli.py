@@ -1,0 +1,96 @@
+"""``hts tune`` and ``hts bench``: which kernel configuration is fastest on this GPU, and how fast that is."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from patch.errors import UserError
+
+console = Console()
+bench = typer.Typer(help="Time kernels and models on this GPU, side by side with dense and 2:4 libraries.")
+Models = Annotated[list[str] | None, typer.Option("--model", help="A model of the registry; may be repeated.")]
+Results = Annotated[Path, typer.Option(help="Results directory.")]
+
+
+def tune(
+    model: Models = None,
+    out: Annotated[Path | None, typer.Option(help="Table to write; by default this user's table of the GPU.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = max(1, (os.cpu_count() or 2) - 2),
+) -> None:
+    """Find the fastest kernel configuration for every linear of the models, at 1 to 8192 tokens."""
+    import torch
+
+    from experiments.bench_kernels import MODELS, fused_linears
+    from experiments.provenance import provenance
+    from stoicc import configs
+    from stoicc.tune import compile_candidates, measure_shape
+
+    device = _gpu()
+    started = time.time()
+    with console.status("compiling all candidates"):
+        compile_candidates(device, workers)
+    shapes = dict.fromkeys((linear.n, linear.k) for name in model or MODELS for linear in fused_linears(name))
+    # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
+    both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
+    work = [(*shape, tokens) for shape in both for tokens in configs.TOKENS]
+    entries = []
+    with Progress(console=console) as progress:
+        for shape in progress.track(work, description="tuning"):
+            entries.append(measure_shape(device, *shape))
+    name = torch.cuda.get_device_name(device)
+    path = out or configs.user_table(name)
+    configs.write_table(path, entries, provenance(time.time() - started))
+    console.print(f"{len(entries)} shapes in {time.time() - started:.0f} s: {path}", highlight=False)
+
+
+@bench.command()
+def kernels(
+    model: Models = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; two minutes.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option(help="Also time torch.compile in max-autotune mode (slow).")] = False,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each implementation.")] = 15,
+    again: Annotated[bool, typer.Option(help="Measure linears again whose rows are there.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Time every linear of the models at several sparsities, and print the speedup over dense."""
+    import torch
+
+    from analysis.speed import kernel_table, load_bench
+    from experiments import bench_kernels
+    from experiments.timing import measure_roof
+
+    _gpu()
+    gpu = torch.cuda.get_device_name()
+    names = model or (("llama-2-7b",) if quick else bench_kernels.MODELS)
+    counts = tuple(tokens or ((1, 16, 4096) if quick else bench_kernels.TOKENS))
+    linears = [linear for name in names for linear in bench_kernels.fused_linears(name)]
+    paths = [bench_kernels.bench_file(results, gpu, linear) for linear in linears]
+    missing = [(linear, path) for linear, path in zip(linears, paths, strict=True) if again or not path.exists()]
+    with Progress(console=console) as progress:
+        task = progress.add_task("timing", total=len(missing) * len(counts))
+        for linear, path in missing:
+            started = time.time()
+            tiles = bench_kernels.DEFAULT_TILES
+            if not quick:
+                tiles = bench_kernels.TILES.get(linear.model, tiles)
+            rows = bench_kernels.bench_linear(
+                linear, counts, tiles, bench_kernels.SPARSITIES, rounds, compiled, lambda _: progress.advance(task)
+            )
+            bench_kernels.write_rows(path, rows, measure_roof(), started)
+    console.print(kernel_table(load_bench(paths)), highlight=False, soft_wrap=True)
+
+
+def _gpu() -> "torch.device":  # type: ignore[name-defined]  # noqa: F821
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("this needs a CUDA GPU: torch sees none")
+    return torch.device("cuda", torch.cuda.current_device())

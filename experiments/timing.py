@@ -1,0 +1,93 @@
+"""Timing of GPU work: replayed graphs, implementations taken in turns, caches cold, roofs measured alongside."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Tensor]
+
+# Larger than any L2 cache: written before each run of a large product, exceeded by the rotated weights of a small one.
+CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call over several runs."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the GPU reaches: a large copy in TB/s, read and written, and a large bfloat16 product in TFLOP/s."""
+
+    copy: float
+    matmul: float
+
+
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that runs each call once, in order, captured on a stream of its own after a warm-up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
+
+
+def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, flush: bool) -> dict[str, Timing]:
+    """Time implementations of the same thing against each other.
+
+    Each round runs every implementation once, so that a change of clocks or temperature meets all of them. Work is
+    queued ahead of the GPU, so host time does not count.
+
+    Args:
+        implementations: by name, the calls to run; the time reported is that of one of them. Give several on distinct
+            weights where one weight would stay in the L2 cache.
+        flush: write over the L2 cache before each run.
+    """
+    graphs = {name: capture(calls) for name, calls in implementations.items()}
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for _ in range(rounds + 2):
+        for name, graph in graphs.items():
+            if flush:
+                cache.zero_()
+            else:
+                torch.cuda._sleep(100_000)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events[name].append((start, end))
+        torch.cuda.synchronize()
+    return {
+        name: timing([start.elapsed_time(end) * 1e3 / len(implementations[name]) for start, end in pairs[2:]])
+        for name, pairs in events.items()
+    }
+
+
+def timing(microseconds: Sequence[float]) -> Timing:
+    """Median and percentiles of at least two runs."""
+    fifths = statistics.quantiles(microseconds, n=5, method="inclusive")
+    return Timing(statistics.median(microseconds), fifths[0], fifths[3], len(microseconds))
+
+
+def measure_roof() -> Roof:
+    """The two ceilings, in a second or so."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = time_in_turns({"copy": [lambda: target.copy_(source)], "matmul": [lambda: a @ b]}, rounds=10, flush=True)
+    return Roof(2 * source.numel() / times["copy"].median / 1e6, 2 * 8192**3 / times["matmul"].median / 1e6)

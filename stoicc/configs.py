@@ -1,0 +1,210 @@
+"""Which kernel with which configuration: what can run, what is worth trying, and what the tables say.
+
+A table is one JSON file per GPU model: the fastest configuration found for each shape and number of tokens. Those in
+``stoicc/tuning`` are committed; a GPU without one gets its own, kept in the user's cache directory, from ``hts tune``
+or the first time a shape is used.
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patch.errors import UserError
+from stoicc.kernels.hopper import HopperConfig
+from stoicc.kernels.portable import PortableConfig
+from stoicc.kernels.stream import StreamConfig
+
+Config = HopperConfig | StreamConfig | PortableConfig
+KERNELS: dict[str, type[Config]] = {"hopper": HopperConfig, "stream": StreamConfig, "portable": PortableConfig}
+CACHE_VARIABLE = "HTS_CACHE"
+
+# Token counts that tables are made for; others use the nearest.
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest configuration found for one shape.
+
+    Attributes:
+        n, k: shape of the weight.
+        band: its band, 1 or 2; a weight whose band is 2 may use configurations that one whose band is 1 may not.
+        tokens: how many it was measured with.
+        config: what was fastest.
+        microseconds: the median time it took, with three quarters of the blocks 2:4.
+        dense_microseconds: the median time cuBLAS took for a dense weight of this shape.
+    """
+
+    n: int
+    k: int
+    band: int
+    tokens: int
+    config: Config
+    microseconds: float
+    dense_microseconds: float
+
+
+def kernel_name(config: Config) -> str:
+    """``hopper``, ``stream`` or ``portable``."""
+    return next(name for name, kind in KERNELS.items() if isinstance(config, kind))
+
+
+def runs(config: Config, capability: tuple[int, int], band: int) -> bool:
+    """Whether a GPU of this compute capability can run ``config`` on a weight of this band."""
+    if isinstance(config, HopperConfig):
+        return capability[0] == 9 and config.cluster <= band
+    if isinstance(config, StreamConfig):
+        clusters = config.blocks == 1 or capability[0] == 9
+        return capability[0] >= 8 and clusters and (config.rows <= 64 or band == 2)
+    return True
+
+
+def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Config]:
+    """What is worth measuring for this many tokens, best guesses first.
+
+    The lists are the survivors of wider sweeps on an H200; none of them spills registers.
+    """
+    found: list[Config] = []
+    if tokens <= 8:
+        for warps, records, blocks in product(((1, 1, 1), (2, 1, 1), (4, 1, 1)), (2, 1), (4, 2, 1)):
+            found.append(StreamConfig(16, 8, warps, records, 0, blocks))
+        found += [StreamConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1)]
+    elif tokens <= 16:
+        for rows, warps, records, blocks in (
+            *((64, (1, 2, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
+            *((32, (1, 1, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
+            *((64, (1, 4, 1), 4, blocks) for blocks in (4, 2)),
+            (32, (2, 1, 1), 2, 1),
+            (128, (1, 4, 1), 2, 8),
+            (128, (1, 4, 1), 2, 4),
+        ):
+            found.append(StreamConfig(rows, 16, warps, records, 4 if records == 2 else 3, blocks))
+    elif tokens <= 32:
+        for rows, warps, records, blocks in (
+            *((128, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2)),
+            *((64, (1, 2, 1), 1, blocks) for blocks in (8, 4, 2, 1)),
+            *((64, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
+        ):
+            found.append(StreamConfig(rows, 32, warps, records, 3, blocks))
+    else:
+        found += [StreamConfig(64, 128, (1, 2, 4), 1, 4), StreamConfig(64, 64, (1, 2, 2), 1, 4)]
+    if 32 < tokens <= 64:
+        for rows, warps, blocks in (
+            *((128, (1, 4, 2), blocks) for blocks in (8, 4, 2, 1)),
+            *((64, (1, 2, 2), blocks) for blocks in (8, 4, 2)),
+            *((64, (1, 4, 1), blocks) for blocks in (8, 4, 2)),
+        ):
+            found.append(StreamConfig(rows, 64, warps, 1, 4, blocks))
+    if tokens > 32:
+        found += [HopperConfig(64, 8, 8, 1), HopperConfig(64, 8, 8, 2)]
+    if tokens > 64:
+        found += [HopperConfig(128, 6, 8, 1), HopperConfig(128, 6, 8, 2)]
+    if tokens > 128:
+        found = [HopperConfig(256, 4, 4, 1), HopperConfig(256, 5, 4, 2), HopperConfig(256, 5, 8, 2), *found]
+    found.append(PortableConfig(min(64, max(16, tokens))))
+    allowed = [config for config in found if runs(config, capability, band)]
+    # The portable kernel is for GPUs that can run nothing else.
+    return allowed if len(allowed) == 1 else allowed[:-1]
+
+
+def default_config(tokens: int, capability: tuple[int, int], band: int) -> Config:
+    """A safe choice where nothing was measured and nothing can be, such as inside a graph capture."""
+    return candidates(tokens, capability, band)[0]
+
+
+def nearest(
+    entries: Iterable[Entry], n: int, k: int, band: int, tokens: int, capability: tuple[int, int]
+) -> Entry | None:
+    """The entry measured closest to this shape: first by tokens, then by features and inputs, as ratios."""
+
+    def distance(entry: Entry) -> tuple[float, float]:
+        shape = abs(math.log(entry.n / n)) + abs(math.log(entry.k / k)) + (entry.band != band)
+        return abs(math.log(entry.tokens / tokens)), shape
+
+    usable = [entry for entry in entries if runs(entry.config, capability, band)]
+    return min(usable, key=distance, default=None)
+
+
+def gpu_slug(device_name: str) -> str:
+    """A GPU's name as a file name: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def committed_table(device_name: str) -> Path:
+    return Path(__file__).parent / "tuning" / f"{gpu_slug(device_name)}.json"
+
+
+def user_table(device_name: str) -> Path:
+    """Where a GPU's own table is kept: under ``$HTS_CACHE``, or ``~/.cache/hybrid-tile-sparsity``."""
+    root = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hybrid-tile-sparsity"
+    return Path(root) / "tuning" / f"{gpu_slug(device_name)}.json"
+
+
+def read_table(path: Path) -> tuple[Entry, ...]:
+    """The entries of a table; none if there is no such file.
+
+    Raises:
+        UserError: if the file is not a table, naming it and what to do.
+    """
+    if not path.exists():
+        return ()
+    try:
+        return tuple(_entries(json.loads(path.read_text())))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
+
+
+def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
+    """Write a table atomically, sorted, one entry a line."""
+    ordered = sorted(entries, key=lambda e: (e.n, e.k, e.band, e.tokens))
+    lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
+    text = f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as temporary:
+        temporary.write(text)
+    os.replace(temporary.name, path)
+
+
+@cache
+def tables(device_name: str) -> tuple[Entry, ...]:
+    """All that is known of a GPU: the user's own entries, or else the committed ones."""
+    return read_table(user_table(device_name)) or read_table(committed_table(device_name))
+
+
+def remember(device_name: str, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
+    """Add entries to the user's table of a GPU, replacing those of the same shapes."""
+    path = user_table(device_name)
+    kept = {(e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *entries)}
+    write_table(path, kept.values(), provenance)
+    tables.cache_clear()
+
+
+def token_bucket(tokens: int) -> int:
+    """The number of tokens of ``TOKENS`` that is nearest as a ratio."""
+    return min(TOKENS, key=lambda known: abs(math.log(known / tokens)))
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; ``(0, 0)`` for GPUs that are not NVIDIA's."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    return {**asdict(entry), "config": {"kernel": kernel_name(entry.config), **asdict(entry.config)}}
+
+
+def _entries(table: dict[str, Any]) -> Iterator[Entry]:
+    for item in table["entries"]:
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in item["config"].items()}
+        config = KERNELS[fields.pop("kernel")](**fields)
+        yield Entry(**{**item, "config": config})

@@ -1,0 +1,352 @@
+"""Many tokens on Hopper: a persistent, warp-specialised product of a hybrid weight with ``wgmma`` and ``wgmma.sp``.
+
+Two consumer warpgroups each own a panel, 64 output features, against one tile of tokens; a producer warp keeps a ring
+of activation tiles filled by bulk tensor copies. Weights do not pass through shared memory: each consumer loads its
+records from global memory straight into the registers of the tensor core's A operand, one turn of the loop ahead.
+Why: a sparse ``wgmma`` reads 128 bytes of activations a cycle from shared memory at full rate, which is all that a
+multiprocessor has, so any other traffic through it costs time.
+
+Where bands have two panels (tiles of at least 128 rows), two thread blocks form a cluster: each copies half of an
+activation tile and the copy lands in both, which halves what is read from the L2 cache. Each block has one panel of
+either band, so that a column that is dense in one band and 2:4 in the other costs both blocks the same.
+
+A consumer drains its ``wgmma`` once per turn of the loop, since ptxas serialises the pipeline when metadata registers
+change while it is open; within a turn one step is in flight while the next is issued.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from stoicc.format import HybridWeight
+from stoicc.language import FRAGMENT, cluster_barrier, dot_24, dot_dense, multicast_next, remote_next
+
+GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How the many-token kernel is cut up.
+
+    Attributes:
+        tokens: tokens of an output tile: 64, 128 or 256.
+        stages: tiles of activations in the ring.
+        together: token tiles that are walked together.
+        cluster: thread blocks that share activations: 1, or 2 for weights whose band is 2.
+    """
+
+    tokens: int
+    stages: int
+    together: int
+    cluster: int
+
+
+RECORD_24 = gl.constexpr(9 * 128)
+RECORD_DENSE = gl.constexpr(16 * 128)
+METADATA = gl.constexpr(8 * 128)
+
+
+@gluon.jit
+def _output_tile(index, groups, token_tiles, order, TILES_TOGETHER: gl.constexpr):
+    """Group of panels and token tile of the ``index``-th output tile: some token tiles at a time, for the L2 cache."""
+    width = TILES_TOGETHER * groups
+    first = index // width * TILES_TOGETHER
+    together = gl.minimum(token_tiles - first, TILES_TOGETHER)
+    return gl.load(order + index % width // together), first + index % width % together
+
+
+@gluon.jit
+def _produce(
+    x_desc, columns, order, x_ring, full, empty, steps, groups, token_tiles,
+    TOKENS: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = full.shape[0]
+    rank = gl.program_id(0) % CLUSTER
+    count = 0
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
+        group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
+        walk = columns + group * 2 * CLUSTER * steps
+        column = gl.load(walk)
+        token = token_tile * TOKENS + rank * (TOKENS // CLUSTER)
+        for step in range(steps):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), TOKENS * 64 * 2)
+            if CLUSTER == 2:
+                multicast_next(3)
+            tma.async_copy_global_to_shared(
+                x_desc, [token, column * 64], full.index(stage), x_ring.index(stage * CLUSTER + rank)
+            )
+            column = gl.load(walk + gl.minimum(step + 1, steps - 1))
+            count += 1
+    if CLUSTER == 2:
+        # The other block still arrives at this one's barriers: do not leave before it has.
+        for _ in range(STAGES):
+            mbarrier.wait(empty.index(count % STAGES), (count // STAGES & 1) ^ 1)
+            count += 1
+
+
+@gluon.jit
+def _wait_full(full, count):
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(count % STAGES), count // STAGES & 1)
+
+
+@gluon.jit
+def _release(empty, count, peer, CLUSTER: gl.constexpr):
+    STAGES: gl.constexpr = empty.shape[0]
+    barrier = empty.index(count % STAGES)
+    mbarrier.arrive(barrier)
+    if CLUSTER == 2:
+        remote_next(peer)
+        mbarrier.arrive(barrier)
+
+
+@gluon.jit
+def _load_24(record, lane_words, lane_metadata):
+    return gl.load(record + lane_words), gl.load(record + 128 + lane_words), gl.load(record + METADATA + lane_metadata)
+
+
+@gluon.jit
+def _dot_24(values0, values1, metadata, x, acc):
+    return dot_24(values1, metadata, x, dot_24(values0, metadata, x, acc, 0, 0), 32, 1)
+
+
+@gluon.jit
+def _step_24(acc, a0, a1, am, count, x_ring, full):
+    _wait_full(full, count)
+    return _dot_24(a0, a1, am, x_ring.index(count % x_ring.shape[0]), acc)
+
+
+@gluon.jit
+def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
+    """``length`` steps over 2:4 blocks: those that four do not divide first, then four at a time."""
+    for _ in range(length % 4):
+        a0, a1, am = _load_24(record, lane_words, lane_metadata)
+        record += RECORD_24
+        acc = warpgroup_mma_wait(0, [_step_24(acc, a0, a1, am, count, x_ring, full)])
+        _release(empty, count, peer, CLUSTER)
+        count += 1
+    if length >= 4:
+        a0, a1, am = _load_24(record, lane_words, lane_metadata)
+        b0, b1, bm = _load_24(record + RECORD_24, lane_words, lane_metadata)
+        c0, c1, cm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
+        d0, d1, dm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+        for left in range(length // 4, 0, -1):
+            # The last turn loads its own records again rather than read past the end.
+            record += gl.where(left > 1, 4 * RECORD_24, 0)
+            e0, e1, em = _load_24(record, lane_words, lane_metadata)
+            f0, f1, fm = _load_24(record + RECORD_24, lane_words, lane_metadata)
+            g0, g1, gm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
+            h0, h1, hm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+            # While one step is in flight the next is issued, and the stage of the one before is given back.
+            acc = _step_24(acc, a0, a1, am, count, x_ring, full)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, b0, b1, bm, count + 1, x_ring, full)])
+            _release(empty, count, peer, CLUSTER)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, c0, c1, cm, count + 2, x_ring, full)])
+            _release(empty, count + 1, peer, CLUSTER)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, d0, d1, dm, count + 3, x_ring, full)])
+            _release(empty, count + 2, peer, CLUSTER)
+            acc = warpgroup_mma_wait(0, [acc])
+            _release(empty, count + 3, peer, CLUSTER)
+            a0, a1, am, b0, b1, bm = e0, e1, em, f0, f1, fm
+            c0, c1, cm, d0, d1, dm = g0, g1, gm, h0, h1, hm
+            count += 4
+    return acc, count
+
+
+@gluon.jit
+def _load_dense(record, lane_words):
+    record += lane_words
+    return gl.load(record), gl.load(record + 128), gl.load(record + 256), gl.load(record + 384)
+
+
+@gluon.jit
+def _dot_dense(values0, values1, values2, values3, x, acc):
+    acc = dot_dense(values1, x, dot_dense(values0, x, acc, 0), 16)
+    return dot_dense(values3, x, dot_dense(values2, x, acc, 32), 48)
+
+
+@gluon.jit
+def _step_dense(acc, a0, a1, a2, a3, count, x_ring, full):
+    _wait_full(full, count)
+    return _dot_dense(a0, a1, a2, a3, x_ring.index(count % x_ring.shape[0]), acc)
+
+
+@gluon.jit
+def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
+    """``length`` steps over dense blocks: an odd one first, then two at a time."""
+    if length % 2 == 1:
+        a0, a1, a2, a3 = _load_dense(record, lane_words)
+        record += RECORD_DENSE
+        acc = warpgroup_mma_wait(0, [_step_dense(acc, a0, a1, a2, a3, count, x_ring, full)])
+        _release(empty, count, peer, CLUSTER)
+        count += 1
+    if length >= 2:
+        a0, a1, a2, a3 = _load_dense(record, lane_words)
+        b0, b1, b2, b3 = _load_dense(record + RECORD_DENSE, lane_words)
+        for left in range(length // 2, 0, -1):
+            record += gl.where(left > 1, 2 * RECORD_DENSE, 0)
+            e0, e1, e2, e3 = _load_dense(record, lane_words)
+            f0, f1, f2, f3 = _load_dense(record + RECORD_DENSE, lane_words)
+            acc = _step_dense(acc, a0, a1, a2, a3, count, x_ring, full)
+            acc = _step_dense(acc, b0, b1, b2, b3, count + 1, x_ring, full)
+            acc = warpgroup_mma_wait(1, [acc])
+            _release(empty, count, peer, CLUSTER)
+            acc = warpgroup_mma_wait(0, [acc])
+            _release(empty, count + 1, peer, CLUSTER)
+            a0, a1, a2, a3, b0, b1, b2, b3 = e0, e1, e2, e3, f0, f1, f2, f3
+            count += 2
+    return acc, count
+
+
+@gluon.jit
+def _consume(
+    y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
+    steps, panels, groups, token_tiles, out_features,
+    CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    TOKENS: gl.constexpr = x_ring.shape[1]
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    warp = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, FRAGMENT)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, FRAGMENT)))[None, :, None]
+    register = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FRAGMENT)))[None, None, :]
+    words_24 = warp * 256 + lane * 4 + register
+    words_dense = warp * 512 + lane * 4 + register
+    metadata = warp * 32 + lane
+    y_stage = y_stages.index(CONSUMER)
+    rank = gl.program_id(0) % CLUSTER
+    peer = rank ^ 1
+    count = 0
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
+        group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
+        # The first consumers of a cluster have one band, the second the other: so all blocks have the same work.
+        own_panel = (group * 2 + CONSUMER) * CLUSTER + rank
+        # Beyond the last panel, compute it again: those output rows are outside and not stored.
+        panel = gl.minimum(own_panel, panels - 1)
+        sparse = gl.load(sparse_blocks + panel)
+        lead = gl.load(leads + panel)
+        record = words + gl.load(starts + panel).to(gl.int64) * 128
+        acc = gl.zeros([64, TOKENS], gl.float32, accumulator)
+        if lead > 0:
+            acc, count = _walk_24(acc, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
+        if steps > sparse:
+            acc, count = _walk_dense(
+                acc, record + sparse * RECORD_24, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER
+            )
+        if sparse > lead:
+            record += lead * RECORD_24
+            acc, count = _walk_24(
+                acc, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER
+            )
+        if HAS_BIAS:
+            features = own_panel * 64 + gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+            acc += gl.load(bias + features, mask=features < out_features, other=0.0).to(gl.float32)[:, None]
+        # The previous tile's store has had this tile's whole walk to read the stage.
+        tma.store_wait(0)
+        gl.thread_barrier()
+        y_stage.permute((1, 0)).store(acc.to(y_stage.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
+    tma.store_wait(0)
+
+
+# Sizes are not specialised on: a binary for each of their divisibilities would gain nothing.
+@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features"])
+def hopper_linear(
+    x_desc, y_desc, words, bias, starts, columns, sparse_blocks, leads, order,
+    steps, panels, groups, token_tiles, out_features,
+    STAGES: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """``y = x @ W^T + bias`` over output tiles of 128 features a thread block by as many tokens as ``y_desc``'s block.
+
+    Args:
+        x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS / CLUSTER, 64]``.
+        y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``.
+        words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
+        bias: ``[N]``, or anything if not ``HAS_BIAS``.
+        leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
+        group is
+            only one of its bands, whose panels turn together.
+        order: int32 ``[groups]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
+        STAGES: tiles of activations in the ring, at least three.
+        CLUSTER: thread blocks that share activations, one or two.
+        TILES_TOGETHER: token tiles that are walked together.
+    """
+    TOKENS: gl.constexpr = y_desc.block_type.shape[0]
+    x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, 64], x_desc.layout)
+    x_ring = x_halves._reinterpret(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
+    y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), 2 * CLUSTER)
+    fence_async_shared()
+    gl.thread_barrier()
+    if CLUSTER == 2:
+        cluster_barrier(2, 128)
+    # Written out, since values of a tuple that has a name are no longer compile-time constants.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
+                steps, panels, groups, token_tiles, out_features, 0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+            )),
+            (_consume, (
+                y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
+                steps, panels, groups, token_tiles, out_features, 1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+            )),
+            (_produce, (
+                x_desc, columns, order, x_halves, full, empty, steps, groups, token_tiles,
+                TOKENS, CLUSTER, TILES_TOGETHER,
+            )),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
+
+
+def launch(
+    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: HopperConfig
+) -> None:
+    """Enqueue ``y = x @ W^T + bias`` on the current stream.
+
+    Args:
+        x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
+        order: int32 ``[groups]`` for ``2 * config.cluster`` panels.
+        y: ``[tokens, N]``, 16-byte aligned rows.
+    """
+    groups = len(order)
+    token_tiles = triton.cdiv(x.shape[0], config.tokens)
+    dtype = GLUON_DTYPE[hybrid.dtype]
+    x_block, y_block = [config.tokens // config.cluster, 64], [config.tokens, 64]
+    clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // config.cluster
+    hopper_linear[(min(clusters, groups * token_tiles) * config.cluster,)](
+        TensorDescriptor.from_tensor(x, x_block, gl.NVMMASharedLayout.get_default_for(x_block, dtype)),
+        TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout.get_default_for(y_block, dtype)),
+        hybrid.records,
+        y if bias is None else bias,
+        hybrid.starts,
+        hybrid.columns,
+        hybrid.sparse_blocks,
+        hybrid.leads if config.cluster == hybrid.band else hybrid.sparse_blocks,
+        order,
+        hybrid.steps,
+        hybrid.panels,
+        groups,
+        token_tiles,
+        hybrid.shape[0],
+        STAGES=config.stages,
+        CLUSTER=config.cluster,
+        TILES_TOGETHER=config.together,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )

@@ -1,0 +1,405 @@
+"""Any GPU since Ampere, and few tokens on all of them: ``mma`` and ``mma.sp`` on records streamed into registers.
+
+A thread block computes 16, 32 or 64 features of one panel, or 128 of two that have one block map (weights whose band
+is 2). Its warps are split along K (each takes every n-th record; they add up at the end in a fixed order, so there
+are no atomics, no workspace, and the same bits on every run), along features, and along tokens. With few tokens all
+that matters is to keep many loads in flight: records go straight from global memory into the registers of the tensor
+core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed while the other is on its way,
+and the first dense records are asked for before the first 2:4 record is used.
+
+Where the features alone do not fill the GPU, thread blocks split K once more: on Hopper a cluster of ``blocks``
+shares a panel's records, each leaves its sums in a workspace, and after the cluster's barrier the first adds them in
+a fixed order.
+
+Activations of up to eight tokens go the same way (``stages`` 0). More of them are copied asynchronously to a ring in
+shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from stoicc.format import HybridWeight
+from stoicc.language import cluster_barrier, mma_24, mma_dense
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How the kernel is cut up.
+
+    Attributes:
+        rows: features of a thread block: 16, 32 or 64; 128 for weights whose band is 2.
+        tokens: tokens of a thread block: 8 to 128, a power of two.
+        warps: warps along K, features and tokens.
+        records: records in one of a warp's two sets, a power of two.
+        stages: tiles of activations in the ring; 0 loads them as registers.
+        blocks: thread blocks of a cluster that split K; more than one needs Hopper.
+    """
+
+    rows: int
+    tokens: int
+    warps: tuple[int, int, int]
+    records: int
+    stages: int
+    blocks: int = 1
+
+
+RECORD_24 = gl.constexpr(9 * 128)
+RECORD_DENSE = gl.constexpr(16 * 128)
+METADATA = gl.constexpr(8 * 128)
+
+
+@gluon.constexpr_function
+def _bits(size, rank, dim, first=1):
+    """Basis vectors of a layout along ``dim``: ``size`` positions that are ``first`` apart."""
+    return [[first << i if d == dim else 0 for d in range(rank)] for i in range(size.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _fragments(records, rows, tokens, k_warps, row_warps, token_warps):
+    """Layout of ``[warps along K, records, rows / 16, tokens / 8, 32 lanes, 4 registers]``."""
+    own_rows, own_tokens = rows // 16 // row_warps, tokens // 8 // token_warps
+    return gl.DistributedLinearLayout(
+        reg_bases=_bits(4, 6, 5) + _bits(own_tokens, 6, 3) + _bits(own_rows, 6, 2) + _bits(records, 6, 1),
+        lane_bases=_bits(32, 6, 4),
+        warp_bases=_bits(k_warps, 6, 0) + _bits(row_warps, 6, 2, own_rows) + _bits(token_warps, 6, 3, own_tokens),
+        block_bases=[],
+        shape=[k_warps, records, rows // 16, tokens // 8, 32, 4],
+    )
+
+
+@gluon.constexpr_function
+def _staged(records, tokens, k_warps, row_warps, token_warps):
+    """Layout of ``[records of all warps, tokens, 32 words]`` that gives each lane the words of its fragment."""
+    own_tokens = tokens // 8 // token_warps
+    return gl.DistributedLinearLayout(
+        reg_bases=_bits(8, 3, 2, 4) + _bits(own_tokens, 3, 1, 8) + _bits(records, 3, 0, k_warps),
+        lane_bases=_bits(4, 3, 2) + _bits(8, 3, 1),
+        warp_bases=_bits(k_warps, 3, 0)
+        + [[0, 0, 0]] * (row_warps.bit_length() - 1)
+        + _bits(token_warps, 3, 1, own_tokens * 8),
+        block_bases=[],
+        shape=[k_warps * records, tokens, 32],
+    )
+
+
+@gluon.constexpr_function
+def _along(layout, dim):
+    """The layout of an index that runs along ``dim`` of a six-dimensional tensor in ``layout``."""
+    for other in reversed(range(6)):
+        if other != dim:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def _index(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
+    index = gl.arange(0, size, _along(layout, dim))
+    for other in gl.static_range(6):
+        if other != dim:
+            index = gl.expand_dims(index, other)
+    return index
+
+
+@gluon.jit
+def _load_x(x, columns, step, count, x_words, token_offsets, k_words, tokens_inside):
+    """Both halves of a block's activations as registers: words ``4t + p`` of 32, ``t`` below four and from four on."""
+    inside = step < count
+    word = gl.load(columns + step, mask=inside, other=0) * 32 + x_words
+    inside = inside & tokens_inside
+    return (
+        gl.load(x + token_offsets + word, mask=inside & (word < k_words), other=0),
+        gl.load(x + token_offsets + word + 16, mask=inside & (word + 16 < k_words), other=0),
+    )
+
+
+@gluon.jit
+def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS: gl.constexpr):
+    """Start to copy the activations of all records of one turn into its stage."""
+    STAGES: gl.constexpr = ring.shape[0]
+    RECORDS: gl.constexpr = ring.shape[1]
+    TOKENS: gl.constexpr = ring.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [1, gl.num_warps(), 1], [2, 1, 0])
+    record = gl.arange(0, RECORDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    token = (
+        gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + gl.program_id(1) * TOKENS
+    )
+    word = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    first = gl.where(turn < turns_24, turn * BLOCKS * RECORDS, sparse + (turn - turns_24) * BLOCKS * RECORDS)
+    step = first + block * RECORDS + record
+    inside = step < gl.where(turn < turns_24, sparse, steps)
+    word = gl.load(columns + step, mask=inside, other=0) * 32 + word
+    pointer = x + token.to(gl.int64) * x_stride + word
+    mask = inside & (token < tokens) & (word < k_words)
+    async_copy.async_copy_global_to_shared(ring.index(turn % STAGES), pointer, mask=mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _staged_x(ring, turn, staged: gl.constexpr, layout: gl.constexpr, K_WARPS: gl.constexpr, RECORDS: gl.constexpr):
+    """Both halves of a turn's activations out of the ring, as ``_load_x`` gives them."""
+    STAGES: gl.constexpr = ring.shape[0]
+    EIGHTS: gl.constexpr = ring.shape[2] // 8
+    words = ring.index(turn % STAGES).load(staged).reshape([RECORDS, K_WARPS, EIGHTS, 8, 2, 4, 4])
+    lower, upper = gl.split(words.permute((1, 0, 2, 3, 6, 5, 4)))
+    shape: gl.constexpr = [K_WARPS, RECORDS, 1, EIGHTS, 32, 4]
+    return (
+        gl.convert_layout(lower.reshape(shape), layout, assert_trivial=True),
+        gl.convert_layout(upper.reshape(shape), layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _load_24(record, step, count, lane_words, lane_metadata):
+    inside = step < count
+    record += step * RECORD_24
+    # Where there is no record there must still be metadata that the instruction takes: 0x4 keeps positions 0 and 1.
+    return (
+        gl.load(record + lane_words, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 128 + lane_words, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + METADATA + lane_metadata, mask=inside, eviction_policy="evict_first", other=0x44444444),
+    )
+
+
+@gluon.jit
+def _load_dense(record, step, count, lane_words):
+    inside = step < count
+    record += step * RECORD_DENSE + lane_words
+    return (
+        gl.load(record, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 128, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 256, mask=inside, eviction_policy="evict_first", other=0),
+        gl.load(record + 384, mask=inside, eviction_policy="evict_first", other=0),
+    )
+
+
+@gluon.jit
+def _multiply_24(a0, a1, metadata, x0, x1, acc, dtype: gl.constexpr):
+    return mma_24(a1, x1, metadata, mma_24(a0, x0, metadata, acc, 0, dtype), 1, dtype)
+
+
+@gluon.jit
+def _multiply_dense(a0, a1, a2, a3, x0, x1, acc, dtype: gl.constexpr):
+    acc = mma_dense(a1, x0, mma_dense(a0, x0, acc, 0, dtype), 1, dtype)
+    return mma_dense(a3, x1, mma_dense(a2, x1, acc, 0, dtype), 1, dtype)
+
+
+@gluon.jit
+def _fragment_indices(ROWS: gl.constexpr, EIGHTS: gl.constexpr, layout: gl.constexpr):
+    return (
+        gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None],
+        gl.arange(0, EIGHTS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None],
+        gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))[None, None, :, None],
+        gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))[None, None, None, :],
+    )
+
+
+@gluon.jit
+def _add_blocks(total, workspace, tile, block, layout: gl.constexpr, BLOCKS: gl.constexpr, THREADS: gl.constexpr):
+    """The sum of the cluster's blocks, in their order; of use to the first only."""
+    ROWS: gl.constexpr = total.shape[0]
+    EIGHTS: gl.constexpr = total.shape[1]
+    row, eight, lane, register = _fragment_indices(ROWS, EIGHTS, layout)
+    SIZE: gl.constexpr = ROWS * EIGHTS * 128
+    own = workspace + tile.to(gl.int64) * SIZE + ((row * EIGHTS + eight) * 32 + lane) * 4 + register
+    gl.store(own + block * SIZE, total)
+    cluster_barrier(BLOCKS, THREADS)
+    if block == 0:
+        for other in gl.static_range(1, BLOCKS):
+            total += gl.load(own + other * SIZE, volatile=True)
+    return total
+
+
+@gluon.jit
+def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.constexpr, HAS_BIAS: gl.constexpr):
+    ROWS: gl.constexpr = total.shape[0]
+    EIGHTS: gl.constexpr = total.shape[1]
+    row, eight, lane, register = _fragment_indices(ROWS, EIGHTS, layout)
+    feature = first + row * 16 + lane // 4 + register // 2 * 8
+    token = (gl.program_id(1) * EIGHTS + eight) * 8 + lane % 4 * 2 + register % 2
+    if HAS_BIAS:
+        total += gl.load(bias + feature, mask=feature < out_features, other=0.0).to(gl.float32)
+    inside = (feature < out_features) & (token < tokens)
+    gl.store(y + token.to(gl.int64) * y_stride + feature, total.to(y.dtype.element_ty), mask=inside)
+
+
+# Sizes are not specialised on, but for those that the width of the copies of activations depends on.
+@gluon.jit(do_not_specialize=["steps", "panels", "tokens", "out_features"])
+def stream_linear(
+    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride,
+    out_features, y_stride,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
+    RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """``y = x @ W^T + bias``, a thread block per ``ROWS`` features and ``TOKENS`` tokens.
+
+    Args:
+        x: int32, activations ``[tokens, K]`` as pairs, rows ``x_stride`` words apart.
+        y: output ``[tokens, N]``, rows ``y_stride`` elements apart.
+        words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``; words as int32.
+        bias: ``[N]``, or anything if not ``HAS_BIAS``.
+        workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
+        order: int32, panels (with 128 ``ROWS``, pairs of panels), most expensive first.
+        k_words: ``K / 2``.
+        ROWS to BLOCKS: as in ``StreamConfig``.
+    """
+    dtype: gl.constexpr = y.dtype.element_ty
+    PARTS: gl.constexpr = 1 if ROWS > 64 else 64 // ROWS
+    PANELS: gl.constexpr = 2 if ROWS > 64 else 1
+    R: gl.constexpr = ROWS // 16
+    layout: gl.constexpr = _fragments(RECORDS, ROWS, TOKENS, K_WARPS, ROW_WARPS, TOKEN_WARPS)
+    staged: gl.constexpr = _staged(RECORDS, TOKENS, K_WARPS, ROW_WARPS, TOKEN_WARPS)
+    lane = _index(32, layout, 4)
+    register = _index(4, layout, 5)
+
+    block = gl.program_id(0) % BLOCKS
+    part = gl.program_id(0) // BLOCKS
+    panel = gl.load(order + part // PARTS) * PANELS
+    first_row = part % PARTS * R
+    row = first_row + _index(R, layout, 2)
+    sparse = gl.load(sparse_blocks + panel)
+    dense = steps - sparse
+    if PANELS == 1:
+        record = words + gl.load(starts + panel).to(gl.int64) * 128
+    else:
+        # Beyond the last panel, compute it again: those output rows are outside and not stored.
+        record = words + gl.load(starts + gl.minimum(panel + row // 4, panels - 1)).to(gl.int64) * 128
+        row = row % 4
+    record_dense = record + sparse * RECORD_24
+    columns += panel * steps
+    columns_dense = columns + sparse
+    lane_24 = row * 256 + lane * 4 + register
+    lane_dense = row * 512 + lane * 4 + register
+    lane_metadata = row * 32 + lane
+
+    # A turn is one set of records of every warp; both loops take two turns at a time, one of each set.
+    OWN: gl.constexpr = K_WARPS * RECORDS
+    SET: gl.constexpr = BLOCKS * OWN
+    step = block * OWN + _index(RECORDS, layout, 1) * K_WARPS + _index(K_WARPS, layout, 0)
+    turns_24 = (sparse + 2 * SET - 1) // (2 * SET) * 2
+    acc = gl.zeros([K_WARPS, RECORDS, R, TOKENS // 8, 32, 4], gl.float32, layout)
+    if STAGES == 0:
+        token = gl.program_id(1) * TOKENS + _index(TOKENS // 8, layout, 3) * 8 + lane // 4
+        inside = token < tokens
+        offsets = token.to(gl.int64) * x_stride
+        x_words = register * 4 + lane % 4
+        ax, ay = _load_x(x, columns, step, sparse, x_words, offsets, k_words, inside)
+        bx, by = _load_x(x, columns, step + SET, sparse, x_words, offsets, k_words, inside)
+        cx, cy = _load_x(x, columns_dense, step, dense, x_words, offsets, k_words, inside)
+    else:
+        swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
+        ring = gl.allocate_shared_memory(gl.int32, [STAGES, OWN, TOKENS, 32], swizzled)
+        for turn in gl.static_range(STAGES - 1):
+            _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+    a0, a1, am = _load_24(record, step, sparse, lane_24, lane_metadata)
+    b0, b1, bm = _load_24(record, step + SET, sparse, lane_24, lane_metadata)
+    c0, c1, c2, c3 = _load_dense(record_dense, step, dense, lane_dense)
+    for turn in range(0, turns_24, 2):
+        ahead = step + (turn + 2) * SET
+        if STAGES > 0:
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()
+            ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
+            _copy_x(
+                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
+            )
+        acc = _multiply_24(a0, a1, am, ax, ay, acc, dtype)
+        a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
+        if STAGES > 0:
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()
+            bx, by = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
+            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+        else:
+            ax, ay = _load_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
+        acc = _multiply_24(b0, b1, bm, bx, by, acc, dtype)
+        b0, b1, bm = _load_24(record, ahead + SET, sparse, lane_24, lane_metadata)
+        if STAGES == 0:
+            bx, by = _load_x(x, columns, ahead + SET, sparse, x_words, offsets, k_words, inside)
+    d0, d1, d2, d3 = _load_dense(record_dense, step + SET, dense, lane_dense)
+    if STAGES == 0:
+        dx, dy = _load_x(x, columns_dense, step + SET, dense, x_words, offsets, k_words, inside)
+    for done in range(0, dense, 2 * SET):
+        ahead = step + (done + 2 * SET)
+        turn = turns_24 + done // SET
+        if STAGES > 0:
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()
+            cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
+            _copy_x(
+                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
+            )
+        acc = _multiply_dense(c0, c1, c2, c3, cx, cy, acc, dtype)
+        c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
+        if STAGES > 0:
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()
+            dx, dy = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
+            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+        else:
+            cx, cy = _load_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
+        acc = _multiply_dense(d0, d1, d2, d3, dx, dy, acc, dtype)
+        d0, d1, d2, d3 = _load_dense(record_dense, ahead + SET, dense, lane_dense)
+        if STAGES == 0:
+            dx, dy = _load_x(x, columns_dense, ahead + SET, dense, x_words, offsets, k_words, inside)
+
+    total = gl.sum(gl.sum(acc, 1), 0)
+    rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
+    if BLOCKS > 1:
+        tile = (gl.program_id(1) * (gl.num_programs(0) // BLOCKS) + part) * BLOCKS
+        total = _add_blocks(total, workspace, tile, block, rows, BLOCKS, gl.num_warps() * 32)
+    if block == 0:
+        _store(y, total, bias, panel * 64 + first_row * 16, tokens, out_features, y_stride, rows, HAS_BIAS)
+
+
+def launch(
+    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: StreamConfig
+) -> None:
+    """Enqueue ``y = x @ W^T + bias`` on the current stream.
+
+    Args:
+        x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
+        order: int32, of the panels, or with 128 ``rows`` of pairs of panels.
+        y: ``[tokens, N]``.
+    """
+    tokens = x.shape[0]
+    pairs = x.view(torch.int32)
+    k_warps, row_warps, token_warps = config.warps
+    grid = (triton.cdiv(hybrid.panels * 64, config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
+    # A new workspace for every call: the allocator keeps streams and captured graphs apart.
+    workspace = y
+    if config.blocks > 1:
+        workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
+    stream_linear[grid](
+        pairs,
+        y,
+        hybrid.records,
+        y if bias is None else bias,
+        workspace,
+        hybrid.starts,
+        hybrid.columns,
+        hybrid.sparse_blocks,
+        order,
+        hybrid.steps,
+        hybrid.panels,
+        tokens,
+        pairs.shape[1],
+        pairs.stride(0),
+        hybrid.shape[0],
+        y.stride(0),
+        ROWS=config.rows,
+        TOKENS=config.tokens,
+        K_WARPS=k_warps,
+        ROW_WARPS=row_warps,
+        TOKEN_WARPS=token_warps,
+        RECORDS=config.records,
+        STAGES=config.stages,
+        BLOCKS=config.blocks,
+        HAS_BIAS=bias is not None,
+        num_warps=k_warps * row_warps * token_warps,
+    )

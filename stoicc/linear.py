@@ -1,0 +1,271 @@
+"""Makes an ordinary transformers model run on packed weights.
+
+    >>> report = compile_model(model.cuda(), load_masks("checkpoint"))
+    >>> print(report)
+    224 linears packed into 128, 32 kept dense: 12.95 GB -> 8.05 GB (0.62x)
+
+Projections that read the same activations (query, key and value; gate and up) are packed as one weight where their tile
+maps can be stacked, so that one kernel does the work of three. The first of them computes all, the others take their
+rows of the result.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patch.errors import UserError
+from patch.mask import HybridMask
+from stoicc.format import DTYPES, HybridWeight, pack
+from stoicc.matmul import linear_op
+
+# Names, within one parent module, of linears that are applied to the same activations.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What must be known of a packed module to make an empty one and load its tensors.
+
+    Attributes:
+        parts: full names of the linears it replaces, with the output features of each.
+        in_features: inputs of all of them.
+        tile, band: of the ``HybridWeight``.
+        units: rows of its records.
+        bias: whether it has one.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    in_features: int
+    tile: tuple[int, int]
+    band: int
+    units: int
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(rows for _, rows in self.parts), self.in_features
+
+
+class HybridLinear(nn.Module):
+    """``torch.nn.Linear`` on a packed weight: ``[..., K]`` to ``[..., N]``, for inference.
+
+    Of several fused linears it takes the place of the first and returns the first's features.
+    """
+
+    def __init__(self, spec: Spec, hybrid: HybridWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.parts[0][1]
+        for name, part in hybrid.parts().items():
+            self.register_buffer(name, part)
+        self.register_buffer("bias", bias)
+        self.register_buffer("orders", None if hybrid.records.is_meta else hybrid.orders(), persistent=False)
+        self._sizes = [rows for _, rows in spec.parts]
+        self._shape, self._tile = list(spec.shape), list(spec.tile)
+        self._results: tuple[Tensor, Sequence[Tensor]] | None = None
+
+    @classmethod
+    def empty(cls, spec: Spec, dtype: torch.dtype) -> "HybridLinear":
+        """One without data, on the meta device, to load a packed checkpoint into."""
+        n, k = spec.shape
+        panels, steps = -(-n // 64), -(-k // 64)
+        sizes = ((spec.units, 128), (panels + 1,), (panels, steps), (panels,), (panels,))
+        parts = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
+        bias = torch.empty(n, dtype=dtype, device="meta") if spec.bias else None
+        return cls(spec, HybridWeight(spec.shape, spec.tile, dtype, *parts, spec.band), bias)
+
+    def checked(self, dtype: torch.dtype) -> HybridWeight:
+        """The packed weight, every invariant checked: what was loaded from a file goes through here before it is used.
+
+        Raises:
+            UserError: naming the module and what is wrong.
+        """
+        parts = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
+        try:
+            return HybridWeight(self.spec.shape, self.spec.tile, dtype, *parts, self.spec.band)
+        except UserError as error:
+            raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        everything = self.all_parts(x)
+        if len(everything) > 1:
+            self._results = (x, everything)
+        return everything[0]
+
+    def all_parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs of all fused linears."""
+        y = linear_op(
+            x, self.records, self.starts, self.columns, self.sparse_blocks, self.leads, self.orders, self.bias,
+            self._shape, self._tile, self.spec.band,
+        )  # fmt: skip
+        return y.split(self._sizes, dim=-1)
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """The output of fused linear ``index`` for the activations that the first was just applied to.
+
+        Called with any other activations, or out of turn, it computes them.
+        """
+        results = self._results
+        if index == len(self._sizes) - 1:
+            self._results = None
+        if results is None or results[0] is not x:
+            return self.all_parts(x)[index]
+        return results[1][index]
+
+    def extra_repr(self) -> str:
+        fused = "" if len(self._sizes) == 1 else f", fused={self._sizes}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, tile={self._tile}{fused}"
+
+
+class HybridPart(nn.Module):
+    """Stands where a linear was that is now fused into another."""
+
+    def __init__(self, owner: HybridLinear, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = owner.in_features, owner.spec.parts[index][1]
+        self.index = index
+        # In a tuple, so that the owner's tensors are not a second time this module's.
+        self._owner = (owner,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._owner[0].part(x, self.index)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, part={self.index}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``compile_model`` did.
+
+    Attributes:
+        packed: specs of the packed modules.
+        dense: names of the linears left as they were, since all their tiles are dense.
+        bytes_before, bytes_after: of all masked linears, these included.
+    """
+
+    packed: tuple[Spec, ...]
+    dense: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        linears = sum(len(spec.parts) for spec in self.packed)
+        ratio = self.bytes_after / max(1, self.bytes_before)
+        return (
+            f"{linears} linears packed into {len(self.packed)}, {len(self.dense)} kept dense: "
+            f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB ({ratio:.2f}x)"
+        )
+
+
+@torch.no_grad()
+def compile_model(model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bool = True) -> Report:
+    """Replace the masked linears of ``model`` by packed ones, in place, freeing each dense weight as it goes.
+
+    Args:
+        model: on any device; its masked linears in bfloat16 or float16.
+        masks: by full name of the linear. One whose tiles are all dense stays a ``torch.nn.Linear``.
+        fuse: pack siblings as one where their maps allow.
+
+    Raises:
+        UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
+        or
+            a weight has another dtype.
+    """
+    for name, mask in masks.items():
+        _check_linear(model, name, mask)
+    packed: list[Spec] = []
+    dense: list[str] = []
+    before = after = 0
+    for names in _groups(model, masks, fuse):
+        linears = [_linear(model, name) for name in names]
+        size = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
+        before += size
+        mask = _stack([masks[name] for name in names])
+        if bool(mask.dense.all()):
+            dense += names
+            after += size
+            continue
+        module = _pack_linears(names, linears, mask)
+        install(model, module)
+        packed.append(module.spec)
+        after += module.checked(linears[0].weight.dtype).nbytes
+        del linears
+    return Report(tuple(packed), tuple(dense), before, after)
+
+
+def install(model: nn.Module, module: HybridLinear) -> None:
+    """Put a packed module and its parts where the linears of its spec are."""
+    for index, (name, _) in enumerate(module.spec.parts):
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent).register_module(child, HybridPart(module, index) if index else module)
+
+
+def packed_modules(model: nn.Module) -> list[HybridLinear]:
+    """The packed modules of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, HybridLinear)]
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"there is a mask for {name!r}, but the model has no such module") from None
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"there is a mask for {name!r}, which is a {type(module).__name__} and not a torch.nn.Linear")
+    return module
+
+
+def _check_linear(model: nn.Module, name: str, mask: HybridMask) -> None:
+    weight = _linear(model, name).weight
+    if tuple(weight.shape) != mask.shape:
+        raise UserError(f"{name}: mask is for a weight of {mask.shape}, the model's is {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise UserError(f"{name}: weight is {weight.dtype}: load the model in bfloat16 or float16 to pack it")
+
+
+def _groups(model: nn.Module, masks: Mapping[str, HybridMask], fuse: bool) -> Iterator[list[str]]:
+    """The names of ``masks``, siblings that can be fused together."""
+    seen: set[str] = set()
+    for name in masks:
+        if name in seen:
+            continue
+        parent, _, child = name.rpartition(".")
+        group = [name]
+        for siblings in SIBLINGS:
+            names = [f"{parent}.{sibling}" for sibling in siblings]
+            if fuse and child in siblings and all(n in masks for n in names) and _stackable(model, masks, names):
+                group = names
+        seen.update(group)
+        yield group
+
+
+def _stackable(model: nn.Module, masks: Mapping[str, HybridMask], names: Sequence[str]) -> bool:
+    biases = {_linear(model, name).bias is not None for name in names}
+    weights = [_linear(model, name).weight for name in names]
+    alike = {
+        (masks[name].tile, weight.shape[1], weight.dtype, weight.device)
+        for name, weight in zip(names, weights, strict=True)
+    }
+    # Only the last may end within a tile.
+    whole = all(masks[name].shape[0] % masks[name].tile[0] == 0 for name in names[:-1])
+    return len(biases) == 1 and len(alike) == 1 and whole
+
+
+def _stack(masks: Sequence[HybridMask]) -> HybridMask:
+    if len(masks) == 1:
+        return masks[0]
+    shape = (sum(mask.shape[0] for mask in masks), masks[0].shape[1])
+    dense, patterns = torch.cat([mask.dense for mask in masks]), torch.cat([mask.patterns for mask in masks])
+    return HybridMask(shape, masks[0].tile, dense, patterns)
+
+
+def _pack_linears(names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask) -> HybridLinear:
+    hybrid = pack(torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight, mask)
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    parts = tuple((name, linear.out_features) for name, linear in zip(names, linears, strict=True))
+    units = hybrid.records.shape[0]
+    spec = Spec(parts, linears[0].in_features, hybrid.tile, hybrid.band, units, bool(biases))
+    return HybridLinear(spec, hybrid, torch.cat(biases) if biases else None)

@@ -1,0 +1,125 @@
+"""Measures which configuration is fastest for a shape on this GPU."""
+
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from patch.mask import HybridMask, best_patterns, tile_grid
+from stoicc import configs
+from stoicc.configs import Config, Entry
+from stoicc.format import HybridWeight, pack
+from stoicc.matmul import run
+
+# Weights are rotated so that none is read from the L2 cache, which is at most 60 MB on GPUs with these tensor cores.
+BEYOND_L2 = 200e6
+SPARSE_SHARE = 0.75
+
+
+def compile_candidates(device: torch.device, workers: int) -> None:
+    """Compile every configuration that may be measured on this GPU, in parallel, into Triton's cache on disk."""
+    capability = configs.capability_of(device)
+    wanted = {
+        (config, tokens, band)
+        for tokens in configs.TOKENS
+        for band in (1, 2)
+        for config in configs.candidates(tokens, capability, band)
+        if band == 2 or config not in configs.candidates(tokens, capability, 2)
+    }
+    ordered = sorted(wanted, key=str)
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=processes) as pool:
+        for _ in pool.map(_compile, [(device, *ordered[first :: workers * 2]) for first in range(workers * 2)]):
+            pass
+
+
+def _compile(work: tuple[Any, ...]) -> None:
+    device, *wanted = work
+    for config, tokens, band in wanted:
+        hybrid = random_weights(device, 512, 512, band, tokens=8192)[0]
+        run(torch.zeros(tokens, 512, device=device, dtype=torch.bfloat16), hybrid, hybrid.orders(), None, config)
+
+
+def tune_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> Entry:
+    """Measure all candidates for one shape, and add the fastest to the user's table."""
+    entry = measure_shape(device, n, k, band, tokens)
+    name = torch.cuda.get_device_name(device)
+    configs.remember(name, [entry], {"gpu": name, "torch": torch.__version__})
+    return entry
+
+
+def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> Entry:
+    """The fastest of all candidates, on random weights with three quarters of the blocks 2:4, and cuBLAS beside it."""
+    weights = random_weights(device, n, k, band, tokens)
+    x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
+    dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in weights]
+    dense_time = time_rotating([lambda w=w: dense_linear(x, w) for w in dense])
+    del dense
+    timed: list[tuple[float, Config]] = []
+    for config in configs.candidates(tokens, configs.capability_of(device), band):
+        timed.append((time_rotating(_calls(x, weights, config)), config))
+    microseconds, config = min(timed, key=lambda pair: pair[0])
+    return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2))
+
+
+def predicted_speedup(device: torch.device, hybrid: HybridWeight, tokens: int) -> float:
+    """What the tables make of a hybrid weight against dense: above 1 it is faster; 1 where nothing is known.
+
+    An entry was measured with three quarters of the blocks 2:4. Few tokens take time by bytes, 16 - 7 share, many
+    tokens by instructions, 2 - share.
+    """
+    name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
+    entry = configs.nearest(configs.tables(name), *hybrid.shape, hybrid.band, tokens, capability)
+    if entry is None:
+        return 1.0
+    share = hybrid.sparse_share
+    scale = (16 - 7 * share) / (16 - 7 * SPARSE_SHARE) if tokens <= 64 else (2 - share) / (2 - SPARSE_SHARE)
+    return entry.dense_microseconds / (entry.microseconds * scale)
+
+
+def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Callable[[], Tensor]]:
+    orders = weights[0].orders()
+    return [lambda w=weight: run(x, w, orders, None, config) for weight in weights]
+
+
+def random_weights(device: torch.device, n: int, k: int, band: int, tokens: int) -> list[HybridWeight]:
+    """Copies of a random hybrid weight, enough that none stays in the L2 cache between its turns."""
+    tile = (min(n, 64 * band), min(k, 64))
+    grid = tile_grid((n, k), tile)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(n, k, device=device, dtype=torch.bfloat16, generator=generator) / k**0.5
+    dense = torch.rand(grid, device=device, generator=generator) >= SPARSE_SHARE
+    packed = pack(weight, HybridMask((n, k), tile, dense, best_patterns(weight.abs())))
+    if packed.band != band:  # a single row of tiles is uniform by chance
+        packed = pack(weight, HybridMask((n, k), tile, dense & False, best_patterns(weight.abs())))
+    copies = max(1, min(64, round(BEYOND_L2 / packed.nbytes))) if tokens <= 512 else 1
+    return [packed, *(packed.copy() for _ in range(copies - 1))]
+
+
+def time_rotating(calls: Sequence[Callable[[], Tensor]], repeats: int = 10) -> float:
+    """Median microseconds of one call, from replays of a graph that runs each of ``calls`` once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    events = []
+    for _ in range(repeats):
+        # The host runs ahead while the GPU sleeps, so that its own time does not count.
+        torch.cuda._sleep(100_000)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / len(calls)

@@ -1,0 +1,176 @@
+"""The kernels on a GPU: right to within cuBLAS's own rounding, for every shipped configuration, and always the same bits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from stoicc import configs, reference
+from stoicc.configs import Config
+from stoicc.format import HybridWeight, pack, unpack
+from stoicc.kernels.hopper import HopperConfig
+from stoicc.kernels.portable import PortableConfig
+from stoicc.kernels.stream import StreamConfig
+from stoicc.matmul import linear, linear_op, run
+from stoicc_hybrids import random_hybrid, random_mask, random_weight
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+SHAPES = [(512, 512), (576, 192), (200, 344), (1536, 576), (960, 1024)]
+
+
+def assert_right(y: Tensor, x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> None:
+    """``y`` is no further from the float64 product than 1.1 times what cuBLAS is, on the same inputs."""
+    exact = reference.exact(x, hybrid, bias)
+    error = (y.double() - exact).norm() / exact.norm()
+    cublas = (reference.linear(x, hybrid, bias).double() - exact).norm() / exact.norm()
+    assert error <= 1.1 * cublas, f"relative error {error:.2e}, cuBLAS {cublas:.2e}"
+
+
+def poisoned_run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: Config) -> Tensor:
+    """``run`` right after memory of the output's size was filled with NaN, so that elements left out show."""
+    torch.full((x.shape[0], hybrid.shape[0] + 8), float("nan"), device="cuda", dtype=x.dtype)
+    return run(x, hybrid, hybrid.orders(), bias, config)
+
+
+def shipped() -> list[tuple[Config, int, int]]:
+    """Every configuration that may be chosen, with a band and a number of tokens for it."""
+    found: dict[tuple[Config, int], int] = {}
+    for tokens in configs.TOKENS:
+        for band in (1, 2):
+            for config in configs.candidates(tokens, CAPABILITY, band):
+                found.setdefault((config, band), tokens)
+    return [(config, band, tokens) for (config, band), tokens in found.items()] + [(PortableConfig(32), 2, 40)]
+
+
+@pytest.mark.parametrize(("config", "band", "tokens"), shipped(), ids=str)
+def test_every_shipped_configuration_is_right(config: Config, band: int, tokens: int) -> None:
+    tokens = max(1, tokens - 3)
+    for number, (n, k) in enumerate(SHAPES):
+        hybrid = random_hybrid(n, k, (64 * band, 64), 0.6, uneven=bool(number % 2), seed=number, device="cuda")
+        if not configs.runs(config, CAPABILITY, hybrid.band):
+            continue
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+        bias = torch.randn(n, device="cuda", dtype=torch.bfloat16) if number % 2 else None
+        assert_right(poisoned_run(x, hybrid, bias, config), x, hybrid, bias)
+
+
+FAMILIES = [
+    StreamConfig(16, 8, (4, 1, 1), 2, 0, 1),
+    StreamConfig(64, 16, (1, 2, 1), 2, 4, 4),
+    StreamConfig(128, 64, (1, 4, 2), 1, 4, 4),
+    StreamConfig(64, 128, (1, 2, 4), 1, 4, 1),
+    HopperConfig(64, 8, 8, 1),
+    HopperConfig(256, 4, 4, 1),
+    HopperConfig(256, 5, 4, 2),
+    PortableConfig(32),
+]
+FAMILIES = [config for config in FAMILIES if configs.runs(config, CAPABILITY, 2)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("config", FAMILIES, ids=str)
+def test_every_density(config: Config, share: float) -> None:
+    for tile in ((128, 64), (128, 128), (256, 256)):
+        hybrid = random_hybrid(768, 1024, tile, share, uneven=True, device="cuda")
+        x = torch.randn(77, 1024, device="cuda", dtype=torch.bfloat16)
+        assert_right(poisoned_run(x, hybrid, None, config), x, hybrid)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=str)
+def test_rows_that_are_all_dense_or_all_two_four(config: Config) -> None:
+    mask = random_mask(1024, 512, (128, 128), 0.5, device="cuda")
+    mask.dense[0], mask.dense[3], mask.dense[5] = True, False, True
+    hybrid = pack(random_weight(1024, 512, device="cuda"), mask)
+    x = torch.randn(130, 512, device="cuda", dtype=torch.bfloat16)
+    assert_right(poisoned_run(x, hybrid, None, config), x, hybrid)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=str)
+def test_float16(config: Config) -> None:
+    hybrid = random_hybrid(576, 704, (128, 128), 0.5, torch.float16, device="cuda")
+    x = torch.randn(70, 704, device="cuda", dtype=torch.float16)
+    assert_right(poisoned_run(x, hybrid, None, config), x, hybrid)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=str)
+def test_same_bits_every_time(config: Config) -> None:
+    hybrid = random_hybrid(2048, 2048, (128, 128), 0.6, uneven=True, device="cuda")
+    x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+    first = run(x, hybrid, hybrid.orders(), None, config)
+    for _ in range(20):
+        assert torch.equal(run(x, hybrid, hybrid.orders(), None, config), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 127, 300, 1000, 8192])
+@pytest.mark.parametrize("tile", [(64, 64), (128, 128)], ids=["64x64", "128x128"])
+def test_chosen_kernel_at_any_number_of_tokens(tile: tuple[int, int], tokens: int) -> None:
+    hybrid = random_hybrid(1152, 896, tile, 0.7, uneven=True, device="cuda")
+    x = torch.randn(tokens, 896, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(1152, device="cuda", dtype=torch.bfloat16)
+    assert_right(linear(x, hybrid, bias), x, hybrid, bias)
+
+
+def test_leading_dimensions_strides_and_no_tokens() -> None:
+    hybrid = random_hybrid(200, 344, (64, 64), 0.5, device="cuda")
+    wide = torch.randn(3, 5, 400, device="cuda", dtype=torch.bfloat16)
+    views = [wide[..., :344], wide[..., 3:347], wide.transpose(0, 1)[..., 8:352], wide[:, ::2, 8:352], wide[0, 0, :344]]
+    for x in views:
+        y = linear(x, hybrid)
+        assert y.shape == (*x.shape[:-1], 200)
+        assert_right(y, x, hybrid)
+    assert linear(wide[:0, :, :344], hybrid).shape == (0, 5, 200)
+
+
+def test_graph_capture_and_replay() -> None:
+    hybrid = random_hybrid(1024, 1024, (128, 128), 0.5, device="cuda")
+    for tokens in (1, 16, 512):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+        linear(x, hybrid)
+        parts = (*hybrid.parts().values(), hybrid.orders())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear_op(x, *parts, None, [1024, 1024], [128, 128], hybrid.band)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            y.fill_(float("nan"))
+            graph.replay()
+            assert_right(y, x, hybrid)
+
+
+def test_many_streams_at_once() -> None:
+    hybrid = random_hybrid(2048, 2048, (128, 128), 0.6, device="cuda")
+    xs = [torch.randn(16, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    expected = [linear(x, hybrid) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for stream, x in zip(streams, xs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(linear(x, hybrid))
+        torch.cuda.synchronize()
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted)
+
+
+def test_fullgraph_compile() -> None:
+    hybrid = random_hybrid(512, 512, (128, 128), 0.5, device="cuda")
+    parts = (*hybrid.parts().values(), hybrid.orders())
+
+    @torch.compile(fullgraph=True)
+    def layer(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(linear_op(x, *parts, None, [512, 512], [128, 128], 2)) + 1
+
+    x = torch.randn(40, 512, device="cuda", dtype=torch.bfloat16)
+    expected = torch.nn.functional.silu(linear(x, hybrid)) + 1
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tile", [(64, 64), (64, 256), (256, 64), (256, 256)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_packing_on_the_gpu_is_packing_on_the_cpu(tile: tuple[int, int]) -> None:
+    mask = random_mask(576, 512, tile, 0.5)
+    weight = random_weight(576, 512)
+    on_cpu, on_gpu = pack(weight, mask), pack(weight.cuda(), mask.to("cuda"))
+    for name, part in on_cpu.parts().items():
+        assert torch.equal(part, on_gpu.parts()[name].cpu()), name
+    assert torch.equal(unpack(on_gpu).cpu().view(torch.int16), mask.apply(weight).view(torch.int16))
