@@ -118,10 +118,10 @@ def run_trials(
         waiting = held_elsewhere
 
 
-def record_failure(trial: Trial, step: str, error: BaseException, store: Store) -> None:
+def record_failure(trial: Trial, during: str, error: BaseException, store: Store) -> None:
     """Leave a row with the traceback; on a full disk, where no row can be written, only the caller's report remains."""
     with contextlib.suppress(OSError):
-        store.write_failure(trial, step, error, provenance(0.0))
+        store.write_failure(trial, during, error, provenance(0.0))
 
 
 def run_trial(trial: Trial, store: Store, machine: Machine) -> None:

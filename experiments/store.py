@@ -97,19 +97,19 @@ class Store:
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
         write_atomic(path, "".join(line + "\n" for line in lines))
 
-    def write_failure(self, trial: Trial, step: str, error: BaseException, provenance: dict[str, Any]) -> None:
+    def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
         """Record that an attempt at a trial failed: one row with the error in one line and its traceback.
 
         Args:
-            step: what was being done.
+            during: what was being done.
         """
         text = " ".join(str(error).split())
-        labels = {"step": step, "error": f"{type(error).__name__}: {text}" if text else type(error).__name__}
+        labels = {"during": during, "error": f"{type(error).__name__}: {text}" if text else type(error).__name__}
         trace = "".join(traceback.format_exception(error))
         self.write_rows(trial, FAILURE, [Fact("failure", None, "1", labels | {"traceback": trace})], provenance)
 
     def failure(self, trial: Trial) -> dict[str, Any] | None:
-        """The labels of a failed trial's row (``step``, ``error``, ``traceback``); None if it has not failed."""
+        """The labels of a failed trial's row (``during``, ``error``, ``traceback``); None if it has not failed."""
         try:
             return json.loads(self.rows_path(trial, FAILURE).read_text())["labels"]
         except FileNotFoundError:

@@ -48,7 +48,7 @@ def measured(root: Path) -> dict[str, list[Any]]:
                 row["metric"],
                 row["value"],
                 row["stderr"],
-                {name: value for name, value in row["labels"].items() if name not in ("traceback", "step")},
+                {name: value for name, value in row["labels"].items() if name not in ("traceback", "during")},
                 row["definition"],
             )
             for row in rows

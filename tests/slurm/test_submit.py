@@ -86,6 +86,9 @@ def test_a_failed_trial_is_a_row_and_is_retried_when_asked(  # type: ignore[no-u
     assert failure and "late.jsonl" in failure["error"] and "Traceback" in failure["traceback"]
     code, out, _ = hts("status", "tiny")
     assert "late.jsonl" in out and "1 failed" in out
+    # The row of a failure does not get into the way of the others.
+    code, out, err = hts("table", "tiny")
+    assert code == 0 and "Dense" in out and "failure" not in out, err
     code, out, _ = hts("sweep", "tiny", "--cluster", "debug")
     assert code == 0 and "submitted" not in out
     text.write_text(Path(tiny[1].evaluation.perplexity[0].source).read_text())
