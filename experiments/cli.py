@@ -126,8 +126,6 @@ def sweep(
     """
     from slurm import cluster as clusters
     from slurm import commands
-    from slurm.submit import Sweep
-    from slurm.task import Work
 
     options: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options |= {"parallel": parallel, "setup": tuple(setup or ())}
@@ -138,6 +136,11 @@ def sweep(
         return
     if study is None:
         raise UserError("name a study, or --list them")
+    try:
+        from slurm.submit import Sweep
+        from slurm.task import Work
+    except ModuleNotFoundError as error:
+        raise UserError(f"sweeps need {error.name}: pip install 'hybrid-tile-sparsity[slurm]'") from error
     work = Work(results.absolute(), data.absolute() if data else None, device)
     wanted = Sweep(study, tuple(_trials(study, where)), chosen, work)
     if dry_run:

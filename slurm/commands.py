@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,10 +15,14 @@ from experiments.definitions import Trial, check_name, key
 from experiments.store import Store
 from experiments.studies import STUDIES
 from patch.errors import UserError
-from slurm import batches, checks, plan, progress, queue, submit
+from slurm import batches, checks, plan, progress, queue
 from slurm.cluster import Cluster
 from slurm.progress import STATES, Progress
-from slurm.submit import Sweep
+
+if TYPE_CHECKING:
+    from slurm.submit import Sweep
+
+# Submission alone needs submitit, which an installation without the `slurm` extra lacks: the rest works there too.
 
 # Seconds between two looks of ``--watch``: squeue is a burden to the controller of a large cluster.
 _WATCH = 15.0
@@ -37,7 +42,7 @@ def studies_table(cluster: Cluster) -> Table:
     return table
 
 
-def dry_run(sweep: Sweep, retry_failed: bool, console: Console) -> None:
+def dry_run(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     """Check everything that `sweep` checks, and print what it would submit."""
     waves = _checked(sweep, retry_failed, {step for _, steps in queue.live(sweep.store) for step in steps})
     table = Table("stage", "after", "tasks", "arrays", "GPUs", "time", "GPU hours", box=None, pad_edge=False)
@@ -57,12 +62,14 @@ def dry_run(sweep: Sweep, retry_failed: bool, console: Console) -> None:
     console.print(f"{len(steps)} tasks for {len(sweep.trials)} trials, about {total} GPU hours; nothing was submitted")
 
 
-def sweep(sweep: Sweep, retry_failed: bool, console: Console) -> None:
+def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     """Check, submit what is missing, and say what was submitted.
 
     Raises:
         UserError: if something does not fit, before anything is submitted; or if trials failed in this process.
     """
+    from slurm import submit
+
     _checked(sweep, retry_failed, set())
     submitted = submit.submit(sweep, retry_failed)
     for batch, _ in submitted:
@@ -136,8 +143,10 @@ def _kill(pid: int) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _checked(sweep: Sweep, retry_failed: bool, busy: set[str]) -> list[plan.Wave]:
+def _checked(sweep: "Sweep", retry_failed: bool, busy: set[str]) -> list[plan.Wave]:
     """The waves to be submitted, after all checks."""
+    from slurm import submit
+
     checks.check_definitions(sweep.trials, sweep.work.data, sweep.cluster)
     waves = submit.todo(sweep, busy, retry_failed)
     checks.check_cluster(sweep.cluster, {wave.kind for wave in waves} | {"report"}, sweep.work.results)

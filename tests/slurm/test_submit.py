@@ -71,6 +71,11 @@ def test_the_debug_executor_runs_a_study_once(hts, tiny: tuple, tmp_path: Path) 
     assert code == 0 and "submitted" not in out
     code, out, _ = hts("logs", "tiny")
     assert code == 0 and "nothing runs" in out
+    # Nothing to wait for.
+    code, out, _ = hts("status", "tiny", "--watch")
+    assert code == 0 and "3 done" in out
+    code, out, _ = hts("status", "tiny", "--trials")
+    assert code == 0 and all(key(trial) in out for trial in tiny)
 
 
 def test_a_failed_trial_is_a_row_and_is_retried_when_asked(  # type: ignore[no-untyped-def]
@@ -146,6 +151,19 @@ def test_a_gpu_that_is_too_small_is_said_before_anything_is_submitted(  # type: 
     (tmp_path / "small.toml").write_text('executor = "debug"\ngpu_memory = 0.01')
     code, _, err = hts("sweep", "demo", "--cluster", tmp_path / "small.toml")
     assert code == 1 and "GiB of GPU memory" in err and "gpu_memory" in err
+
+
+def test_without_submitit_only_submission_is_refused(  # type: ignore[no-untyped-def]
+    hts, tiny: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name in ("slurm.submit", "slurm.task") or name.startswith("submitit")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("slurm.submit", raising=False)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    code, _, err = hts("sweep", "tiny", "--cluster", "debug")
+    assert code == 1 and "sweeps need submitit" in err and "[slurm]" in err
+    code, out, _ = hts("status", "tiny")
+    assert code == 0 and "3 missing" in out
 
 
 def a_batch(**changes: object) -> Batch:

@@ -1,7 +1,8 @@
-"""The kernels on a GPU: right to within cuBLAS's own rounding, for every shipped configuration, and always the same bits."""
+"""The kernels on a GPU: as right as cuBLAS, for every shipped configuration, and always the same bits."""
 
 import pytest
 import torch
+from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 
 from stoicc import configs, reference
@@ -11,7 +12,6 @@ from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.kernels.stream import StreamConfig
 from stoicc.matmul import linear, linear_op, run
-from stoicc_hybrids import random_hybrid, random_mask, random_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
