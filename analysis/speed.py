@@ -13,7 +13,7 @@ import pandas as pd
 from patch.errors import UserError
 
 SCHEMA = 1
-DENSE = ("cublas", "compiled")
+DENSE = ("cublas", "compiled", "dense")
 
 
 def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
@@ -48,8 +48,9 @@ def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
         if column not in frame:
             frame[column] = None
     frame["tile"] = [f"{t[0]}x{t[1]}" if isinstance(t, list) else None for t in frame.tile]
-    dense = frame[frame.implementation.isin(DENSE)].groupby(["model", "linear", "tokens"]).value.min().rename("dense")
-    frame = frame.join(dense, on=["model", "linear", "tokens"])
+    cell = ["model", "linear", "tokens"] if "linear" in frame else ["model", "sparsity", "kind", "batch", "length"]
+    dense = frame[frame.implementation.isin(DENSE)].groupby(cell).value.min().rename("dense")
+    frame = frame.join(dense, on=cell)
     frame["speedup"] = frame.dense / frame.value
     return frame
 
@@ -64,9 +65,26 @@ def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "12
     means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
     library = frame[(frame.model == model) & frame.implementation.isin(("cusparselt", "semi_structured"))]
     best = library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean)
+    libraries = dict(best.items())
     columns = [f"{100 * sparsity:.0f}%" for sparsity in means.columns]
     lines = ["| tokens | " + " | ".join([*columns, "best 2:4 library, 50%"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for tokens, row in means.iterrows():
-        cells = [f"{value:.2f}" for value in row] + [f"{best[tokens]:.2f}" if tokens in best else "-"]
+        cells = [f"{value:.2f}" for value in row] + [f"{libraries[tokens]:.2f}" if tokens in libraries else "-"]
         lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def model_table(frame: pd.DataFrame) -> str:
+    """Speedup of a whole model over dense by workload and sparsity, and its masked weights' bytes, as Markdown."""
+    hybrid = frame[frame.implementation == "hybrid"]
+    times = hybrid[hybrid.metric == "time"]
+    sizes = frame[frame.metric == "bytes"].pivot_table(index="sparsity", columns="implementation", values="value")
+    sparsities = sorted(times.sparsity.unique())
+    lines = ["| | " + " | ".join(f"{100 * s:.0f}%" for s in sparsities) + " |", "|---" * (len(sparsities) + 1) + "|"]
+    for (kind, batch, length), group in times.groupby(["kind", "batch", "length"]):
+        name = f"decode, batch {batch:.0f}" if kind == "decode" else f"prefill, {batch:.0f} x {length:.0f} tokens"
+        by_sparsity = group.set_index("sparsity").speedup
+        lines.append(f"| {name} | " + " | ".join(f"{by_sparsity[s]:.2f}" for s in sparsities) + " |")
+    shares = " | ".join(f"{sizes.hybrid[s] / sizes.dense[s]:.2f}" for s in sparsities)
+    lines.append(f"| bytes of the masked weights | {shares} |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def _bench_tokens(
     calls: dict[str, Sequence[Call]] = {}
     about: dict[str, dict[str, Any]] = {}
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-    calls["cublas"] = [lambda w=w: dense_linear(x, w) for w in weights]
+    calls["cublas"] = [partial(dense_linear, x, one) for one in weights]
     if compiled:
         best = torch.compile(dense_linear, mode="max-autotune-no-cudagraphs", dynamic=False)
-        calls["compiled"] = [lambda w=w: best(x, w) for w in weights]
+        calls["compiled"] = [partial(best, x, one) for one in weights]
     rows: list[dict[str, Any]] = []
     half = next((v for v in wanted if v.sparsity == 0.5), None)
     if half:
@@ -150,8 +151,10 @@ def _bench_tokens(
             try:
                 calls[name] = make(x, packed[half][1], copies)
                 about[name] = {"error": _errors(x, packed[half][1], calls[name][0]())[0]}
-            except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
-                rows.append(_row(linear, tokens, name, half, None, {"status": f"failed: {str(error).splitlines()[0]}"}))
+            except (RuntimeError, NotImplementedError, ValueError, AssertionError) as failure:
+                rows.append(
+                    _row(linear, tokens, name, half, None, {"status": f"failed: {str(failure).splitlines()[0]}"})
+                )
     for variant in wanted:
         name = f"{variant}"
         if variant.sparsity == 0:
@@ -166,7 +169,7 @@ def _bench_tokens(
         orders = hybrid.orders()
         own = max(copies, 1 if long else -(-3 * CACHE_BYTES // (2 * hybrid.nbytes)))
         held = [hybrid, *(hybrid.copy() for _ in range(own - 1))]
-        calls[name] = [lambda w=w, o=orders, c=config: run(x, w, o, None, c) for w in held]
+        calls[name] = [partial(run, x, one, orders, None, config) for one in held]
         error, cublas = _errors(x, masked, run(x, hybrid, orders, None, config))
         about[name] |= {"error": error, "cublas_error": cublas, "status": "ok" if error <= 1.1 * cublas else "wrong"}
     times = time_in_turns(calls, rounds, flush=long)
@@ -223,17 +226,17 @@ def _cusparselt(x: Tensor, masked: Tensor, copies: int) -> list[Call]:
     padded = torch.cat([x, x.new_zeros(-len(x) % 16, x.shape[1])]).T
     held = [torch._cslt_compress(masked) for _ in range(copies)]
     algorithm = torch._cslt_sparse_mm_search(held[0], padded, transpose_result=True)
-    tokens = len(x)
-    return [
-        lambda w=w: torch._cslt_sparse_mm(w, padded, transpose_result=True, alg_id=int(algorithm))[:tokens]
-        for w in held
-    ]
+
+    def multiply(weight: Tensor) -> Tensor:
+        return torch._cslt_sparse_mm(weight, padded, transpose_result=True, alg_id=int(algorithm))[: len(x)]
+
+    return [partial(multiply, one) for one in held]
 
 
 def _semi_structured(x: Tensor, masked: Tensor, copies: int) -> list[Call]:
     """What a user of ``torch.sparse`` gets."""
     held = [torch.sparse.to_sparse_semi_structured(masked.clone()) for _ in range(copies)]
-    calls: list[Call] = [lambda w=w: dense_linear(x, w) for w in held]
+    calls: list[Call] = [partial(dense_linear, x, one) for one in held]
     calls[0]()
     return calls
 

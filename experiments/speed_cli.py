@@ -19,7 +19,8 @@ Results = Annotated[Path, typer.Option(help="Results directory.")]
 
 def tune(
     model: Models = None,
-    out: Annotated[Path | None, typer.Option(help="Table to write; by default this user's table of the GPU.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated. All by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Table to add to; by default the user's own.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = max(1, (os.cpu_count() or 2) - 2),
 ) -> None:
     """Find the fastest kernel configuration for every linear of the models, at 1 to 8192 tokens."""
@@ -37,14 +38,14 @@ def tune(
     shapes = dict.fromkeys((linear.n, linear.k) for name in model or MODELS for linear in fused_linears(name))
     # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
     both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
-    work = [(*shape, tokens) for shape in both for tokens in configs.TOKENS]
+    work = [(*shape, count) for shape in both for count in tokens or configs.TOKENS]
     entries = []
     with Progress(console=console) as progress:
         for shape in progress.track(work, description="tuning"):
             entries.append(measure_shape(device, *shape))
     name = torch.cuda.get_device_name(device)
     path = out or configs.user_table(name)
-    configs.write_table(path, entries, provenance(time.time() - started))
+    configs.remember(path, entries, provenance(time.time() - started))
     console.print(f"{len(entries)} shapes in {time.time() - started:.0f} s: {path}", highlight=False)
 
 
@@ -86,6 +87,34 @@ def kernels(
             )
             bench_kernels.write_rows(path, rows, measure_roof(), started)
     console.print(kernel_table(load_bench(paths)), highlight=False, soft_wrap=True)
+
+
+@bench.command(name="model")
+def whole_model(
+    model: Annotated[str, typer.Option(help="A model of the registry.")] = "llama-2-7b",
+    sparsity: Annotated[list[float] | None, typer.Option(help="Target sparsity; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each implementation.")] = 10,
+    results: Results = Path("results"),
+) -> None:
+    """Time decoding and prefill of a whole model, hybrid against dense, and print the speedup."""
+    import torch
+
+    from analysis.speed import load_bench, model_table
+    from experiments import bench_model
+    from experiments.bench_kernels import write_rows
+    from experiments.timing import measure_roof
+
+    _gpu()
+    started = time.time()
+    sparsities = tuple(sparsity or (0.25, 0.35, 0.45))
+    path = bench_model.bench_file(results, torch.cuda.get_device_name(), model)
+    with Progress(console=console) as progress:
+        task = progress.add_task("timing", total=len(sparsities) * len(bench_model.WORKLOADS))
+        rows = bench_model.bench_model(
+            model, sparsities, (128, 128), bench_model.WORKLOADS, rounds, lambda *_: progress.advance(task)
+        )
+    write_rows(path, rows, measure_roof(), started)
+    console.print(model_table(load_bench([path])), highlight=False, soft_wrap=True)
 
 
 def _gpu() -> "torch.device":  # type: ignore[name-defined]  # noqa: F821

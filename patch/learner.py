@@ -38,9 +38,10 @@ from torch.utils.checkpoint import checkpoint
 from patch import relax
 from patch.budget import check_sparsity, cut_globally
 from patch.errors import UserError
-from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, decode_patterns, tile_sizes
+from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, tile_sizes
 from patch.prunable import decoder_blocks, prunable_linears
-from patch.recipe import Recipe, Settings, WeightPenalty
+from patch.recipe import Recipe, Settings
+from patch.relax import SampledWeight, Softness
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -115,6 +116,7 @@ def learn(
     work: Path,
     device: torch.device | str,
     on_step: Callable[[Metrics], None] | None = None,
+    sampled_weight: SampledWeight = relax.sampled_weight,
 ) -> Learned:
     """Learn the masks of all prunable weights of a causal language model; the model itself stays as it is.
 
@@ -128,13 +130,17 @@ def learn(
         work: folder for ``learner.pt`` and ``tensorboard/``; a run found there is continued.
         on_step: called after each step with ``step`` (completed steps), ``loss``, ``cross_entropy``, ``density``,
             ``grad_norm``, the settings of the step, and ``tokens_per_second``.
+        sampled_weight: draws the soft masks: `patch.relax.sampled_weight`, the eager one, or on an NVIDIA GPU
+            `patch.relax_triton.sampled_weight`, which is fused. Each has noise of its own, so a run that is continued
+            with another ends right, but not with the same bits.
 
     Raises:
         UserError: if target, tile, prior, model, tokens or the checkpoint in ``work`` do not fit.
         LearningDiverged: if the loss or its gradient is not finite.
         OSError: if ``work`` cannot be written.
     """
-    linears = _prepare(model, recipe, sparsity, check_tile(tile), seed, prior, torch.device(device))
+    device = torch.device(device)
+    linears = _prepare(model, recipe, sparsity, check_tile(tile), seed, prior, device, sampled_weight)
     run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior))
     run.resume()
     if run.step < recipe.steps:
@@ -166,7 +172,7 @@ class _MaskedLinear:
         tiles: logits ``[R, C]``, or None where all tiles are 2:4.
         fixed: the fixed patterns, uint8 ``[N, K/4]`` on the CPU, or None.
         sizes: elements of each tile, int64 ``[R, C]`` on the CPU.
-        size: of the kept weights in this micro-batch, as the recipe penalises it; None until `forward` has run.
+        sums: kept elements and squares of the kept weights in this micro-batch; None until `forward` has run.
     """
 
     def __init__(
@@ -176,50 +182,36 @@ class _MaskedLinear:
         patterns: Tensor | None,
         tiles: Tensor | None,
         fixed: Tensor | None,
-        penalty: WeightPenalty,
+        sampled_weight: SampledWeight,
     ) -> None:
         self.linear = linear
         self.tile = tile
         self.patterns = patterns
         self.tiles = tiles
         self.fixed = fixed
-        self.size: Tensor | None = None
+        self.sums: tuple[Tensor, Tensor] | None = None
         self.shape = (linear.weight.shape[0], linear.weight.shape[1])
         self.sizes = tile_sizes(self.shape, tile)
-        self._penalty = penalty
-        self._fixed_keep = None if fixed is None else decode_patterns(fixed.to(linear.weight.device))
-        self._sizes = self.sizes.to(linear.weight.device, torch.float32)
-        self._soft_tiles: Tensor | None = None
+        self._sampled_weight = sampled_weight
+        on_device = fixed.to(linear.weight.device) if patterns is None and fixed is not None else patterns
+        assert on_device is not None, "patterns are either learned or fixed"
+        self._patterns = on_device
 
-    def begin(self, settings: Settings, *stream: int) -> Tensor:
-        """Start a micro-batch with noise of the given stream; returns how many elements its soft mask keeps."""
-        self._settings = settings
+    def begin(self, settings: Settings, *stream: int) -> None:
+        """Start a micro-batch with noise of the given stream."""
+        self._softness = Softness(settings.tau, settings.pattern_scale, settings.tile_scale)
         self._stream = stream
-        self.size = None
-        if self.tiles is None:
-            return self._sizes.sum() / 2
-        source = relax.generator(relax.stream_seed("tiles", *stream), self.tiles.device)
-        noise = relax.logistic(self.tiles.shape, source)
-        self._soft_tiles = relax.soft_tiles(self.tiles, noise, settings.tau, settings.tile_scale)
-        return relax.kept_elements(self._soft_tiles, self._sizes)
+        self.sums = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        weight = self.linear.weight
-        product = weight * relax.soft_mask(self._soft_tiles, self._two_four(), self.tile)
-        size = torch.linalg.vector_norm(product) if self._penalty == "norm" else product.square().sum()
-        # A recomputed block must compute the size again, since it must save the same tensors. Keeping that one would
-        # keep the recomputed masks of the whole model.
-        if self.size is None:
-            self.size = size
-        return F.linear(inputs, product.to(weight.dtype), self.linear.bias)
-
-    def _two_four(self) -> Tensor:
-        if self._fixed_keep is not None:
-            return self._fixed_keep
-        assert self.patterns is not None
-        source = relax.generator(relax.stream_seed("patterns", *self._stream), self.patterns.device)
-        noise = relax.gumbel(self.patterns.shape, source)
-        return relax.soft_patterns(self.patterns, noise, self._settings.tau, self._settings.pattern_scale)
+        masked = self._sampled_weight(
+            self.linear.weight, self._patterns, self.tiles, self.tile, self._softness, self._stream
+        )
+        # A recomputed block must compute the sums again, since it must save the same tensors. Keeping those would keep
+        # the recomputed masks of the whole model.
+        if self.sums is None:
+            self.sums = masked.kept, masked.squares
+        return F.linear(inputs, masked.weight, self.linear.bias)
 
     def best_patterns(self) -> Tensor:
         """The patterns if hardened now, uint8 ``[N, K/4]`` on the CPU."""
@@ -253,6 +245,7 @@ class _Run:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+        self._device = next(iter(self._logits.values())).device
         self._elements = sum(m.linear.weight.numel() for m in linears.values())
         self._dense_size = sum(
             float(torch.linalg.vector_norm(m.linear.weight.detach().float())) for m in linears.values()
@@ -288,24 +281,32 @@ class _Run:
 
     def _backward(self, model: nn.Module, tokens: Tensor, settings: Settings, index: int, microbatches: int) -> Tensor:
         """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density."""
-        streams = [(self._seed, self.step, index, weight) for weight in range(len(self._linears))]
-        begun = [m.begin(settings, *stream) for m, stream in zip(self._linears.values(), streams, strict=True)]
-        density = torch.stack(begun).sum() / self._elements
-        cross_entropy = _next_token_loss(model, tokens.to(density.device))
+        for weight, masked in enumerate(self._linears.values()):
+            masked.begin(settings, self._seed, self.step, index, weight)
+        cross_entropy = _next_token_loss(model, tokens.to(self._device))
+        kept, squares = self._sums()
+        density = kept.sum() / self._elements
         loss = cross_entropy
         if self._recipe.mode != "maskllm":
             loss = loss + self._recipe.sparsity_penalty * (density - (1 - self._sparsity)).abs()
-        loss = loss - settings.weight_penalty * self._kept_size()
+        loss = loss - settings.weight_penalty * self._kept_size(squares)
         # Divided, so that neither gradient nor penalties depend on the size of a micro-batch.
         (loss / microbatches).backward()
         return torch.stack([loss.detach(), cross_entropy.detach(), density.detach()])
 
-    def _kept_size(self) -> Tensor:
-        unused = [name for name, m in self._linears.items() if m.size is None]
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Kept elements and squares of the kept weights, one entry a weight."""
+        unused = [name for name, m in self._linears.items() if m.sums is None]
         if unused:
             raise UserError(f"{unused[0]} takes no part in the model's forward pass: its mask cannot be learned")
-        size = torch.stack([m.size for m in self._linears.values() if m.size is not None]).sum()
-        return size / self._dense_size if self._recipe.weight_penalty_kind == "norm" else size
+        kept, squares = zip(*(m.sums for m in self._linears.values() if m.sums is not None), strict=True)
+        return torch.stack(kept), torch.stack(squares)
+
+    def _kept_size(self, squares: Tensor) -> Tensor:
+        if self._recipe.weight_penalty_kind == "square":
+            return squares.sum()
+        # A weight of zeros has no gradient, where the root would have an infinite one.
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum() / self._dense_size
 
     def _clip(self) -> float:
         """Clip all gradients together; returns their norm before that."""
@@ -389,9 +390,8 @@ class _Run:
         """
         if not self._path.exists():
             return
-        device = next(iter(self._logits.values())).device
         with _whole(self._path):
-            state = torch.load(self._path, map_location=device, weights_only=True)
+            state = torch.load(self._path, map_location=self._device, weights_only=True)
             version, fingerprint = state["format"], state["fingerprint"]
         if version != FORMAT:
             raise UserError(f"{self._path} has format {version}, this version reads {FORMAT}: remove it to start over")
@@ -490,6 +490,7 @@ def _prepare(
     seed: int,
     prior: Prior,
     device: torch.device,
+    sampled_weight: SampledWeight,
 ) -> dict[str, _MaskedLinear]:
     """Check everything and initialise the logits."""
     check_sparsity(sparsity)
@@ -503,7 +504,9 @@ def _prepare(
     prepared = {}
     for index, (name, linear) in enumerate(linears.items()):
         try:
-            prepared[name] = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), _of(prior, name), device)
+            known = _of(prior, name)
+            learned = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
+            prepared[name] = _MaskedLinear(linear, tile, *learned, sampled_weight)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return prepared
@@ -526,7 +529,8 @@ def _prepare_linear(
     stream: tuple[int, int],
     prior: tuple[Tensor | None, Tensor | None],
     device: torch.device,
-) -> _MaskedLinear:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Check one weight's part; returns its initial pattern logits and tile logits, and its fixed patterns."""
     weight = linear.weight
     patterns, scores = prior
     if weight.device.type != device.type or (device.index is not None and weight.device != device):
@@ -557,7 +561,7 @@ def _prepare_linear(
         seed_of_init = relax.stream_seed("initial tiles", *stream)
         learned_tiles = _initial(grid, lift, recipe.logit_std, seed_of_init, weight.device)
     fixed = patterns if recipe.mode == "tile" else None
-    return _MaskedLinear(linear, tile, learned_patterns, learned_tiles, fixed, recipe.weight_penalty_kind)
+    return learned_patterns, learned_tiles, fixed
 
 
 def _initial(shape: Sequence[int], lift: Tensor | None, std: float, seed: int, device: torch.device) -> Tensor:

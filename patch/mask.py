@@ -61,11 +61,11 @@ def tile_grid(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int]:
     return -(-n // rows), -(-k // cols)
 
 
-def tile_sizes(shape: Sequence[int], tile: Sequence[int]) -> Tensor:
+def tile_sizes(shape: Sequence[int], tile: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Elements in each tile, int64 ``[R, C]``; smaller at a ragged edge."""
     tile_rows, tile_cols = tile_grid(shape, tile)
-    heights = torch.full((tile_rows,), tile[0])
-    widths = torch.full((tile_cols,), tile[1])
+    heights = torch.full((tile_rows,), tile[0], device=device)
+    widths = torch.full((tile_cols,), tile[1], device=device)
     heights[-1] = shape[0] - tile[0] * (tile_rows - 1)
     widths[-1] = shape[1] - tile[1] * (tile_cols - 1)
     return heights[:, None] * widths[None, :]

@@ -10,17 +10,71 @@ softmax over a trailing dimension of six takes 2.5 ms (768 x 256 weight, two thr
 coalesced. Much of what remains is drawing the uniform numbers: a hand-written backward pass was tried, and gained
 nothing in a whole step (masks 70 ms beside the model's 330: 3.1 million weights, 2048 tokens, two threads).
 
-Noise is an argument: this module is the reference that a fused kernel must equal given the same noise.
+Noise is an argument: this module is the reference that `patch.relax_triton`, which does all of it in one pass over
+memory, must equal given the same noise.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from patch.mask import GROUP, KEPT_PAIRS, TileShape, expand_tiles, pattern_table
+from patch.mask import (
+    GROUP,
+    KEPT_PAIRS,
+    TileShape,
+    decode_patterns,
+    expand_tiles,
+    pattern_table,
+    tile_sizes,
+)
+
+
+@dataclass(frozen=True)
+class Softness:
+    """How soft the masks of one step are.
+
+    Attributes:
+        tau: temperature of the pattern and tile samples, positive.
+        pattern_scale: factor of the pattern logits.
+        tile_scale: factor of the tile logits.
+    """
+
+    tau: float
+    pattern_scale: float
+    tile_scale: float
+
+
+class Masked(NamedTuple):
+    """A weight under a soft mask, and the sums that its penalties are made of; gradients flow through all three.
+
+    Attributes:
+        weight: ``W * M`` ``[N, K]``, of the dtype of ``W``.
+        kept: sum of ``M``, a scalar of the dtype that masks are computed in.
+        squares: sum of ``(W * M)^2`` before it is rounded to the dtype of ``W``, a scalar.
+    """
+
+    weight: Tensor
+    kept: Tensor
+    squares: Tensor
+
+
+class SampledWeight(Protocol):
+    """Multiplies a frozen weight by a soft mask drawn for it, as `sampled_weight` does."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        patterns: Tensor,
+        tiles: Tensor | None,
+        tile: TileShape,
+        softness: Softness,
+        stream: Sequence[int],
+    ) -> Masked: ...
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -110,6 +164,66 @@ def kept_elements(tiles: Tensor, sizes: Tensor) -> Tensor:
         sizes: elements of each tile ``[R, C]``, floating.
     """
     return (sizes * (0.5 + 0.5 * tiles)).sum()
+
+
+def masked_weight(
+    weight: Tensor,
+    patterns: Tensor,
+    tiles: Tensor | None,
+    tile: TileShape,
+    softness: Softness,
+    pattern_noise: Tensor | None,
+    tile_noise: Tensor | None,
+) -> Masked:
+    """``weight`` under the soft mask that the given noise makes of the logits, computed in the dtype of the noise.
+
+    Args:
+        weight: ``[N, K]``, floating; gets no gradient.
+        patterns: logits ``[6, N, K/4]``, or fixed patterns, uint8 ``[N, K/4]``.
+        tiles: logits ``[R, C]``; None for ``t = 0``.
+        tile: ``(rows, cols)``.
+        softness: temperature and scales.
+        pattern_noise: like the pattern logits, from `gumbel`; None for fixed patterns.
+        tile_noise: like ``tiles``, from `logistic`; None without tiles.
+    """
+    if pattern_noise is None:
+        two_four = decode_patterns(patterns)
+    else:
+        logits = patterns.to(pattern_noise.dtype)
+        two_four = soft_patterns(logits, pattern_noise, softness.tau, softness.pattern_scale)
+    if tiles is None or tile_noise is None:
+        soft = None
+        kept = torch.full((), weight.numel() / 2, device=weight.device)
+    else:
+        soft = soft_tiles(tiles.to(tile_noise.dtype), tile_noise, softness.tau, softness.tile_scale)
+        kept = kept_elements(soft, tile_sizes(weight.shape, tile, weight.device).to(soft.dtype))
+    product = weight.detach() * soft_mask(soft, two_four, tile)
+    # By way of the norm, which unlike the squares needs no other tensor of the weight's size.
+    return Masked(product.to(weight.dtype), kept, torch.linalg.vector_norm(product).square())
+
+
+def sampled_weight(
+    weight: Tensor,
+    patterns: Tensor,
+    tiles: Tensor | None,
+    tile: TileShape,
+    softness: Softness,
+    stream: Sequence[int],
+) -> Masked:
+    """`masked_weight` with float32 noise drawn by PyTorch's generators on the device of ``weight``.
+
+    Args:
+        weight, patterns, tiles, tile, softness: see `masked_weight`.
+        stream: names the noise: the same numbers, the same mask.
+    """
+    pattern_noise = tile_noise = None
+    if patterns.is_floating_point():
+        source = generator(stream_seed("patterns", *stream), weight.device)
+        pattern_noise = gumbel(patterns.shape, source)
+    if tiles is not None:
+        source = generator(stream_seed("tiles", *stream), weight.device)
+        tile_noise = logistic(tiles.shape, source)
+    return masked_weight(weight, patterns, tiles, tile, softness, pattern_noise, tile_noise)
 
 
 def pattern_prior(patterns: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
     if tokens > 64:
         found += [HopperConfig(128, 6, 8, 1), HopperConfig(128, 6, 8, 2)]
     if tokens > 128:
-        found = [HopperConfig(256, 4, 4, 1), HopperConfig(256, 5, 4, 2), HopperConfig(256, 5, 8, 2), *found]
+        wide = [HopperConfig(256, 5, together, cluster) for cluster in (2, 1) for together in (8, 4, 16)]
+        found = [*wide, *found]
     found.append(PortableConfig(min(64, max(16, tokens))))
     allowed = [config for config in found if runs(config, capability, band)]
     # The portable kernel is for GPUs that can run nothing else.
@@ -181,9 +182,8 @@ def tables(device_name: str) -> tuple[Entry, ...]:
     return read_table(user_table(device_name)) or read_table(committed_table(device_name))
 
 
-def remember(device_name: str, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
-    """Add entries to the user's table of a GPU, replacing those of the same shapes."""
-    path = user_table(device_name)
+def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
+    """Add entries to a table, replacing those of the same shapes."""
     kept = {(e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *entries)}
     write_table(path, kept.values(), provenance)
     tables.cache_clear()
@@ -205,6 +205,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:
     for item in table["entries"]:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in item["config"].items()}
-        config = KERNELS[fields.pop("kernel")](**fields)
+        fields: dict[str, Any] = dict(item["config"])
+        kind: Any = KERNELS[fields.pop("kernel")]
+        config = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         yield Entry(**{**item, "config": config})

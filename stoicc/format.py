@@ -176,7 +176,8 @@ def pack(weight: Tensor, mask: HybridMask) -> HybridWeight:
         raise UserError(f"weight {n}x{k}: in_features must be a multiple of 8, so that rows of activations are aligned")
     mask = mask.to(weight.device)
     edges = (0, -k % BLOCK, 0, -n % BLOCK)
-    kept = pad_edges(mask.apply(weight.detach()), edges)
+    # As integers: torch may change the bits of a NaN that it moves.
+    kept = pad_edges(weight.detach().view(torch.int16).masked_fill(~mask.keep(), 0), edges)
     patterns = pad_edges(mask.patterns, (0, -(k // GROUP) % (BLOCK // GROUP), 0, -n % BLOCK))
     panels, steps = kept.shape[0] // BLOCK, kept.shape[1] // BLOCK
 
@@ -225,15 +226,20 @@ def unpack(hybrid: HybridWeight) -> Tensor:
     is_dense = _dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
     place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps)
     panel = torch.arange(hybrid.panels, device=device)[:, None].expand_as(place)
-    weight = torch.empty(hybrid.panels, hybrid.steps, BLOCK, BLOCK, dtype=hybrid.dtype, device=device)
+    weight = torch.empty(hybrid.panels, hybrid.steps, BLOCK, BLOCK, dtype=torch.int16, device=device)
     for kind, units_each, decode in (
         (~is_dense, SPARSE_UNITS, _decode_sparse),
         (is_dense, DENSE_UNITS, _from_fragments),
     ):
         sources = place[kind][:, None] + torch.arange(units_each, device=device)
         found = hybrid.records[sources.flatten()].reshape(-1, units_each * UNIT_WORDS)
-        weight[panel[kind], hybrid.columns[kind].long()] = decode(found, hybrid.dtype)
-    return weight.transpose(1, 2).reshape(hybrid.panels * BLOCK, hybrid.steps * BLOCK)[:n, :k].contiguous()
+        weight[panel[kind], hybrid.columns[kind].long()] = decode(found)
+    return (
+        weight.transpose(1, 2)
+        .reshape(hybrid.panels * BLOCK, hybrid.steps * BLOCK)[:n, :k]
+        .contiguous()
+        .view(hybrid.dtype)
+    )
 
 
 def metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
@@ -313,11 +319,11 @@ def _to_fragments(blocks: Tensor) -> Tensor:
     return split.permute(0, 1, 4, 3, 6, 5, 2, 7).reshape(n, BLOCK * cols).view(torch.int32)
 
 
-def _from_fragments(words: Tensor, dtype: torch.dtype) -> Tensor:
+def _from_fragments(words: Tensor) -> Tensor:
     """The inverse of ``_to_fragments``: int32 ``[n, 32 * c]`` to ``[n, 64, c]``."""
     n = words.shape[0]
     cols = words.shape[1] * 2 // BLOCK
-    split = words.contiguous().view(dtype).reshape(n, 4, cols // 16, 8, 4, 2, 2, 2)
+    split = words.contiguous().view(torch.int16).reshape(n, 4, cols // 16, 8, 4, 2, 2, 2)
     return split.permute(0, 1, 6, 3, 2, 5, 4, 7).reshape(n, BLOCK, cols)
 
 
@@ -344,13 +350,13 @@ def _nibbles(words: Tensor) -> Tensor:
     return nibbles.permute(0, 1, 5, 2, 3, 4, 6).reshape(n, BLOCK, BLOCK // GROUP)
 
 
-def _decode_sparse(words: Tensor, dtype: torch.dtype) -> Tensor:
+def _decode_sparse(words: Tensor) -> Tensor:
     """The inverse of ``_encode_sparse``: int32 ``[n, 9 * 128]`` to masked blocks ``[n, 64, 64]``."""
     n = words.shape[0]
-    values = _from_fragments(words[:, : SPARSE_VALUE_UNITS * UNIT_WORDS], dtype)
+    values = _from_fragments(words[:, : SPARSE_VALUE_UNITS * UNIT_WORDS])
     nibbles = _nibbles(words[:, SPARSE_VALUE_UNITS * UNIT_WORDS :])
     pairs = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
-    blocks = torch.zeros(n, BLOCK, BLOCK // GROUP, GROUP, dtype=dtype, device=words.device)
+    blocks = torch.zeros(n, BLOCK, BLOCK // GROUP, GROUP, dtype=torch.int16, device=words.device)
     blocks.scatter_(-1, pairs, values.reshape(n, BLOCK, BLOCK // GROUP, 2))
     return blocks.reshape(n, BLOCK, BLOCK)
 

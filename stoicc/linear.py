@@ -9,6 +9,7 @@ maps can be stacked, so that one kernel does the work of three. The first of the
 rows of the result.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from patch.errors import UserError
 from patch.mask import HybridMask
 from stoicc.format import DTYPES, HybridWeight, pack
 from stoicc.matmul import linear_op
+from stoicc.tune import predicted_speedup
 
 # Names, within one parent module, of linears that are applied to the same activations.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -61,6 +63,12 @@ class HybridLinear(nn.Module):
         for name, part in hybrid.parts().items():
             self.register_buffer(name, part)
         self.register_buffer("bias", bias)
+        self.records: Tensor
+        self.starts: Tensor
+        self.columns: Tensor
+        self.sparse_blocks: Tensor
+        self.leads: Tensor
+        self.bias: Tensor | None
         self.register_buffer("orders", None if hybrid.records.is_meta else hybrid.orders(), persistent=False)
         self._sizes = [rows for _, rows in spec.parts]
         self._shape, self._tile = list(spec.shape), list(spec.tile)
@@ -74,7 +82,7 @@ class HybridLinear(nn.Module):
         sizes = ((spec.units, 128), (panels + 1,), (panels, steps), (panels,), (panels,))
         parts = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
         bias = torch.empty(n, dtype=dtype, device="meta") if spec.bias else None
-        return cls(spec, HybridWeight(spec.shape, spec.tile, dtype, *parts, spec.band), bias)
+        return cls(spec, HybridWeight.trusted(spec.shape, spec.tile, dtype, *parts, spec.band), bias)
 
     def checked(self, dtype: torch.dtype) -> HybridWeight:
         """The packed weight, every invariant checked: what was loaded from a file goes through here before it is used.
@@ -82,9 +90,18 @@ class HybridLinear(nn.Module):
         Raises:
             UserError: naming the module and what is wrong.
         """
-        parts = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
         try:
-            return HybridWeight(self.spec.shape, self.spec.tile, dtype, *parts, self.spec.band)
+            return HybridWeight(
+                self.spec.shape,
+                self.spec.tile,
+                dtype,
+                records=self.records,
+                starts=self.starts,
+                columns=self.columns,
+                sparse_blocks=self.sparse_blocks,
+                leads=self.leads,
+                band=self.spec.band,
+            )
         except UserError as error:
             raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
 
@@ -143,11 +160,13 @@ class Report:
     Attributes:
         packed: specs of the packed modules.
         dense: names of the linears left as they were, since all their tiles are dense.
+        slower: names of the linears left as they were, since they would be slower packed.
         bytes_before, bytes_after: of all masked linears, these included.
     """
 
     packed: tuple[Spec, ...]
     dense: tuple[str, ...]
+    slower: tuple[str, ...]
     bytes_before: int
     bytes_after: int
 
@@ -155,19 +174,25 @@ class Report:
         linears = sum(len(spec.parts) for spec in self.packed)
         ratio = self.bytes_after / max(1, self.bytes_before)
         return (
-            f"{linears} linears packed into {len(self.packed)}, {len(self.dense)} kept dense: "
+            f"{linears} linears packed into {len(self.packed)}, {len(self.dense)} kept dense, "
+            f"{len(self.slower)} kept since they would be slower: "
             f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB ({ratio:.2f}x)"
         )
 
 
 @torch.no_grad()
-def compile_model(model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bool = True) -> Report:
+def compile_model(
+    model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bool = True, tokens: Sequence[int] = ()
+) -> Report:
     """Replace the masked linears of ``model`` by packed ones, in place, freeing each dense weight as it goes.
 
     Args:
         model: on any device; its masked linears in bfloat16 or float16.
         masks: by full name of the linear. One whose tiles are all dense stays a ``torch.nn.Linear``.
         fuse: pack siblings as one where their maps allow.
+        tokens: how many tokens a pass will have, one or more typical numbers. A linear that this GPU's tuning table
+            says would be slower packed, in the geometric mean over them, stays dense. None packs whatever the mask
+            allows, to save memory.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
@@ -178,6 +203,7 @@ def compile_model(model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bo
         _check_linear(model, name, mask)
     packed: list[Spec] = []
     dense: list[str] = []
+    slower: list[str] = []
     before = after = 0
     for names in _groups(model, masks, fuse):
         linears = [_linear(model, name) for name in names]
@@ -189,11 +215,15 @@ def compile_model(model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bo
             after += size
             continue
         module = _pack_linears(names, linears, mask)
+        if tokens and _slower(module.checked(linears[0].weight.dtype), tokens):
+            slower += names
+            after += size
+            continue
         install(model, module)
         packed.append(module.spec)
         after += module.checked(linears[0].weight.dtype).nbytes
         del linears
-    return Report(tuple(packed), tuple(dense), before, after)
+    return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
 
 def install(model: nn.Module, module: HybridLinear) -> None:
@@ -206,6 +236,12 @@ def install(model: nn.Module, module: HybridLinear) -> None:
 def packed_modules(model: nn.Module) -> list[HybridLinear]:
     """The packed modules of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, HybridLinear)]
+
+
+def _slower(hybrid: HybridWeight, tokens: Sequence[int]) -> bool:
+    if hybrid.device.type != "cuda":
+        return False
+    return sum(math.log(predicted_speedup(hybrid.device, hybrid, count)) for count in tokens) < 0
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -190,7 +190,9 @@ _REWRITES: dict[str, Callable[[str, _Mark], str | None]] = {
 
 def _writes(line: str, operands: list[str]) -> bool:
     destination = re.match(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", line)
-    return bool(destination) and any(re.search(re.escape(r) + r"\b", destination[1]) for r in operands if r[0] == "%")
+    return destination is not None and any(
+        re.search(re.escape(register) + r"\b", destination[1]) for register in operands if register[0] == "%"
+    )
 
 
 @contextmanager

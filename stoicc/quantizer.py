@@ -34,7 +34,7 @@ class StoiccConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a packed checkpoint: format version, and one spec for each packed module."""
 
     def __init__(self, format: int = FORMAT, modules: Sequence[Mapping[str, Any]] = (), **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # the mixin names its own methods only
         self.format = format
         self.modules = [dict(module) for module in modules]
 

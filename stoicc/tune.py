@@ -4,6 +4,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def tune_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> 
     """Measure all candidates for one shape, and add the fastest to the user's table."""
     entry = measure_shape(device, n, k, band, tokens)
     name = torch.cuda.get_device_name(device)
-    configs.remember(name, [entry], {"gpu": name, "torch": torch.__version__})
+    configs.remember(configs.user_table(name), [entry], {"gpu": name, "torch": torch.__version__})
     return entry
 
 
@@ -58,7 +59,7 @@ def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) 
     weights = random_weights(device, n, k, band, tokens)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
     dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in weights]
-    dense_time = time_rotating([lambda w=w: dense_linear(x, w) for w in dense])
+    dense_time = time_rotating([partial(dense_linear, x, weight) for weight in dense])
     del dense
     timed: list[tuple[float, Config]] = []
     for config in configs.candidates(tokens, configs.capability_of(device), band):
@@ -84,7 +85,7 @@ def predicted_speedup(device: torch.device, hybrid: HybridWeight, tokens: int) -
 
 def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Callable[[], Tensor]]:
     orders = weights[0].orders()
-    return [lambda w=weight: run(x, w, orders, None, config) for weight in weights]
+    return [partial(run, x, weight, orders, None, config) for weight in weights]
 
 
 def random_weights(device: torch.device, n: int, k: int, band: int, tokens: int) -> list[HybridWeight]:
