@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,14 +65,17 @@ def claim(path: Path, wait: bool) -> Iterator[bool]:
     if not mine:
         yield False
         return
+    # Through a descriptor: should the claim be taken away, the next owner's file is not touched.
+    descriptor = os.open(path, os.O_RDONLY)
     stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    beating = threading.Thread(target=_beat, args=(descriptor, stop), daemon=True)
     beating.start()
     try:
         yield True
     finally:
         stop.set()
         beating.join()
+        os.close(descriptor)
         _remove(path, holder.token)
 
 
@@ -187,18 +190,8 @@ def _is_stale(holder: Holder, touched: float, now: float, me: Holder) -> bool:
     return now - touched > LEASE
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
-    # Through a descriptor: should the claim be taken away, the next owner's file is not touched.
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        while not stop.wait(BEAT):
-            try:
-                os.utime(descriptor)
-            except OSError:
-                # A file server that does not answer now may answer at the next beat.
-                continue
-    finally:
-        os.close(descriptor)
+def _beat(descriptor: int, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        # A file server that does not answer now may answer at the next beat.
+        with suppress(OSError):
+            os.utime(descriptor)

@@ -6,6 +6,8 @@ One process submits at a time to a results directory: a second one waits, and th
 import dataclasses
 import os
 import secrets
+import shlex
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +26,7 @@ from slurm import batches, plan, queue
 from slurm.batches import Batch
 from slurm.cluster import Cluster, Resources
 from slurm.plan import Step
-from slurm.task import RunStep, RunTrials, Work, WriteReport
+from slurm.task import LAUNCHER, RunStep, RunTrials, Work, WriteReport
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
     if cluster.executor == "debug":
         return submitit.DebugExecutor(folder)
     resources: Resources = cluster.stages[stage]
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=cluster.timeouts)
+    python = shlex.join([sys.executable, "-I", "-S", "-c", LAUNCHER])
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=cluster.timeouts, python=python)
     parameters = {
         "partition": cluster.partition,
         "account": cluster.account,

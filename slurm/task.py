@@ -5,6 +5,7 @@ know of earlier attempts lies in the results directory: a requeued job is given 
 """
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +19,17 @@ from experiments.definitions import Trial, key
 from experiments.store import Store
 from slurm import plan, queue
 from slurm.plan import Step
+
+# What Slurm sends before a time limit or a preemption, and submitit handles.
+_STOP = signal.SIGUSR2
+
+# Starts Python with that signal blocked: it would kill the process in the seconds before submitit handles it, and Slurm
+# would take the job for failed instead of requeueing it. (``env --block-signal`` is not on older systems.)
+LAUNCHER = (
+    "import os, signal, sys; "
+    f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(_STOP)}]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 # Seconds between two lines of progress in a log.
 _EVERY = 30.0
@@ -58,6 +70,7 @@ class RunStep(Checkpointable):
     work: Work
 
     def __call__(self, step: Step) -> None:
+        _listen()
         store = Store(self.work.results)
         print(f"{step.id}: {step.label}", flush=True)
         if plan.is_done(step, store):
@@ -114,8 +127,14 @@ class WriteReport:
     work: Work
 
     def __call__(self, study: str, trials: tuple[Trial, ...]) -> None:
+        _listen()
         for path in reports.write(study, trials, Store(self.work.results)):
             print(f"wrote {path}", flush=True)
+
+
+def _listen() -> None:
+    """Let the signal through that `LAUNCHER` blocked, and that may have come meanwhile."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [_STOP])
 
 
 def _log_progress() -> Callable[[str, int, int], None]:
