@@ -14,7 +14,7 @@ from experiments.definitions import Calibration, Evaluation, Pruning, Trial, key
 from experiments.store import Store
 from experiments.studies import STUDIES, Study
 from patch.errors import UserError
-from slurm import batches, progress, queue, submit
+from slurm import batches, progress, queue, submit, task
 from slurm.batches import Batch
 from slurm.cluster import Cluster
 from slurm.queue import Task
@@ -278,3 +278,19 @@ def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in outcome.stderr
     assert list((tmp_path / "locks").iterdir()) == []
     assert json.dumps(sorted(Store(tmp_path).claimed())) == "[]"
+
+
+def test_a_signal_to_stop_waits_until_it_is_handled(tmp_path: Path) -> None:
+    """It comes while Python starts, as preemptions do: the process lives, and its handler gets it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: print('handled'))\n"
+        "print('started', flush=True)\n"
+        "from slurm import task\n"
+        "task._listen()\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", task.LAUNCHER, "-u", str(script)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert outcome.stdout.split() == ["started", "handled"]
