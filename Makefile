@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/hts run demo
 
 test: lint
 	$(BIN)/pytest
+
+# Needs root on a Debian: it installs Slurm's packages and runs a cluster of one node in a folder of its own.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -m slurm tests/slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

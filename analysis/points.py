@@ -249,9 +249,18 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
         flat = [_flatten(member) for member in members]
         names = dict.fromkeys(name for fields in flat for name in fields)
         differing = [name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1]
+        # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
+        brief = [name for name in differing if not name.startswith("prior.") or name == "prior.method"]
+        if _distinct(flat, brief) == _distinct(flat, differing):
+            differing = brief
         for member, fields in zip(members, flat, strict=True):
             result.append((member, ", ".join(f"{name}={fields.get(name)}" for name in differing)))
     return result
+
+
+def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:
+    """How many of the definitions the fields of these names tell apart."""
+    return len({tuple(_canonical(fields.get(name)) for name in names) for fields in flat})
 
 
 def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,6 @@ from experiments import speed_cli
 from patch.errors import UserError
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from experiments.definitions import Pruning, Trial
     from experiments.pipeline import Machine
     from experiments.store import Store
@@ -46,6 +44,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GP
 Where = Annotated[
     list[str] | None,
     typer.Option(help="Only trials with KEY=VALUE: model, method, structure, target, tile or seed. Repeatable."),
+]
+PerStage = Annotated[
+    list[str] | None, typer.Option(help="For every stage, or STAGE=VALUE: prune, learn, evaluate, report. Repeatable.")
 ]
 Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
 Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
@@ -95,26 +96,98 @@ def run(
 
 
 @app.command()
-def status(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
-    """Show what is complete, running and missing of a study."""
-    from experiments import pipeline
-    from experiments.definitions import key
-    from experiments.store import Store
+def sweep(
+    study: Annotated[str | None, typer.Argument(help="A study; [bold]--list[/bold] shows them.")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="slurm, local, debug, the name of a file in ~/.config/hts, or the path of one (.toml).")
+    ] = "slurm",
+    where: Where = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm's quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features that nodes must have.")] = None,
+    gpus: PerStage = None,
+    cpus: PerStage = None,
+    time: PerStage = None,
+    mem: Annotated[list[str] | None, typer.Option(help="GiB of main memory, likewise.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="Tasks of an array (local: processes) at a time.")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="A shell line before each job's work. Repeatable.")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Also what failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and print what would be submitted.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies with trials and estimated cost.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Run a study as Slurm jobs, as processes of this machine, or in this process.
 
-    store = Store(results)
-    table = Table("trial", "id", "state", "stages", box=None, pad_edge=False)
-    counts = {"complete": 0, "running": 0, "partial": 0, "missing": 0}
-    for trial in _trials(study, where):
-        missing, total = len(pipeline.missing_stages(trial, store)), len(pipeline.stages(trial))
-        state = "partial" if missing < total else "missing"
-        if not missing:
-            state = "complete"
-        elif store.is_claimed(f"trial-{key(trial)}"):
-            state = "running"
-        counts[state] += 1
-        table.add_row(trial.label, key(trial), state, f"{total - missing}/{total}")
-    console.print(table)
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
+    Submits what is neither done, nor running, nor in the queue; say it again whenever jobs were lost. Jobs that are
+    preempted or reach their time limit requeue themselves and go on from their last checkpoint.
+    """
+    from slurm import cluster as clusters
+    from slurm import commands
+
+    options: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
+    options |= {"parallel": parallel, "setup": tuple(setup or ())}
+    resources = {"gpus": gpus or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
+    chosen = clusters.override(clusters.load(cluster), options, resources)
+    if list_:
+        console.print(commands.studies_table(chosen))
+        return
+    if study is None:
+        raise UserError("name a study, or --list them")
+    try:
+        from slurm.submit import Sweep
+        from slurm.task import Work
+    except ModuleNotFoundError as error:
+        raise UserError(f"sweeps need {error.name}: pip install 'hybrid-tile-sparsity[slurm]'") from error
+    work = Work(results.absolute(), data.absolute() if data else None, device)
+    wanted = Sweep(study, tuple(_trials(study, where)), chosen, work)
+    if dry_run:
+        commands.dry_run(wanted, retry_failed, console)
+    else:
+        commands.sweep(wanted, retry_failed, console)
+
+
+@app.command()
+def status(
+    study: Study,
+    where: Where = None,
+    watch: Annotated[bool, typer.Option(help="Show it again every few seconds, until nothing runs or waits.")] = False,
+    trials: Annotated[bool, typer.Option(help="One line per trial.")] = False,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Show what is done, running, waiting, failed and missing of a study, and how long it will take."""
+    from experiments.store import Store
+    from slurm import commands
+
+    commands.status(_trials(study, where), Store(results.absolute()), console, watch=watch, each=trials)
+
+
+@app.command()
+def logs(
+    study: Study,
+    where: Where = None,
+    trial: Annotated[str | None, typer.Option(help="Only the trial of this id.")] = None,
+    lines: Annotated[int, typer.Option(help="How many, from the end.")] = 20,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Print the logs of the trials that run, failed, or ended without a result."""
+    from experiments.store import Store
+    from slurm import commands
+
+    commands.logs(_trials(study, where), Store(results.absolute()), trial, lines, console)
+
+
+@app.command()
+def cancel(study: Study, results: Results = DEFAULT_RESULTS) -> None:
+    """Cancel all jobs and processes that were submitted for a study; what is done stays."""
+    from experiments.definitions import check_name
+    from experiments.store import Store
+    from experiments.studies import STUDIES
+    from slurm import commands
+
+    commands.cancel(check_name("study", study, STUDIES), Store(results.absolute()), console)
 
 
 @app.command()
@@ -224,7 +297,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
     from analysis.rows import records
-    from experiments import pipeline, studies
+    from experiments import pipeline, reports, studies
     from experiments.definitions import Evaluation, Perplexity, Trial
     from experiments.store import Store
 
@@ -242,7 +315,7 @@ def evaluate(
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
-    for row in records(_frame([trial], store)):
+    for row in records(reports.frame([trial], store)):
         # Parts of a task (the subjects of MMLU) and its other metrics stay in the rows.
         if row.stage != "prune" and row.labels.get("primary", True):
             name = row.task if row.stage.startswith("task:") else f"{row.labels['source']}@{row.labels['length']}"
@@ -283,17 +356,19 @@ def table(
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Print the study's table from its rows."""
+    from experiments import reports
     from experiments.store import Store
 
-    print(_table(_trials(study, where), Store(results), format))
+    print(reports.table(_trials(study, where), Store(results), format))
 
 
 @app.command()
 def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
     """Draw the study's figures from its rows."""
+    from experiments import reports
     from experiments.store import Store
 
-    for path in _figures(study, _trials(study, where), Store(results)):
+    for path in reports.figures(study, _trials(study, where), Store(results)):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
@@ -417,33 +492,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 def _report(study: str, trials: "list[Trial]", store: "Store") -> None:
     """Print the table, save it, and draw the figures."""
     from analysis import tables
-    from experiments.store import write_atomic
+    from experiments import reports
 
-    console.print(tables.rich_table(tables.accuracy_table(_frame(trials, store)), console.width))
-    written = [store.root / "reports" / study / f"table.{format}" for format in ("md", "csv")]
-    for path in written:
-        write_atomic(path, _table(trials, store, path.suffix[1:]) + "\n")
-    for path in [*written, *_figures(study, trials, store)]:
+    console.print(tables.rich_table(tables.accuracy_table(reports.frame(trials, store)), console.width))
+    for path in reports.write(study, trials, store):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-
-
-def _frame(trials: "list[Trial]", store: "Store") -> "DataFrame":
-    from analysis.rows import load_rows
-    from experiments.definitions import key
-
-    frame = load_rows(store.root / "rows", {key(trial) for trial in trials})
-    if frame.empty:
-        raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
-    return frame
-
-
-def _table(trials: "list[Trial]", store: "Store", format: str) -> str:
-    from analysis import tables
-
-    return tables.render(tables.accuracy_table(_frame(trials, store)), format)
-
-
-def _figures(study: str, trials: "list[Trial]", store: "Store") -> list[Path]:
-    from analysis.figures import plot_study
-
-    return plot_study(_frame(trials, store), store.root / "reports" / study)

@@ -22,6 +22,8 @@ from patch.recipe import Recipe
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
 METHODS = ("dense", *ONE_SHOT, *LEARNED)
+# The method whose mask a learned one starts from, if nothing else is said.
+USUAL_PRIOR = {"maskllm": "sparsegpt", "patch-joint": "sparsegpt", "patch-tile": "maskllm"}
 STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
 _MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
 
@@ -162,6 +164,10 @@ def describe(pruning: Pruning) -> str:
     parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
     if pruning.tile and pruning.structure == "hybrid":
         parts.append("{}x{}".format(*pruning.tile))
+    if pruning.method in LEARNED and pruning.prior is None:
+        parts.append("without prior")
+    elif pruning.prior and pruning.prior.method != USUAL_PRIOR[pruning.method]:
+        parts.append(f"from {pruning.prior.method}")
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
     return " ".join(parts)

@@ -28,7 +28,7 @@ class Finding:
 
 def examine(results: Path, data: Path | None) -> list[Finding]:
     """Look at libraries, accelerators, texts, tasks and disk."""
-    return [*_libraries(), *_accelerators(), *_data(data), _models(), _disk(results)]
+    return [*_libraries(), *_accelerators(), _slurm(), *_data(data), _models(), _disk(results)]
 
 
 def _libraries() -> list[Finding]:
@@ -81,6 +81,11 @@ def _check(subject: str, check: Callable[[], None]) -> Finding:
     except UserError as error:
         return Finding(subject, False, str(error))
     return Finding(subject, True, "ready")
+
+
+def _slurm() -> Finding:
+    command = shutil.which("sbatch")
+    return Finding("Slurm", command is not None, command or "no sbatch on the PATH: sweeps run with --cluster local")
 
 
 def _models() -> Finding:

@@ -3,10 +3,11 @@
 Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A
 process that is killed loses at most the stage it was in, and of learning at most the steps since the last learner
 checkpoint.
-Several processes may run the same study on one results directory: each trial and each pruning is claimed by a lock, and
-those that another process holds are taken up last.
+Several processes may run the same study on one results directory: each trial and each pruning is claimed, and those
+that another process holds are taken up last.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def run_trials(
                 try:
                     run_trial(trial, store, machine)
                 except (UserError, OSError, RuntimeError) as error:
+                    record_failure(trial, trial.label, error, store)
                     on_done(trial, error)
                 else:
                     on_done(trial, None)
@@ -116,9 +118,16 @@ def run_trials(
         waiting = held_elsewhere
 
 
+def record_failure(trial: Trial, during: str, error: BaseException, store: Store) -> None:
+    """Leave a row with the traceback; on a full disk, where no row can be written, only the caller's report remains."""
+    with contextlib.suppress(OSError):
+        store.write_failure(trial, during, error, provenance(0.0))
+
+
 def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     """Run the stages of one trial that are not complete."""
     missing = missing_stages(trial, store)
+    store.clear_failure(trial)
     if not missing:
         return
     pruning = trial.pruning

@@ -6,7 +6,8 @@
     <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
-    <root>/locks/                              advisory locks; the kernel releases those of a process that dies
+    <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
+    <root>/locks/                              claims of running processes (`experiments.claims`)
 
 Files appear under their names only when complete (temporary file, fsync, rename), so a killed process leaves nothing
 that a later one could mistake for a result.
@@ -16,17 +17,19 @@ import json
 import os
 import re
 import secrets
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from experiments import claims
+from experiments.claims import Holder
 from experiments.definitions import Pruning, Trial, definition, key
 
 SCHEMA = 1
+FAILURE = "failure"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -94,29 +97,38 @@ class Store:
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
         write_atomic(path, "".join(line + "\n" for line in lines))
 
+    def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
+        """Record that an attempt at a trial failed: one row with the error in one line and its traceback.
+
+        Args:
+            during: what was being done.
+        """
+        text = " ".join(str(error).split())
+        labels = {"during": during, "error": f"{type(error).__name__}: {text}" if text else type(error).__name__}
+        trace = "".join(traceback.format_exception(error))
+        self.write_rows(trial, FAILURE, [Fact("failure", None, "1", labels | {"traceback": trace})], provenance)
+
+    def failure(self, trial: Trial) -> dict[str, Any] | None:
+        """The labels of a failed trial's row (``during``, ``error``, ``traceback``); None if it has not failed."""
+        try:
+            return json.loads(self.rows_path(trial, FAILURE).read_text())["labels"]
+        except FileNotFoundError:
+            return None
+
+    def clear_failure(self, trial: Trial) -> None:
+        """Forget the failure of a trial that is tried again."""
+        self.rows_path(trial, FAILURE).unlink(missing_ok=True)
+
     @contextmanager
     def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock ``name``; yields whether it is held (always, when waiting).
+        """Hold the claim ``name``; yields whether it is held (always, when waiting).
 
-        Advisory ``flock``: works between processes of one machine and, on a file system that serves it (NFS, Lustre
-        with ``-o flock``), between machines. A process that dies loses its locks at once.
+        Works between processes of one machine, and of several that share the directory. Claims of processes that died
+        are taken over: at once on the same machine, after `claims.LEASE` seconds on another.
         """
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with claims.claim(self.root / "locks" / f"{name}.lock", wait) as mine:
+            yield mine
 
-    def is_claimed(self, name: str) -> bool:
-        """Whether some process holds the lock ``name`` now."""
-        if not (self.root / "locks" / f"{name}.lock").exists():
-            return False
-        with self.claim(name, wait=False) as free:
-            return not free
+    def claimed(self) -> dict[str, Holder]:
+        """All claims that some process holds now, by name."""
+        return claims.live(self.root / "locks")

@@ -13,6 +13,7 @@ from experiments import models
 from experiments.definitions import (
     LEARNED,
     ONE_SHOT,
+    USUAL_PRIOR,
     Calibration,
     Evaluation,
     Learning,
@@ -67,22 +68,28 @@ def learned(
     calibration: Calibration,
     seed: int = 0,
     recipe: Recipe | None = None,
+    start: str | None = "usual",
     **changes: Any,
 ) -> Pruning:
     """MaskLLM or PATCH, from the mask that SparseGPT finds on ``calibration``; tile mode, from the mask MaskLLM learns.
 
     Args:
+        start: another method whose 2:4 mask it starts from, or None for random logits.
         recipe: the published one of the method by default.
         changes: fields of the recipe to replace.
     """
     check_name("learned method", method, LEARNED)
     chosen = dataclasses.replace(recipe or RECIPES[method], **changes)
-    if method == "patch-tile":
+    start = USUAL_PRIOR[method] if start == "usual" else start
+    prior: Pruning | None
+    if start is None:
+        prior = None
+    elif start == "maskllm":
         # Both stages take the same steps, batches and text; rates and penalties stay their own.
         shared = {name: getattr(chosen, name) for name in ("steps", "batch", "microbatch", "length")}
         prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
     else:
-        prior = one_shot(model, "sparsegpt", "2:4", 0.5, tile, calibration)
+        prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
     return Pruning(
         model,
         method,
@@ -191,6 +198,27 @@ def sparsities() -> Trials:
     return _trials([dense(model), *prunings], _PUBLISHED)
 
 
+def priors() -> Trials:
+    """What the learned mask owes to the one it starts from: none, each one-shot method, and MaskLLM's, at 45%."""
+    model, tile = "qwen2.5-0.5b", (128, 128)
+    prunings = [
+        learned(model, "patch-joint", 0.45, tile, "c4", Calibration(), start=start)
+        for start in (None, *ONE_SHOT, "maskllm")
+    ]
+    return _trials([dense(model), *prunings], _PUBLISHED)
+
+
+def joint_or_tile() -> Trials:
+    """Patterns and tiles learned together, against tiles over the patterns that MaskLLM learned."""
+    model, tile = "qwen2.5-0.5b", (128, 128)
+    prunings = [
+        learned(model, method, target, tile, "c4", Calibration())
+        for method in ("patch-joint", "patch-tile")
+        for target in TARGETS
+    ]
+    return _trials([dense(model), learned(model, "maskllm", 0.5, tile, "c4", Calibration()), *prunings], _PUBLISHED)
+
+
 _PUBLISHED = Evaluation((Perplexity("wikitext2/test", 4096),), PAPER_TASKS)
 
 
@@ -204,5 +232,7 @@ STUDIES = {
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),
     "tile-shapes": Study("perplexity against tile shape at 35%", tile_shapes),
+    "priors": Study("perplexity and accuracy against the mask that learning starts from", priors),
+    "joint-or-tile": Study("tiles and patterns learned together, against tiles alone", joint_or_tile),
     "sparsities": Study("perplexity and accuracy from 0 to 50%", sparsities),
 }

@@ -99,7 +99,7 @@ def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path)
     assert {"table.md", "table.csv", "frontier.png"} <= set(os.listdir(report))
     assert "Magnitude" in (report / "table.md").read_text()
     code, out, _ = hts("status", "tiny")
-    assert code == 0 and "1 complete" in out and "2 missing" in out
+    assert code == 0 and "1 done" in out and "2 missing" in out
     code, out, _ = hts("table", "tiny", "--where", "method=magnitude")
     assert code == 0 and "Magnitude" in out
     assert_refused(hts("table", "tiny", "--where", "method=magnitude", "--format", "html"), "html")

@@ -95,14 +95,15 @@ def test_a_claim_keeps_others_out_until_its_holder_dies(tmp_path: Path, holder: 
     store = Store(tmp_path)
     with store.claim("trial-x", wait=False) as mine:
         assert not mine
-    assert store.is_claimed("trial-x") and not store.is_claimed("trial-y")
+    assert set(store.claimed()) == {"trial-x"}
     with store.claim("trial-y", wait=False) as mine:
         assert mine
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with store.claim("trial-x", wait=False) as mine:
         assert mine
-    assert not store.is_claimed("trial-x")
+    assert store.claimed() == {}
+    assert list((tmp_path / "locks").iterdir()) == []
 
 
 def test_waiting_for_a_claim_ends_when_its_holder_does(tmp_path: Path, holder: subprocess.Popen) -> None:

@@ -1,0 +1,122 @@
+"""What a pruning and an evaluation cost, before they run: floating-point operations and device memory.
+
+Estimates from published shapes, for planning: they leave out start-up, attention over long windows, and the masks' own
+arithmetic, and are right within a factor of two. A model whose shapes are not known here (a hub id) has none.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import models
+from experiments.definitions import LEARNED, Evaluation, Pruning
+from experiments.models import ModelSpec
+from patch.checkpoint import prunable_shapes
+
+GIB = 2**30
+
+# Tokens of a whole evaluation: every answer of every item with its context.
+_TASK_TOKENS = {
+    "mmlu": 14_042 * 4 * 110,
+    "piqa": 1_838 * 2 * 45,
+    "arc_easy": 2_376 * 4 * 35,
+    "arc_challenge": 1_172 * 4 * 40,
+    "winogrande": 1_267 * 2 * 25,
+    "openbookqa": 500 * 4 * 20,
+    "race": 1_045 * 4 * 400,
+    "race_subset": 500 * 4 * 400,
+    "hellaswag": 10_042 * 4 * 100,
+    "lambada_openai": 5_153 * 90,
+    "wiki_continuation": 250 * 4 * 100,
+}
+_TEXT_TOKENS = 300_000
+
+
+def pruning_flops(pruning: Pruning) -> float | None:
+    """Floating-point operations of making one checkpoint, its priors not included; None if the model is not known."""
+    shapes = _prunable(pruning.model)
+    if shapes is None or pruning.method == "dense":
+        return None if shapes is None else 0.0
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if pruning.learning:
+        recipe = pruning.learning.recipe
+        # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
+        passes = 8 if recipe.activation_checkpointing else 6
+        return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
+    tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
+    total = 4.0 * weights * tokens
+    if pruning.method == "sparsegpt":
+        # X X^T of every input, its inverse factor, and the update of all columns to the right of each.
+        total += sum(
+            count * (2.0 * tokens * cols**2 + 2.0 * cols**3 + rows * cols**2) for (rows, cols), count in shapes.items()
+        )
+    return total
+
+
+def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
+    """Floating-point operations of evaluating one checkpoint; None if the model is not known."""
+    parameters = _parameters(model)
+    if parameters is None:
+        return None
+    tokens = _TEXT_TOKENS * len(evaluation.perplexity)
+    for task in evaluation.tasks:
+        share = 1.0 if evaluation.limit is None else min(1.0, evaluation.limit / 1000)
+        tokens += int(share * _TASK_TOKENS.get(task, 1_000_000))
+    return 2.0 * parameters * tokens
+
+
+def memory(pruning: Pruning, evaluation: Evaluation | None = None) -> float | None:
+    """GiB of device memory that a pruning, or else the evaluation of one, takes; None if the model is not known."""
+    shapes, parameters, spec = _prunable(pruning.model), _parameters(pruning.model), _spec(pruning.model)
+    if shapes is None or parameters is None or spec is None:
+        return None
+    if evaluation is not None:
+        length = max([item.length for item in evaluation.perplexity], default=2048)
+        return (2 * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
+    if pruning.method not in LEARNED or pruning.learning is None:
+        # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
+        block = sum(rows * cols for rows, cols in shapes)
+        squares = sum(4 * cols**2 for _, cols in shapes)
+        tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
+        return (12 * block + 2 * squares + 4 * tokens * spec.hidden) / GIB
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    recipe = pruning.learning.recipe
+    tile = pruning.tile or (1, 1)
+    logits = 0.0 if recipe.mode == "tile" else 6 / 4
+    logits += 0.0 if recipe.mode == "maskllm" else 1 / (tile[0] * tile[1])
+    # Logits, their gradient and Adam's two moments in float32; masks of one block, or of all, with their samples.
+    masked = weights / spec.blocks if recipe.activation_checkpointing else weights
+    tokens = recipe.microbatch * recipe.length
+    states = _activations(spec, tokens, 2 if recipe.activation_checkpointing else spec.blocks)
+    head = 10.0 * min(tokens, 4096) * spec.vocab
+    return (2 * parameters + 16 * logits * weights + 40 * masked + states + head) / GIB
+
+
+def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:
+    """Bytes that so many blocks keep of so many tokens, beside the residual stream at every block."""
+    return 2.0 * tokens * (spec.blocks * spec.hidden + blocks * (8 * spec.hidden + 4 * spec.intermediate))
+
+
+def _spec(model: str) -> ModelSpec | None:
+    found = models.resolve(model)
+    return found if isinstance(found, ModelSpec) else None
+
+
+def _prunable(model: str) -> Mapping[tuple[int, int], int] | None:
+    """How many prunable weights of each shape a model has."""
+    found = models.resolve(model)
+    counts: dict[tuple[int, int], int] = {}
+    if isinstance(found, ModelSpec):
+        for shape in found.linear_shapes().values():
+            counts[shape] = counts.get(shape, 0) + found.blocks
+    elif Path(found).is_dir():
+        for shape in prunable_shapes(Path(found)).values():
+            counts[shape] = counts.get(shape, 0) + 1
+    return counts or None
+
+
+def _parameters(model: str) -> int | None:
+    spec = _spec(model)
+    if spec:
+        return spec.parameters
+    shapes = _prunable(model)
+    return sum(rows * cols * count for (rows, cols), count in shapes.items()) if shapes else None

@@ -1,0 +1,105 @@
+"""What is looked at before anything is submitted: a mistake should cost a line of text, not a night in the queue."""
+
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments import cost, models, pipeline
+from experiments.definitions import Trial
+from patch.errors import UserError
+from slurm import plan, queue
+from slurm.cluster import Cluster
+from slurm.plan import Step
+
+# Allowance of one job for its start: imports, loading the model.
+_START_SECONDS = 60
+
+_NETWORK = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "smb",
+    "cifs",
+    "afs",
+    "fuse",
+    "panfs",
+    "orangefs",
+)
+
+
+def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Cluster) -> None:
+    """Models reachable, tiles that fit, texts and tasks there, memory within the GPU.
+
+    Raises:
+        UserError: naming the first thing that does not fit.
+    """
+    trials = list(trials)
+    pipeline.validate(trials, data)
+    for model in dict.fromkeys(trial.pruning.model for trial in trials):
+        models.fingerprint(model)
+    if cluster.gpu_memory is not None:
+        for step in plan.steps(trials).values():
+            needed = memory(step)
+            if needed is not None and needed > cluster.gpu_memory and cluster.stages[step.kind].gpus:
+                raise UserError(
+                    f"{step.label} needs about {needed:.0f} GiB of GPU memory, and this cluster's GPUs have "
+                    f"{cluster.gpu_memory:g} (gpu_memory): leave it out with --where, or take another model or recipe"
+                )
+
+
+def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> None:
+    """Slurm is here and would take every stage, and its nodes see the results directory.
+
+    Raises:
+        UserError: with Slurm's own message where it has one.
+    """
+    if cluster.executor != "slurm":
+        return
+    queue.require()
+    for stage in sorted(set(stages)):
+        if cluster.stages[stage].gpus > 1:
+            raise UserError(f"stage {stage} asks for {cluster.stages[stage].gpus} GPUs, and uses one: give --gpus 1")
+        queue.check(cluster, stage, cluster.stages[stage])
+    if cluster.shared_results:
+        return
+    place = next(parent for parent in (results.absolute(), *results.absolute().parents) if parent.exists())
+    kind = _file_system(place)
+    others = queue.other_nodes(cluster)
+    if others and not kind.startswith(_NETWORK):
+        raise UserError(
+            f"the results directory {results} is on this machine's own disk ({kind}), and jobs would run on {others}: "
+            "name one on a shared file system with --results, or, if those nodes do see this one, "
+            "write shared_results = true into the cluster's file"
+        )
+    if not os.access(place, os.W_OK):
+        raise UserError(f"the results directory {results} cannot be written: name another one with --results")
+
+
+def memory(step: Step) -> float | None:
+    """GiB of GPU memory that a step takes, or None if its model's shapes are not known."""
+    return cost.memory(step.pruning, step.trials[0].evaluation if step.kind == "evaluate" else None)
+
+
+def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:
+    """Estimated GPU hours of some steps, and how many of them could not be estimated."""
+    hours, unknown = 0.0, 0
+    for step in steps:
+        if not cluster.stages[step.kind].gpus:
+            continue
+        if step.kind == "evaluate":
+            flops = cost.evaluation_flops(step.pruning.model, step.trials[0].evaluation)
+        else:
+            flops = cost.pruning_flops(step.pruning)
+        if flops is None:
+            unknown += 1
+        hours += ((flops or 0.0) / (1e12 * cluster.gpu_tflops) + _START_SECONDS) / 3600
+    return hours, unknown
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds ``path``, as the kernel names it."""
+    command = ["stat", "--file-system", "--format=%T", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

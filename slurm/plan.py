@@ -1,0 +1,104 @@
+"""What is to be done for a study, once each, and in which order.
+
+A trial takes one step for each pruning it stands on (its priors, then itself) and one to evaluate it. Trials that share
+a pruning share its step. Steps of one kind that stand on equally many others make a wave, which becomes one or more job
+arrays; a wave starts when the arrays that hold what it needs have ended, however they ended, so that one failed trial
+stops nobody but those that stand on it.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from experiments import pipeline
+from experiments.definitions import LEARNED, Pruning, Trial, describe, key
+from experiments.store import Store
+
+Kind = Literal["prune", "learn", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do, by one task of a job array.
+
+    Attributes:
+        id: its kind and the hash of what it makes.
+        kind: names the stage of the cluster whose resources it takes.
+        trials: the one it evaluates, or those that need the checkpoint it makes.
+        pruning: what it makes or evaluates.
+        needs: ids of the steps that must be over before; all of them, whether they still have to run or not.
+    """
+
+    id: str
+    kind: Kind
+    trials: tuple[Trial, ...]
+    pruning: Pruning
+    needs: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        """Of what it makes: names a checkpoint, or the rows of a trial."""
+        return self.id.partition("-")[2]
+
+    @property
+    def claim(self) -> str:
+        """The name under which a process that does this step claims it (see `experiments.store`)."""
+        return f"{'trial' if self.kind == 'evaluate' else 'pruning'}-{self.hash}"
+
+    @property
+    def label(self) -> str:
+        """A short human name, such as ``learn embedded patch-joint hybrid 45% 64x64``."""
+        return f"{self.kind} {describe(self.pruning)}"
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Steps of one kind that may run at the same time."""
+
+    kind: Kind
+    depth: int
+    steps: tuple[Step, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Ids of the steps that must be over before any of this wave starts."""
+        return frozenset(need for step in self.steps for need in step.needs)
+
+
+def steps(trials: Iterable[Trial]) -> dict[str, Step]:
+    """All steps of some trials by id, each after those that it needs."""
+    found: dict[str, Step] = {}
+    waiting: dict[str, list[Trial]] = {}
+    for trial in trials:
+        needs: tuple[str, ...] = ()
+        for pruning in pipeline.lineage(trial.pruning):
+            if pruning.method == "dense":
+                continue
+            kind: Kind = "learn" if pruning.method in LEARNED else "prune"
+            id = f"{kind}-{key(pruning)}"
+            found.setdefault(id, Step(id, kind, (), pruning, needs))
+            waiting.setdefault(id, []).append(trial)
+            needs = (*needs, id)
+        id = f"evaluate-{key(trial)}"
+        found[id] = Step(id, "evaluate", (trial,), trial.pruning, needs)
+    return {
+        id: Step(id, step.kind, tuple(waiting[id]), step.pruning, step.needs) if id in waiting else step
+        for id, step in found.items()
+    }
+
+
+def is_done(step: Step, store: Store) -> bool:
+    """Whether what the step makes is there."""
+    if step.kind == "evaluate":
+        return not pipeline.missing_stages(step.trials[0], store)
+    return store.checkpoint_path(step.pruning).exists()
+
+
+def waves(known: dict[str, Step], wanted: Collection[str]) -> list[Wave]:
+    """The wanted steps, as waves in the order in which they can be submitted."""
+    groups: dict[tuple[int, bool, Kind], list[Step]] = {}
+    for id, step in known.items():
+        if id in wanted:
+            # Slurm takes earlier jobs first: what others wait for goes before evaluations, which nobody waits for.
+            groups.setdefault((len(step.needs), step.kind == "evaluate", step.kind), []).append(step)
+    return [Wave(kind, depth, tuple(steps)) for (depth, _, kind), steps in sorted(groups.items())]

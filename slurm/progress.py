@@ -1,0 +1,158 @@
+"""How far a study is: the state of each trial, from the results directory and, where there is one, Slurm's queue."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.definitions import Trial, key
+from experiments.store import Store
+from patch.errors import UserError
+from slurm import batches, plan, queue
+from slurm.batches import Batch
+from slurm.plan import Step
+from slurm.queue import Task
+
+STATES = ("done", "running", "pending", "requeued", "failed", "missing")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The last submission of a step.
+
+    Attributes:
+        task: what Slurm says about it; None where nobody knows, or if it was not Slurm.
+        log: the log of its task.
+    """
+
+    batch: Batch
+    task: Task | None
+    log: Path
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """Where a trial stands.
+
+    Attributes:
+        state: one of `STATES`: ``requeued`` waits again after it had started, ``missing`` is not submitted.
+        step: the first of its steps that is not done; None if all are.
+        attempt: the last submission of that step.
+        restarts: how often Slurm requeued that step.
+        note: why it waits or failed, or how its last attempt ended.
+    """
+
+    trial: Trial
+    state: str
+    step: Step | None = None
+    attempt: Attempt | None = None
+    restarts: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands.
+
+    Attributes:
+        trials: in the study's order.
+        problem: why Slurm could not be asked, if so: then nobody knows what waits and what runs.
+        seconds_left: at the pace since the oldest sweep that is not over; None if it cannot be told.
+    """
+
+    trials: tuple[TrialState, ...]
+    problem: str | None
+    seconds_left: float | None
+
+    def counts(self) -> dict[str, int]:
+        """How many trials are in each state."""
+        return {state: sum(trial.state == state for trial in self.trials) for state in STATES}
+
+
+def examine(trials: Sequence[Trial], store: Store) -> Progress:
+    """Look at the results directory and ask Slurm, once."""
+    known = plan.steps(trials)
+    started = set(_listed(store.root / "rows"))
+    made = set(_listed(store.root / "checkpoints"))
+    done = {
+        id
+        for id, step in known.items()
+        if (step.hash in started and plan.is_done(step, store) if step.kind == "evaluate" else step.hash in made)
+    }
+    relevant = [batch for batch in batches.load_all(store) if any(id in known for id in batch.steps)]
+    open_ = [batch for batch in relevant if not done.issuperset(batch.steps)]
+    problem = None
+    tasks: dict[tuple[str, int], Task] = {}
+    try:
+        tasks = queue.tasks(open_)
+    except UserError as error:
+        problem = str(error)
+    attempts = {
+        id: Attempt(batch, tasks.get((batch.id, index)), batches.log_path(store, batch, index))
+        for batch in open_
+        for index, id in enumerate(batch.steps)
+    }
+    claimed = queue.held(store)
+    states = []
+    for evaluate in (step for step in known.values() if step.kind == "evaluate"):
+        [trial] = evaluate.trials
+        if evaluate.id in done:
+            states.append(TrialState(trial, "done"))
+            continue
+        chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
+        failure = store.failure(trial) if evaluate.hash in started else None
+        states.append(_state(chain, attempts, claimed, failure))
+    return Progress(tuple(states), problem, _seconds_left(states, relevant, store))
+
+
+def _state(
+    chain: list[Step],
+    attempts: dict[str, Attempt],
+    claimed: set[str],
+    failure: dict[str, str] | None,
+) -> TrialState:
+    """The state of a trial that is not done, from the steps it still has to take."""
+    step, evaluate = chain[0], chain[-1]
+    [trial] = evaluate.trials
+    attempt = attempts.get(step.id)
+    task = attempt.task if attempt else None
+    restarts = task.restarts if task else 0
+    if (task and task.runs) or step.claim in claimed or evaluate.claim in claimed:
+        return TrialState(trial, "running", step, attempt, restarts, step.label)
+    if task and task.waits:
+        state = "requeued" if restarts or task.state != "PENDING" else "pending"
+        return TrialState(trial, state, step, attempt, restarts, task.reason)
+    if failure:
+        return TrialState(trial, "failed", step, attempt, restarts, failure["error"])
+    if attempt and attempt.batch.executor == "local" and batches.runs_here(attempt.batch):
+        return TrialState(trial, "pending", step, attempt)
+    if attempt:
+        return TrialState(trial, "missing", step, attempt, restarts, f"{step.label} ended {_how(task)}")
+    return TrialState(trial, "missing", step)
+
+
+def _how(task: Task | None) -> str:
+    return task.state if task and task.state != "COMPLETED" else "without a result"
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _seconds_left(states: Sequence[TrialState], relevant: Sequence[Batch], store: Store) -> float | None:
+    """Trials that are under way, at the pace at which trials were completed since the sweep began."""
+    ahead = sum(state.state in ("running", "pending", "requeued") for state in states)
+    open_ = {state.attempt.batch.submitted for state in states if state.attempt and state.state != "missing"}
+    if not ahead or not open_:
+        return None
+    began = min(open_)
+    completed = 0
+    for state in states:
+        if state.state == "done":
+            folder = store.root / "rows" / key(state.trial)
+            completed += folder.stat().st_mtime > began
+    return ahead * (time.time() - began) / completed if completed else None

@@ -1,0 +1,248 @@
+"""A study into jobs: whatever is neither done, nor running, nor in the queue.
+
+One process submits at a time to a results directory: a second one waits, and then finds everything submitted.
+"""
+
+import dataclasses
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from experiments import claims
+from experiments.definitions import Trial, key
+from experiments.store import Store
+from patch.errors import UserError
+from slurm import batches, plan, queue
+from slurm.batches import Batch
+from slurm.cluster import Cluster, Resources
+from slurm.plan import Step
+from slurm.task import LAUNCHER, RunStep, RunTrials, Work, WriteReport
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is submitted together.
+
+    Attributes:
+        study: its name.
+        trials: all of them, done or not.
+        cluster: where.
+        work: what every job is told.
+    """
+
+    study: str
+    trials: tuple[Trial, ...]
+    cluster: Cluster
+    work: Work
+
+    @property
+    def store(self) -> Store:
+        return Store(self.work.results)
+
+
+def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.Wave]:
+    """What has to be submitted.
+
+    Args:
+        busy: ids of steps that are in the queue or running.
+        retry_failed: whether failed trials are tried again.
+    """
+    store = sweep.store
+    known = plan.steps(sweep.trials)
+    claimed = queue.held(store)
+    wanted = set()
+    for step in known.values():
+        if step.kind != "evaluate" or plan.is_done(step, store) or step.claim in claimed:
+            continue
+        if not retry_failed and store.failure(step.trials[0]):
+            continue
+        lost = False
+        for id in (*step.needs, step.id):
+            # What is in the queue and stands on something that was lost will not start: it is submitted again too.
+            if not _is_made(known[id], store, claimed) and (lost or id not in busy):
+                lost = True
+                wanted.add(id)
+    return plan.waves(known, wanted)
+
+
+def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[submitit.Job]]]:
+    """Submit what is missing, and record it.
+
+    Returns:
+        The batches, each with its jobs; the debug executor runs them when they are asked for their outcome.
+
+    Raises:
+        UserError: with Slurm's message if it refuses; what was submitted before stays submitted.
+    """
+    store = sweep.store
+    with store.claim("sweep"):
+        live = queue.live(store)
+        _tidy(store, [batch for batch, _ in live])
+        busy = {step: batch for batch, steps in live for step in steps}
+        waves = todo(sweep, busy, retry_failed)
+        for wave in waves:
+            for step in wave.steps:
+                if step.kind == "evaluate":
+                    store.clear_failure(step.trials[0])
+        if sweep.cluster.executor == "local":
+            return _processes(sweep, waves)
+        submitted = [pair for wave in waves for pair in _arrays(sweep, wave, busy)]
+        if submitted and sweep.cluster.executor == "slurm":
+            # A report that still waits would be written twice.
+            stale = {batch for batch, _ in live if batch.study == sweep.study and batch.stage == "report"}
+            queue.cancel([batch.job for batch in stale if batch.job])
+            submitted.append(_report(sweep, busy))
+        return submitted
+
+
+def _tidy(store: Store, live: Collection[Batch]) -> None:
+    """Complete, close or forget the records of submitters that died and of jobs that are over.
+
+    To be called by the one process that submits: another one's record may lack its job because it is submitting.
+    """
+    found = {batch.id: batch for batch in live}
+    for batch in batches.load_all(store):
+        if batch.over or found.get(batch.id) == batch:
+            continue
+        if batch.id in found:
+            batches.save(store, found[batch.id])
+        elif batch.job is None:
+            batches.forget(store, batch)
+        else:
+            batches.close(store, batch)
+
+
+def _is_made(step: Step, store: Store, claimed: Collection[str]) -> bool:
+    """Whether a checkpoint is there or under way."""
+    return step.kind != "evaluate" and (step.claim in claimed or plan.is_done(step, store))
+
+
+def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[tuple[Batch, list[submitit.Job]]]:
+    """Submit a wave, as few arrays as the cluster's limit on their size allows; ``busy`` learns of them."""
+    size = queue.max_array_size() if sweep.cluster.executor == "slurm" else len(wave.steps)
+    before: set[str] = set()
+    for start in range(0, len(wave.steps), size):
+        steps = wave.steps[start : start + size]
+        after = _jobs(wave.needs, busy) | before
+        batch, jobs = _submit(sweep, wave.kind, [step.id for step in steps], after, RunStep(sweep.work), steps)
+        busy |= dict.fromkeys(batch.steps, batch)
+        if sweep.cluster.parallel and batch.job:
+            # The cap holds within one array: the next one waits for this one.
+            before = {batch.job}
+        yield batch, jobs
+
+
+def _report(sweep: Sweep, busy: dict[str, Batch]) -> tuple[Batch, list[submitit.Job]]:
+    ids = {f"evaluate-{key(trial)}" for trial in sweep.trials}
+    return _submit(
+        sweep, "report", ["report"], _jobs(ids, busy), WriteReport(sweep.work), [sweep.study], [sweep.trials]
+    )
+
+
+def _jobs(ids: Collection[str], busy: Mapping[str, Batch]) -> set[str]:
+    """The jobs of Slurm that hold some steps."""
+    return {batch.job for id in ids if (batch := busy.get(id)) and batch.job and batch.executor == "slurm"}
+
+
+def _submit(
+    sweep: Sweep,
+    stage: str,
+    ids: Sequence[str],
+    after: Collection[str],
+    call: Callable[..., Any],
+    *arguments: Sequence[Any],
+) -> tuple[Batch, list[submitit.Job]]:
+    """Submit one array, recorded before and after."""
+    store, executor = sweep.store, sweep.cluster.executor
+    unique = secrets.token_hex(4)
+    name = f"hts-{sweep.study}-{stage}-{unique}"
+    batch = Batch(unique, sweep.study, executor, stage, name, tuple(ids), time.time())
+    if executor == "debug":
+        batch = dataclasses.replace(batch, job=str(os.getpid()), **_here(os.getpid()))
+    batches.save(store, batch)
+    folder = batches.folder(store, batch)
+    try:
+        jobs: list[submitit.Job] = _executor(sweep.cluster, stage, name, after, folder).map_array(call, *arguments)
+    except (FailedJobError, FailedSubmissionError) as error:
+        batches.forget(store, batch)
+        with suppress(OSError):
+            folder.rmdir()
+        raise UserError(f"Slurm would not take the {stage} stage: {' '.join(str(error).split())}") from error
+    if executor == "slurm":
+        batch = dataclasses.replace(batch, job=jobs[0].job_id.partition("_")[0])
+        batches.save(store, batch)
+    return batch, jobs
+
+
+def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], folder: Path) -> submitit.Executor:
+    if cluster.executor == "debug":
+        return submitit.DebugExecutor(folder)
+    resources: Resources = cluster.stages[stage]
+    python = shlex.join([sys.executable, "-I", "-S", "-c", LAUNCHER])
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=cluster.timeouts, python=python)
+    parameters = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "gpus_per_node": resources.gpus or None,
+        "mem": f"{round(1024 * resources.memory)}M" if resources.memory else None,
+        # However the jobs before it ended: those that failed have rows that say so.
+        "dependency": f"afterany:{':'.join(sorted(after))}" if after else None,
+        # submitit's own default is 256.
+        "array_parallelism": cluster.parallel or queue.NO_CAP,
+    }
+    executor.update_parameters(
+        job_name=name,
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=resources.cpus,
+        time=resources.minutes,
+        signal_delay_s=cluster.signal,
+        setup=list(cluster.setup),
+        # For losses of a node; where requeueing is not the cluster's default, Slurm must be told.
+        additional_parameters={"requeue": True},
+        **{name: value for name, value in parameters.items() if value is not None},
+    )
+    return executor
+
+
+def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, list[submitit.Job]]]:
+    """Start processes of this machine that share the trials; each takes one GPU, in turn, where there are some."""
+    import torch
+
+    ids = [step.id for wave in waves for step in wave.steps]
+    wanted = {id for id in ids if id.startswith("evaluate-")}
+    trials = tuple(trial for trial in sweep.trials if f"evaluate-{key(trial)}" in wanted)
+    if not trials:
+        return []
+    gpus = torch.cuda.device_count()
+    started = []
+    for index in range(sweep.cluster.parallel or 1):
+        unique = secrets.token_hex(4)
+        batch = Batch(unique, sweep.study, "local", "all", f"hts-{sweep.study}-{unique}", tuple(ids), time.time())
+        executor = submitit.LocalExecutor(batches.folder(sweep.store, batch))
+        executor.update_parameters(
+            timeout_min=365 * 24 * 60,
+            setup=list(sweep.cluster.setup),
+            **({"gpus_per_node": 1, "visible_gpus": (index % gpus,)} if gpus else {}),
+        )
+        job = executor.submit(RunTrials(sweep.work), trials)
+        batch = dataclasses.replace(batch, job=job.job_id, **_here(int(job.job_id)))
+        batches.save(sweep.store, batch)
+        started.append((batch, [job]))
+    return started
+
+
+def _here(pid: int) -> dict[str, Any]:
+    return {"host": claims.here(), "started": claims.start_ticks(pid)}

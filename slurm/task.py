@@ -1,0 +1,155 @@
+"""What a job does: one step of a plan, a whole study on this machine, or its report.
+
+These are submitit's callables: they are pickled when a sweep is submitted and run where Slurm puts them. All that they
+know of earlier attempts lies in the results directory: a requeued job is given the same again and goes on from there.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.helpers import Checkpointable, DelayedSubmission
+
+from experiments import pipeline, reports
+from experiments.definitions import Trial, key
+from experiments.store import Store
+from slurm import plan, queue
+from slurm.plan import Step
+
+# What Slurm sends before a time limit or a preemption, and submitit handles.
+_STOP = signal.SIGUSR2
+
+# Starts Python with that signal blocked: it would kill the process in the seconds before submitit handles it, and Slurm
+# would take the job for failed instead of requeueing it. (``env --block-signal`` is not on older systems.)
+LAUNCHER = (
+    "import os, signal, sys; "
+    f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(_STOP)}]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+# Seconds between two lines of progress in a log.
+_EVERY = 30.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every job of a sweep is told.
+
+    Attributes:
+        results: results directory.
+        data: data directory, or None for the hub.
+        device: a torch device name; None takes the GPU if there is one.
+    """
+
+    results: Path
+    data: Path | None = None
+    device: str | None = None
+
+    def machine(self) -> pipeline.Machine:
+        """The machine that this job runs on."""
+        import torch
+
+        if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
+            # torch counts the cores of the node, of which this job may have been given few.
+            torch.set_num_threads(min(int(cores), torch.get_num_threads()))
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return pipeline.Machine(device, self.data, _log_progress())
+
+
+@dataclass(frozen=True)
+class RunStep(Checkpointable):
+    """Do one step, unless it is done or what it needs is missing, and say in the log what came of it.
+
+    If it fails, every trial that needs it gets a row with the traceback.
+    """
+
+    work: Work
+
+    def __call__(self, step: Step) -> None:
+        _listen()
+        store = Store(self.work.results)
+        print(f"{step.id}: {step.label}", flush=True)
+        if plan.is_done(step, store):
+            print(f"{step.id}: was done already", flush=True)
+            return
+        missing = [id for id in step.needs if not (store.root / "checkpoints" / id.partition("-")[2]).exists()]
+        if missing:
+            # Not a failure of its own: its trial says why already, or the next sweep submits both again.
+            print(f"{step.id}: cannot start without {missing[0]}", flush=True)
+            if "SLURM_JOB_ID" in os.environ and any(missing[0] in steps for _, steps in queue.live(store)):
+                # Slurm takes a job for ended that it is about to requeue; when it starts this one again, it knows.
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                raise SystemExit(f"{step.id}: requeued until {missing[0]} is over")
+            return
+        try:
+            if step.kind == "evaluate":
+                with store.claim(f"trial-{key(step.trials[0])}"):
+                    pipeline.run_trial(step.trials[0], store, self.work.machine())
+            else:
+                pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
+        except subprocess.SubprocessError:
+            # It was told to stop, and Slurm could not be asked to requeue it: not its failure, the next sweep has it.
+            raise
+        except Exception as error:
+            for trial in step.trials:
+                pipeline.record_failure(trial, step.label, error, store)
+            raise
+        print(f"{step.id}: done", flush=True)
+
+    def checkpoint(self, step: Step) -> DelayedSubmission:
+        """What a requeued job is given: the same, since all progress is on disk."""
+        return DelayedSubmission(self, step)
+
+
+@dataclass(frozen=True)
+class RunTrials:
+    """Bring all trials of a study to completion, beside other processes that do the same."""
+
+    work: Work
+
+    def __call__(self, trials: tuple[Trial, ...]) -> None:
+        def report(trial: Trial, error: Exception | None) -> None:
+            print(f"{trial.label}: {f'failed: {error}' if error else 'done'}", flush=True)
+
+        # A failed trial is left to --retry-failed.
+        store = Store(self.work.results)
+        pipeline.run_trials(trials, store, self.work.machine(), report)
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """Write the table and figures of a study, of those trials that have rows."""
+
+    work: Work
+
+    def __call__(self, study: str, trials: tuple[Trial, ...]) -> None:
+        _listen()
+        for path in reports.write(study, trials, Store(self.work.results)):
+            print(f"wrote {path}", flush=True)
+
+
+def _listen() -> None:
+    """Let the signal through that `LAUNCHER` blocked, and that may have come meanwhile."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [_STOP])
+
+
+def _log_progress() -> Callable[[str, int, int], None]:
+    """Progress for a log file: a line now and then, with the time left of what is under way."""
+    began: dict[str, tuple[float, int]] = {}
+    said = 0.0
+
+    def progress(label: str, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        started, first = began.setdefault(label, (now, done))
+        if now - said < _EVERY and done < total:
+            return
+        said = now
+        left = (total - done) * (now - started) / (done - first) if done > first else None
+        print(f"{label}: {done}/{total}" + (f", {left / 60:.0f} min left" if left is not None else ""), flush=True)
+
+    return progress

@@ -1,0 +1,100 @@
+"""What is looked at before submission: definitions, memory, and the place of the results."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from experiments import cost, models
+from experiments.studies import STUDIES
+from patch.errors import UserError
+from slurm import checks, plan, queue
+from slurm.cluster import Cluster, override
+
+# On the hub, as far as this machine can tell without asking it.
+ON_THE_HUB = [name for name in STUDIES if name != "smollm2-oneshot"]
+
+
+@pytest.fixture(autouse=True)
+def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of the hub is there."""
+    monkeypatch.setattr(models, "fingerprint", lambda name: "commit")
+
+
+@pytest.mark.parametrize("study", ON_THE_HUB)
+def test_every_definition_validates(study: str) -> None:
+    checks.check_definitions(STUDIES[study].trials(), None, Cluster())
+
+
+def test_a_text_that_only_a_data_directory_has_is_named() -> None:
+    with pytest.raises(UserError, match="novels"):
+        checks.check_definitions(STUDIES["smollm2-oneshot"].trials(), None, Cluster())
+
+
+def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str) -> str:
+        raise UserError(f"{name}: the Hugging Face hub cannot be reached")
+
+    monkeypatch.setattr(models, "fingerprint", unreachable)
+    with pytest.raises(UserError, match=r"qwen2\.5-0\.5b: .* cannot be reached"):
+        checks.check_definitions(STUDIES["sparsities"].trials(), None, Cluster())
+
+
+@pytest.mark.parametrize("study", list(STUDIES))
+def test_every_step_has_an_estimate(study: str) -> None:
+    steps = plan.steps(STUDIES[study].trials()).values()
+    assert all((checks.memory(step) or 0) > 0 for step in steps)
+    hours, unknown = checks.gpu_hours(steps, Cluster())
+    assert hours > 0 and unknown == 0
+
+
+def test_learning_a_7b_model_does_not_fit_one_gpu_of_80_gib() -> None:
+    trials = STUDIES["accuracy-large"].trials()
+    with pytest.raises(UserError, match=r"maskllm .* needs about 1\d\d GiB of GPU memory"):
+        checks.check_definitions(trials, None, Cluster(gpu_memory=80))
+    one_shot = [trial for trial in trials if trial.pruning.method == "sparsegpt"]
+    checks.check_definitions(one_shot, None, Cluster(gpu_memory=80))
+
+
+def test_memory_grows_with_what_is_kept() -> None:
+    [pruning] = [trial.pruning for trial in STUDIES["tile-shapes"].trials() if trial.pruning.tile == (64, 64)]
+    assert pruning.learning is not None
+
+    def memory(**changes: object) -> float:
+        recipe = dataclasses.replace(pruning.learning.recipe, **changes)  # type: ignore[union-attr,arg-type]
+        learning = dataclasses.replace(pruning.learning, recipe=recipe)  # type: ignore[type-var]
+        return cost.memory(dataclasses.replace(pruning, learning=learning)) or 0
+
+    assert memory() < memory(microbatch=4) < memory(microbatch=4, activation_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "told", "refused"),
+    [
+        ("ext2/ext3", None, False, False),
+        ("ext2/ext3", "node[1-4]", False, True),
+        ("ext2/ext3", "node[1-4]", True, False),
+        ("tmpfs", "node[1-4]", False, True),
+        ("nfs", "node[1-4]", False, False),
+        ("lustre", "node[1-4]", False, False),
+    ],
+)
+def test_results_must_be_where_the_nodes_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, others: str | None, told: bool, refused: bool
+) -> None:
+    monkeypatch.setattr(checks, "_file_system", lambda path: kind)
+    monkeypatch.setattr(queue, "require", lambda: None)
+    monkeypatch.setattr(queue, "check", lambda *_: None)
+    monkeypatch.setattr(queue, "other_nodes", lambda cluster: others)
+    cluster = Cluster(shared_results=told)
+    if refused:
+        with pytest.raises(UserError, match=r"shared_results = true"):
+            checks.check_cluster(cluster, ["prune"], tmp_path / "runs")
+    else:
+        checks.check_cluster(cluster, ["prune"], tmp_path / "runs")
+
+
+def test_gpus_that_would_idle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "require", lambda: None)
+    with pytest.raises(UserError, match="stage learn asks for 8 GPUs, and uses one"):
+        checks.check_cluster(override(Cluster(), {}, {"gpus": ["learn=8"]}), ["learn"], tmp_path)

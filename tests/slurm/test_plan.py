@@ -1,0 +1,89 @@
+"""Plans: what trials share runs once, after what it stands on and before what stands on it."""
+
+from pathlib import Path
+
+from forty_study import forty_trials
+from tiny_study import tiny_trials
+
+from experiments import pipeline
+from experiments.definitions import Evaluation, Perplexity, Trial, key
+from experiments.store import Fact, Store
+from experiments.studies import STUDIES
+from slurm import plan
+from slurm.cluster import Cluster
+from slurm.submit import Sweep, todo
+from slurm.task import Work
+
+
+def finish(trial: Trial, store: Store) -> None:
+    """The rows of a trial, as if it had run."""
+    for stage in pipeline.stages(trial):
+        store.write_rows(trial, stage, [Fact("sparsity", 0.0, "1", {})], {})
+
+
+def wanted(trials: tuple[Trial, ...], root: Path, busy: tuple[str, ...] = (), retry: bool = False) -> list[str]:
+    sweep = Sweep("test", trials, Cluster(executor="debug"), Work(root))
+    return [step.id for wave in todo(sweep, busy, retry) for step in wave.steps]
+
+
+def test_every_pruning_is_one_step_whoever_needs_it() -> None:
+    trials = STUDIES["demo"].trials()
+    steps = plan.steps(trials)
+    # Seven prunings: three one-shot, of which SparseGPT's is also the prior of the four that are learned.
+    assert [step.kind for step in steps.values()].count("prune") == 3
+    assert [step.kind for step in steps.values()].count("learn") == 4
+    assert [step.kind for step in steps.values()].count("evaluate") == len(trials)
+    [shared] = [step for step in steps.values() if step.pruning.method == "sparsegpt" and step.kind == "prune"]
+    assert {trial.label for trial in shared.trials} == {
+        trial.label for trial in trials if trial.pruning.method in ("sparsegpt", "maskllm", "patch-joint")
+    }
+
+
+def test_waves_follow_what_steps_stand_on(tmp_path: Path) -> None:
+    steps = plan.steps(forty_trials(tmp_path / "text"))
+    seen: set[str] = set()
+    for wave in plan.waves(steps, steps):
+        assert wave.needs <= seen
+        seen |= {step.id for step in wave.steps}
+    assert seen == set(steps)
+
+
+def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
+    trials, store = tiny_trials(Path("embedded"), tmp_path / "text"), Store(tmp_path)
+    everything = wanted(trials, tmp_path)
+    assert sorted(everything) == sorted(plan.steps(trials))
+    dense, magnitude, learned = trials
+    finish(dense, store)
+    assert f"evaluate-{key(dense)}" not in wanted(trials, tmp_path)
+    # A checkpoint is there: only the evaluation is left.
+    store.checkpoint_path(magnitude.pruning).mkdir(parents=True)
+    assert wanted((dense, magnitude), tmp_path) == [f"evaluate-{key(magnitude)}"]
+    # In the queue: its dependents are submitted, itself not.
+    prior, mask, evaluation = (
+        f"prune-{key(learned.pruning.prior)}",
+        f"learn-{key(learned.pruning)}",
+        f"evaluate-{key(learned)}",
+    )
+    assert wanted((learned,), tmp_path, (prior, mask)) == [evaluation]
+    # What the queue holds stands on a step that was lost: it will not start.
+    assert wanted((learned,), tmp_path, (mask, evaluation)) == [prior, mask, evaluation]
+    with store.claim(f"trial-{key(magnitude)}"):
+        assert wanted((magnitude,), tmp_path) == []
+    store.write_failure(learned, "learn", ValueError("diverged"), {})
+    assert wanted((learned,), tmp_path) == []
+    assert len(wanted((learned,), tmp_path, retry=True)) == 3
+
+
+def test_a_finished_trial_needs_no_checkpoint(tmp_path: Path) -> None:
+    """Checkpoints are large: they may be deleted once their rows are there."""
+    trials = tiny_trials(Path("embedded"), tmp_path / "text")
+    for trial in trials:
+        finish(trial, Store(tmp_path))
+    assert wanted(trials, tmp_path) == []
+
+
+def test_another_evaluation_of_a_pruning_shares_it(tmp_path: Path) -> None:
+    trial = tiny_trials(Path("embedded"), tmp_path / "text")[1]
+    other = Trial(trial.pruning, Evaluation((Perplexity("wikitext2/test", 128),)))
+    kinds = [step.kind for step in plan.steps((trial, other)).values()]
+    assert kinds == ["prune", "evaluate", "evaluate"]
