@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test triton-versions test-slurm lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/hts run demo
@@ -20,6 +20,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compiles the kernels with every version of Triton that they should compile with; the others lie beside the environment.
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+triton-versions: $(INSTALLED)
+	@for version in $(TRITONS); do \
+		folder=$(VENV)/triton-$$version; \
+		test -d $$folder || $(BIN)/python -m pip install --quiet --no-deps --target $$folder triton==$$version || exit 1; \
+		echo "triton $$version"; \
+		TRITON_CACHE_DIR=$$folder/cache PYTHONPATH=$$folder $(BIN)/pytest -q tests/stoicc/test_sass.py || exit 1; \
+	done
 
 # uv is an order of magnitude faster than pip and picks the torch build that fits the machine; neither is required.
 $(INSTALLED): pyproject.toml

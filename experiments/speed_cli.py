@@ -117,6 +117,31 @@ def whole_model(
     console.print(model_table(load_bench([path])), highlight=False, soft_wrap=True)
 
 
+@bench.command()
+def report(
+    gpu: Annotated[str, typer.Option(help="A folder of <results>/bench, such as nvidia-h200.")] = "nvidia-h200",
+    results: Results = Path("results"),
+) -> None:
+    """Print the tables of a GPU's measured rows, and draw their figures."""
+    from analysis.speed import kernel_table, load_bench, model_table
+    from analysis.speed_figures import plot_roof, plot_speedup
+
+    folder = results / "bench" / gpu
+    kernels = sorted((folder / "kernels").glob("*.jsonl"))
+    if not kernels:
+        raise UserError(f"{folder}: no rows of kernels there: run `hts bench kernels`")
+    frame = load_bench(kernels)
+    for name in dict.fromkeys(frame.model):
+        console.print(f"{name}, tiles of 128x128, geometric mean over its linears", highlight=False)
+        console.print(kernel_table(frame, name), highlight=False, soft_wrap=True)
+    for path in sorted((folder / "model").glob("*.jsonl")):
+        console.print(f"{path.stem}, end to end", highlight=False)
+        console.print(model_table(load_bench([path])), highlight=False, soft_wrap=True)
+    out = results / "reports" / f"speed-{gpu}"
+    for path in (*plot_speedup(frame, out / "speedup"), *plot_roof(frame, out / "roof")):
+        console.print(str(path), highlight=False)
+
+
 def _gpu() -> "torch.device":  # type: ignore[name-defined]  # noqa: F821
     import torch
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -86,8 +86,7 @@ def assert_sound(kernel: Any, arch: int) -> None:
     assert not re.search(r"\b(LDL|STL)\b", kernel.asm["sass"]), "registers spill to local memory"
     assert kernel.metadata.shared <= SHARED_LIMIT[arch]
     if arch == 90:
-        ptxas = knobs.nvidia.ptxas.path
-        command = [ptxas, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
         said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
         assert "bytes spill stores" in said and " 0 bytes spill stores" in said
         assert not re.search(r"C75\d\d", said), said
