@@ -22,9 +22,9 @@ FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _CONSTRAINTS_24 = gl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r")
 _CONSTRAINTS_DENSE = gl.constexpr("=r,=r,=r,=r,r,r,r,r")
-_MARK_24 = gl.constexpr(f"// stoicc.{VERSION} sparse $4 $5 $6 $7 $8 ")
-_MARK_REMOTE = gl.constexpr(f"// stoicc.{VERSION} remote $1")
-_MARK_DENSE = gl.constexpr(f"// stoicc.{VERSION} dense $4 $5 $6 $7")
+_MARK_24 = gl.constexpr(f"stoicc.{VERSION} sparse $4 $5 $6 $7 $8 ")
+_MARK_REMOTE = gl.constexpr(f"stoicc.{VERSION} remote $1")
+_MARK_DENSE = gl.constexpr(f"stoicc.{VERSION} dense $4 $5 $6 $7")
 
 
 @gluon.jit
@@ -61,7 +61,7 @@ def _placeholder(x):
 @gluon.constexpr_function
 def _cluster_barrier(size, threads):
     return (
-        f"// stoicc.{VERSION} cluster {size} {threads}\n"
+        f"stoicc.{VERSION} cluster {size} {threads}\n"
         "fence.mbarrier_init.release.cluster;\n"
         "barrier.cluster.arrive.release;\n"
         "barrier.cluster.wait.acquire;\n"
@@ -71,7 +71,7 @@ def _cluster_barrier(size, threads):
 
 @gluon.constexpr_function
 def _multicast(mask):
-    return f"// stoicc.{VERSION} multicast {mask}"
+    return f"stoicc.{VERSION} multicast {mask}"
 
 
 @gluon.jit

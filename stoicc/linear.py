@@ -71,8 +71,8 @@ class HybridLinear(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("orders", None if hybrid.records.is_meta else hybrid.orders(), persistent=False)
         self._sizes = [rows for _, rows in spec.parts]
-        self._shape, self._tile = list(spec.shape), list(spec.tile)
-        self._results: tuple[Tensor, Sequence[Tensor]] | None = None
+        self._dtype, self._shape, self._tile = hybrid.dtype, list(spec.shape), list(spec.tile)
+        self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
 
     @classmethod
     def empty(cls, spec: Spec, dtype: torch.dtype) -> "HybridLinear":
@@ -108,14 +108,14 @@ class HybridLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         everything = self.all_parts(x)
         if len(everything) > 1:
-            self._results = (x, everything)
+            self._results = (x, _version(x), everything)
         return everything[0]
 
     def all_parts(self, x: Tensor) -> Sequence[Tensor]:
         """The outputs of all fused linears."""
         y = linear_op(
             x, self.records, self.starts, self.columns, self.sparse_blocks, self.leads, self.orders, self.bias,
-            self._shape, self._tile, self.spec.band,
+            self._dtype, self._shape, self._tile, self.spec.band,
         )  # fmt: skip
         return y.split(self._sizes, dim=-1)
 
@@ -127,13 +127,18 @@ class HybridLinear(nn.Module):
         results = self._results
         if index == len(self._sizes) - 1:
             self._results = None
-        if results is None or results[0] is not x:
+        if results is None or results[0] is not x or results[1] != _version(x):
             return self.all_parts(x)[index]
-        return results[1][index]
+        return results[2][index]
 
     def extra_repr(self) -> str:
         fused = "" if len(self._sizes) == 1 else f", fused={self._sizes}"
         return f"in_features={self.in_features}, out_features={self.out_features}, tile={self._tile}{fused}"
+
+
+def _version(x: Tensor) -> int | None:
+    """Changes when ``x`` is written in place; not known while tracing, and of inference tensors."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class HybridPart(nn.Module):
@@ -196,8 +201,7 @@ def compile_model(
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
-        or
-            a weight has another dtype.
+            or a weight has another dtype.
     """
     for name, mask in masks.items():
         _check_linear(model, name, mask)
@@ -260,6 +264,8 @@ def _check_linear(model: nn.Module, name: str, mask: HybridMask) -> None:
         raise UserError(f"{name}: mask is for a weight of {mask.shape}, the model's is {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise UserError(f"{name}: weight is {weight.dtype}: load the model in bfloat16 or float16 to pack it")
+    if weight.shape[1] % 8:
+        raise UserError(f"{name}: in_features is {weight.shape[1]}, must be a multiple of 8 to be packed")
 
 
 def _groups(model: nn.Module, masks: Mapping[str, HybridMask], fuse: bool) -> Iterator[list[str]]:

@@ -1,7 +1,7 @@
 """From marked instructions to ones that stock Triton does not emit: the compiler pass behind ``stoicc.language``.
 
 Stock Triton can emit the dense ``wgmma`` and bulk copies with all their layouts, barriers and fences, but not their
-sparse and cluster forms. So a kernel emits a *mark*, one line of inline assembly that is only a comment, directly
+sparse and cluster forms. So a kernel emits a *mark*, one line of inline assembly that ptxas would refuse, directly
 before the instruction; this pass, wrapped around Triton's own PTX stage through the public
 ``triton.knobs.runtime.add_stages_inspection_hook``, rewrites what follows:
 
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from triton import knobs
@@ -35,7 +36,7 @@ from triton import knobs
 # The marks carry the digest of this file, so that no change to it can be served an old binary by Triton's cache.
 VERSION = sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
-_MARK = re.compile(r"//\s*stoicc\.(?P<version>\S+) (?P<kind>\w+) ?(?P<operands>[^/]*?)\s*$")
+_MARK = re.compile(r"\s*stoicc\.(?P<version>\S+) (?P<kind>\w+) ?(?P<operands>.*?)\s*")
 _WGMMA = re.compile(
     r"(?P<indent>\s*)wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<types>\w+\.\w+)\s+"
     r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+),\s*(?P<rest>.*);"
@@ -43,6 +44,7 @@ _WGMMA = re.compile(
 _BREAKS_CHAIN = re.compile(
     r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|(?!\$L__tmp)[\w$]+:|\{$"
 )
+_REGISTER = re.compile(r"%r\d+")
 _COPY = re.compile(
     r"(?P<head>.*cp\.async\.bulk\.tensor\.\dd)\.shared::(cluster|cta)(?P<kind>\.global\.mbarrier::complete_tx::bytes)"
     r"(?P<rest> .*);"
@@ -78,7 +80,7 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
     pending: _Mark | None = None
     cluster: _Mark | None = None
     for number, line in enumerate(ptx.split("\n"), start=1):
-        found = _MARK.search(line)
+        found = _MARK.fullmatch(line)
         if found:
             mark = _Mark(found["kind"], found["operands"].split(), number)
             _check(mark, found["version"], kernel)
@@ -90,6 +92,7 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
                 cluster = mark
             else:
                 pending = mark
+            continue
         elif pending and _INSTRUCTIONS[pending.kind] in line:
             rewritten = _REWRITES[pending.kind](line, pending)
             if rewritten is None:
@@ -150,16 +153,20 @@ def _chain(lines: list[str]) -> list[str]:
     """
     kept: list[str] = []
     commit: int | None = None  # where the previous wgmma of this chain was committed
+    since: list[str] = []  # what came after it
     dropped: set[int] = set()
-    for line in lines:
+    for number, line in enumerate(lines):
         text = line.strip()
         if text == "wgmma.fence.sync.aligned;" and commit is not None:
-            dropped.add(commit)
-            continue
+            operands = next((_REGISTER.findall(later) for later in lines[number:] if "wgmma.mma_async" in later), [])
+            if not any(_writes(earlier, operands) for earlier in since):
+                dropped.add(commit)
+                continue
         if text == "wgmma.commit_group.sync.aligned;":
-            commit = len(kept)
+            commit, since = len(kept), []
         elif _BREAKS_CHAIN.match(text):
             commit = None
+        since.append(line)
         kept.append(line)
     return [line for number, line in enumerate(kept) if number not in dropped]
 
@@ -198,15 +205,31 @@ def _writes(line: str, operands: list[str]) -> bool:
     )
 
 
+class _Active:
+    """How many are compiling with marks lowered, and the hook that was set before the first."""
+
+    lock = RLock()
+    depth = 0
+    before: Callable[..., Any] | None = None
+
+
 @contextmanager
 def lowering() -> Iterator[None]:
-    """While active, kernels that Triton compiles have their marks lowered; another hook that is set still runs."""
-    before = knobs.runtime.add_stages_inspection_hook
-    knobs.runtime.add_stages_inspection_hook = _stages_hook(before)
-    try:
-        yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = before
+    """While active, kernels that Triton compiles have their marks lowered; another hook that is set still runs.
+
+    Triton has one hook for the whole process: threads take turns, and the first in sets it, the last out restores it.
+    """
+    with _Active.lock:
+        if _Active.depth == 0:
+            _Active.before = knobs.runtime.add_stages_inspection_hook
+            knobs.runtime.add_stages_inspection_hook = _stages_hook(_Active.before)
+        _Active.depth += 1
+        try:
+            yield
+        finally:
+            _Active.depth -= 1
+            if _Active.depth == 0:
+                knobs.runtime.add_stages_inspection_hook = _Active.before
 
 
 def _stages_hook(inner: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -37,9 +37,8 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         UserError: if dtype, device or shape do not fit.
     """
-    return linear_op(
-        x, *hybrid.parts().values(), hybrid.orders(), bias, list(hybrid.shape), list(hybrid.tile), hybrid.band
-    )
+    parts = (*hybrid.parts().values(), hybrid.orders())
+    return linear_op(x, *parts, bias, hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())
@@ -52,13 +51,14 @@ def linear_op(
     leads: Tensor,
     orders: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
     shape: list[int],
     tile: list[int],
     band: int,
 ) -> Tensor:
     """``linear`` on the parts of a ``HybridWeight`` and its ``orders()``."""
     hybrid = HybridWeight.trusted(
-        tuple(shape), tuple(tile), x.dtype, records, starts, columns, sparse_blocks, leads, band
+        tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band
     )
     check_operands(x, hybrid, bias)
     if x.numel() == 0:
@@ -79,6 +79,7 @@ def _(
     leads: Tensor,
     orders: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
     shape: list[int],
     tile: list[int],
     band: int,
@@ -93,8 +94,8 @@ def check_operands(x: Tensor, hybrid: HybridWeight, bias: Tensor | None) -> None
     n, k = hybrid.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise UserError(f"activations are {tuple(x.shape)}, the packed weight {n}x{k} needs a last dimension of {k}")
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise UserError(f"activations are {x.dtype}: convert them to the packed weight's bfloat16 or float16")
+    if x.dtype != hybrid.dtype:
+        raise UserError(f"activations are {x.dtype}, the packed weight {hybrid.dtype}: convert the activations")
     if x.device != hybrid.device:
         raise UserError(f"activations are on {x.device}, the packed weight on {hybrid.device}")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):

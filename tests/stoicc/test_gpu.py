@@ -129,7 +129,7 @@ def test_graph_capture_and_replay() -> None:
         parts = (*hybrid.parts().values(), hybrid.orders())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = linear_op(x, *parts, None, [1024, 1024], [128, 128], hybrid.band)
+            y = linear_op(x, *parts, None, x.dtype, [1024, 1024], [128, 128], hybrid.band)
         for _ in range(3):
             x.copy_(torch.randn_like(x))
             y.fill_(float("nan"))
@@ -159,7 +159,7 @@ def test_fullgraph_compile() -> None:
 
     @torch.compile(fullgraph=True)
     def layer(x: Tensor) -> Tensor:
-        return torch.nn.functional.silu(linear_op(x, *parts, None, [512, 512], [128, 128], 2)) + 1
+        return torch.nn.functional.silu(linear_op(x, *parts, None, torch.bfloat16, [512, 512], [128, 128], 2)) + 1
 
     x = torch.randn(40, 512, device="cuda", dtype=torch.bfloat16)
     expected = torch.nn.functional.silu(linear(x, hybrid)) + 1

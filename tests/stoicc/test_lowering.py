@@ -14,7 +14,7 @@ FENCE, COMMIT = "\twgmma.fence.sync.aligned;", "\twgmma.commit_group.sync.aligne
 
 
 def mark(text: str, version: str = VERSION) -> str:
-    return f"\t// stoicc.{version} {text}"
+    return f"\tstoicc.{version} {text}"
 
 
 SPARSE_MARK, DENSE_MARK = mark("sparse %r1 %r2 %r3 %r4 %r5 1"), mark("dense %r1 %r2 %r3 %r4")
