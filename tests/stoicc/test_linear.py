@@ -1,169 +1,482 @@
-"""Whole models on packed weights: same logits, same text, and checkpoints that load as what they were."""
+"""Packed modules in a transformers model, and packed checkpoints, on a CPU."""
 
+import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stoicc_hybrids import random_mask
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import stoicc
 from patch.errors import UserError
-from patch.mask import HybridMask
+from patch.mask import HybridMask, TileShape
 from patch.prunable import prunable_linears
 from stoicc.linear import HybridLinear, HybridPart, packed_modules
+from stoicc.matmul import linear_op
 
-IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0))
+Masks = dict[str, HybridMask]
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 448,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+LINEARS = 14
+IDS = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(1))
+QKV = "model.layers.0.self_attn"
 
 
-def masked_model(share: float = 0.6, *, bias: bool = False) -> tuple[PreTrainedModel, dict[str, HybridMask]]:
-    """A tiny random model whose weights are masked already, and its masks."""
+def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        attention_bias=bias,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
-    masks = {}
-    for seed, (name, linear) in enumerate(prunable_linears(model).items()):
-        masks[name] = random_mask(*linear.weight.shape, (64, 64), share, seed=seed)
-        linear.weight.copy_(masks[name].apply(linear.weight))
-        if linear.bias is not None:
-            nn.init.normal_(linear.bias)
-    return model, masks
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    # As from_pretrained does: without the buffers of the rotary embedding.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
+def some_masks(model: nn.Module, share: float = 0.6, tile: TileShape = (64, 64)) -> Masks:
+    linears = prunable_linears(model).items()
+    return {name: random_mask(*linear.weight.shape, tile, share, seed=i) for i, (name, linear) in enumerate(linears)}
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "apart"])
-def test_logits_are_the_masked_models(fuse: bool, bias: bool) -> None:
-    model, masks = masked_model(bias=bias)
-    expected = logits(model)
-    report = stoicc.compile_model(model, masks, fuse=fuse)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0.02)
-    assert len(packed_modules(model)) == len(report.packed) == (8 if fuse else 14)
-    assert sum(len(spec.parts) for spec in report.packed) == 14
-    assert report.bytes_after < 0.8 * report.bytes_before
-    assert not any(isinstance(module, nn.Linear) for module in model.model.layers.modules())
+@torch.no_grad()
+def masked(model: nn.Module, masks: Masks) -> nn.Module:
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        weight.copy_(mask.apply(weight))
+    return model
 
 
-def test_greedy_text_is_the_masked_models() -> None:
-    model, masks = masked_model()
-    settings = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
-    expected = model.generate(IDS, **settings)
-    stoicc.compile_model(model, masks)
-    assert torch.equal(model.generate(IDS, **settings), expected)
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
 
 
-def test_one_graph_under_torch_compile() -> None:
-    model, masks = masked_model()
-    stoicc.compile_model(model, masks)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert torch.equal(compiled(IDS).logits, logits(model))
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """To within what another order of summation changes in bfloat16."""
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_all_dense_masks_leave_the_linears() -> None:
-    model, masks = masked_model()
-    name = "model.layers.0.mlp.down_proj"
-    masks[name] = HybridMask(masks[name].shape, (64, 64), torch.ones_like(masks[name].dense), masks[name].patterns)
-    report = stoicc.compile_model(model, masks)
-    assert report.dense == (name,)
-    assert isinstance(model.get_submodule(name), nn.Linear)
-    assert "1 kept dense" in str(report)
+# compile_model
 
 
-def test_projections_whose_maps_do_not_stack_stay_apart() -> None:
-    model, masks = masked_model()
-    name = "model.layers.0.self_attn.k_proj"
-    masks[name] = random_mask(*masks[name].shape, (32, 32), 0.5)
-    stoicc.compile_model(model, masks)
-    layer = model.model.layers[0]
-    assert all(type(getattr(layer.self_attn, f"{p}_proj")) is HybridLinear for p in "qkv")
-    assert type(layer.mlp.up_proj) is HybridPart
-
-
-def test_a_part_called_out_of_turn_computes_its_own() -> None:
-    model, masks = masked_model()
-    weight = model.model.layers[0].mlp.up_proj.weight.clone()
-    stoicc.compile_model(model, masks)
-    mlp = model.model.layers[0].mlp
-    first, second = torch.randn(2, 3, 256, dtype=torch.bfloat16)
-    mlp.gate_proj(first)
-    torch.testing.assert_close(mlp.up_proj(second), second @ weight.T)
-    torch.testing.assert_close(mlp.up_proj(first), first @ weight.T)
-
-
-@pytest.mark.parametrize("case", ["unknown", "not-linear", "shape", "dtype"])
-def test_what_does_not_fit_changes_nothing(case: str) -> None:
-    model, masks = masked_model()
-    mask = masks["model.layers.1.mlp.down_proj"]
-    if case == "unknown":
-        masks["model.layers.7.mlp.down_proj"] = mask
-    elif case == "not-linear":
-        masks["model.norm"] = mask
-    elif case == "shape":
-        masks["model.layers.1.mlp.down_proj"] = masks["model.layers.1.mlp.up_proj"]
-    else:
-        model.float()
-    with pytest.raises(UserError):
-        stoicc.compile_model(model, masks)
-    assert not packed_modules(model)
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> tuple[Path, Tensor]:
-    model, masks = masked_model(bias=True)
-    stoicc.compile_model(model, masks)
-    path = stoicc.save_packed(tmp_path / "packed", model)
-    return path, logits(model)
-
-
-def test_a_packed_checkpoint_loads_packed(packed: tuple[Path, Tensor]) -> None:
-    path, expected = packed
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    assert len(packed_modules(model)) == 8
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0.05)
-
-
-def damage(path: Path, name: str, index: tuple[int, ...], value: int) -> None:
-    file = path / "model.safetensors"
-    tensors = load_file(file)
-    tensors[name][index] = value
-    save_file(tensors, file, metadata={"format": "pt"})
+# Where siblings do not stack, the first is packed before the second asks whether they do, and is then no nn.Linear.
 
 
 @pytest.mark.parametrize(
-    ("part", "index", "value"), [("columns", (0, 0), 99), ("starts", (1,), 1), ("records", (8, 0), -1)], ids=str
+    ("tile", "fuse"),
+    [
+        pytest.param((64, 64), True, id="64x64-fused"),
+        pytest.param((64, 64), False, id="64x64-unfused"),
+        pytest.param((64, 128), True, id="64x128-fused"),
+        pytest.param((64, 128), False, id="64x128-unfused"),
+        pytest.param((128, 64), True, id="128x64-fused"),
+        pytest.param((128, 64), False, id="128x64-unfused"),
+    ],
 )
-def test_a_damaged_checkpoint_is_refused_by_module(
-    packed: tuple[Path, Tensor], part: str, index: tuple[int, ...], value: int
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_logits_are_those_of_the_masked_model(kind: str, tile: TileShape, fuse: bool) -> None:
+    model = tiny_model(kind)
+    masks = some_masks(model, tile=tile)
+    expected = logits(masked(model, masks))
+    report = stoicc.compile_model(model, masks, fuse=fuse)
+    assert_same(logits(model), expected)
+    assert sum(len(spec.parts) for spec in report.packed) == LINEARS
+    assert not [name for name, module in prunable_linears(model).items() if isinstance(module, nn.Linear)]
+
+
+def test_masks_are_applied_while_packing() -> None:
+    dense, model = tiny_model(), tiny_model()
+    masks = some_masks(model)
+    stoicc.compile_model(model, masks)
+    assert not torch.allclose(logits(model), logits(dense), atol=0.05)
+    assert_same(logits(model), logits(masked(dense, masks)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_siblings_are_fused(dtype: torch.dtype) -> None:
+    model = tiny_model("qwen2", dtype)
+    expected = {name: linear.bias for name, linear in prunable_linears(model).items()}
+    report = stoicc.compile_model(model, some_masks(model))
+    fused = [tuple(name.split(".")[-1] for name, _ in spec.parts) for spec in report.packed]
+    assert sorted(fused) == sorted(
+        [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
+    )
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention.q_proj, HybridLinear) and attention.q_proj.spec.shape == (512, 256)
+    assert [isinstance(part, HybridPart) for part in (attention.k_proj, attention.v_proj)] == [True, True]
+    assert [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)] == [256, 128, 128]
+    assert torch.equal(attention.q_proj.bias, torch.cat([expected[f"{QKV}.{p}_proj"] for p in "qkv"]))
+    assert attention.o_proj.bias is None
+
+
+def test_siblings_whose_tiles_differ_are_not_fused() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    weight = model.get_submodule(f"{QKV}.k_proj").weight
+    masks[f"{QKV}.k_proj"] = random_mask(*weight.shape, (128, 64), 0.5)
+    expected = logits(masked(model, masks))
+    report = stoicc.compile_model(model, masks)
+    assert [len(spec.parts) for spec in report.packed if spec.parts[0][0].startswith(QKV)] == [1, 1, 1, 1]
+    assert_same(logits(model), expected)
+
+
+def test_siblings_that_end_within_a_tile_are_not_fused() -> None:
+    """All but the last must be whole tiles: 448 rows are not whole tiles of 128."""
+    model = tiny_model()
+    report = stoicc.compile_model(model, some_masks(model, tile=(128, 64)))
+    assert [len(spec.parts) for spec in report.packed if "mlp.gate_proj" in spec.parts[0][0]] == [1, 1]
+
+
+def test_only_some_masks() -> None:
+    model = tiny_model()
+    masks = {name: mask for name, mask in some_masks(model).items() if not name.endswith(("v_proj", "down_proj"))}
+    expected = logits(masked(model, masks))
+    stoicc.compile_model(model, masks)
+    assert_same(logits(model), expected)
+    assert isinstance(model.get_submodule(f"{QKV}.v_proj"), nn.Linear)
+    assert isinstance(model.get_submodule(f"{QKV}.k_proj"), HybridLinear)
+
+
+def test_all_dense_masks_keep_their_linears() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    name = "model.layers.1.mlp.down_proj"
+    masks[name].dense[:] = True
+    kept, before = model.get_submodule(name), model.get_submodule(name).weight.clone()
+    report = stoicc.compile_model(model, masks)
+    assert report.dense == (name,)
+    assert model.get_submodule(name) is kept and torch.equal(kept.weight, before)
+
+
+def test_report_counts_bytes() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    masks["model.layers.1.mlp.down_proj"].dense[:] = True
+    sizes = {name: 2 * linear.weight.numel() for name, linear in prunable_linears(model).items()}
+    report = stoicc.compile_model(model, masks)
+    packed = sum(module.checked(torch.bfloat16).nbytes for module in packed_modules(model))
+    assert report.bytes_before == sum(sizes.values())
+    assert report.bytes_after == packed + sizes["model.layers.1.mlp.down_proj"]
+    assert report.bytes_after < 0.8 * report.bytes_before
+    assert report.packed == tuple(module.spec for module in packed_modules(model))
+    assert re.fullmatch(
+        r"13 linears packed into 7, 1 kept dense, 0 kept since they would be slower: \d\.\d\d GB -> \d\.\d\d GB \(0\.\d\dx\)",
+        str(report),
+    )
+
+
+def test_full_graph_compiles() -> None:
+    model = tiny_model()
+    stoicc.compile_model(model, some_masks(model))
+    expected = logits(model)
+    torch._dynamo.reset()
+    assert_same(logits(torch.compile(model, fullgraph=True, backend="eager")), expected)
+
+
+def test_dense_weights_are_freed() -> None:
+    model = tiny_model()
+    stoicc.compile_model(model, some_masks(model))
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if "proj" in name] and "lm_head.weight" in names
+
+
+BEFORE_ANYTHING_CHANGES: list[Any] = [
+    pytest.param(
+        lambda model, masks: masks.update({"model.nothing": masks[f"{QKV}.q_proj"]}), "model.nothing", id="unknown"
+    ),
+    pytest.param(
+        lambda model, masks: masks.update({"model.norm": masks[f"{QKV}.q_proj"]}), "LlamaRMSNorm", id="no-linear"
+    ),
+    pytest.param(
+        lambda model, masks: masks.update({"model.layers.1.mlp.down_proj": masks[f"{QKV}.q_proj"]}),
+        r"model.layers.1.mlp.down_proj: mask is for a weight of \(256, 256\), the model's is \(256, 448\)",
+        id="shape",
+    ),
+    pytest.param(
+        lambda model, masks: model.model.layers[1].mlp.down_proj.float(),
+        "model.layers.1.mlp.down_proj: weight is torch.float32",
+        id="float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BEFORE_ANYTHING_CHANGES)
+def test_refused_before_anything_changes(spoil: Callable[[nn.Module, Masks], Any], message: str) -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    spoil(model, masks)
+    modules = dict(model.named_modules())
+    with pytest.raises(UserError, match=message):
+        stoicc.compile_model(model, masks)
+    assert dict(model.named_modules()) == modules
+
+
+def test_inputs_that_cannot_be_packed_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(60, 64)).to(torch.bfloat16)
+    first = model[0]
+    masks = {str(i): random_mask(*model[i].weight.shape, (64, 4), 0.5) for i in (0, 1)}
+    with pytest.raises(UserError, match="multiple of 8"):
+        stoicc.compile_model(model, masks)
+    assert model[0] is first
+
+
+# Fused parts
+
+
+@pytest.fixture
+def attention() -> tuple[HybridLinear, HybridPart, HybridPart, Callable[[Tensor, int], Tensor]]:
+    """The fused projections of one block, and what each computes."""
+    model = tiny_model("qwen2")
+    block = model.model.layers[0].self_attn
+    masked(model, masks := some_masks(model))
+    linears = [block.q_proj, block.k_proj, block.v_proj]
+    stoicc.compile_model(model, masks)
+
+    def expected(x: Tensor, index: int) -> Tensor:
+        return linears[index](x).detach()
+
+    return block.q_proj, block.k_proj, block.v_proj, expected
+
+
+def some_activations(seed: int, tokens: int = 5) -> Tensor:
+    return torch.randn(1, tokens, 256, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def test_parts_take_what_the_first_has_computed(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, expected = attention
+    products = []
+    module_of_linears = sys.modules[HybridLinear.__module__]
+    monkeypatch.setattr(module_of_linears, "linear_op", lambda *a: products.append(a) or linear_op(*a))
+    x = some_activations(0)
+    for index, module in enumerate((q, k, v)):
+        assert_same(module(x), expected(x, index))
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 2, 1), (1,), (2, 2), (0, 1, 1, 2, 2)], ids=str)
+def test_parts_in_any_order(attention: Any, order: tuple[int, ...]) -> None:
+    *modules, expected = attention
+    x = some_activations(0)
+    for index in order:
+        assert_same(modules[index](x), expected(x, index))
+
+
+def test_parts_with_other_activations(attention: Any) -> None:
+    q, k, v, expected = attention
+    x, other = some_activations(0), some_activations(1, tokens=3)
+    q(x)
+    assert_same(k(other), expected(other, 1))
+    assert_same(k(x.clone()), expected(x, 1))
+    assert_same(v(x), expected(x, 2))
+    assert_same(v(other), expected(other, 2))
+    assert_same(k(x), expected(x, 1))
+
+
+def test_last_part_lets_go_of_the_results(attention: Any) -> None:
+    q, k, v, _ = attention
+    x = some_activations(0)
+    q(x), k(x), v(x)
+    assert q._results is None
+
+
+def test_parts_after_the_activations_were_written_in_place(attention: Any) -> None:
+    q, k, _, expected = attention
+    x = some_activations(0)
+    q(x)
+    x.copy_(some_activations(1))
+    assert_same(k(x), expected(x, 1))
+
+
+# Packed checkpoints
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, Tensor, Tensor]:
+    """A packed checkpoint, its model, and the masked dense model's logits and greedy text."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # no near ties
+    masks = some_masks(model)
+    masks["model.layers.1.mlp.down_proj"].dense[:] = True
+    masked(model, masks)
+    expected, text = logits(model), generated(model)
+    stoicc.compile_model(model, masks)
+    path = tmp_path_factory.mktemp("packed") / "checkpoint"
+    assert stoicc.save_packed(path, model) == path
+    return path, model, expected, text
+
+
+def generated(model: nn.Module) -> Tensor:
+    return model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+
+def loaded(path: Path, **options: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": torch.bfloat16, **options}).eval()
+
+
+def damaged(packed: tuple[Path, Any, Any, Any], to: Path, spoil: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the checkpoint whose tensors ``spoil`` has changed."""
+    to.mkdir()
+    for file in packed[0].iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(to / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def with_config(packed: tuple[Path, Any, Any, Any], to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the checkpoint whose quantization_config is changed."""
+    damaged(packed, to, lambda tensors: None)
+    config = json.loads((to / "config.json").read_text())
+    change(config["quantization_config"])
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_loads_what_was_saved(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
+    path, model, expected, _ = packed
+    again = loaded(path)
+    assert torch.equal(logits(again), logits(model))
+    assert_same(logits(again), expected)
+    assert [module.spec for module in packed_modules(again)] == [module.spec for module in packed_modules(model)]
+    assert isinstance(again.model.layers[1].mlp.down_proj, nn.Linear)
+    for found, saved in zip(packed_modules(again), packed_modules(model), strict=True):
+        assert torch.equal(found.orders, saved.orders)
+
+
+def test_checkpoint_holds_no_dense_weights(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
+    path, model, *_ = packed
+    tensors = load_file(path / "model.safetensors")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    dense = 2 * sum(parameter.numel() for parameter in tiny_model("qwen2").parameters())
+    hybrid = sum(module.checked(torch.bfloat16).nbytes for module in packed_modules(model))
+    kept = sum(2 * parameter.numel() for parameter in model.parameters())
+    biases = sum(2 * module.bias.numel() for module in packed_modules(model) if module.bias is not None)
+    assert size == hybrid + kept + biases < 0.9 * dense
+    assert size <= (path / "model.safetensors").stat().st_size <= size + 20_000
+    assert not any(name.endswith("_proj.weight") for name in tensors if "layers.1.mlp.down" not in name)
+
+
+def test_greedy_text_is_the_masked_models(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
+    path, model, _, text = packed
+    assert torch.equal(generated(model), text)
+    assert torch.equal(generated(loaded(path)), text)
+
+
+def test_loaded_again_and_saved_again(packed: tuple[Path, nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    again = loaded(packed[0])
+    stoicc.save_packed(tmp_path / "again", again)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (packed[0] / "model.safetensors").read_bytes()
+
+
+def nibbles_zero(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.records"][8, 5] = 0
+
+
+def columns_swapped(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.columns"][0] = tensors[f"{QKV}.q_proj.columns"][0].flip(0)
+
+
+def columns_out_of_range(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.columns"][3, 0] = 1 << 20
+
+
+def starts_moved(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.starts"][2] += 1
+
+
+def sparse_blocks_negative(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.sparse_blocks"][1] = -1
+
+
+def leads_moved(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{QKV}.q_proj.leads"][0] += 1
+
+
+DAMAGE = [
+    (nibbles_zero, "metadata"),
+    (columns_swapped, "columns"),
+    (columns_out_of_range, "columns of panel 3"),
+    (starts_moved, r"starts\[2\]"),
+    (sparse_blocks_negative, "sparse_blocks"),
+    (leads_moved, "leads"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), DAMAGE, ids=lambda value: getattr(value, "__name__", ""))
+def test_damaged_tensors_are_refused_with_their_module(
+    packed: Any, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
-    path, _ = packed
-    damage(path, f"model.layers.1.mlp.gate_proj.{part}", index, value)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate_proj"):
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    path = damaged(packed, tmp_path / "damaged", spoil)
+    with pytest.raises(UserError, match=rf"{QKV}\.q_proj: .*{message}"):
+        loaded(path)
 
 
-def test_a_newer_format_is_refused(packed: tuple[Path, Tensor]) -> None:
-    path, _ = packed
-    config = path / "config.json"
-    config.write_text(config.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="format 2"):
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+def test_tensors_of_another_size_are_refused(packed: Any, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{QKV}.q_proj.records"] = tensors[f"{QKV}.q_proj.records"][:-1].contiguous()
+
+    with pytest.raises(Exception, match=r"q_proj|size mismatch|mismatched"):
+        loaded(damaged(packed, tmp_path / "damaged", cut))
 
 
-def test_a_model_that_is_not_packed_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="compile_model"):
-        stoicc.save_packed(tmp_path / "out", masked_model()[0])
+@pytest.mark.parametrize("part", ["records", "starts", "columns", "sparse_blocks", "leads"])
+def test_missing_tensors_are_refused(packed: Any, tmp_path: Path, part: str) -> None:
+    path = damaged(packed, tmp_path / "damaged", lambda tensors: tensors.__delitem__(f"{QKV}.q_proj.{part}"))
+    with pytest.raises(UserError, match=rf"{QKV}\.q_proj"):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda c: c.update(format=2), "has format 2, this version reads 1", id="newer-format"),
+        pytest.param(lambda c: c["modules"][0].pop("band"), "quantization_config is damaged", id="field-missing"),
+        pytest.param(lambda c: c["modules"][0].update(speed=9), "quantization_config is damaged", id="field-unknown"),
+        pytest.param(lambda c: c["modules"][0].update(units="many"), "quantization_config is damaged", id="wrong-type"),
+        pytest.param(lambda c: c["modules"][0].update(band=3), "bands have 3", id="band"),
+    ],
+)
+def test_damaged_config_is_refused(
+    packed: Any, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = with_config(packed, tmp_path / "changed", change)
+    with pytest.raises(UserError, match=message):
+        loaded(path)
+
+
+def test_float32_is_refused(packed: Any) -> None:
+    with pytest.raises(UserError, match=r"bfloat16 or float16, not torch.float32"):
+        loaded(packed[0], dtype=torch.float32)
+
+
+def test_only_packed_models_can_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no packed weights"):
+        stoicc.save_packed(tmp_path / "checkpoint", tiny_model())
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_nothing_is_overwritten(packed: Any) -> None:
+    with pytest.raises(UserError, match="already there"):
+        stoicc.save_packed(packed[0], packed[1])
+
+
+def test_dense_checkpoints_cannot_be_packed_as_they_load(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="only packed checkpoints"):
+        loaded(tmp_path / "dense", quantization_config=stoicc.StoiccConfig())
