@@ -368,7 +368,7 @@ def _check_kinds(hybrid: HybridWeight) -> None:
     if hybrid.dtype not in DTYPES:
         raise UserError(f"packed weight has dtype {hybrid.dtype}, needs bfloat16 or float16")
     wanted = {
-        "records": (hybrid.records.shape[0], UNIT_WORDS),
+        "records": (len(hybrid.records) if hybrid.records.dim() else 0, UNIT_WORDS),
         "starts": (hybrid.panels + 1,),
         "columns": (hybrid.panels, hybrid.steps),
         "sparse_blocks": (hybrid.panels,),

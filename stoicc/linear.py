@@ -36,6 +36,7 @@ class Spec:
         tile, band: of the ``HybridWeight``.
         units: rows of its records.
         bias: whether it has one.
+        dtype: of the weight, ``bfloat16`` or ``float16``; its records mean nothing in the other.
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -44,6 +45,7 @@ class Spec:
     band: int
     units: int
     bias: bool
+    dtype: str
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,16 +77,17 @@ class HybridLinear(nn.Module):
         self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
 
     @classmethod
-    def empty(cls, spec: Spec, dtype: torch.dtype) -> "HybridLinear":
+    def empty(cls, spec: Spec) -> "HybridLinear":
         """One without data, on the meta device, to load a packed checkpoint into."""
         n, k = spec.shape
+        dtype: torch.dtype = getattr(torch, spec.dtype)
         panels, steps = -(-n // 64), -(-k // 64)
         sizes = ((spec.units, 128), (panels + 1,), (panels, steps), (panels,), (panels,))
         parts = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
         bias = torch.empty(n, dtype=dtype, device="meta") if spec.bias else None
         return cls(spec, HybridWeight.trusted(spec.shape, spec.tile, dtype, *parts, spec.band), bias)
 
-    def checked(self, dtype: torch.dtype) -> HybridWeight:
+    def checked(self) -> HybridWeight:
         """The packed weight, every invariant checked: what was loaded from a file goes through here before it is used.
 
         Raises:
@@ -94,7 +97,7 @@ class HybridLinear(nn.Module):
             return HybridWeight(
                 self.spec.shape,
                 self.spec.tile,
-                dtype,
+                self._dtype,
                 records=self.records,
                 starts=self.starts,
                 columns=self.columns,
@@ -219,13 +222,13 @@ def compile_model(
             after += size
             continue
         module = _pack_linears(names, linears, mask)
-        if tokens and _slower(module.checked(linears[0].weight.dtype), tokens):
+        if tokens and _slower(module.checked(), tokens):
             slower += names
             after += size
             continue
         install(model, module)
         packed.append(module.spec)
-        after += module.checked(linears[0].weight.dtype).nbytes
+        after += module.checked().nbytes
         del linears
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
@@ -309,5 +312,7 @@ def _pack_linears(names: Sequence[str], linears: Sequence[nn.Linear], mask: Hybr
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     parts = tuple((name, linear.out_features) for name, linear in zip(names, linears, strict=True))
     units = hybrid.records.shape[0]
-    spec = Spec(parts, linears[0].in_features, hybrid.tile, hybrid.band, units, bool(biases))
+    spec = Spec(
+        parts, linears[0].in_features, hybrid.tile, hybrid.band, units, bool(biases), str(hybrid.dtype)[len("torch.") :]
+    )
     return HybridLinear(spec, hybrid, torch.cat(biases) if biases else None)

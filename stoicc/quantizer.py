@@ -50,9 +50,9 @@ class StoiccConfig(QuantizationConfigMixin):
             raise UserError(f"packed checkpoint: quantization_config is damaged ({error})") from None
 
 
-def _spec(parts: Any, in_features: int, tile: Any, band: int, units: int, bias: bool) -> Spec:
+def _spec(parts: Any, in_features: int, tile: Any, band: int, units: int, bias: bool, dtype: str) -> Spec:
     named = tuple((str(name), int(rows)) for name, rows in parts)
-    return Spec(named, int(in_features), (int(tile[0]), int(tile[1])), int(band), int(units), bool(bias))
+    return Spec(named, int(in_features), (int(tile[0]), int(tile[1])), int(band), int(units), bool(bias), str(dtype))
 
 
 @register_quantizer(METHOD)
@@ -72,11 +72,15 @@ class StoiccQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for spec in self.quantization_config.specs():
-            install(model, HybridLinear.empty(spec, model.dtype))
+            if str(model.dtype) != f"torch.{spec.dtype}":
+                raise UserError(
+                    f"packed weights are {spec.dtype}, the model is loaded as {model.dtype}: load it as they are"
+                )
+            install(model, HybridLinear.empty(spec))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in packed_modules(model):
-            module.orders = module.checked(model.dtype).orders()
+            module.orders = module.checked().orders()
         return model
 
     def is_serializable(self) -> bool:

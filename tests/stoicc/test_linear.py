@@ -168,15 +168,13 @@ def test_report_counts_bytes() -> None:
     masks["model.layers.1.mlp.down_proj"].dense[:] = True
     sizes = {name: 2 * linear.weight.numel() for name, linear in prunable_linears(model).items()}
     report = stoicc.compile_model(model, masks)
-    packed = sum(module.checked(torch.bfloat16).nbytes for module in packed_modules(model))
+    packed = sum(module.checked().nbytes for module in packed_modules(model))
     assert report.bytes_before == sum(sizes.values())
     assert report.bytes_after == packed + sizes["model.layers.1.mlp.down_proj"]
     assert report.bytes_after < 0.8 * report.bytes_before
     assert report.packed == tuple(module.spec for module in packed_modules(model))
-    assert re.fullmatch(
-        r"13 linears packed into 7, 1 kept dense, 0 kept since they would be slower: \d\.\d\d GB -> \d\.\d\d GB \(0\.\d\dx\)",
-        str(report),
-    )
+    counts = r"13 linears packed into 7, 1 kept dense, 0 kept since they would be slower: "
+    assert re.fullmatch(counts + r"\d\.\d\d GB -> \d\.\d\d GB \(0\.\d\dx\)", str(report))
 
 
 def test_full_graph_compiles() -> None:
@@ -364,7 +362,7 @@ def test_checkpoint_holds_no_dense_weights(packed: tuple[Path, nn.Module, Tensor
     tensors = load_file(path / "model.safetensors")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     dense = 2 * sum(parameter.numel() for parameter in tiny_model("qwen2").parameters())
-    hybrid = sum(module.checked(torch.bfloat16).nbytes for module in packed_modules(model))
+    hybrid = sum(module.checked().nbytes for module in packed_modules(model))
     kept = sum(2 * parameter.numel() for parameter in model.parameters())
     biases = sum(2 * module.bias.numel() for module in packed_modules(model) if module.bias is not None)
     assert size == hybrid + kept + biases < 0.9 * dense
@@ -480,3 +478,13 @@ def test_dense_checkpoints_cannot_be_packed_as_they_load(tmp_path: Path) -> None
     tiny_model().save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="only packed checkpoints"):
         loaded(tmp_path / "dense", quantization_config=stoicc.StoiccConfig())
+
+
+def test_a_packed_checkpoint_loads_in_its_own_dtype_only(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
+    with pytest.raises(UserError, match=r"packed weights are bfloat16, the model is loaded as torch\.float16"):
+        AutoModelForCausalLM.from_pretrained(packed[0], dtype=torch.float16)
+
+
+def test_activations_of_another_dtype_are_refused(attention: Any) -> None:
+    with pytest.raises(UserError, match=r"activations are torch\.float16, the packed weight torch\.bfloat16"):
+        attention[0](some_activations(0).half())
