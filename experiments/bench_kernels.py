@@ -23,11 +23,11 @@ from torch.nn.functional import linear as dense_linear
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import write_atomic
-from experiments.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from stoicc import configs
 from stoicc.format import HybridWeight, pack
-from stoicc.matmul import run
+from stoicc.matmul import choose, run
+from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
 from stoicc.tune import predicted_speedup
 
 SCHEMA = 1
@@ -161,7 +161,7 @@ def _bench_tokens(
             calls[name], about[name] = calls["cublas"], {"fallback": "all tiles are dense"}
             continue
         hybrid, masked = packed[variant]
-        config = _config(linear, hybrid, tokens)
+        config = choose(x.device, linear.n, linear.k, hybrid.band, configs.token_bucket(tokens))
         about[name] = {"kernel": configs.kernel_name(config), "config": asdict(config), "bytes": hybrid.nbytes}
         if predicted_speedup(x.device, hybrid, tokens) < 1:
             calls[name], about[name]["fallback"] = calls["cublas"], "predicted slower than dense"
@@ -180,12 +180,6 @@ def _bench_tokens(
         if name in times:
             rows.append(_row(linear, tokens, name, half, times[name], about[name]))
     return rows + [_row(linear, tokens, "hybrid", v, times[f"{v}"], about[f"{v}"]) for v in wanted]
-
-
-def _config(linear: Linear, hybrid: HybridWeight, tokens: int) -> configs.Config:
-    from stoicc.matmul import choose
-
-    return choose(hybrid.device, linear.n, linear.k, hybrid.band, configs.token_bucket(tokens))
 
 
 def _row(

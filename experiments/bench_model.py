@@ -21,11 +21,11 @@ from torch import Tensor
 
 from experiments.bench_kernels import Variant, random_mask
 from experiments.models import REGISTRY
-from experiments.timing import Call, time_in_turns
 from patch.mask import TileShape
 from patch.prunable import decoder_blocks, prunable_linears
 from stoicc import configs
 from stoicc.linear import Report, compile_model
+from stoicc.timing import Call, time_in_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

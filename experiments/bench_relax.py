@@ -18,7 +18,6 @@ Rows go to ``<results>/bench/<gpu>/relax.jsonl``, in the format of `experiments.
 import contextlib
 import dataclasses
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.definitions import definition, key
+from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import SCHEMA, write_atomic
 from patch import philox, relax, relax_triton
@@ -39,6 +39,8 @@ from patch.learner import Prior, learn
 from patch.mask import GROUP, TileShape, tile_grid
 from patch.recipe import RECIPES
 from patch.relax import Masked, SampledWeight, Softness
+from stoicc.configs import gpu_slug
+from stoicc.timing import Timing, timing
 
 MODES = ("joint", "tile", "maskllm")
 MASKS: dict[str, SampledWeight] = {"fused": relax_triton.sampled_weight, "eager": relax.sampled_weight}
@@ -57,15 +59,7 @@ class Bench:
         steps: timed steps of learning.
     """
 
-    linears: tuple[tuple[str, tuple[int, int]], ...] = (
-        ("q_proj", (2048, 2048)),
-        ("k_proj", (512, 2048)),
-        ("v_proj", (512, 2048)),
-        ("o_proj", (2048, 2048)),
-        ("gate_proj", (8192, 2048)),
-        ("up_proj", (8192, 2048)),
-        ("down_proj", (2048, 8192)),
-    )
+    linears: tuple[tuple[str, tuple[int, int]], ...] = tuple(REGISTRY["llama-3.2-1b"].linear_shapes().items())
     blocks: int = 16
     tile: TileShape = (128, 128)
     length: int = 4096
@@ -98,6 +92,10 @@ class Fact:
     p20: float | None = None
     p80: float | None = None
     runs: int = 1
+
+
+def _times(metric: str, spread: Timing, labels: dict[str, Any]) -> Fact:
+    return Fact(metric, spread.median, "ms", labels, spread.p20, spread.p80, spread.runs)
 
 
 def draw(
@@ -211,10 +209,8 @@ def all_masks(model: Sequence[Weight], sampled_weight: SampledWeight, one: Tenso
         backward(build(held, sampled_weight, index), held, one)
 
 
-def timed(
-    calls: Mapping[str, Callable[[], None]], rounds: int, ahead: bool
-) -> dict[str, tuple[float, float, float, int]]:
-    """Milliseconds of each, measured in turns: median, 20th and 80th percentile, runs.
+def timed(calls: Mapping[str, Callable[[], None]], rounds: int, ahead: bool) -> dict[str, Timing]:
+    """Milliseconds of each, measured in turns.
 
     Args:
         ahead: let the GPU wait until the launches are queued, so that host time does not count.
@@ -232,11 +228,7 @@ def timed(
             torch.cuda.synchronize()
             if turn > 1:
                 measured[name].append(start.elapsed_time(end))
-    summary = {}
-    for name, times in measured.items():
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
-        summary[name] = statistics.median(times), fifths[0], fifths[3], len(times)
-    return summary
+    return {name: timing(times) for name, times in measured.items()}
 
 
 def bytes_moved(model: Sequence[Weight]) -> int:
@@ -279,8 +271,8 @@ def measure_masks(bench: Bench, mode: str, logits: torch.dtype) -> list[Fact]:
     facts = []
     calls = {name: lambda masks=masks: all_masks(model, masks, one) for name, masks in MASKS.items()}
     for metric, ahead in (("time", True), ("time_with_host", False)):
-        for name, (median, p20, p80, runs) in timed(calls, bench.rounds, ahead).items():
-            facts.append(Fact(metric, median, "ms", about | {"implementation": name}, p20, p80, runs))
+        for name, spread in timed(calls, bench.rounds, ahead).items():
+            facts.append(_times(metric, spread, about | {"implementation": name}))
     block = model[: len(bench.linears)]
     for name, masks in MASKS.items():
         for held_at_once in (False, True):
@@ -381,8 +373,7 @@ def measure_steps(bench: Bench) -> list[Fact]:
     facts = []
 
     def add(times: list[float], labels: dict[str, Any]) -> None:
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
-        facts.append(Fact("step", statistics.median(times), "ms", labels, fifths[0], fifths[3], len(times)))
+        facts.append(_times("step", timing(times), labels))
         facts.append(Fact("step_memory", torch.cuda.max_memory_allocated(), "B", labels))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -401,8 +392,7 @@ def measure_steps(bench: Bench) -> list[Fact]:
 
 def write(bench: Bench, facts: Sequence[Fact], results: Path, started: float) -> Path:
     """All rows, at once."""
-    gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = results / "bench" / gpu / "relax.jsonl"
+    path = results / "bench" / gpu_slug(torch.cuda.get_device_name()) / "relax.jsonl"
     common = {"schema": SCHEMA, "trial": key(bench), "definition": definition(bench), "stage": "bench:relax"}
     origin = {"stderr": None, "provenance": provenance(time.time() - started)}
     write_atomic(path, "".join(json.dumps(common | dataclasses.asdict(fact) | origin) + "\n" for fact in facts))

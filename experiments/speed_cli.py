@@ -66,7 +66,7 @@ def kernels(
 
     from analysis.speed import kernel_table, load_bench
     from experiments import bench_kernels
-    from experiments.timing import measure_roof
+    from stoicc.timing import measure_roof
 
     _gpu()
     gpu = torch.cuda.get_device_name()
@@ -102,7 +102,7 @@ def whole_model(
     from analysis.speed import load_bench, model_table
     from experiments import bench_model
     from experiments.bench_kernels import write_rows
-    from experiments.timing import measure_roof
+    from stoicc.timing import measure_roof
 
     _gpu()
     started = time.time()

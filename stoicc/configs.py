@@ -118,11 +118,6 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
     return allowed if len(allowed) == 1 else allowed[:-1]
 
 
-def default_config(tokens: int, capability: tuple[int, int], band: int) -> Config:
-    """A safe choice where nothing was measured and nothing can be, such as inside a graph capture."""
-    return candidates(tokens, capability, band)[0]
-
-
 def nearest(
     entries: Iterable[Entry], n: int, k: int, band: int, tokens: int, capability: tuple[int, int]
 ) -> Entry | None:

@@ -242,7 +242,7 @@ def unpack(hybrid: HybridWeight) -> Tensor:
     )
 
 
-def metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
+def _metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
     """Some panels at a time: the first one's number, and the nibbles of their 2:4 records ``[records, 64, 16]``."""
     place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps)
     sparse = ~_dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
@@ -413,7 +413,7 @@ def _check_schedule(hybrid: HybridWeight) -> None:
 
 
 def _check_metadata(hybrid: HybridWeight) -> None:
-    for first, nibbles in metadata_nibbles(hybrid):
+    for first, nibbles in _metadata_nibbles(hybrid):
         wrong = (nibbles & 3) >= (nibbles >> 2)
         if bool(wrong.any()):
             record, row, group = (int(i) for i in wrong.nonzero()[0])

@@ -16,10 +16,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from stoicc.format import DENSE_UNITS, SPARSE_UNITS, SPARSE_VALUE_UNITS, UNIT_WORDS
 from stoicc.lowering import VERSION
 
 FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]))
-LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+# Words of a record, and where its metadata starts.
+RECORD_24 = gl.constexpr(SPARSE_UNITS * UNIT_WORDS)
+RECORD_DENSE = gl.constexpr(DENSE_UNITS * UNIT_WORDS)
+METADATA = gl.constexpr(SPARSE_VALUE_UNITS * UNIT_WORDS)
+
 _CONSTRAINTS_24 = gl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r")
 _CONSTRAINTS_DENSE = gl.constexpr("=r,=r,=r,=r,r,r,r,r")
 _MARK_24 = gl.constexpr(f"stoicc.{VERSION} sparse $4 $5 $6 $7 $8 ")

@@ -221,14 +221,14 @@ def compile_model(
             dense += names
             after += size
             continue
-        module = _pack_linears(names, linears, mask)
-        if tokens and _slower(module.checked(), tokens):
+        module, hybrid = _pack_linears(names, linears, mask)
+        if tokens and _slower(hybrid, tokens):
             slower += names
             after += size
             continue
         install(model, module)
         packed.append(module.spec)
-        after += module.checked().nbytes
+        after += hybrid.nbytes
         del linears
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
@@ -307,7 +307,9 @@ def _stack(masks: Sequence[HybridMask]) -> HybridMask:
     return HybridMask(shape, masks[0].tile, dense, patterns)
 
 
-def _pack_linears(names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask) -> HybridLinear:
+def _pack_linears(
+    names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask
+) -> tuple[HybridLinear, HybridWeight]:
     hybrid = pack(torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight, mask)
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     parts = tuple((name, linear.out_features) for name, linear in zip(names, linears, strict=True))
@@ -315,4 +317,4 @@ def _pack_linears(names: Sequence[str], linears: Sequence[nn.Linear], mask: Hybr
     spec = Spec(
         parts, linears[0].in_features, hybrid.tile, hybrid.band, units, bool(biases), str(hybrid.dtype)[len("torch.") :]
     )
-    return HybridLinear(spec, hybrid, torch.cat(biases) if biases else None)
+    return HybridLinear(spec, hybrid, torch.cat(biases) if biases else None), hybrid

@@ -128,7 +128,11 @@ def run(x: Tensor, hybrid: HybridWeight, orders: Tensor, bias: Tensor | None, co
 
 @cache
 def choose(device: torch.device, n: int, k: int, band: int, tokens: int) -> Config:
-    """The configuration for a shape on a GPU: from its table, else measured now, else a safe default."""
+    """The configuration for a shape on a GPU: from its table, else measured now.
+
+    Raises:
+        UserError: if it would have to be measured while a graph is captured.
+    """
     capability = configs.capability_of(device)
     name = torch.cuda.get_device_name(device)
     options = configs.candidates(tokens, capability, band)

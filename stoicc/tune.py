@@ -1,8 +1,7 @@
 """Measures which configuration is fastest for a shape on this GPU."""
 
 import multiprocessing
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from stoicc import configs
 from stoicc.configs import Config, Entry
 from stoicc.format import HybridWeight, pack
 from stoicc.matmul import run
+from stoicc.timing import Call, time_in_turns
 
 # Weights are rotated so that none is read from the L2 cache, which is at most 60 MB on GPUs with these tensor cores.
 BEYOND_L2 = 200e6
@@ -59,11 +59,11 @@ def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) 
     weights = random_weights(device, n, k, band, tokens)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
     dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in weights]
-    dense_time = time_rotating([partial(dense_linear, x, weight) for weight in dense])
+    dense_time = _time([partial(dense_linear, x, weight) for weight in dense])
     del dense
     timed: list[tuple[float, Config]] = []
     for config in configs.candidates(tokens, configs.capability_of(device), band):
-        timed.append((time_rotating(_calls(x, weights, config)), config))
+        timed.append((_time(_calls(x, weights, config)), config))
     microseconds, config = min(timed, key=lambda pair: pair[0])
     return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2))
 
@@ -83,7 +83,12 @@ def predicted_speedup(device: torch.device, hybrid: HybridWeight, tokens: int) -
     return entry.dense_microseconds / (entry.microseconds * scale)
 
 
-def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Callable[[], Tensor]]:
+def _time(calls: Sequence[Call]) -> float:
+    """Median microseconds of one call."""
+    return time_in_turns({"": calls}, rounds=10, flush=False)[""].median
+
+
+def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Call]:
     orders = weights[0].orders()
     return [partial(run, x, weight, orders, None, config) for weight in weights]
 
@@ -100,27 +105,3 @@ def random_weights(device: torch.device, n: int, k: int, band: int, tokens: int)
         packed = pack(weight, HybridMask((n, k), tile, dense & False, best_patterns(weight.abs())))
     copies = max(1, min(64, round(BEYOND_L2 / packed.nbytes))) if tokens <= 512 else 1
     return [packed, *(packed.copy() for _ in range(copies - 1))]
-
-
-def time_rotating(calls: Sequence[Callable[[], Tensor]], repeats: int = 10) -> float:
-    """Median microseconds of one call, from replays of a graph that runs each of ``calls`` once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-    events = []
-    for _ in range(repeats):
-        # The host runs ahead while the GPU sleeps, so that its own time does not count.
-        torch.cuda._sleep(100_000)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / len(calls)

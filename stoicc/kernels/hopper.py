@@ -26,7 +26,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.compat import barrier, load_tile, reinterpret, store_tile
 from stoicc.format import HybridWeight
-from stoicc.language import FRAGMENT, cluster_barrier, dot_24, dot_dense, multicast_next, remote_next
+from stoicc.language import (
+    FRAGMENT,
+    METADATA,
+    RECORD_24,
+    RECORD_DENSE,
+    cluster_barrier,
+    dot_24,
+    dot_dense,
+    multicast_next,
+    remote_next,
+)
 
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -46,11 +56,6 @@ class HopperConfig:
     stages: int
     together: int
     cluster: int
-
-
-RECORD_24 = gl.constexpr(9 * 128)
-RECORD_DENSE = gl.constexpr(16 * 128)
-METADATA = gl.constexpr(8 * 128)
 
 
 @gluon.jit

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from stoicc.compat import barrier
 from stoicc.format import HybridWeight
-from stoicc.language import cluster_barrier, mma_24, mma_dense
+from stoicc.language import METADATA, RECORD_24, RECORD_DENSE, cluster_barrier, mma_24, mma_dense
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class StreamConfig:
     records: int
     stages: int
     blocks: int = 1
-
-
-RECORD_24 = gl.constexpr(9 * 128)
-RECORD_DENSE = gl.constexpr(16 * 128)
-METADATA = gl.constexpr(8 * 128)
 
 
 @gluon.constexpr_function

@@ -15,7 +15,7 @@ CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call over several runs."""
+    """Times of one call over several runs, in the unit that they were measured in."""
 
     median: float
     p20: float
@@ -47,7 +47,7 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, flush: bool) -> dict[str, Timing]:
-    """Time implementations of the same thing against each other.
+    """Time implementations of the same thing against each other, in microseconds.
 
     Each round runs every implementation once, so that a change of clocks or temperature meets all of them. Work is
     queued ahead of the GPU, so host time does not count.
@@ -58,7 +58,7 @@ def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, fl
         flush: write over the L2 cache before each run.
     """
     graphs = {name: capture(calls) for name, calls in implementations.items()}
-    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    cache = torch.empty(CACHE_BYTES if flush else 0, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     names = list(graphs)
     for number in range(rounds + 2):
@@ -81,10 +81,10 @@ def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, fl
     }
 
 
-def timing(microseconds: Sequence[float]) -> Timing:
+def timing(times: Sequence[float]) -> Timing:
     """Median and percentiles of at least two runs."""
-    fifths = statistics.quantiles(microseconds, n=5, method="inclusive")
-    return Timing(statistics.median(microseconds), fifths[0], fifths[3], len(microseconds))
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3], len(times))
 
 
 def measure_roof() -> Roof:
