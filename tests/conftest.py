@@ -1,7 +1,8 @@
-"""A model, a text and a study small enough to run whole in seconds."""
+"""A model, a text and a study small enough to run whole in seconds, and the command that runs them."""
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,36 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(40):
             file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=80))}) + "\n")
     return path
+
+
+@pytest.fixture
+def hts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Run the command in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("HTS_RESULTS", str(tmp_path / "runs"))
+    monkeypatch.delenv("HTS_DATA", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from experiments import cli
+
+        monkeypatch.setattr(sys, "argv", ["hts", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_text: Path) -> tuple:
+    """A study of the name ``tiny``."""
+    from tiny_study import tiny_trials
+
+    from experiments.studies import STUDIES, Study
+
+    trials = tiny_trials(tiny_model, tiny_text)
+    monkeypatch.setitem(STUDIES, "tiny", Study("a test", lambda: trials))
+    return trials

@@ -9,40 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_study import tiny_trials
 
-from experiments import cli
 from experiments.definitions import key
 from experiments.store import SCHEMA, Store
-from experiments.studies import STUDIES, Study
+from experiments.studies import STUDIES
 from patch.checkpoint import audit
-
-
-@pytest.fixture
-def hts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Run the command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("HTS_RESULTS", str(tmp_path / "runs"))
-    monkeypatch.delenv("HTS_DATA", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hts", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_text: Path) -> tuple:
-    """A study of the name ``tiny``."""
-    trials = tiny_trials(tiny_model, tiny_text)
-    monkeypatch.setitem(STUDIES, "tiny", Study("a test", lambda: trials))
-    return trials
 
 
 def files(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from tiny_study import tiny_trials
 
-from experiments import cli
 from experiments.definitions import Calibration, Evaluation, Pruning, Trial, key
 from experiments.store import Store
 from experiments.studies import STUDIES, Study
@@ -23,33 +22,11 @@ from slurm.task import Work
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_text: Path) -> tuple[Trial, ...]:
-    """A study of the name ``tiny``."""
-    trials = tiny_trials(tiny_model, tiny_text)
-    monkeypatch.setitem(STUDIES, "tiny", Study("a test", lambda: trials))
-    return trials
-
-
-@pytest.fixture
-def hts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Run the command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("HTS_RESULTS", str(tmp_path / "runs"))
+def hts(hts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """The command on a machine without Slurm, whatever is installed on this one."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("HTS_DATA", raising=False)
-    # A machine without Slurm, whatever is installed on this one.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hts", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return hts
 
 
 def counts(trials: tuple[Trial, ...], root: Path) -> dict[str, int]:
