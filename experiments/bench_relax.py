@@ -35,8 +35,9 @@ from experiments.provenance import provenance
 from experiments.store import SCHEMA, write_atomic
 from patch import philox, relax, relax_triton
 from patch.errors import UserError
-from patch.learner import Prior, learn
+from patch.learner import Implementation, Prior, learn
 from patch.mask import GROUP, TileShape, tile_grid
+from patch.prunable import decoder_blocks
 from patch.recipe import RECIPES
 from patch.relax import Masked, SampledWeight, Softness
 from stoicc.configs import gpu_slug
@@ -328,7 +329,14 @@ def frozen_steps(bench: Bench, model: Any) -> list[float]:
     return times[2:]
 
 
-def learning_steps(bench: Bench, model: nn.Module, masks: SampledWeight, checkpointing: bool) -> list[float]:
+def compiled_blocks(model: Any) -> Any:
+    """The model with its decoder blocks through ``torch.compile``, as learning runs them."""
+    for block in decoder_blocks(model):
+        block.compile(dynamic=False)
+    return model
+
+
+def learning_steps(bench: Bench, model: nn.Module, implementation: Implementation, checkpointing: bool) -> list[float]:
     """Milliseconds of steps of PATCH joint, optimizer included."""
     recipe = dataclasses.replace(
         RECIPES["patch-joint"],
@@ -362,7 +370,7 @@ def learning_steps(bench: Bench, model: nn.Module, masks: SampledWeight, checkpo
             work=Path(work),
             device="cuda",
             on_step=on_step,
-            sampled_weight=masks,
+            implementation=implementation,
         )
     return times[2:]
 
@@ -379,11 +387,19 @@ def measure_steps(bench: Bench) -> list[Fact]:
         torch.cuda.reset_peak_memory_stats()
 
     torch.cuda.reset_peak_memory_stats()
-    add(frozen_steps(bench, model), {"implementation": "frozen"})
+    add(frozen_steps(bench, model), {"implementation": "frozen", "compiled": False})
+    add(frozen_steps(bench, compiled_blocks(model)), {"implementation": "frozen", "compiled": True})
+    model = llama(bench)
     # The eager masks of the whole model at once do not fit.
-    for name, checkpointing in (("fused", False), ("fused", True), ("eager", True)):
-        times = learning_steps(bench, model, MASKS[name], checkpointing)
-        add(times, {"implementation": name, "activation_checkpointing": checkpointing})
+    for name, compiled, checkpointing in (
+        ("fused", True, False),
+        ("fused", True, True),
+        ("fused", False, False),
+        ("fused", False, True),
+        ("eager", False, True),
+    ):
+        times = learning_steps(bench, model, Implementation(MASKS[name], compiled), checkpointing)
+        add(times, {"implementation": name, "compiled": compiled, "activation_checkpointing": checkpointing})
     return facts
 
 

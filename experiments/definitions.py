@@ -173,12 +173,25 @@ def describe(pruning: Pruning) -> str:
     return " ".join(parts)
 
 
-def definition(value: Any) -> dict[str, Any]:
-    """A dataclass of this module as plain JSON data."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))
+def definition(value: Any) -> Any:
+    """A dataclass of this module as plain JSON data.
+
+    A field that is marked as added later (``metadata={"added": True}``) is left out where it holds its default, so that
+    what was defined before it came keeps its hash.
+    """
+    if dataclasses.is_dataclass(value):
+        parts = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: definition(part)
+            for field, part in parts
+            if not (field.metadata.get("added") and part == field.default)
+        }
+    if isinstance(value, list | tuple):
+        return [definition(part) for part in value]
+    return value
 
 
 def key(value: Any) -> str:
     """The 12 hex digits that name a definition: SHA-256 of its canonical JSON."""
-    canonical = json.dumps(dataclasses.asdict(value), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(definition(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

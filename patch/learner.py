@@ -40,14 +40,18 @@ from patch.budget import check_sparsity, cut_globally
 from patch.errors import UserError
 from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, tile_sizes
 from patch.prunable import decoder_blocks, prunable_linears
+from patch.ranks import ALONE, Ranks
 from patch.recipe import Recipe, Settings
-from patch.relax import SampledWeight, Softness
+from patch.relax import Masked, SampledWeight, Softness
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "learner.pt"
-FORMAT = 1
+FORMAT = 2
+
+# Of AdamW, a tensor like the logits each.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Metrics = Mapping[str, float]
 
@@ -104,6 +108,39 @@ class LearningDiverged(UserError):
         self.checkpoint = checkpoint
 
 
+class Stopped(UserError):
+    """Learning was told to stop, and did so after writing its checkpoint."""
+
+    def __init__(self, step: int, recipe: Recipe, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped after step {step} of {recipe.steps}, as asked: start it again, and it goes on from {checkpoint}"
+        )
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How a step is computed. A run that is continued with another one ends right, but not with the same bits.
+
+    Attributes:
+        sampled_weight: draws the soft masks, each implementation with noise of its own: `patch.relax.sampled_weight`,
+            the eager reference, or on an NVIDIA GPU `patch.relax_triton.sampled_weight`, which is fused.
+        compiled: run decoder blocks and losses through ``torch.compile``.
+    """
+
+    sampled_weight: SampledWeight
+    compiled: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Implementation":
+        """The fastest on a device."""
+        if device.type != "cuda":
+            return cls(relax.sampled_weight, False)
+        # Triton is there on Linux alone.
+        from patch import relax_triton
+
+        return cls(relax_triton.sampled_weight, True)
+
+
 def learn(
     model: nn.Module,
     recipe: Recipe,
@@ -116,7 +153,9 @@ def learn(
     work: Path,
     device: torch.device | str,
     on_step: Callable[[Metrics], None] | None = None,
-    sampled_weight: SampledWeight = relax.sampled_weight,
+    stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
+    implementation: Implementation | None = None,
 ) -> Learned:
     """Learn the masks of all prunable weights of a causal language model; the model itself stays as it is.
 
@@ -130,72 +169,84 @@ def learn(
         work: folder for ``learner.pt`` and ``tensorboard/``; a run found there is continued.
         on_step: called after each step with ``step`` (completed steps), ``loss``, ``cross_entropy``, ``density``,
             ``grad_norm``, the settings of the step, and ``tokens_per_second``.
-        sampled_weight: draws the soft masks: `patch.relax.sampled_weight`, the eager one, or on an NVIDIA GPU
-            `patch.relax_triton.sampled_weight`, which is fused. Each has noise of its own, so a run that is continued
-            with another ends right, but not with the same bits.
+        stop: asked after each step; if true on any rank, the checkpoint is written and learning ends with `Stopped`.
+        ranks: the processes that learn together, each of which calls this with the same arguments and gets the same
+            outcome (`patch.ranks`). One checkpoint serves any number of them.
+        implementation: by default the fastest that the device allows.
 
     Raises:
         UserError: if target, tile, prior, model, tokens or the checkpoint in ``work`` do not fit.
         LearningDiverged: if the loss or its gradient is not finite.
+        Stopped: if ``stop`` says so.
         OSError: if ``work`` cannot be written.
     """
     device = torch.device(device)
-    linears = _prepare(model, recipe, sparsity, check_tile(tile), seed, prior, device, sampled_weight)
-    run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior))
+    implementation = implementation or Implementation.of(device)
+    linears = _prepare(
+        model, recipe, sparsity, check_tile(tile), seed, prior, device, implementation.sampled_weight, ranks
+    )
+    run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior), ranks)
     run.resume()
     if run.step < recipe.steps:
-        work.mkdir(parents=True, exist_ok=True)
-        with torch.enable_grad(), _masked_forward(model, linears, recipe), _tensorboard(work, run.step) as board:
+        if ranks.rank == 0:
+            work.mkdir(parents=True, exist_ok=True)
+        with torch.enable_grad(), _frozen(model), _tensorboard(work, run.step, ranks) as board:
+            losses = _Losses(model, linears, recipe, implementation.compiled)
             while run.step < recipe.steps:
                 started = time.perf_counter()
-                metrics = run.advance(model, _check_tokens(batches(run.step), recipe, model))
+                metrics = run.advance(losses, _check_tokens(batches(run.step), recipe, model))
                 speed = {"tokens_per_second": recipe.batch * recipe.length / (time.perf_counter() - started)}
-                if run.history and run.history[-1]["step"] == run.step:
+                if board and run.history and run.history[-1]["step"] == run.step:
                     for name, value in (run.history[-1] | speed).items():
                         board.add_scalar(name, value, run.step)
-                if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps:
-                    board.flush()
+                stopped = run.step < recipe.steps and ranks.agree(bool(stop and stop()), run.device)
+                if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stopped:
+                    if board:
+                        board.flush()
                     run.save()
                 if on_step:
                     on_step(metrics | speed)
+                if stopped:
+                    raise Stopped(run.step, recipe, work / CHECKPOINT)
     return Learned(run.harden(), run.history)
 
 
 class _MaskedLinear:
-    """A prunable ``Linear``, what is learned about it, and the samples of the micro-batch under way.
-
-    `forward` stands in for the ``Linear``'s own. It may run twice in a micro-batch, since checkpointed blocks are
-    recomputed, and draws the same noise both times.
+    """A prunable ``Linear``, what this rank learns about it, and the sums of the micro-batch under way.
 
     Attributes:
-        patterns: logits ``[6, N, K/4]``, or None where patterns are fixed.
-        tiles: logits ``[R, C]``, or None where all tiles are 2:4.
-        fixed: the fixed patterns, uint8 ``[N, K/4]`` on the CPU, or None.
-        sizes: elements of each tile, int64 ``[R, C]`` on the CPU.
-        sums: kept elements and squares of the kept weights in this micro-batch; None until `forward` has run.
+        here: the rows that this rank holds; ``tiles_here``, their rows of tiles.
+        patterns: logits ``[6, rows here, K/4]``, or None where patterns are fixed.
+        tiles: logits ``[tile rows here, C]``, or None where all tiles are 2:4.
+        fixed: the fixed patterns of the whole weight, uint8 ``[N, K/4]`` on the CPU, or None.
+        sizes: elements of each tile of the whole weight, int64 ``[R, C]`` on the CPU; ``sizes_here``, of the tiles
+            here, float32 on the device.
+        sums: kept elements and squares of the kept weights here in this micro-batch; None until `draw` has run.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
         tile: TileShape,
-        patterns: Tensor | None,
-        tiles: Tensor | None,
         fixed: Tensor | None,
         sampled_weight: SampledWeight,
+        ranks: Ranks,
     ) -> None:
         self.linear = linear
         self.tile = tile
-        self.patterns = patterns
-        self.tiles = tiles
+        self.shape = (linear.weight.shape[0], linear.weight.shape[1])
+        self.here = ranks.rows(self.shape[0], tile[0])
+        self.patterns: Tensor | None = None
+        self.tiles: Tensor | None = None
         self.fixed = fixed
         self.sums: tuple[Tensor, Tensor] | None = None
-        self.shape = (linear.weight.shape[0], linear.weight.shape[1])
         self.sizes = tile_sizes(self.shape, tile)
+        self.tiles_here = ranks.rows(len(self.sizes), 1)
+        self.sizes_here = self.sizes[self.tiles_here].to(linear.weight.device, torch.float32)
+        self.ranks = ranks
         self._sampled_weight = sampled_weight
-        on_device = fixed.to(linear.weight.device) if patterns is None and fixed is not None else patterns
-        assert on_device is not None, "patterns are either learned or fixed"
-        self._patterns = on_device
+        self._weight = linear.weight.detach()[self.here]
+        self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
     def begin(self, settings: Settings, *stream: int) -> None:
         """Start a micro-batch with noise of the given stream."""
@@ -203,29 +254,139 @@ class _MaskedLinear:
         self._stream = stream
         self.sums = None
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        masked = self._sampled_weight(
-            self.linear.weight, self._patterns, self.tiles, self.tile, self._softness, self._stream
-        )
+    def draw(self) -> Tensor:
+        """The masked weight ``[N, K]``; called again in this micro-batch, the same."""
+        n = self.shape[0]
+        if len(self._weight):
+            part = self._sampled_weight(
+                self._weight,
+                self._known_patterns(),
+                self.tiles,
+                self.tile,
+                self._softness,
+                self._stream,
+                first_row=self.here.start,
+                rows=n,
+            )
+        else:
+            # Other ranks hold all of it. What is gathered must have a gradient on every rank: the exchange is common.
+            nothing = torch.zeros((), device=self._weight.device)
+            part = Masked(self._weight.clone().requires_grad_(), nothing, nothing)
         # A recomputed block must compute the sums again, since it must save the same tensors. Keeping those would keep
         # the recomputed masks of the whole model.
         if self.sums is None:
-            self.sums = masked.kept, masked.squares
-        return F.linear(inputs, masked.weight, self.linear.bias)
+            self.sums = part.kept, part.squares
+        return self.ranks.gather(part.weight, n, self.tile[0])
+
+    def _known_patterns(self) -> Tensor:
+        known = self._fixed_here if self.patterns is None else self.patterns
+        assert known is not None, "patterns are either learned or fixed"
+        return known
 
     def best_patterns(self) -> Tensor:
-        """The patterns if hardened now, uint8 ``[N, K/4]`` on the CPU."""
+        """The patterns if hardened now, uint8 ``[rows here, K/4]``."""
+        known = self._known_patterns().detach()
+        return known.argmax(0).to(torch.uint8) if known.is_floating_point() else known
+
+    def whole_patterns(self, here: Tensor) -> Tensor:
+        """Those of the whole weight, uint8 ``[N, K/4]`` on the CPU, on all ranks, from those of the rows here."""
         if self.fixed is not None:
             return self.fixed
-        assert self.patterns is not None
-        return self.patterns.detach().argmax(0).to("cpu", torch.uint8)
+        return self.ranks.collect(here, self.shape[0], self.tile[0]).cpu()
+
+    def all_tiles(self) -> Tensor:
+        """The tile logits of the whole weight ``[R, C]`` on the CPU, on all ranks; zeros where none are learned."""
+        if self.tiles is None:
+            return torch.zeros(self.sizes.shape)
+        return self.ranks.collect(self.tiles, self.sizes.shape[0], 1).float().cpu()
+
+
+class _MaskedBlock:
+    """Stands in for a decoder block's forward, with the weights of its linears masked.
+
+    The masked weights lie over the parameters as attributes of the same name for as long as the block runs. It may run
+    twice in a micro-batch, since checkpointed blocks are recomputed, and draws the same noise both times.
+    """
+
+    def __init__(self, forward: Callable[..., Any], linears: Sequence[_MaskedLinear]) -> None:
+        self._forward = forward
+        self._linears = linears
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        weights = [masked.draw() for masked in self._linears]
+        try:
+            for masked, weight in zip(self._linears, weights, strict=True):
+                vars(masked.linear)["weight"] = weight
+            return self._forward(*inputs, **keywords)
+        finally:
+            for masked in self._linears:
+                vars(masked.linear).pop("weight", None)
+
+
+class _Losses:
+    """The model's loss on a micro-batch, with its weights masked."""
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, _MaskedLinear], recipe: Recipe, compiled: bool) -> None:
+        self._model = model
+        self._distillation = recipe.distillation
+        self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
+        self._plain: dict[nn.Module, Callable[..., Any]] = {}
+        self._masked: dict[nn.Module, Callable[..., Any]] = {}
+        by_module = {m.linear: m for m in linears.values()}
+        for block in decoder_blocks(model):
+            forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
+            here = [by_module[module] for module in block.modules() if module in by_module]
+            masked: Callable[..., Any] = _MaskedBlock(forward, here)
+            if recipe.activation_checkpointing:
+                # Not transformers' own switch, which works only in training mode, where dropout is on.
+                masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
+            self._plain[block], self._masked[block] = forward, masked
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""
+        dense = None
+        if self._distillation:
+            with torch.no_grad(), _forwards(self._plain):
+                dense = self._model(input_ids=tokens, use_cache=False).logits
+        with _forwards(self._masked):
+            logits = self._model(input_ids=tokens, use_cache=False).logits
+        # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+        return self._loss(
+            logits.flatten(0, 1), targets, None if dense is None else dense.flatten(0, 1), self._distillation
+        )
+
+
+def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: float) -> tuple[Tensor, Tensor]:
+    """The loss per token, and the cross entropy of the text.
+
+    Args:
+        logits: ``[tokens, vocabulary]``.
+        targets: int64 ``[tokens]``, -100 where there is none.
+        dense: logits of the dense model, or None.
+        distillation: share of the divergence from it (see `Recipe`).
+    """
+    cross_entropy = F.cross_entropy(logits.float(), targets, ignore_index=-100)
+    if dense is None:
+        return cross_entropy, cross_entropy
+    wanted = torch.log_softmax(dense.float(), -1)
+    divergence = (wanted.exp() * (wanted - torch.log_softmax(logits.float(), -1))).sum(-1)
+    divergence = torch.where(targets >= 0, divergence, 0.0).sum() / (targets >= 0).sum()
+    return (1 - distillation) * cross_entropy + distillation * divergence, cross_entropy
 
 
 class _Run:
     """The state of learning: all that a checkpoint holds."""
 
     def __init__(
-        self, linears: dict[str, _MaskedLinear], recipe: Recipe, sparsity: float, seed: int, path: Path, prior: str
+        self,
+        linears: dict[str, _MaskedLinear],
+        recipe: Recipe,
+        sparsity: float,
+        seed: int,
+        path: Path,
+        prior: str,
+        ranks: Ranks,
     ) -> None:
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -235,22 +396,23 @@ class _Run:
         self._sparsity = sparsity
         self._seed = seed
         self._path = path
+        self._ranks = ranks
         self._logits = {f"{name}/patterns": m.patterns for name, m in linears.items() if m.patterns is not None}
         self._logits |= {f"{name}/tiles": m.tiles for name, m in linears.items() if m.tiles is not None}
         self._optimizer = torch.optim.AdamW(
-            self._logits.values(),
+            [logits for logits in self._logits.values() if logits.numel()],
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._device = next(iter(self._logits.values())).device
+        self.device = next(iter(self._logits.values())).device
         self._elements = sum(m.linear.weight.numel() for m in linears.values())
         self._dense_size = sum(
             float(torch.linalg.vector_norm(m.linear.weight.detach().float())) for m in linears.values()
         )
-        self._logged = self.harden()
+        self._logged = self._best()
         self._fingerprint: dict[str, Any] = {
             "recipe": dataclasses.asdict(recipe),
             "sparsity": sparsity,
@@ -260,35 +422,36 @@ class _Run:
             "prior": prior,
         }
 
-    def advance(self, model: nn.Module, tokens: Tensor) -> dict[str, float]:
+    def advance(self, losses: _Losses, tokens: Tensor) -> dict[str, float]:
         """Take one optimizer step on ``tokens`` ``[batch, length]``; returns its metrics."""
         settings = self._recipe.at(self.step)
         parts = tokens.split(self._recipe.microbatch)
-        sums = torch.stack([self._backward(model, part, settings, i, len(parts)) for i, part in enumerate(parts)])
-        loss, cross_entropy, density = sums.mean(0).tolist()
-        self._check_finite("loss", loss)
-        grad_norm = self._clip()
-        self._check_finite("gradient", grad_norm)
+        sums = torch.stack([self._backward(losses, part, settings, i, len(parts)) for i, part in enumerate(parts)])
+        norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = settings.lr
         self._optimizer.step()
         self._optimizer.zero_grad()
+        # The one time in a step that the host waits for the device.
+        loss, cross_entropy, density, grad_norm = [*self._ranks.mean(sums.mean(0)).tolist(), float(norm)]
+        self._check_finite("loss", loss)
+        self._check_finite("gradient", grad_norm)
         self.step += 1
         self._unlogged.append([loss, cross_entropy, density, grad_norm])
         if self.step % self._recipe.log_every == 0 or self.step == self._recipe.steps:
             self._log(settings)
         return self._entry([loss, cross_entropy, density, grad_norm], settings)
 
-    def _backward(self, model: nn.Module, tokens: Tensor, settings: Settings, index: int, microbatches: int) -> Tensor:
+    def _backward(self, losses: _Losses, tokens: Tensor, settings: Settings, index: int, microbatches: int) -> Tensor:
         """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density."""
         for weight, masked in enumerate(self._linears.values()):
             masked.begin(settings, self._seed, self.step, index, weight)
-        cross_entropy = _next_token_loss(model, tokens.to(self._device))
+        loss, cross_entropy = losses(self._ranks.sequences(tokens).to(self.device))
         kept, squares = self._sums()
         density = kept.sum() / self._elements
-        loss = cross_entropy
         if self._recipe.mode != "maskllm":
-            loss = loss + self._recipe.sparsity_penalty * (density - (1 - self._sparsity)).abs()
+            acted_on = density if self._recipe.density == "sampled" else self._expected_density(settings)
+            loss = loss + self._recipe.sparsity_penalty * (acted_on - (1 - self._sparsity)).abs()
         loss = loss - settings.weight_penalty * self._kept_size(squares)
         # Divided, so that neither gradient nor penalties depend on the size of a micro-batch.
         (loss / microbatches).backward()
@@ -296,11 +459,16 @@ class _Run:
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Kept elements and squares of the kept weights, one entry a weight."""
-        unused = [name for name, m in self._linears.items() if m.sums is None]
-        if unused:
-            raise UserError(f"{unused[0]} takes no part in the model's forward pass: its mask cannot be learned")
         kept, squares = zip(*(m.sums for m in self._linears.values() if m.sums is not None), strict=True)
-        return torch.stack(kept), torch.stack(squares)
+        return self._ranks.total(torch.stack(kept)), self._ranks.total(torch.stack(squares))
+
+    def _expected_density(self, settings: Settings) -> Tensor:
+        kept = [
+            relax.kept_elements(torch.sigmoid(settings.tile_scale * m.tiles.float()), m.sizes_here)
+            for m in self._linears.values()
+            if m.tiles is not None
+        ]
+        return self._ranks.total(torch.stack(kept)).sum() / self._elements
 
     def _kept_size(self, squares: Tensor) -> Tensor:
         if self._recipe.weight_penalty_kind == "square":
@@ -308,12 +476,13 @@ class _Run:
         # A weight of zeros has no gradient, where the root would have an infinite one.
         return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum() / self._dense_size
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Clip all gradients together; returns their norm before that."""
         norm = get_total_norm([logits.grad for logits in self._logits.values() if logits.grad is not None])
-        if self._recipe.clip is not None and norm > self._recipe.clip:
+        norm = self._ranks.total(norm.float().square()).sqrt() if self._ranks.size > 1 else norm
+        if self._recipe.clip is not None:
             clip_grads_with_norm_(self._logits.values(), self._recipe.clip, norm)
-        return float(norm)
+        return norm
 
     def _check_finite(self, quantity: str, value: float) -> None:
         if not math.isfinite(value):
@@ -332,40 +501,63 @@ class _Run:
 
     def _log(self, settings: Settings) -> None:
         entry = self._entry([sum(values) / len(values) for values in zip(*self._unlogged, strict=True)], settings)
-        before, self._logged, self._unlogged = self._logged, self.harden(), []
+        before, self._logged, self._unlogged = self._logged, self._best(), []
         pairs = [(before[name], self._logged[name]) for name in before]
         if self._recipe.mode != "tile":
-            changed = sum(int((old.patterns != new.patterns).sum()) for old, new in pairs)
-            entry["pattern_change_rate"] = changed * GROUP / self._elements
+            changed = self._ranks.total(torch.stack([(old[1] != new[1]).sum() for old, new in pairs]))
+            entry["pattern_change_rate"] = int(changed.sum()) * GROUP / self._elements
         if self._recipe.mode != "maskllm":
-            changed = sum(int((old.dense != new.dense).sum()) for old, new in pairs)
-            entry["tile_change_rate"] = changed / sum(m.sizes.numel() for m in self._linears.values())
-            tiles = [(m.tiles.cpu() > 0, m.sizes) for m in self._linears.values() if m.tiles is not None]
+            changed = torch.stack([(old[0] != new[0]).sum() for old, new in pairs])
+            entry["tile_change_rate"] = int(changed.sum()) / sum(m.sizes.numel() for m in self._linears.values())
+            tiles = [(m.all_tiles() > 0, m.sizes) for m in self._linears.values()]
             entry["hard_density"] = sum(float(relax.kept_elements(*pair)) for pair in tiles) / self._elements
         self.history.append(entry)
 
-    def harden(self) -> dict[str, HybridMask]:
-        """The hybrid masks if learning stopped now: best patterns, and the model's tiles cut exactly at the budget."""
+    def _best(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """If learning stopped now: each weight's tile map, on the CPU, and the patterns of the rows here."""
+        dense = self._cut()
+        return {name: (dense[name], m.best_patterns()) for name, m in self._linears.items()}
+
+    def _cut(self) -> dict[str, Tensor]:
+        """The model's tiles cut exactly at the budget; on all ranks alike."""
         sizes = {name: m.sizes for name, m in self._linears.items()}
-        scores = {name: torch.zeros(m.sizes.shape) if m.tiles is None else m.tiles for name, m in self._linears.items()}
-        dense = cut_globally(scores, sizes, self._sparsity)
-        return {name: HybridMask(m.shape, m.tile, dense[name], m.best_patterns()) for name, m in self._linears.items()}
+        return cut_globally({name: m.all_tiles() for name, m in self._linears.items()}, sizes, self._sparsity)
+
+    def harden(self) -> dict[str, HybridMask]:
+        """The hybrid masks if learning stopped now: best patterns, and tiles cut at the budget; on all ranks alike."""
+        dense = self._cut()
+        return {
+            name: HybridMask(m.shape, m.tile, dense[name], m.whole_patterns(m.best_patterns()))
+            for name, m in self._linears.items()
+        }
 
     def save(self) -> None:
-        """Write the checkpoint; it is there in full or not at all.
+        """Write the checkpoint, with the whole of what is divided; it is there in full or not at all.
 
         Raises:
             OSError: if it cannot be written.
         """
+        learned: dict[str, dict[str, Tensor]] = {}
+        for name, logits in self._logits.items():
+            moments = self._optimizer.state.get(logits, {})
+            parts = {"logits": logits.detach()}
+            # A rank without rows of this weight has no moments of them.
+            parts |= {moment: moments.get(moment, torch.zeros_like(logits)) for moment in _MOMENTS if self.step}
+            learned[name] = {kind: self._whole(name, part) for kind, part in parts.items()}
+        logged = {
+            name: (dense, self._linears[name].whole_patterns(patterns))
+            for name, (dense, patterns) in self._logged.items()
+        }
+        if self._ranks.rank:
+            return
         state = {
             "format": FORMAT,
             "fingerprint": self._fingerprint,
             "step": self.step,
             "history": self.history,
             "unlogged": self._unlogged,
-            "logits": {name: logits.detach() for name, logits in self._logits.items()},
-            "optimizer": self._optimizer.state_dict(),
-            "logged": {name: (mask.dense, mask.patterns) for name, mask in self._logged.items()},
+            "learned": learned,
+            "logged": logged,
         }
         # One name: what a killed process left half-written is overwritten, not piled up.
         temporary = self._path.with_name(f".{self._path.name}.partial")
@@ -391,20 +583,43 @@ class _Run:
         if not self._path.exists():
             return
         with _whole(self._path):
-            state = torch.load(self._path, map_location=self._device, weights_only=True)
+            state = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
             version, fingerprint = state["format"], state["fingerprint"]
         if version != FORMAT:
             raise UserError(f"{self._path} has format {version}, this version reads {FORMAT}: remove it to start over")
         self._check_fingerprint(fingerprint)
         with _whole(self._path), torch.no_grad():
-            for name, logits in self._logits.items():
-                logits.copy_(state["logits"][name])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._logged = {
-                name: HybridMask(mask.shape, mask.tile, *(part.cpu() for part in state["logged"][name]))
-                for name, mask in self._logged.items()
-            }
             self.step, self.history, self._unlogged = state["step"], state["history"], state["unlogged"]
+            for name, logits in self._logits.items():
+                learned = state["learned"][name]
+                logits.copy_(self._part(name, learned["logits"]))
+                if self.step and logits.numel():
+                    # Laid out as the logits are, whatever the number of ranks that wrote them.
+                    moments = {
+                        kind: torch.empty_like(logits).copy_(self._part(name, learned[kind])) for kind in _MOMENTS
+                    }
+                    count = torch.tensor(float(self.step), device=logits.device)
+                    self._optimizer.state[logits] = {"step": count} | moments
+            for name, (dense, patterns) in state["logged"].items():
+                here = patterns[self._linears[name].here]
+                self._logged[name] = dense.clone(), here.to(self._logged[name][1].device, copy=True)
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """What all ranks hold of a tensor that is divided as the logits ``name`` are."""
+        linear, what = name.rsplit("/", 1)
+        m = self._linears[linear]
+        if what == "tiles":
+            whole = self._ranks.collect(part, m.sizes.shape[0], 1)
+        else:
+            whole = self._ranks.collect(part, m.shape[0], m.tile[0], dim=1)
+        # Not kept on the device: it would hold the whole of what is divided for want of room.
+        return whole if self._ranks.size == 1 else whole.cpu()
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """The inverse of `_whole`."""
+        linear, what = name.rsplit("/", 1)
+        m = self._linears[linear]
+        return whole[m.tiles_here] if what == "tiles" else whole[:, m.here]
 
     def _check_fingerprint(self, found: dict[str, Any]) -> None:
         differing = [name for name, value in self._fingerprint.items() if found.get(name) != value]
@@ -417,14 +632,6 @@ class _Run:
                 f"{self._path} belongs to another run ({', '.join(differing)} differ): "
                 "remove it or choose another folder"
             )
-
-
-def _next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross entropy of each token but the first given those before it."""
-    logits = model(input_ids=tokens, use_cache=False).logits
-    # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
 def _check_tokens(tokens: Tensor, recipe: Recipe, model: Any) -> Tensor:
@@ -440,31 +647,17 @@ def _check_tokens(tokens: Tensor, recipe: Recipe, model: Any) -> Tensor:
 
 
 @contextmanager
-def _masked_forward(model: nn.Module, linears: Mapping[str, _MaskedLinear], recipe: Recipe) -> Iterator[None]:
-    """The model with masked weights: frozen, without dropout, in full float32 precision; on leaving, as it was."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model without gradients or dropout, in full float32 precision; on leaving, as it was."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     precision = torch.get_float32_matmul_precision()
-    stand_ins: dict[nn.Module, Callable[..., Any]] = {m.linear: m.forward for m in linears.values()}
-    if recipe.activation_checkpointing:
-        # Not transformers' own switch, which works only in training mode, where dropout is on.
-        for block in decoder_blocks(model):
-            stand_ins[block] = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
-    own = {module: vars(module).get("forward") for module in stand_ins}
     try:
         model.eval()
         model.requires_grad_(False)
         torch.set_float32_matmul_precision("highest")
-        for module, forward in stand_ins.items():
-            vars(module)["forward"] = forward
         yield
     finally:
-        for module, before in own.items():
-            vars(module).pop("forward", None)
-            if before is not None:
-                vars(module)["forward"] = before
         torch.set_float32_matmul_precision(precision)
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -473,7 +666,25 @@ def _masked_forward(model: nn.Module, linears: Mapping[str, _MaskedLinear], reci
 
 
 @contextmanager
-def _tensorboard(work: Path, step: int) -> Iterator["SummaryWriter"]:
+def _forwards(stand_ins: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forward functions for some modules; on leaving, their own."""
+    own = {module: vars(module).get("forward") for module in stand_ins}
+    try:
+        for module, forward in stand_ins.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).pop("forward", None)
+            if before is not None:
+                vars(module)["forward"] = before
+
+
+@contextmanager
+def _tensorboard(work: Path, step: int, ranks: Ranks) -> Iterator["SummaryWriter | None"]:
+    if ranks.rank:
+        yield None
+        return
     # Takes a second to import.
     from torch.utils.tensorboard import SummaryWriter
 
@@ -491,6 +702,7 @@ def _prepare(
     prior: Prior,
     device: torch.device,
     sampled_weight: SampledWeight,
+    ranks: Ranks,
 ) -> dict[str, _MaskedLinear]:
     """Check everything and initialise the logits."""
     check_sparsity(sparsity)
@@ -505,11 +717,34 @@ def _prepare(
     for index, (name, linear) in enumerate(linears.items()):
         try:
             known = _of(prior, name)
-            learned = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
-            prepared[name] = _MaskedLinear(linear, tile, *learned, sampled_weight)
+            patterns, tiles, fixed = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
+            masked = _MaskedLinear(linear, tile, fixed, sampled_weight, ranks)
+            dtype = getattr(torch, recipe.logit_dtype)
+            if patterns is not None:
+                masked.patterns = patterns[:, masked.here].to(dtype, copy=ranks.size > 1).requires_grad_()
+            if tiles is not None:
+                masked.tiles = tiles[masked.tiles_here].to(dtype, copy=ranks.size > 1).requires_grad_()
+            prepared[name] = masked
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+    _check_used(model, linears)
     return prepared
+
+
+def _check_used(model: Any, linears: Mapping[str, nn.Linear]) -> None:
+    """The gradient of a weight that the model does not use would be that of the penalties alone."""
+    used: set[nn.Module] = set()
+    hooks = [linear.register_forward_hook(lambda module, *_: used.add(module)) for linear in linears.values()]
+    try:
+        with torch.no_grad():
+            device = model.get_input_embeddings().weight.device
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unused = [name for name, linear in linears.items() if linear not in used]
+    if unused:
+        raise UserError(f"{unused[0]} takes no part in the model's forward pass: its mask cannot be learned")
 
 
 def _of(prior: Prior, name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -569,7 +804,7 @@ def _initial(shape: Sequence[int], lift: Tensor | None, std: float, seed: int, d
     logits = torch.empty(shape, device=device).normal_(0, std, generator=relax.generator(seed, device))
     if lift is not None:
         logits.add_(lift.to(device), alpha=std)
-    return logits.requires_grad_()
+    return logits
 
 
 def _digest(prior: Prior) -> str:

@@ -10,14 +10,20 @@ A recipe is plain JSON data, because it is part of a trial's definition and so o
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from patch.errors import UserError
 
 Mode = Literal["joint", "tile", "maskllm"]
 WeightPenalty = Literal["norm", "square"]
+Density = Literal["sampled", "expected"]
+LogitDtype = Literal["float32", "bfloat16"]
 Span = tuple[float, float]
+
+# Marks fields younger than published rows: where they hold their default, a recipe's definition leaves them out, so
+# that what was defined before keeps its hash.
+ADDED = {"added": True}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Recipe:
             holds the masks of one block; without it, which is faster, those of the whole model.
         checkpoint_every: steps between checkpoints of the learner.
         log_every: steps between entries of the history.
+        distillation: share of the loss that is the Kullback-Leibler divergence from the dense model's next-token
+            distribution instead of the cross entropy of the text; 0 to 1.
+        density: what the sparsity penalty acts on: ``sampled``, that of the soft masks of the step; ``expected``, that
+            of the masks which the tile logits would draw at temperature zero, ``sigmoid(tile_scale * logit)`` a tile.
+        logit_dtype: of logits, their gradients and both moments; ``bfloat16`` takes half the memory.
 
     Raises:
         UserError: naming the first value that does not fit.
@@ -98,10 +109,15 @@ class Recipe:
     activation_checkpointing: bool = True
     checkpoint_every: int = 100
     log_every: int = 10
+    distillation: float = field(default=0.0, metadata=ADDED)
+    density: Density = field(default="sampled", metadata=ADDED)
+    logit_dtype: LogitDtype = field(default="float32", metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("weight_penalty_kind", self.weight_penalty_kind, get_args(WeightPenalty))
+        _check_choice("density", self.density, get_args(Density))
+        _check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):
@@ -116,6 +132,7 @@ class Recipe:
             self._set(name, _number(name, getattr(self, name), positive=True))
         for name in ("lr_end", "weight_decay", "pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"):
             self._set(name, _number(name, getattr(self, name), positive=False))
+        self._set("distillation", _number("distillation", self.distillation, positive=False))
         if self.clip is not None:
             self._set("clip", _number("clip", self.clip, positive=True))
         for name in ("tau", "pattern_scale", "tile_scale"):
@@ -123,6 +140,8 @@ class Recipe:
         self._set("betas", _span("betas", self.betas, positive=False))
         if max(self.betas) >= 1:
             raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
+        if self.distillation > 1:
+            raise UserError(f"recipe: distillation {self.distillation}: give a share of the loss, 0 to 1")
         if self.lr_end > self.lr:
             raise UserError(
                 f"recipe: lr_end {self.lr_end} is above lr {self.lr}: the learning rate falls from lr to lr_end"

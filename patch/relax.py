@@ -74,6 +74,9 @@ class SampledWeight(Protocol):
         tile: TileShape,
         softness: Softness,
         stream: Sequence[int],
+        *,
+        first_row: int = 0,
+        rows: int | None = None,
     ) -> Masked: ...
 
 
@@ -209,20 +212,30 @@ def sampled_weight(
     tile: TileShape,
     softness: Softness,
     stream: Sequence[int],
+    *,
+    first_row: int = 0,
+    rows: int | None = None,
 ) -> Masked:
     """`masked_weight` with float32 noise drawn by PyTorch's generators on the device of ``weight``.
 
     Args:
-        weight, patterns, tiles, tile, softness: see `masked_weight`.
+        weight, patterns, tiles, tile, softness: see `masked_weight`; of a whole weight, or of some whole rows of tiles.
         stream: names the noise: the same numbers, the same mask.
+        first_row: where in the whole weight these rows begin; they get the noise that they get there.
+        rows: of the whole weight; None if this is all of it.
     """
+    n = weight.shape[0]
+    rows = n if rows is None else rows
     pattern_noise = tile_noise = None
     if patterns.is_floating_point():
         source = generator(stream_seed("patterns", *stream), weight.device)
-        pattern_noise = gumbel(patterns.shape, source)
+        pattern_noise = gumbel((len(KEPT_PAIRS), rows, patterns.shape[2]), source)[:, first_row : first_row + n]
     if tiles is not None:
         source = generator(stream_seed("tiles", *stream), weight.device)
-        tile_noise = logistic(tiles.shape, source)
+        first = first_row // tile[0]
+        tile_noise = logistic((-(-rows // tile[0]), tiles.shape[1]), source)[first : first + tiles.shape[0]]
+    # The last rows of a weight may be fewer than a tile has.
+    tile = min(tile[0], n), tile[1]
     return masked_weight(weight, patterns, tiles, tile, softness, pattern_noise, tile_noise)
 
 

@@ -123,10 +123,14 @@ def _beside(index, logit):
 
 
 @triton.jit
-def _powers(logits, index, key, scale, inverse_tau):
-    """The six patterns' shares of each group, not normalised: two to the exponent less the largest exponent."""
+def _powers(logits, place, key, scale, inverse_tau):
+    """The six patterns' shares of each group, not normalised: two to the exponent less the largest exponent.
+
+    Args:
+        place: of the group in the whole weight, which names its noise.
+    """
     l0, l1, l2, l3, l4, l5 = logits
-    r0, r1, r2, r3 = _philox(key, _beside(index, l0.to(tl.float32)), 0)
+    r0, r1, r2, r3 = _philox(key, _beside(place, l0.to(tl.float32)), 0)
     x0 = scale * l0.to(tl.float32) - _exponential(r0 >> 9)
     x1 = scale * l1.to(tl.float32) - _exponential(r1 >> 9)
     x2 = scale * l2.to(tl.float32) - _exponential(r2 >> 9)
@@ -158,9 +162,9 @@ def _fixed(patterns):
 
 
 @triton.jit
-def _soft_tile(tiles, tile, key, scale, inverse_tau):
-    """``t`` and ``1 - t`` of one tile, both to full precision however near to zero."""
-    bits, _, _, _ = _philox(key, tile, 1)
+def _soft_tile(tiles, tile, place, key, scale, inverse_tau):
+    """``t`` and ``1 - t`` of one tile, both to full precision however near to zero; ``place``: in the whole weight."""
+    bits, _, _, _ = _philox(key, place, 1)
     u, rest = _uniform(bits >> 9)
     noise = 0.69314718 * (_log2_magnitude(u) - _log2_magnitude(rest))
     logit = tl.load(tiles + tile).to(tl.float32)
@@ -237,7 +241,7 @@ def _store_groups(masked, first, second, third, fourth, index, inside, element, 
 @triton.jit(do_not_specialize=["key"])
 def _forward(
     weight, patterns, tiles, masked, sums,
-    rows, groups, key, pattern_scale, inverse_tau, tile_scale,
+    rows, groups, first_group_of_all, first_tile_of_all, key, pattern_scale, inverse_tau, tile_scale,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -248,6 +252,7 @@ def _forward(
         patterns: logits ``[6, rows, groups]``, or uint8 ``[rows, groups]`` if FIXED.
         tiles: logits, or None.
         sums: float32 ``[2, tiles * CHUNKS]``.
+        first_group_of_all, first_tile_of_all: where in the whole weight these rows begin.
         pattern_scale: over log(2).
         STEPS: blocks of a program.
         CHUNKS: programs of a tile.
@@ -259,7 +264,7 @@ def _forward(
     plane = tl.cast(rows * groups, tl.int64)
     t, rest = 0.0, 1.0
     if tiles is not None:
-        t, rest = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
         index, inside, element, element_inside = _place(
@@ -274,7 +279,7 @@ def _forward(
             m0, m1, m2, m3 = _fixed(fixed)
             share = rest
         else:
-            s0, s1, s2, s3, s4, s5 = _powers(logits, index, key, pattern_scale, inverse_tau)
+            s0, s1, s2, s3, s4, s5 = _powers(logits, first_group_of_all + index, key, pattern_scale, inverse_tau)
             m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
             # A group's mask sums to two.
             share = rest * 2.0 / ((m0 + m1) + (m2 + m3))
@@ -290,7 +295,7 @@ def _forward(
 @triton.jit(do_not_specialize=["key", "grad_kept", "grad_squares"])
 def _backward(
     weight, patterns, tiles, grad_masked, grad_kept, grad_squares, grad_patterns, grad_tiles,
-    rows, groups, key, pattern_scale, inverse_tau, tile_scale,
+    rows, groups, first_group_of_all, first_tile_of_all, key, pattern_scale, inverse_tau, tile_scale,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +315,7 @@ def _backward(
     plane = tl.cast(rows * groups, tl.int64)
     t, rest = 0.0, 1.0
     if tiles is not None:
-        t, rest = _soft_tile(tiles, tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
     twice = 2 * tl.load(grad_squares)
     grad_t = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
@@ -326,7 +331,7 @@ def _backward(
         if FIXED:
             m0, m1, m2, m3 = _fixed(fixed)
         else:
-            s0, s1, s2, s3, s4, s5 = _powers(logits, index, key, pattern_scale, inverse_tau)
+            s0, s1, s2, s3, s4, s5 = _powers(logits, first_group_of_all + index, key, pattern_scale, inverse_tau)
             m0, m1, m2, m3 = s0 + s1 + s2, s0 + s3 + s4, s1 + s3 + s5, s2 + s4 + s5
             norm = 2.0 / ((m0 + m1) + (m2 + m3))
             m0, m1, m2, m3 = m0 * norm, m1 * norm, m2 * norm, m3 * norm
@@ -413,11 +418,21 @@ class _Draw:
     blocks: _Blocks
     softness: Softness
     key: int
+    first_group: int
+    first_tile: int
 
-    def scalars(self, weight: Tensor) -> tuple[int, int, int, float, float, float]:
+    def scalars(self, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float]:
         sides = weight.shape[0], weight.shape[1] // GROUP
         scale = self.softness.pattern_scale / math.log(2)
-        return *sides, self.key, scale, 1 / self.softness.tau, self.softness.tile_scale
+        return (
+            *sides,
+            self.first_group,
+            self.first_tile,
+            self.key,
+            scale,
+            1 / self.softness.tau,
+            self.softness.tile_scale,
+        )
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -479,6 +494,9 @@ def sampled_weight(
     tile: TileShape,
     softness: Softness,
     stream: Sequence[int],
+    *,
+    first_row: int = 0,
+    rows: int | None = None,
 ) -> Masked:
     """`patch.relax.masked_weight` with the noise that `patch.philox` defines, computed in float32.
 
@@ -489,15 +507,22 @@ def sampled_weight(
         tile: ``(rows, cols)``.
         softness: temperature and scales.
         stream: names the noise; its key is ``stream_seed("masks", *stream)``.
+        first_row: where in the whole weight these rows begin; they get the noise that they get there.
+        rows: of the whole weight; None if this is all of it.
 
     Raises:
-        UserError: if the weight has 2**31 elements or more.
+        UserError: if the whole weight has 2**31 elements or more.
     """
-    if weight.numel() >= 2**31:
-        raise UserError(f"weight {tuple(weight.shape)}: the fused soft mask reaches 2**31 elements, give fewer")
     shape = weight.shape[0], weight.shape[1]
+    if (rows or shape[0]) * shape[1] >= 2**31:
+        raise UserError(f"weight {rows or shape[0]}x{shape[1]}: the fused soft mask reaches 2**31 elements, give fewer")
     if tiles is None:
-        tile = min(shape[0], _PSEUDO_TILE[0]), min(shape[1], _PSEUDO_TILE[1])
-    draw = _Draw(_blocks(shape, tile), softness, stream_seed("masks", *stream))
+        tile, first_tile = (min(shape[0], _PSEUDO_TILE[0]), min(shape[1], _PSEUDO_TILE[1])), 0
+    else:
+        first_tile = first_row // tile[0] * tiles.shape[1]
+        # The last rows of a weight may be fewer than a tile has.
+        tile = min(shape[0], tile[0]), tile[1]
+    first_group = first_row * shape[1] // GROUP
+    draw = _Draw(_blocks(shape, tile), softness, stream_seed("masks", *stream), first_group, first_tile)
     arguments = weight.detach().contiguous(), patterns.contiguous(), None if tiles is None else tiles.contiguous()
     return Masked(*_MaskedWeight.apply(*arguments, draw))

@@ -27,7 +27,7 @@ from transformers import (
 
 from patch import relax
 from patch.errors import UserError
-from patch.learner import CHECKPOINT, Learned, LearningDiverged, Prior, learn
+from patch.learner import CHECKPOINT, Learned, LearningDiverged, Prior, Stopped, learn
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 from patch.prunable import prunable_linears
 from patch.recipe import RECIPES, Recipe
@@ -111,6 +111,7 @@ def run(
     sparsity: float | None = None,
     tile: tuple[int, int] = RAGGED,
     seed: int = 0,
+    stop: Callable[[], bool] | None = None,
 ) -> Learned:
     return learn(
         model,
@@ -123,7 +124,13 @@ def run(
         work=work,
         device="cpu",
         on_step=on_step,
+        stop=stop,
     )
+
+
+def learned_logits(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The logits in a learner's checkpoint, by weight and kind."""
+    return {name: learned["logits"] for name, learned in state["learned"].items()}
 
 
 def same(left: Learned, right: Learned) -> bool:
@@ -188,7 +195,7 @@ def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, tmp_path: Pa
     prior = magnitude_prior(model)
     run(model, recipe, tmp_path, on_step=seen.append, seed=5, prior=prior)
     state = torch.load(tmp_path / CHECKPOINT)
-    logits = {name: value.double().requires_grad_() for name, value in state["logits"].items()}
+    logits = {name: value.double().requires_grad_() for name, value in learned_logits(state).items()}
 
     model = model.double().requires_grad_(False)
     target = 0.5 if mode == "maskllm" else 0.35
@@ -218,8 +225,8 @@ def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, tmp_path: Pa
     assert seen[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert seen[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     # After one step from zero moments, Adam's first moment is a tenth of the gradient.
-    for index, value in enumerate(logits.values()):
-        moment = state["optimizer"]["state"][index]["exp_avg"].double()
+    for name, value in logits.items():
+        moment = state["learned"][name]["exp_avg"].double()
         torch.testing.assert_close(10 * moment, value.grad, rtol=1e-3, atol=1e-6 * norm.item())
 
 
@@ -237,8 +244,8 @@ def test_logits_move_as_the_recipe_says(tmp_path: Path) -> None:
     run(tiny_model(), recipe, tmp_path, on_step=keep)
     for step in (1, 2, 3):
         gradients = []
-        for index, name in enumerate(states[0]["logits"]):
-            old, new = (states[step + i]["optimizer"]["state"][index] for i in (-1, 0))
+        for name in states[0]["learned"]:
+            old, new = (states[step + i]["learned"][name] for i in (-1, 0))
             gradient = (new["exp_avg"] - 0.8 * old["exp_avg"]) / 0.2
             gradients.append(gradient)
             torch.testing.assert_close(
@@ -246,7 +253,7 @@ def test_logits_move_as_the_recipe_says(tmp_path: Path) -> None:
             )
             mean = new["exp_avg"] / (1 - 0.8 ** (step + 1))
             square = new["exp_avg_sq"] / (1 - 0.9 ** (step + 1))
-            before, after = (states[step + i]["logits"][name] for i in (-1, 0))
+            before, after = old["logits"], new["logits"]
             lr = recipe.at(step).lr
             expected = before * (1 - lr * 0.1) - lr * mean / (square.sqrt() + 1e-5)
             torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-7)
@@ -263,6 +270,79 @@ def test_activation_checkpointing_changes_nothing(mode: str, dtype: torch.dtype,
         for on in (False, True)
     ]
     assert same(*outcomes)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_distillation_is_the_divergence_from_the_dense_model(share: float, tmp_path: Path) -> None:
+    """Dense tiles alone, so that the masked model is the dense one at first, but for a tiny share of its weights."""
+    plain = dataclasses.replace(SHORT["joint"], steps=1, sparsity_penalty=0, weight_penalty=0)
+    model, seen = tiny_model(), []
+    for distillation in (0.0, share):
+        recipe = dataclasses.replace(plain, distillation=distillation)
+        run(model, recipe, tmp_path / str(distillation), on_step=seen.append)
+    # The same noise, the same masked weights: losses differ by what the text is replaced with.
+    divergence = (seen[1]["loss"] - (1 - share) * seen[0]["cross_entropy"]) / share
+    assert seen[1]["cross_entropy"] == seen[0]["cross_entropy"] == seen[0]["loss"]
+    losses = []
+    for index, tokens in enumerate(words(0).split(plain.microbatch)):
+        weights = {}
+        for number, (name, linear) in enumerate(prunable_linears(model).items()):
+            weights[f"{name}.weight"] = drawn_weight(linear, name, plain, model, (0, 0, index, number))
+        with torch.no_grad():
+            ours = torch.func.functional_call(model, weights, kwargs={"input_ids": tokens}).logits[:, :-1]
+            dense = model(input_ids=tokens).logits[:, :-1]
+        losses.append(F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True))
+    expected = torch.stack([part.sum(-1).mean() for part in losses]).mean().item()
+    assert divergence == pytest.approx(expected, rel=1e-3)
+
+
+def drawn_weight(linear: nn.Linear, name: str, recipe: Recipe, model: nn.Module, stream: tuple[int, ...]) -> Tensor:
+    """The masked weight of the first step of a run of seed 0 that starts from `magnitude_prior`."""
+    prior = magnitude_prior(model)
+    assert prior.patterns is not None and prior.tile_scores is not None
+    index = list(prunable_linears(model)).index(name)
+    logits = {}
+    for kind, shape, lift in (
+        ("patterns", (6, *prior.patterns[name].shape), 3.0 * relax.pattern_prior(prior.patterns[name])),
+        ("tiles", prior.tile_scores[name].shape, 3.0 * relax.tile_prior(prior.tile_scores[name], 0.35)),
+    ):
+        source = relax.generator(relax.stream_seed(f"initial {kind}", 0, index), "cpu")
+        logits[kind] = recipe.logit_std * (torch.empty(shape).normal_(generator=source) + lift)
+    softness = relax.Softness(4.0, 100.0, 25.0)
+    return relax.sampled_weight(
+        linear.weight.detach(), logits["patterns"], logits["tiles"], RAGGED, softness, stream
+    ).weight
+
+
+def test_expected_density_does_not_depend_on_the_noise(tmp_path: Path) -> None:
+    """With a penalty on density alone, what it acts on is the density that the tile logits stand for."""
+    recipe = dataclasses.replace(SHORT["joint"], steps=1, weight_penalty=0, sparsity_penalty=1000, density="expected")
+    losses = []
+    for seed_of_words in (0, 1):
+        seen: list[Mapping[str, float]] = []
+        run(
+            tiny_model(),
+            recipe,
+            tmp_path / str(seed_of_words),
+            batches=lambda step, first=seed_of_words: words(step + first),
+            on_step=seen.append,
+            sparsity=0.0,
+        )
+        losses.append((seen[0]["loss"] - seen[0]["cross_entropy"]) / 1000)
+    # All tiles start near scale * 0.042 = 1.05 or its negative: at target 0, all at the former.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(0.5 * torch.sigmoid(torch.tensor(-1.05)).item(), rel=0.05)
+
+
+def test_bfloat16_logits_learn_and_resume(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT["joint"], logit_dtype="bfloat16")
+    whole = run(tiny_model(), recipe, tmp_path / "whole")
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        seen: list[Any] = []
+        run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 2)
+    assert same(run(tiny_model(), recipe, tmp_path / "part"), whole)
+    state = torch.load(tmp_path / "part" / CHECKPOINT)
+    assert {part.dtype for learned in state["learned"].values() for part in learned.values()} == {torch.bfloat16}
 
 
 ARCHITECTURES = {
@@ -591,7 +671,7 @@ def damage(path: Path, how: str) -> None:
         torch.save({"format": Path("/")}, path)
     else:
         state = torch.load(path)
-        del state["logits"][next(iter(state["logits"]))]
+        del state["learned"][next(iter(state["learned"]))]
         torch.save(state, path)
 
 

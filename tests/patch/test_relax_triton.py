@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch import philox, relax, relax_triton
 from patch.errors import UserError
-from patch.learner import CHECKPOINT, Learned, Prior, learn
+from patch.learner import CHECKPOINT, Implementation, Learned, Prior, learn
 from patch.mask import TileShape, best_patterns, tile_grid, tile_sums
 from patch.prunable import prunable_linears
 from patch.recipe import RECIPES
@@ -84,7 +84,7 @@ class Case:
 
     def eager(self, softness: Softness, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         case = self.copy(lambda x: x.to(dtype))
-        return case.outcome(reference(case.weight, case.patterns, case.tiles, case.tile, softness, STREAM, dtype))
+        return case.outcome(reference(case.weight, case.patterns, case.tiles, case.tile, softness, STREAM, dtype=dtype))
 
     def copy(self, change: Any) -> "Case":
         def leaf(logits: Tensor | None) -> Tensor | None:
@@ -104,14 +104,22 @@ def reference(
     tile: TileShape,
     softness: Softness,
     stream: Sequence[int],
+    *,
+    first_row: int = 0,
+    rows: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Masked:
     """The eager soft mask with the noise that the kernels draw."""
     key = relax.stream_seed("masks", *stream)
-    rows, groups = weight.shape[0], weight.shape[1] // 4
-    learned = patterns.is_floating_point()
-    pattern_noise = philox.pattern_noise(key, rows, groups, weight.device).to(dtype) if learned else None
-    tile_noise = None if tiles is None else philox.tile_noise(key, *tiles.shape, weight.device).to(dtype)
+    n, groups = weight.shape[0], weight.shape[1] // 4
+    pattern_noise = tile_noise = None
+    if patterns.is_floating_point():
+        pattern_noise = philox.pattern_noise(key, rows or n, groups, weight.device).to(dtype)
+        pattern_noise = pattern_noise[:, first_row : first_row + n]
+    if tiles is not None:
+        tile_rows, first = -(-(rows or n) // tile[0]), first_row // tile[0]
+        tile_noise = philox.tile_noise(key, tile_rows, tiles.shape[1], weight.device).to(dtype)
+        tile_noise = tile_noise[first : first + len(tiles)]
     return relax.masked_weight(weight, patterns, tiles, tile, softness, pattern_noise, tile_noise)
 
 
@@ -219,6 +227,24 @@ def test_noise_does_not_depend_on_how_a_weight_is_divided() -> None:
 
 
 @needs_kernels
+@every_mode
+def test_rows_of_a_weight_are_masked_as_in_the_whole(mode: str) -> None:
+    softness, case = Softness(1.0, 100.0, 25.0), make(mode, (70, 40), (16, 12))
+    whole = relax_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, softness, STREAM)
+    kept = torch.zeros((), device=DEVICE)
+    for start, stop in ((0, 16), (16, 64), (64, 70)):  # the last, of less than a tile
+        patterns = case.patterns[start:stop] if mode == "tile" else case.patterns[:, start:stop]
+        tiles = None if case.tiles is None else case.tiles[start // 16 : -(-stop // 16)]
+        rows = {"first_row": start, "rows": 70}
+        part = relax_triton.sampled_weight(
+            case.weight[start:stop], patterns, tiles, case.tile, softness, STREAM, **rows
+        )
+        assert torch.equal(part.weight, whole.weight[start:stop])
+        kept = kept + part.kept
+    torch.testing.assert_close(kept, whole.kept)
+
+
+@needs_kernels
 def test_nothing_is_saved_but_the_inputs() -> None:
     case = make("joint", (16, 32), (8, 16)).copy(lambda x: x)
     saved: list[int] = []
@@ -322,6 +348,11 @@ def words(step: int) -> Tensor:
     return torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(step))
 
 
+def logits_in(work: Path) -> dict[str, Tensor]:
+    state = torch.load(work / CHECKPOINT)
+    return {name: learned["logits"] for name, learned in state["learned"].items()}
+
+
 def run(mode: str, work: Path, **changes: Any) -> Learned:
     sizes = {"hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
     # The fused attention's backward pass adds in any order.
@@ -338,14 +369,19 @@ def run(mode: str, work: Path, **changes: Any) -> Learned:
     recipe = dataclasses.replace(SHORT, mode=mode, **changes.pop("recipe", {}))
     sparsity = 0.5 if mode == "maskllm" else 0.35
     arguments = {"sparsity": sparsity, "tile": TILE, "seed": 0, "prior": prior, "work": work, "device": DEVICE}
-    return learn(model, recipe, words, **(arguments | {"sampled_weight": relax_triton.sampled_weight} | changes))
+    return learn(
+        model,
+        recipe,
+        words,
+        **(arguments | {"implementation": Implementation(relax_triton.sampled_weight, False)} | changes),
+    )
 
 
 @needs_kernels
 @every_mode
 def test_learning_is_as_with_the_eager_mask(mode: str, tmp_path: Path) -> None:
     histories = [
-        run(mode, tmp_path / name, sampled_weight=masks).history
+        run(mode, tmp_path / name, implementation=Implementation(masks, False)).history
         for name, masks in (("fused", relax_triton.sampled_weight), ("eager", reference))
     ]
     for fused, eager in zip(*histories, strict=True):
@@ -356,7 +392,7 @@ def test_learning_is_as_with_the_eager_mask(mode: str, tmp_path: Path) -> None:
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for on in (False, True):
         run("joint", tmp_path / str(on), recipe={"activation_checkpointing": on})
-    assert_same_bits(*(torch.load(tmp_path / str(on) / CHECKPOINT)["logits"] for on in (False, True)))
+    assert_same_bits(*(logits_in(tmp_path / str(on)) for on in (False, True)))
 
 
 @needs_kernels
@@ -371,7 +407,7 @@ def test_a_stopped_run_is_continued_bit_by_bit(tmp_path: Path) -> None:
         run("joint", tmp_path / "stopped", on_step=stop)
     resumed, undisturbed = run("joint", tmp_path / "stopped"), run("joint", tmp_path / "undisturbed")
     assert resumed.history == undisturbed.history
-    assert_same_bits(*(torch.load(tmp_path / name / CHECKPOINT)["logits"] for name in ("stopped", "undisturbed")))
+    assert_same_bits(*(logits_in(tmp_path / name) for name in ("stopped", "undisturbed")))
 
 
 def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:

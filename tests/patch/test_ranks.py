@@ -1,0 +1,126 @@
+"""Learning with several processes is learning with one: the same curve, the same masks, one checkpoint for all."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patch.errors import UserError
+from patch.learner import CHECKPOINT
+from patch.ranks import ALONE, Ranks
+
+MODES = ["joint", "tile", "maskllm"]
+STEPS = 6
+
+# What each process does: learn, and write what came of it.
+CHILD = """
+import dataclasses, json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import test_learner as t
+from patch.learner import Stopped, learn
+from patch.ranks import joined
+
+mode, work, out, stop_at = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+# Twelve sequences a step in micro-batches of six: for one, two and three processes.
+recipe = dataclasses.replace(t.SHORT[mode], batch=12, microbatch=6, activation_checkpointing=mode == "tile")
+model, seen = t.tiny_model(), []
+with joined("cpu") as ranks:
+    try:
+        learned = learn(
+            model, recipe, lambda step: t.words(step, 12), sparsity=0.5 if mode == "maskllm" else 0.35, tile=t.RAGGED,
+            seed=0, prior=t.magnitude_prior(model), work=work, device="cpu", ranks=ranks, on_step=seen.append,
+            # Only the last process is told to stop.
+            stop=lambda: ranks.rank == ranks.size - 1 and len(seen) + 1 == stop_at,
+        )
+    except Stopped as error:
+        result = {"stopped": str(error)}
+    else:
+        masks = {n: [m.dense.tolist(), m.patterns.tolist()] for n, m in learned.masks.items()}
+        result = {"history": learned.history, "masks": masks}
+    (out / f"{ranks.rank}.json").write_text(json.dumps(result))
+"""
+
+
+def learn_with(size: int, mode: str, work: Path, out: Path, stop_at: int = 0) -> list[dict[str, Any]]:
+    """What each of ``size`` processes ends with."""
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = [str(Path(__file__).parent), mode, str(work), str(out), str(stop_at)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        errors = [child.communicate(timeout=180)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert all(child.returncode == 0 for child in children), errors
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Sums are taken in another order: equal but for rounding, and what is decided is the same."""
+    assert len(found["history"]) == len(expected["history"]) == STEPS // 2
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert found["masks"] == expected["masks"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_and_three_processes_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
+    """Of two blocks' weights, with 1 to 5 rows of tiles, three processes leave some without rows of the smallest."""
+    alone, *_ = learn_with(1, mode, tmp_path / "1", tmp_path / "1-out")
+    for size in (2, 3) if mode == "joint" else (2,):
+        together = learn_with(size, mode, tmp_path / f"{size}", tmp_path / f"{size}-out")
+        assert all(result == together[0] for result in together), "the processes disagree"
+        assert_alike(together[0], alone)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+    undisturbed, *_ = learn_with(before, "joint", tmp_path / "whole", tmp_path / "whole-out")
+    stopped = learn_with(before, "joint", tmp_path / "work", tmp_path / "stopped", stop_at=3)
+    assert all("stopped after step 3 of 6" in result["stopped"] for result in stopped)
+    assert torch.load(tmp_path / "work" / CHECKPOINT)["step"] == 3
+    resumed = learn_with(after, "joint", tmp_path / "work", tmp_path / "resumed")
+    if before == after:
+        assert resumed[0] == undisturbed
+    assert_alike(resumed[0], undisturbed)
+
+
+@pytest.mark.parametrize(("rows", "tile_rows"), [(576, 64), (64, 64), (70, 16), (128, 128), (1, 1)])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_rows_are_divided_in_whole_tiles(rows: int, tile_rows: int, size: int) -> None:
+    parts = [Ranks(rank, size).rows(rows, tile_rows) for rank in range(size)]
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+    assert all(part.start % tile_rows == 0 for part in parts if part.start < rows)
+    assert max(part.stop - part.start for part in parts) <= Ranks(0, size).share(rows, tile_rows)
+
+
+def test_one_process_exchanges_nothing() -> None:
+    weight = torch.ones(3, 4, requires_grad=True)
+    assert ALONE.gather(weight, 3, 1) is weight and ALONE.total(weight) is weight
+    assert torch.equal(ALONE.mean(weight), weight) and ALONE.agree(True, weight.device)
+
+
+def test_sequences_that_cannot_be_shared_are_named() -> None:
+    with pytest.raises(UserError, match="microbatch 3 cannot be divided among 2 processes"):
+        Ranks(0, 2).sequences(torch.zeros(3, 8))
