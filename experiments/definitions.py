@@ -17,7 +17,7 @@ from typing import Any
 from patch.budget import check_sparsity
 from patch.errors import UserError
 from patch.mask import TileShape, check_tile
-from patch.recipe import Recipe
+from patch.recipe import RECIPES, Recipe
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
@@ -168,9 +168,23 @@ def describe(pruning: Pruning) -> str:
         parts.append("without prior")
     elif pruning.prior and pruning.prior.method != USUAL_PRIOR[pruning.method]:
         parts.append(f"from {pruning.prior.method}")
+    if pruning.learning:
+        parts += _changes(pruning.learning.recipe, RECIPES[pruning.method])
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
     return " ".join(parts)
+
+
+def _changes(recipe: Recipe, published: Recipe) -> list[str]:
+    """How a recipe differs from the published one, but for how long and on how much it learns."""
+    size = {"steps", "batch", "microbatch", "length", "warmup"}
+    running = {"activation_checkpointing", "checkpoint_every", "log_every"}
+    changed = {
+        field.name: getattr(recipe, field.name)
+        for field in dataclasses.fields(recipe)
+        if field.name not in size | running and getattr(recipe, field.name) != getattr(published, field.name)
+    }
+    return [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in changed.items()]
 
 
 def definition(value: Any) -> Any:
