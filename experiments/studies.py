@@ -186,17 +186,17 @@ def recipe_ablation() -> Trials:
     changes: list[dict[str, Any]] = [
         {},
         {"distillation": 1.0},
-        {"distillation": 0.5},
         {"lr": 3e-3},
-        {"weight_penalty": 0.0},
-        {"density": "expected"},
-        {"tile_prior": 0.0},
-        {"logit_dtype": "bfloat16"},
         {"distillation": 1.0, "lr": 3e-3},
+        {"weight_penalty": 0.0},
+        {"distillation": 0.5},
+        {"density": "expected"},
         {"distillation": 1.0, "lr": 3e-3, "weight_penalty": 0.0},
+        {"logit_dtype": "bfloat16"},
+        {"tile_prior": 0.0},
     ]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
-    return _trials(prunings, Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
+    return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
 
 
 def _accuracy(model: str, method: str) -> list[Pruning]:
