@@ -37,8 +37,8 @@ from stoicc.timing import timing
 
 TILE = (128, 128)
 SPARSITY = 0.45
-# Steps that are not timed: they compile, and fill the allocator.
-WARMUP = 3
+# Steps that are not timed: they compile, and the fourth micro-batch captures.
+WARMUP = 5
 
 
 class _Enough(Exception):

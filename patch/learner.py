@@ -42,7 +42,8 @@ from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, til
 from patch.prunable import decoder_blocks, prunable_linears
 from patch.ranks import ALONE, Ranks
 from patch.recipe import Recipe, Settings
-from patch.relax import Masked, SampledWeight, Softness
+from patch.relax import Masked, SampledWeight
+from patch.replay import Replayed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -125,20 +126,22 @@ class Implementation:
         sampled_weight: draws the soft masks, each implementation with noise of its own: `patch.relax.sampled_weight`,
             the eager reference, or on an NVIDIA GPU `patch.relax_triton.sampled_weight`, which is fused.
         compiled: run decoder blocks and losses through ``torch.compile``.
+        captured: replay forward and backward passes as a CUDA graph; for fused masks, in one process.
     """
 
     sampled_weight: SampledWeight
-    compiled: bool
+    compiled: bool = False
+    captured: bool = False
 
     @classmethod
-    def of(cls, device: torch.device) -> "Implementation":
+    def of(cls, device: torch.device, ranks: Ranks = ALONE) -> "Implementation":
         """The fastest on a device."""
         if device.type != "cuda":
-            return cls(relax.sampled_weight, False)
+            return cls(relax.sampled_weight)
         # Triton is there on Linux alone.
         from patch import relax_triton
 
-        return cls(relax_triton.sampled_weight, True)
+        return cls(relax_triton.sampled_weight, compiled=True, captured=ranks.size == 1)
 
 
 def learn(
@@ -181,7 +184,7 @@ def learn(
         OSError: if ``work`` cannot be written.
     """
     device = torch.device(device)
-    implementation = implementation or Implementation.of(device)
+    implementation = implementation or Implementation.of(device, ranks)
     linears = _prepare(
         model, recipe, sparsity, check_tile(tile), seed, prior, device, implementation.sampled_weight, ranks
     )
@@ -192,9 +195,10 @@ def learn(
             work.mkdir(parents=True, exist_ok=True)
         with torch.enable_grad(), _frozen(model), _tensorboard(work, run.step, ranks) as board:
             losses = _Losses(model, linears, recipe, implementation.compiled)
+            step = _Step(run, losses, implementation.captured)
             while run.step < recipe.steps:
                 started = time.perf_counter()
-                metrics = run.advance(losses, _check_tokens(batches(run.step), recipe, model))
+                metrics = run.advance(step, _check_tokens(batches(run.step), recipe, model))
                 speed = {"tokens_per_second": recipe.batch * recipe.length / (time.perf_counter() - started)}
                 if board and run.history and run.history[-1]["step"] == run.step:
                     for name, value in (run.history[-1] | speed).items():
@@ -248,10 +252,11 @@ class _MaskedLinear:
         self._weight = linear.weight.detach()[self.here]
         self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
-    def begin(self, settings: Settings, *stream: int) -> None:
-        """Start a micro-batch with noise of the given stream."""
-        self._softness = Softness(settings.tau, settings.pattern_scale, settings.tile_scale)
+    def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:
+        """Start a micro-batch with noise of the given stream; ``packed`` says the same (see `relax_triton.pack`)."""
+        self._softness = settings.softness
         self._stream = stream
+        self._packed = packed
         self.sums = None
 
     def draw(self) -> Tensor:
@@ -267,6 +272,7 @@ class _MaskedLinear:
                 self._stream,
                 first_row=self.here.start,
                 rows=n,
+                packed=self._packed,
             )
         else:
             # Other ranks hold all of it. What is gathered must have a gradient on every rank: the exchange is common.
@@ -392,11 +398,11 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self._unlogged: list[list[float]] = []
         self._linears = linears
-        self._recipe = recipe
+        self.recipe = recipe
         self._sparsity = sparsity
         self._seed = seed
         self._path = path
-        self._ranks = ranks
+        self.ranks = ranks
         self._logits = {f"{name}/patterns": m.patterns for name, m in linears.items() if m.patterns is not None}
         self._logits |= {f"{name}/tiles": m.tiles for name, m in linears.items() if m.tiles is not None}
         self._optimizer = torch.optim.AdamW(
@@ -422,56 +428,67 @@ class _Run:
             "prior": prior,
         }
 
-    def advance(self, losses: _Losses, tokens: Tensor) -> dict[str, float]:
+    def advance(self, step: "_Step", tokens: Tensor) -> dict[str, float]:
         """Take one optimizer step on ``tokens`` ``[batch, length]``; returns its metrics."""
-        settings = self._recipe.at(self.step)
-        parts = tokens.split(self._recipe.microbatch)
-        sums = torch.stack([self._backward(losses, part, settings, i, len(parts)) for i, part in enumerate(parts)])
+        settings = self.recipe.at(self.step)
+        parts = tokens.split(self.recipe.microbatch)
+        sums = torch.stack([step(self.ranks.sequences(part), settings, i) for i, part in enumerate(parts)])
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = settings.lr
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        step.forget_gradients()
         # The one time in a step that the host waits for the device.
-        loss, cross_entropy, density, grad_norm = [*self._ranks.mean(sums.mean(0)).tolist(), float(norm)]
+        loss, cross_entropy, density, grad_norm = [*self.ranks.mean(sums.mean(0)).tolist(), float(norm)]
         self._check_finite("loss", loss)
         self._check_finite("gradient", grad_norm)
         self.step += 1
         self._unlogged.append([loss, cross_entropy, density, grad_norm])
-        if self.step % self._recipe.log_every == 0 or self.step == self._recipe.steps:
+        if self.step % self.recipe.log_every == 0 or self.step == self.recipe.steps:
             self._log(settings)
         return self._entry([loss, cross_entropy, density, grad_norm], settings)
 
-    def _backward(self, losses: _Losses, tokens: Tensor, settings: Settings, index: int, microbatches: int) -> Tensor:
-        """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density."""
-        for weight, masked in enumerate(self._linears.values()):
-            masked.begin(settings, self._seed, self.step, index, weight)
-        loss, cross_entropy = losses(self._ranks.sequences(tokens).to(self.device))
+    def streams(self, index: int) -> list[tuple[int, ...]]:
+        """The noise of each weight in one micro-batch of this step."""
+        return [(self._seed, self.step, index, weight) for weight in range(len(self._linears))]
+
+    def begin(self, settings: Settings, index: int, packed: Tensor | None) -> None:
+        """Start a micro-batch; ``packed`` is a row a weight."""
+        for weight, (masked, stream) in enumerate(zip(self._linears.values(), self.streams(index), strict=True)):
+            masked.begin(settings, stream, None if packed is None else packed[weight])
+
+    def backward(self, losses: _Losses, tokens: Tensor, weight_penalty: Tensor, tile_scale: Tensor) -> Tensor:
+        """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density, ``[3]``."""
+        loss, cross_entropy = losses(tokens)
         kept, squares = self._sums()
         density = kept.sum() / self._elements
-        if self._recipe.mode != "maskllm":
-            acted_on = density if self._recipe.density == "sampled" else self._expected_density(settings)
-            loss = loss + self._recipe.sparsity_penalty * (acted_on - (1 - self._sparsity)).abs()
-        loss = loss - settings.weight_penalty * self._kept_size(squares)
+        if self.recipe.mode != "maskllm":
+            acted_on = density if self.recipe.density == "sampled" else self._expected_density(tile_scale)
+            loss = loss + self.recipe.sparsity_penalty * (acted_on - (1 - self._sparsity)).abs()
+        loss = loss - weight_penalty * self._kept_size(squares)
         # Divided, so that neither gradient nor penalties depend on the size of a micro-batch.
-        (loss / microbatches).backward()
+        (loss / (self.recipe.batch // self.recipe.microbatch)).backward()
         return torch.stack([loss.detach(), cross_entropy.detach(), density.detach()])
+
+    def drop_gradients(self, keep_memory: bool) -> None:
+        """Gradients to nothing: zero, or gone."""
+        self._optimizer.zero_grad(set_to_none=not keep_memory)
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Kept elements and squares of the kept weights, one entry a weight."""
         kept, squares = zip(*(m.sums for m in self._linears.values() if m.sums is not None), strict=True)
-        return self._ranks.total(torch.stack(kept)), self._ranks.total(torch.stack(squares))
+        return self.ranks.total(torch.stack(kept)), self.ranks.total(torch.stack(squares))
 
-    def _expected_density(self, settings: Settings) -> Tensor:
+    def _expected_density(self, tile_scale: Tensor) -> Tensor:
         kept = [
-            relax.kept_elements(torch.sigmoid(settings.tile_scale * m.tiles.float()), m.sizes_here)
+            relax.kept_elements(torch.sigmoid(tile_scale * m.tiles.float()), m.sizes_here)
             for m in self._linears.values()
             if m.tiles is not None
         ]
-        return self._ranks.total(torch.stack(kept)).sum() / self._elements
+        return self.ranks.total(torch.stack(kept)).sum() / self._elements
 
     def _kept_size(self, squares: Tensor) -> Tensor:
-        if self._recipe.weight_penalty_kind == "square":
+        if self.recipe.weight_penalty_kind == "square":
             return squares.sum()
         # A weight of zeros has no gradient, where the root would have an infinite one.
         return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum() / self._dense_size
@@ -479,23 +496,23 @@ class _Run:
     def _clip(self) -> Tensor:
         """Clip all gradients together; returns their norm before that."""
         norm = get_total_norm([logits.grad for logits in self._logits.values() if logits.grad is not None])
-        norm = self._ranks.total(norm.float().square()).sqrt() if self._ranks.size > 1 else norm
-        if self._recipe.clip is not None:
-            clip_grads_with_norm_(self._logits.values(), self._recipe.clip, norm)
+        norm = self.ranks.total(norm.float().square()).sqrt() if self.ranks.size > 1 else norm
+        if self.recipe.clip is not None:
+            clip_grads_with_norm_(self._logits.values(), self.recipe.clip, norm)
         return norm
 
     def _check_finite(self, quantity: str, value: float) -> None:
         if not math.isfinite(value):
             kept = self._path if self._path.exists() else None
-            raise LearningDiverged(self.step + 1, self._recipe, quantity, kept)
+            raise LearningDiverged(self.step + 1, self.recipe, quantity, kept)
 
     def _entry(self, measured: Sequence[float], settings: Settings) -> dict[str, float]:
         names = ("loss", "cross_entropy", "density", "grad_norm")
         entry = {"step": self.step} | dict(zip(names, measured, strict=True))
         entry |= {"lr": settings.lr, "tau": settings.tau}
-        if self._recipe.mode != "tile":
+        if self.recipe.mode != "tile":
             entry["pattern_scale"] = settings.pattern_scale
-        if self._recipe.mode != "maskllm":
+        if self.recipe.mode != "maskllm":
             entry["tile_scale"] = settings.tile_scale
         return entry
 
@@ -503,10 +520,10 @@ class _Run:
         entry = self._entry([sum(values) / len(values) for values in zip(*self._unlogged, strict=True)], settings)
         before, self._logged, self._unlogged = self._logged, self._best(), []
         pairs = [(before[name], self._logged[name]) for name in before]
-        if self._recipe.mode != "tile":
-            changed = self._ranks.total(torch.stack([(old[1] != new[1]).sum() for old, new in pairs]))
+        if self.recipe.mode != "tile":
+            changed = self.ranks.total(torch.stack([(old[1] != new[1]).sum() for old, new in pairs]))
             entry["pattern_change_rate"] = int(changed.sum()) * GROUP / self._elements
-        if self._recipe.mode != "maskllm":
+        if self.recipe.mode != "maskllm":
             changed = torch.stack([(old[0] != new[0]).sum() for old, new in pairs])
             entry["tile_change_rate"] = int(changed.sum()) / sum(m.sizes.numel() for m in self._linears.values())
             tiles = [(m.all_tiles() > 0, m.sizes) for m in self._linears.values()]
@@ -548,7 +565,7 @@ class _Run:
             name: (dense, self._linears[name].whole_patterns(patterns))
             for name, (dense, patterns) in self._logged.items()
         }
-        if self._ranks.rank:
+        if self.ranks.rank:
             return
         state = {
             "format": FORMAT,
@@ -609,11 +626,11 @@ class _Run:
         linear, what = name.rsplit("/", 1)
         m = self._linears[linear]
         if what == "tiles":
-            whole = self._ranks.collect(part, m.sizes.shape[0], 1)
+            whole = self.ranks.collect(part, m.sizes.shape[0], 1)
         else:
-            whole = self._ranks.collect(part, m.shape[0], m.tile[0], dim=1)
+            whole = self.ranks.collect(part, m.shape[0], m.tile[0], dim=1)
         # Not kept on the device: it would hold the whole of what is divided for want of room.
-        return whole if self._ranks.size == 1 else whole.cpu()
+        return whole if self.ranks.size == 1 else whole.cpu()
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """The inverse of `_whole`."""
@@ -632,6 +649,47 @@ class _Run:
                 f"{self._path} belongs to another run ({', '.join(differing)} differ): "
                 "remove it or choose another folder"
             )
+
+
+class _Step:
+    """Forward and backward pass of micro-batches, replayed as a CUDA graph if ``captured``."""
+
+    def __init__(self, run: _Run, losses: _Losses, captured: bool) -> None:
+        self._run = run
+        sequences = run.recipe.microbatch // run.ranks.size
+        # What changes from one micro-batch to the next, where a captured graph finds it.
+        self._tokens = torch.zeros((sequences, run.recipe.length), dtype=torch.int64, device=run.device)
+        self._factors = torch.zeros(2, device=run.device)
+        self._packed: Tensor | None = None
+        if run.device.type == "cuda":
+            self._packed = torch.zeros((len(run.streams(0)), 5), dtype=torch.int32, device=run.device)
+        # A graph writes gradients where it wrote them when it was captured. With several micro-batches a step it must
+        # add to what is there; with one it had better not read it.
+        self._accumulates = run.recipe.batch > run.recipe.microbatch
+        self._backward: Callable[[], Tensor] = lambda: run.backward(losses, self._tokens, *self._factors.unbind())
+        if captured:
+            self._backward = Replayed(self._backward)
+
+    def __call__(self, tokens: Tensor, settings: Settings, index: int) -> Tensor:
+        """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density, ``[3]``.
+
+        Args:
+            tokens: this rank's, int64 ``[sequences, length]``.
+            index: of the micro-batch in its step.
+        """
+        self._tokens.copy_(tokens)
+        self._factors.copy_(torch.tensor([settings.weight_penalty, settings.tile_scale]))
+        if self._packed is not None:
+            from patch.relax_triton import pack
+
+            self._packed.copy_(pack(settings.softness, self._run.streams(index)))
+        self._run.begin(settings, index, self._packed)
+        return self._backward()
+
+    def forget_gradients(self) -> None:
+        replayed = isinstance(self._backward, Replayed) and self._backward.captured
+        if self._accumulates or not replayed:
+            self._run.drop_gradients(keep_memory=self._accumulates and isinstance(self._backward, Replayed))
 
 
 def _check_tokens(tokens: Tensor, recipe: Recipe, model: Any) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from patch.errors import UserError
+from patch.relax import Softness
 
 Mode = Literal["joint", "tile", "maskllm"]
 WeightPenalty = Literal["norm", "square"]
@@ -43,6 +44,11 @@ class Settings:
     pattern_scale: float
     tile_scale: float
     weight_penalty: float
+
+    @property
+    def softness(self) -> Softness:
+        """How soft the masks are."""
+        return Softness(self.tau, self.pattern_scale, self.tile_scale)
 
 
 @dataclass(frozen=True)

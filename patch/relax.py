@@ -77,6 +77,7 @@ class SampledWeight(Protocol):
         *,
         first_row: int = 0,
         rows: int | None = None,
+        packed: Tensor | None = None,
     ) -> Masked: ...
 
 
@@ -215,6 +216,7 @@ def sampled_weight(
     *,
     first_row: int = 0,
     rows: int | None = None,
+    packed: Tensor | None = None,
 ) -> Masked:
     """`masked_weight` with float32 noise drawn by PyTorch's generators on the device of ``weight``.
 
@@ -223,6 +225,7 @@ def sampled_weight(
         stream: names the noise: the same numbers, the same mask.
         first_row: where in the whole weight these rows begin; they get the noise that they get there.
         rows: of the whole weight; None if this is all of it.
+        packed: of no use here, see `patch.relax_triton.sampled_weight`.
     """
     n = weight.shape[0]
     rows = n if rows is None else rows

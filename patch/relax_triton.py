@@ -95,6 +95,20 @@ def _exponential(bits):
 
 
 @triton.jit
+def _packed(draw):
+    """What `pack` wrote: the key, the factor of the pattern logits over log(2), 1 / tau, the factor of tile logits."""
+    low, high = tl.load(draw).to(tl.uint32, bitcast=True), tl.load(draw + 1).to(tl.uint32, bitcast=True)
+    key = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    pattern_scale = tl.load(draw + 2).to(tl.float32, bitcast=True)
+    return (
+        key,
+        pattern_scale,
+        tl.load(draw + 3).to(tl.float32, bitcast=True),
+        tl.load(draw + 4).to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
 def _larger(left, right):
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
@@ -238,10 +252,11 @@ def _store_groups(masked, first, second, third, fourth, index, inside, element, 
         tl.store(masked + element, tl.join(even, odd).reshape(element.shape), element_inside)
 
 
-@triton.jit(do_not_specialize=["key"])
+# The draw of each weight has an address of its own; a kernel for each alignment would be compiled.
+@triton.jit(do_not_specialize=["draw"])
 def _forward(
     weight, patterns, tiles, masked, sums,
-    rows, groups, first_group_of_all, first_tile_of_all, key, pattern_scale, inverse_tau, tile_scale,
+    rows, groups, first_group_of_all, first_tile_of_all, draw,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +268,7 @@ def _forward(
         tiles: logits, or None.
         sums: float32 ``[2, tiles * CHUNKS]``.
         first_group_of_all, first_tile_of_all: where in the whole weight these rows begin.
-        pattern_scale: over log(2).
+        draw: a row of `pack`.
         STEPS: blocks of a program.
         CHUNKS: programs of a tile.
     """
@@ -262,6 +277,7 @@ def _forward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
+    key, pattern_scale, inverse_tau, tile_scale = _packed(draw)
     t, rest = 0.0, 1.0
     if tiles is not None:
         t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
@@ -292,10 +308,10 @@ def _forward(
 
 
 # Autograd hands over the two scalars at any address; a kernel for each alignment would be compiled.
-@triton.jit(do_not_specialize=["key", "grad_kept", "grad_squares"])
+@triton.jit(do_not_specialize=["draw", "grad_kept", "grad_squares"])
 def _backward(
     weight, patterns, tiles, grad_masked, grad_kept, grad_squares, grad_patterns, grad_tiles,
-    rows, groups, first_group_of_all, first_tile_of_all, key, pattern_scale, inverse_tau, tile_scale,
+    rows, groups, first_group_of_all, first_tile_of_all, draw,
     FIXED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -313,6 +329,7 @@ def _backward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
+    key, pattern_scale, inverse_tau, tile_scale = _packed(draw)
     t, rest = 0.0, 1.0
     if tiles is not None:
         t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
@@ -416,23 +433,25 @@ class _Draw:
     """What the kernels take besides tensors."""
 
     blocks: _Blocks
-    softness: Softness
-    key: int
+    packed: Tensor
     first_group: int
     first_tile: int
 
-    def scalars(self, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float]:
-        sides = weight.shape[0], weight.shape[1] // GROUP
-        scale = self.softness.pattern_scale / math.log(2)
-        return (
-            *sides,
-            self.first_group,
-            self.first_tile,
-            self.key,
-            scale,
-            1 / self.softness.tau,
-            self.softness.tile_scale,
-        )
+    def arguments(self, weight: Tensor) -> tuple[int, int, int, int, Tensor]:
+        return weight.shape[0], weight.shape[1] // GROUP, self.first_group, self.first_tile, self.packed
+
+
+def pack(softness: Softness, streams: Sequence[Sequence[int]]) -> Tensor:
+    """Draws as the kernels read them from memory, int32 ``[draws, 5]`` on the CPU.
+
+    In memory, and not among a kernel's arguments, they can change from one replay of a CUDA graph to the next.
+    """
+    scales = [softness.pattern_scale / math.log(2), 1 / softness.tau, softness.tile_scale]
+    packed = torch.empty((len(streams), 5), dtype=torch.int32)
+    keys = torch.tensor([stream_seed("masks", *stream) for stream in streams], dtype=torch.int64)
+    packed[:, :2] = keys.view(torch.int32).view(-1, 2)
+    packed[:, 2:] = torch.tensor(scales, dtype=torch.float32).view(torch.int32)
+    return packed
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -451,7 +470,7 @@ class _MaskedWeight(torch.autograd.Function):
                 tiles,
                 masked,
                 sums,
-                *draw.scalars(weight),
+                *draw.arguments(weight),
                 FIXED=fixed,
                 **draw.blocks.constants(),
             )
@@ -478,7 +497,7 @@ class _MaskedWeight(torch.autograd.Function):
                 grad_squares,
                 grad_patterns,
                 grad_tiles,
-                *draw.scalars(weight),
+                *draw.arguments(weight),
                 FIXED=fixed,
                 **draw.blocks.constants(),
             )
@@ -497,6 +516,7 @@ def sampled_weight(
     *,
     first_row: int = 0,
     rows: int | None = None,
+    packed: Tensor | None = None,
 ) -> Masked:
     """`patch.relax.masked_weight` with the noise that `patch.philox` defines, computed in float32.
 
@@ -509,6 +529,7 @@ def sampled_weight(
         stream: names the noise; its key is ``stream_seed("masks", *stream)``.
         first_row: where in the whole weight these rows begin; they get the noise that they get there.
         rows: of the whole weight; None if this is all of it.
+        packed: the row of `pack` that says the same as softness and stream, on the device of the weight; made, if None.
 
     Raises:
         UserError: if the whole weight has 2**31 elements or more.
@@ -523,6 +544,8 @@ def sampled_weight(
         # The last rows of a weight may be fewer than a tile has.
         tile = min(shape[0], tile[0]), tile[1]
     first_group = first_row * shape[1] // GROUP
-    draw = _Draw(_blocks(shape, tile), softness, stream_seed("masks", *stream), first_group, first_tile)
+    if packed is None:
+        packed = pack(softness, [stream])[0].to(weight.device)
+    draw = _Draw(_blocks(shape, tile), packed, first_group, first_tile)
     arguments = weight.detach().contiguous(), patterns.contiguous(), None if tiles is None else tiles.contiguous()
     return Masked(*_MaskedWeight.apply(*arguments, draw))

@@ -107,6 +107,7 @@ def reference(
     *,
     first_row: int = 0,
     rows: int | None = None,
+    packed: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Masked:
     """The eager soft mask with the noise that the kernels draw."""
@@ -393,6 +394,40 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for on in (False, True):
         run("joint", tmp_path / str(on), recipe={"activation_checkpointing": on})
     assert_same_bits(*(logits_in(tmp_path / str(on)) for on in (False, True)))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@every_mode
+@pytest.mark.parametrize("microbatch", [2, 1], ids=["one-microbatch", "several"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_replayed_run_is_a_plain_one(mode: str, microbatch: int, checkpointing: bool, tmp_path: Path) -> None:
+    recipe = {"steps": 8, "microbatch": microbatch, "distillation": 0.5, "activation_checkpointing": checkpointing}
+    plain, replayed = (
+        run(
+            mode,
+            tmp_path / str(captured),
+            recipe=recipe,
+            implementation=Implementation(relax_triton.sampled_weight, captured=captured),
+        )
+        for captured in (False, True)
+    )
+    assert plain.history == replayed.history
+    assert_same_bits(*(logits_in(tmp_path / str(captured)) for captured in (False, True)))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
+def test_a_compiled_run_is_as_a_plain_one(tmp_path: Path) -> None:
+    plain, compiled = (
+        run(
+            "joint",
+            tmp_path / str(on),
+            recipe={"steps": 8, "distillation": 0.5},
+            implementation=Implementation(relax_triton.sampled_weight, compiled=on, captured=on),
+        )
+        for on in (False, True)
+    )
+    for ours, theirs in zip(compiled.history, plain.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
 
 
 @needs_kernels
