@@ -44,6 +44,8 @@ from stoicc.configs import gpu_slug
 from stoicc.timing import Timing, timing
 
 MODES = ("joint", "tile", "maskllm")
+# Of the masks that are timed.
+SOFTNESS = Softness(2.0, 300.0, 190.0)
 # Steps of learning that are not timed: they compile, and the fourth captures.
 WARMUP = 5
 MASKS: dict[str, SampledWeight] = {"fused": relax_triton.sampled_weight, "eager": relax.sampled_weight}
@@ -79,6 +81,7 @@ class Weight:
     tiles: Tensor | None
     tile: TileShape
     grad: Tensor
+    packed: Tensor
 
     def learned(self) -> list[Tensor]:
         return [logits for logits in (self.patterns, self.tiles) if logits is not None and logits.requires_grad]
@@ -122,6 +125,7 @@ def draw(
         None if mode == "maskllm" else initial(*tile_grid(shape, tile)),
         tile,
         torch.randn(shape, device=device, dtype=torch.bfloat16) if grad is None else grad,
+        relax_triton.pack(SOFTNESS, [(0, 0, 0, 0)])[0].to(device),
     )
 
 
@@ -196,7 +200,7 @@ def check(bench: Bench) -> list[Fact]:
 
 def build(held: Weight, sampled_weight: SampledWeight, index: int) -> Masked:
     return sampled_weight(
-        held.weight, held.patterns, held.tiles, held.tile, Softness(2.0, 300.0, 190.0), (0, 0, 0, index)
+        held.weight, held.patterns, held.tiles, held.tile, SOFTNESS, (0, 0, 0, index), packed=held.packed
     )
 
 
@@ -224,7 +228,7 @@ def timed(calls: Mapping[str, Callable[[], None]], rounds: int, ahead: bool) -> 
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             if ahead:
-                torch.cuda._sleep(60_000_000)
+                torch.cuda._sleep(500_000_000)
             start.record()
             call()
             end.record()

@@ -137,6 +137,9 @@ def demo() -> Trials:
     )
 
 
+_SMOLLM2_EVALUATION = Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8)
+
+
 def smollm2_oneshot() -> Trials:
     """One-shot pruning of SmolLM2-135M: 2:4, unstructured 50%, and hybrid 64x64 tiles, on all tasks in full."""
     model, tile = "smollm2-135m", (64, 64)
@@ -155,7 +158,7 @@ def smollm2_oneshot() -> Trials:
                 for target in TARGETS
             ),
         ],
-        Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8),
+        _SMOLLM2_EVALUATION,
     )
 
 
@@ -176,6 +179,16 @@ def _smollm2(method: str, sparsity: float, tile: TileShape = (64, 64), **changes
     """A mask of SmolLM2 learned on `_SMOLLM2_STEPS`, but for ``changes``."""
     calibration = Calibration("novels", 128, 2048)
     return learned("smollm2-135m", method, sparsity, tile, _SMOLLM2_TEXT, calibration, **(_SMOLLM2_STEPS | changes))
+
+
+def smollm2_learned() -> Trials:
+    """Learned masks of SmolLM2-135M on equal tokens: MaskLLM, PATCH joint, and tiles over fixed patterns; all tasks."""
+    prunings = [
+        _smollm2("maskllm", 0.5),
+        *(_smollm2("patch-joint", target) for target in TARGETS),
+        *(_smollm2("patch-tile", target, start=start) for start in ("maskllm", "sparsegpt") for target in TARGETS),
+    ]
+    return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
 def recipe_ablation() -> Trials:
@@ -269,6 +282,7 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
+    "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),

@@ -329,6 +329,24 @@ class _MaskedBlock:
                 vars(masked.linear).pop("weight", None)
 
 
+def _with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder block's forward whose attention mask, while a CUDA graph is captured, is that of the call before.
+
+    Where transformers sees a capture, it writes out masks that it else leaves to the attention kernel (``None``: causal),
+    which is slower with them. Masks depend on the shape of the tokens alone.
+    """
+    usual: list[Any] = [None]
+
+    def run(*inputs: Any, **keywords: Any) -> Any:
+        if "attention_mask" in keywords:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                keywords["attention_mask"] = usual[0]
+            usual[0] = keywords["attention_mask"]
+        return forward(*inputs, **keywords)
+
+    return run
+
+
 class _Losses:
     """The model's loss on a micro-batch, with its weights masked."""
 
@@ -346,7 +364,7 @@ class _Losses:
             if recipe.activation_checkpointing:
                 # Not transformers' own switch, which works only in training mode, where dropout is on.
                 masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
-            self._plain[block], self._masked[block] = forward, masked
+            self._plain[block], self._masked[block] = _with_usual_mask(forward), _with_usual_mask(masked)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""
@@ -668,7 +686,7 @@ class _Step:
         self._accumulates = run.recipe.batch > run.recipe.microbatch
         self._backward: Callable[[], Tensor] = lambda: run.backward(losses, self._tokens, *self._factors.unbind())
         if captured:
-            self._backward = Replayed(self._backward)
+            self._backward = Replayed(self._backward, self._after_failed_capture)
 
     def __call__(self, tokens: Tensor, settings: Settings, index: int) -> Tensor:
         """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density, ``[3]``.
@@ -686,7 +704,12 @@ class _Step:
         self._run.begin(settings, index, self._packed)
         return self._backward()
 
+    def _after_failed_capture(self) -> None:
+        if not self._accumulates:
+            self._run.drop_gradients(keep_memory=False)
+
     def forget_gradients(self) -> None:
+        """Make ready for the next step."""
         replayed = isinstance(self._backward, Replayed) and self._backward.captured
         if self._accumulates or not replayed:
             self._run.drop_gradients(keep_memory=self._accumulates and isinstance(self._backward, Replayed))

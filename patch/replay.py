@@ -4,6 +4,7 @@ A step of learning on a small model is a few thousand short kernels, which Pytho
 them.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -23,9 +24,12 @@ class Replayed:
         captured: whether calls are replays from now on.
     """
 
-    def __init__(self, function: Callable[[], Tensor]) -> None:
+    def __init__(self, function: Callable[[], Tensor], after_failure: Callable[[], None]) -> None:
+        """``after_failure`` is called if the function cannot be captured, to remove what the attempt left behind."""
         self.captured = False
         self._function = function
+        self._after_failure = after_failure
+        self._can_capture = True
         self._runs = 0
         self._graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream()
@@ -33,7 +37,7 @@ class Replayed:
 
     def __call__(self) -> Tensor:
         """The function's result, a copy."""
-        if self._runs < _PLAIN_RUNS:
+        if self._runs < _PLAIN_RUNS or not self._can_capture:
             self._runs += 1
             # A capture may not wait for what the default stream has begun, which the first runs would leave behind.
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -42,9 +46,21 @@ class Replayed:
             torch.cuda.current_stream().wait_stream(self._stream)
             return result
         if self._result is None:
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, stream=self._stream):
-                self._result = self._function()
-            self.captured = True
+            self._capture()
+            return self()
         self._graph.replay()
         return self._result.clone()
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                result = self._function()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"forward and backward pass run without a CUDA graph: {reason}", stacklevel=2)
+            self._can_capture = False
+            self._after_failure()
+        else:
+            self._result = result
+            self.captured = True

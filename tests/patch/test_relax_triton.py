@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch import philox, relax, relax_triton
@@ -356,9 +357,8 @@ def logits_in(work: Path) -> dict[str, Tensor]:
 
 def run(mode: str, work: Path, **changes: Any) -> Learned:
     sizes = {"hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
-    # The fused attention's backward pass adds in any order.
     sizes |= {"num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
-    config = LlamaConfig(attn_implementation="eager", **sizes)
+    config = LlamaConfig(attn_implementation="sdpa", **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(DEVICE)
@@ -370,12 +370,10 @@ def run(mode: str, work: Path, **changes: Any) -> Learned:
     recipe = dataclasses.replace(SHORT, mode=mode, **changes.pop("recipe", {}))
     sparsity = 0.5 if mode == "maskllm" else 0.35
     arguments = {"sparsity": sparsity, "tile": TILE, "seed": 0, "prior": prior, "work": work, "device": DEVICE}
-    return learn(
-        model,
-        recipe,
-        words,
-        **(arguments | {"implementation": Implementation(relax_triton.sampled_weight, False)} | changes),
-    )
+    arguments |= {"implementation": Implementation(relax_triton.sampled_weight)} | changes
+    # The backward passes of other attention kernels add in any order.
+    with sdpa_kernel(SDPBackend.MATH):
+        return learn(model, recipe, words, **arguments)
 
 
 @needs_kernels
