@@ -17,6 +17,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 from experiments import pipeline, reports
 from experiments.definitions import Trial, key
 from experiments.store import Store
+from patch.learner import Stopped
 from slurm import plan, queue
 from slurm.plan import Step
 
@@ -91,6 +92,9 @@ class RunStep(Checkpointable):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
                 pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
+        except Stopped as stopped:
+            # Told to, and not by Slurm's signal, which submitit would have answered by now: no failure.
+            raise SystemExit(f"{step.id}: {stopped}") from stopped
         except subprocess.SubprocessError:
             # It was told to stop, and Slurm could not be asked to requeue it: not its failure, the next sweep has it.
             raise
