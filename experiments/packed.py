@@ -13,8 +13,8 @@ The dense model has nothing to pack.
 **When packed and unpacked agree.** Kernels sum in another order, so logits differ by rounding. How much rounding of
 this dtype changes this model's logits is measured on one window: the relative distance between the unpacked model's
 logits and those of the same weights in float32. Two models that are each that far from float32 are at most twice as far
-from each other. So they agree if the packed logits are at most `LOGIT_BOUND` = 2 times that distance from the unpacked ones
-and perplexities differ by at most `PERPLEXITY_BOUND` = 0.5%.
+from each other. So they agree if the packed logits are at most `LOGIT_BOUND` = 2 times that distance from the unpacked
+ones and perplexities differ by at most `PERPLEXITY_BOUND` = 0.5%.
 
 On a CPU, where the packed product is unpacked weights times activations, everything but time is measured. A stage that
 is about time leaves one row of metric ``skipped`` with its reason, and is run once there is a GPU.
