@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.artefacts import check_one_artefact
 from analysis.names import METHODS, STRUCTURES, TASKS, rank
 from analysis.rows import records
 from patch.errors import UserError
@@ -106,7 +107,8 @@ def gather(frame: pd.DataFrame) -> list[Point]:
         frame: as from `analysis.rows.load_rows`.
 
     Raises:
-        UserError: if two trials give different values for one quantity of one model.
+        UserError: if two trials give different values for one quantity of one model, or are of different checkpoints
+            (`analysis.artefacts`).
     """
     groups: dict[str, dict[str, list[str]]] = {}
     definitions = {row.trial: row.definition for row in records(frame.drop_duplicates("trial"))}
@@ -119,6 +121,8 @@ def gather(frame: pd.DataFrame) -> list[Point]:
     for about, variant in _variants([json.loads(group) for group in groups]):
         seeded = groups[_canonical(about)].items()
         by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
+        for trials in by_seed:
+            check_one_artefact(pd.concat([rows_of[trial] for trial in trials]), trials)
         perplexities = [_quantities(rows_of, trials, _perplexity_rows) for trials in by_seed]
         accuracies = [_quantities(rows_of, trials, _accuracy_rows) for trials in by_seed]
         complete = [seed for seed in accuracies if averaged and all(task in seed for task in averaged)]

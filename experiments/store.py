@@ -5,6 +5,7 @@
     <root>/rows/<trial>/definition.json        what the trial is
     <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
+    <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
     <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
     <root>/locks/                              claims of running processes (`experiments.claims`)
@@ -30,6 +31,8 @@ from experiments.definitions import Pruning, Trial, definition, key
 
 SCHEMA = 1
 FAILURE = "failure"
+# The metric of the one row of a stage that the machine could not measure; it says why.
+SKIPPED = "skipped"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -73,6 +76,17 @@ class Store:
 
     def has_rows(self, trial: Trial, stage: str) -> bool:
         return self.rows_path(trial, stage).exists()
+
+    def was_skipped(self, trial: Trial, stage: str) -> bool:
+        """Whether a stage is complete only because the machine could not measure it."""
+        try:
+            with open(self.rows_path(trial, stage)) as file:
+                return json.loads(file.readline() or "{}").get("metric") == SKIPPED
+        except FileNotFoundError:
+            return False
+
+    def packed_path(self, content: str) -> Path:
+        return self.root / "packed" / content[:12]
 
     def checkpoint_path(self, pruning: Pruning) -> Path:
         return self.root / "checkpoints" / key(pruning)
