@@ -34,7 +34,7 @@ def test_rows_of_one_checkpoint_are_one_point(study: Callable[..., pd.DataFrame]
 
 def test_rows_of_two_checkpoints_are_refused(study: Callable[..., pd.DataFrame], trial: Callable) -> None:
     mixed = [*trial("1" * 12, NEW)[:-1], trial("1" * 12, OLD)[-1]]
-    with pytest.raises(UserError, match=f"different checkpoints.*{NEW[:12]}.*{OLD[:12]}"):
+    with pytest.raises(UserError, match=f"different checkpoints.*{OLD[:12]}.*{NEW[:12]}"):
         gather(study({"1" * 12: mixed}))
 
 
@@ -53,7 +53,7 @@ def test_unknown_checkpoints_stand_with_unpacked_rows_but_not_with_packed_ones(
     assert len(gather(study({"1" * 12: unknown}))) == 1
     partly = [*unknown[:-1], trial("1" * 12, NEW)[-1]]
     assert len(gather(study({"1" * 12: partly}))) == 1
-    with pytest.raises(UserError, match="packed checkpoint, but which one .* is unknown"):
+    with pytest.raises(UserError, match=r"packed checkpoint, but which one .* is unknown"):
         gather(study({"1" * 12: [*unknown, trial("1" * 12, NEW, packed=True)[-1]]}))
 
 

@@ -290,9 +290,9 @@ def test_blocks_that_differ_only_in_what_they_keep_compile_once() -> None:
     from torch._dynamo.testing import CompileCounter
 
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, vocab_size=64
+        hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2, vocab_size=64
     )
-    model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    model = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
     sparsity = {name: (0.125, 0.25, 0.375)[int(name.split(".")[2])] for name in prunable_linears(model)}
     bench_model.make_hybrid(model, sparsity, (64, 64))
     assert len({module.records.shape for module in packed_modules(model)}) > 4
