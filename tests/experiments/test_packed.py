@@ -19,7 +19,7 @@ from experiments.definitions import Calibration, Evaluation, Packed, Perplexity,
 from experiments.machine import Machine
 from experiments.models import REGISTRY
 from experiments.packed import agrees
-from experiments.store import Store
+from experiments.store import Fact, Store
 from patch.checkpoint import MASKS_FILE, content_hash
 from patch.errors import UserError
 from patch.mask import HybridMask
@@ -156,6 +156,25 @@ def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
         }
         assert found == {content_hash(source)}
     assert len(gather(load_rows(store.root / "rows"))) == len(trials)
+
+
+def test_what_was_measured_of_the_same_checkpoint_is_not_measured_again(
+    ran: tuple[list[Trial], Store], tmp_path: Path
+) -> None:
+    """From the rows of the same trial without packed stages, but not where they are of another checkpoint."""
+    trials, store = ran
+    trial = trials[0]
+    plain = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
+    stage = pipeline.stages(plain)[1]
+    content = content_hash(trial.pruning.model)
+    for known, taken in ((content, True), ("0" * 64, False), (None, False)):
+        moved = Store(tmp_path / str(known))
+        moved.write_rows(plain, stage, [Fact("perplexity", 7.5, "ppl", {"length": 32}, 0.5)], {"checkpoint": known})
+        pipeline.run_trial(trial, moved, CPU)
+        row = rows(trial, moved, stage)["perplexity"]
+        assert (row["value"] == 7.5) is taken
+        assert row["trial"] == key(trial) and row["definition"] == definition(trial)
+        assert row["provenance"]["checkpoint"] == content
 
 
 def test_a_point_of_a_changed_checkpoint_is_not_drawn(ran: tuple[list[Trial], Store], tmp_path: Path) -> None:
