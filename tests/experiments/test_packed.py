@@ -162,8 +162,7 @@ def test_what_was_measured_of_the_same_checkpoint_is_not_measured_again(
     ran: tuple[list[Trial], Store], tmp_path: Path
 ) -> None:
     """From the rows of the same trial without packed stages, but not where they are of another checkpoint."""
-    trials, store = ran
-    trial = trials[0]
+    trial = ran[0][0]
     plain = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
     stage = pipeline.stages(plain)[1]
     content = content_hash(trial.pruning.model)
