@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from analysis.points import gather
 from analysis.rows import load_rows
 from experiments import bench_model, models, packed, pipeline, studies
+from experiments.bench_model import Speed
 from experiments.carried import at_depth, carried_shares, carried_tile, dense_shares
-from experiments.definitions import Calibration, Evaluation, Packed, Perplexity, Trial, Workload, definition, key
+from experiments.definitions import (
+    WORKLOADS,
+    Calibration,
+    Evaluation,
+    Packed,
+    Perplexity,
+    Trial,
+    Workload,
+    definition,
+    key,
+)
 from experiments.machine import Machine
 from experiments.models import REGISTRY
 from experiments.packed import agrees
@@ -25,6 +37,7 @@ from patch.errors import UserError
 from patch.mask import HybridMask
 from patch.prunable import prunable_linears
 from stoicc.linear import packed_modules
+from stoicc.timing import Timing
 
 CPU = Machine("cpu", None, lambda *_: None)
 RESULTS = Path(__file__).parents[2] / "results" / "rows"
@@ -142,6 +155,54 @@ def test_speed_is_skipped_with_a_reason_and_wanted_again_on_a_gpu(ran: tuple[lis
         assert "CUDA" in row["labels"]["reason"] and row["labels"]["device"] == "cpu"
     assert pipeline.missing_stages(hybrid, store) == []
     assert pipeline.missing_stages(hybrid, store, can_time=True) == timed
+
+
+class Timer(Machine):
+    """A machine that says it can time; what it measures is made up."""
+
+    can_time = True
+
+
+def test_the_rows_of_a_timed_trial(
+    ran: tuple[list[Trial], Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[set[str], Workload]] = []
+
+    def measure(named: dict[str, Any], work: Workload, rounds: int) -> dict[str, Speed]:
+        timed.append((set(named), work))
+        made_up = {"dense": Timing(30.0, 29.0, 31.0, rounds), "packed": Timing(20.0, 19.0, 22.0, rounds)}
+        return {name: Speed(made_up[name], bench_model.tensor_bytes(model)) for name, model in named.items()}
+
+    monkeypatch.setattr(bench_model, "measure", measure)
+    small = dataclasses.replace(REGISTRY["llama-2-7b"], hidden=256, intermediate=512, blocks=4, heads=2, kv_heads=2)
+    monkeypatch.setitem(REGISTRY, "llama-2-7b", dataclasses.replace(small, vocab=64))
+    trials, store = ran
+    shutil.copytree(store.root, tmp_path, dirs_exist_ok=True)
+    moved, timer = Store(tmp_path), Timer("cpu", None, lambda *_: None)
+    for trial in (trials[0], trials[2]):
+        pipeline.run_trial(trial, moved, timer)
+        assert pipeline.missing_stages(trial, moved, can_time=True) == []
+    pairs = [{"dense"}] * 4 + [{"dense", "packed"}] * 8
+    assert [names for names, _ in timed] == pairs and {work for _, work in timed} == set(WORKLOADS)
+
+    row = rows(trials[2], moved, "speed:decode@16x1")
+    labels = {"kind": "decode", "batch": 16, "length": 1}
+    for metric, value, unit in (("dense_time", 30, "us"), ("packed_time", 20, "us"), ("speedup", 1.5, "1")):
+        assert (row[metric]["value"], row[metric]["unit"]) == (value, unit)
+        assert labels.items() <= row[metric]["labels"].items()
+    assert {"p20": 19, "p80": 22, "runs": 10}.items() <= row["packed_time"]["labels"].items()
+    dense = rows(trials[0], moved, "speed:decode@16x1")
+    assert dense["speedup"]["value"] == 1 and "packed_time" not in dense
+    lines = moved.read_rows(trials[2], "speed:prefill@8x2048")
+    memory = {line["labels"]["implementation"]: line["value"] for line in lines if line["metric"] == "peak_memory"}
+    assert set(memory) == {"dense", "packed"}
+
+    lines = moved.read_rows(trials[2], "carried:llama-2-7b")
+    assert all(line["labels"]["carried"] is True for line in lines)
+    # 16x16 divides every weight of the model.
+    assert {(line["labels"]["shape"], *line["labels"]["tile"]) for line in lines} == {("llama-2-7b", 16, 16)}
+    assert sum(line["metric"] == "speedup" for line in lines) == len(WORKLOADS)
+    assert len(gather(load_rows(moved.root / "rows"))) == len(trials)
 
 
 def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
@@ -302,6 +363,24 @@ def test_a_timed_pass_computes_the_models_last_logits(ran: tuple[list[Trial], St
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
     step = bench_model.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
     assert step.shape == (3, 1, model.config.vocab_size) and bool(step.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", bench_model.MODEL_TYPES)
+def test_every_form_that_is_timed_is_run_as_the_model_runs_it(kind: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, vocab_size=50)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    torch.manual_seed(5)
+    ids = torch.randint(50, (2, 24))
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:]
+    bench_model.prepare(model)
+    torch.manual_seed(5)
+    found = bench_model.make_pass(model, Workload("prefill", 2, 24), lambda block: block)()
+    assert torch.allclose(found, expected, atol=1e-5)
+    step = bench_model.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
+    assert step.shape == (3, 1, 50)
 
 
 def test_blocks_that_differ_only_in_what_they_keep_compile_once() -> None:
