@@ -12,7 +12,8 @@ Rows go to ``<results>/bench/<gpu>/model/<model>.jsonl``.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,15 +165,7 @@ def measure(models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int
     compiled = functools.partial(torch.compile, dynamic=False)
     calls: dict[str, list[Call]] = {}
     peaks = {}
-    # Beyond the limit dynamo would silently run blocks as they are. Lengths of buffers may vary, see VARYING.
-    limit = 64 + 4 * blocks * len(models)
-    with torch._dynamo.config.patch(
-        recompile_limit=limit,
-        accumulated_recompile_limit=16 * limit,
-        fail_on_recompile_limit_hit=True,
-        force_nn_module_property_static_shapes=False,
-        force_parameter_static_shapes=False,
-    ):
+    with compiling(limit=64 + 4 * blocks * len(models)):
         for name, model in models.items():
             before = torch.cuda.memory_allocated()
             call = make_pass(model, work, compiled)
@@ -185,6 +178,23 @@ def measure(models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int
             calls[name] = [call]
         times = time_in_turns(calls, rounds, flush=False)
     return {name: Speed(times[name], peaks[name]) for name in models}
+
+
+@contextmanager
+def compiling(limit: int) -> Iterator[None]:
+    """Settings under which blocks are compiled: one compilation serves lengths of buffers that vary (see `VARYING`).
+
+    Args:
+        limit: how often a block may be compiled; beyond it dynamo raises, where it would silently run it as it is.
+    """
+    with torch._dynamo.config.patch(
+        recompile_limit=limit,
+        accumulated_recompile_limit=16 * limit,
+        fail_on_recompile_limit_hit=True,
+        force_nn_module_property_static_shapes=False,
+        force_parameter_static_shapes=False,
+    ):
+        yield
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:

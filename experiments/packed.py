@@ -6,6 +6,11 @@
     speed:KIND@BATCHxLENGTH  time of a pass, packed against the dense model, and memory
     carried:SHAPE            the same on a larger model's shapes with random weights (`experiments.carried`)
 
+Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and dense), ``disk_bytes`` and
+``packed_agreement`` (the share of their elements that unpack as they were); ``packed_perplexity``,
+``unpacked_perplexity``, ``logit_disagreement`` and ``logit_rounding``; ``dense_time``, ``packed_time``, ``speedup`` and
+``peak_memory`` (label ``implementation``). What should agree has the label ``agrees``.
+
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
 what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.kernels.unstructured`.
 The dense model has nothing to pack.

@@ -8,6 +8,7 @@ that another process holds are taken up last.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -134,8 +135,22 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     if "prune" in missing:
         facts, origin = _prune_facts(pruning, store)
         store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
+    missing = [stage for stage in missing if not _take_over(trial, stage, content, store)]
     _evaluate(trial, missing, source, content, store, machine)
     packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
+    """Take a stage's rows from the same trial without packed stages, if it measured the same weights and masks."""
+    twin = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
+    if twin == trial or stage == "prune" or stage not in stages(twin):
+        return False
+    rows = store.read_rows(twin, stage)
+    if not rows or any(row["provenance"].get("checkpoint") != content for row in rows):
+        return False
+    facts = [Fact(*(row[name] for name in ("metric", "value", "unit", "labels", "stderr"))) for row in rows]
+    store.write_rows(trial, stage, facts, rows[0]["provenance"])
+    return True
 
 
 def _evaluate(

@@ -84,13 +84,16 @@ class Store:
     def has_rows(self, trial: Trial, stage: str) -> bool:
         return self.rows_path(trial, stage).exists()
 
+    def read_rows(self, trial: Trial, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage; none if it is not complete."""
+        try:
+            return [json.loads(line) for line in self.rows_path(trial, stage).read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
     def was_skipped(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete only because the machine could not measure it."""
-        try:
-            with open(self.rows_path(trial, stage)) as file:
-                return json.loads(file.readline() or "{}").get("metric") == SKIPPED
-        except FileNotFoundError:
-            return False
+        return any(row["metric"] == SKIPPED for row in self.read_rows(trial, stage))
 
     def packed_path(self, content: str) -> Path:
         return self.root / "packed" / content[:12]

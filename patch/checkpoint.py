@@ -164,7 +164,8 @@ def content_hash(path: str | Path) -> str:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: {name}: {_one_line(error)}") from error
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()
 
 

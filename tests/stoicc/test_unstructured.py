@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from patch.errors import UserError
 from stoicc.kernels.unstructured import (
     UnstructuredLinear,
+    _unstructured_kernel,
     compile_unstructured,
     launch,
     pack_unstructured,
@@ -96,6 +100,32 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 def test_no_tokens_give_no_outputs() -> None:
     packed = pack_unstructured(sparse_weight(40, 64, 0.5, torch.bfloat16))
     assert unstructured_linear(torch.zeros(0, 64, dtype=torch.bfloat16), packed).shape == (0, 40)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_it_compiles_for_a_gpu_onto_tensor_cores(tokens: int, dtype: str) -> None:
+    names = _unstructured_kernel.arg_names
+    constants = {"TOKENS": tokens, "SPLITS": 4, "UPCAST": False}
+    types = {"x": f"*{dtype}", "values": f"*{dtype}", "parts": "*fp32", "bits": "*i32", "rows": "*i32"}
+    signature = dict.fromkeys(names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types}
+    for arch in (80, 90):
+        source = ASTSource(_unstructured_kernel, signature, constants, aligned)
+        assembly = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
+        assert "mma" in assembly and "popc" in assembly
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shape", [*SHAPES, (1536, 576, 1), (576, 1536, 16), (4096, 4096, 300)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_it_is_as_right_as_cublas(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, k, tokens = shape
+    weight = sparse_weight(n, k, 0.5, dtype).cuda()
+    x, bias = torch.randn(tokens, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    error = (unstructured_linear(x, pack_unstructured(weight), bias).double() - exact).norm()
+    assert error <= 1.1 * (torch.nn.functional.linear(x, weight, bias).double() - exact).norm()
 
 
 def relative_error(n: int, k: int, tokens: int, kept: float, splits: int, dtype: torch.dtype) -> float:
