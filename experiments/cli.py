@@ -107,6 +107,7 @@ def sweep(
     qos: Annotated[str | None, typer.Option(help="Slurm's quality of service.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Features that nodes must have.")] = None,
     gpus: PerStage = None,
+    nodes: PerStage = None,
     cpus: PerStage = None,
     time: PerStage = None,
     mem: Annotated[list[str] | None, typer.Option(help="GiB of main memory, likewise.")] = None,
@@ -129,7 +130,7 @@ def sweep(
 
     options: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options |= {"parallel": parallel, "setup": tuple(setup or ())}
-    resources = {"gpus": gpus or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
+    resources = {"gpus": gpus or [], "nodes": nodes or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
     chosen = clusters.override(clusters.load(cluster), options, resources)
     if list_:
         console.print(commands.studies_table(chosen))
@@ -257,16 +258,23 @@ def learn(
     microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Learn a mask with the weights frozen; killed and started again, it resumes from its last checkpoint."""
+    """Learn a mask with the weights frozen; stopped or killed, and started again, it resumes from its last checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
+    """
     from experiments import studies
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
+    given["distillation"] = distillation
     pruning = studies.learned(
         model,
         method,
@@ -442,6 +450,7 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
     from transformers.utils.logging import disable_progress_bar
 
     from experiments.pipeline import Machine
+    from patch.ranks import joined
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -465,8 +474,10 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
 
     # Libraries' own bars would draw over this one.
     disable_progress_bar()
-    with bar:
-        yield Machine(device, data, progress)
+    with joined(device) as ranks:
+        bar.disable = ranks.rank > 0
+        with bar:
+            yield Machine(device, data, progress, ranks)
 
 
 def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:
@@ -482,6 +493,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     with _machine(device, data) as machine:
         path = pipeline.ensure_checkpoint(pruning, store, machine)
+        if machine.ranks.rank:
+            return
     assert path is not None
     sparsity = load_info(path)["sparsity"]
     if out is not None:

@@ -85,8 +85,9 @@ def learned(
     if start is None:
         prior = None
     elif start == "maskllm":
-        # Both stages take the same steps, batches and text; rates and penalties stay their own.
-        shared = {name: getattr(chosen, name) for name in ("steps", "batch", "microbatch", "length")}
+        # Both stages take the same steps, batches, text and objective; rates and penalties stay their own.
+        common = ("steps", "batch", "microbatch", "length", "distillation")
+        shared = {name: getattr(chosen, name) for name in common}
         prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
     else:
         prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
@@ -183,11 +184,17 @@ def _smollm2(method: str, sparsity: float, tile: TileShape = (64, 64), **changes
 
 def smollm2_learned() -> Trials:
     """Learned masks of SmolLM2-135M on equal tokens: MaskLLM, PATCH joint, and tiles over fixed patterns; all tasks."""
-    prunings = [
-        _smollm2("maskllm", 0.5),
-        *(_smollm2("patch-joint", target) for target in TARGETS),
-        *(_smollm2("patch-tile", target, start=start) for start in ("maskllm", "sparsegpt") for target in TARGETS),
-    ]
+    prunings = []
+    for distillation in (0.0, 1.0):
+        prunings += [
+            _smollm2("maskllm", 0.5, distillation=distillation),
+            *(_smollm2("patch-joint", target, distillation=distillation) for target in TARGETS),
+            *(
+                _smollm2("patch-tile", target, start=start, distillation=distillation)
+                for start in ("maskllm", "sparsegpt")
+                for target in TARGETS
+            ),
+        ]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 

@@ -93,7 +93,7 @@ class Ranks:
         padded = _padded(part.detach().movedim(dim, 0), share)
         return _all_gathered(padded, self.size)[:rows].movedim(0, dim)
 
-    def agree(self, flag: bool, device: torch.device) -> bool:
+    def agree(self, flag: bool, device: torch.device | str) -> bool:
         """Whether any rank says so."""
         if self.size == 1:
             return flag

@@ -43,7 +43,7 @@ def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_every_step_has_an_estimate(study: str) -> None:
     steps = plan.steps(STUDIES[study].trials()).values()
-    assert all((checks.memory(step) or 0) > 0 for step in steps)
+    assert all((checks.memory(step, Cluster()) or 0) > 0 for step in steps)
     hours, unknown = checks.gpu_hours(steps, Cluster())
     assert hours > 0 and unknown == 0
 
