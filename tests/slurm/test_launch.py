@@ -79,14 +79,16 @@ def test_the_first_error_is_told_with_its_traceback() -> None:
 
 
 def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    """Three processes cannot share the micro-batch."""
-    step, store = learning(tiny_model, tiny_text), Store(tmp_path)
+    text = tmp_path / "text.jsonl"
+    text.write_text(tiny_text.read_text())
+    step, store, work = learning(tiny_model, text), Store(tmp_path / "runs"), Work(tmp_path / "runs", device="cpu")
     for id in step.needs:
-        RunStep(Work(tmp_path, device="cpu"))(plan.steps(step.trials)[id])
+        RunStep(work)(plan.steps(step.trials)[id])
+    text.unlink()
     with pytest.raises(ranks.RankFailed):
-        RunStep(Work(tmp_path, device="cpu"), Launch(1, 3))(step)
+        RunStep(work, TWO)(step)
     failure = store.failure(step.trials[0])
-    assert failure and "cannot be divided among 3" in failure["error"] and "sequences" in failure["traceback"]
+    assert failure and "text.jsonl" in failure["error"] and "load_documents" in failure["traceback"]
     assert store.claimed() == {}
 
 
@@ -123,7 +125,8 @@ signal.signal(signal.SIGUSR2, lambda *_: print("requeued", flush=True))
 signal.signal(signal.SIGTERM, lambda *_: print("bypassed", flush=True))
 pruning = studies.learned(
     "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64),
-    start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False, checkpoint_every=50_000,
+    start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False,
+    checkpoint_every=50_000,
 )
 try:
     ranks.run(Launch(1, 2), partial(pipeline.ensure_checkpoint, pruning, Store(Path(sys.argv[1]))), rank_stubs.cpu)
