@@ -16,9 +16,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.lines import SCHEMA, whole
 from patch.errors import UserError
-
-SCHEMA = 1
 
 _DTYPES = {
     "trial": "object",
@@ -138,17 +137,19 @@ def _files(root: Path, trials: Collection[str] | None) -> Iterator[Path]:
 
 
 def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    above: dict[str, Any] | None = None
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = whole(line, above)
         except ValueError as error:
             raise UserError(
                 f"{path}:{number}: not a whole JSON row ({error}): the file was cut off or edited; remove it and run "
                 "the study again, which measures only what is missing"
             ) from error
         _check(row, f"{path}:{number}")
+        above = row
         yield number, row
 
 

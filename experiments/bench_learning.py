@@ -14,7 +14,6 @@ one can be laid over the other.
 import argparse
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,9 +25,10 @@ from torch import Tensor
 
 from experiments.bench_model import build
 from experiments.definitions import definition, key
+from experiments.lines import SCHEMA, to_lines
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
-from experiments.store import SCHEMA, write_atomic
+from experiments.store import write_atomic
 from patch.learner import Prior, learn
 from patch.ranks import Ranks, joined
 from patch.recipe import RECIPES, Recipe
@@ -142,7 +142,7 @@ def write(
         for metric in ("loss", "cross_entropy", "density", "grad_norm"):
             rows.append(row(metric, entry[metric], "1", labels={"step": int(entry["step"])}))
     path = results / "bench" / gpu_slug(gpu) / "learning" / f"{bench.model}-{key(bench)}.jsonl"
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in rows))
+    write_atomic(path, to_lines(rows))
     print(
         f"{bench.model}, {bench.blocks} blocks, {bench.processes} processes, logits {bench.recipe.logit_dtype}: "
         f"step {spread.median:.1f} ms [{spread.p20:.1f}, {spread.p80:.1f}], "

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.definitions import definition, key
+from experiments.lines import SCHEMA, to_lines
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
-from experiments.store import SCHEMA, write_atomic
+from experiments.store import write_atomic
 from patch import philox, relax, relax_triton
 from patch.errors import UserError
 from patch.learner import Implementation, Prior, learn
@@ -418,7 +419,7 @@ def write(bench: Bench, facts: Sequence[Fact], results: Path, started: float) ->
     path = results / "bench" / gpu_slug(torch.cuda.get_device_name()) / "relax.jsonl"
     common = {"schema": SCHEMA, "trial": key(bench), "definition": definition(bench), "stage": "bench:relax"}
     origin = {"stderr": None, "provenance": provenance(time.time() - started)}
-    write_atomic(path, "".join(json.dumps(common | dataclasses.asdict(fact) | origin) + "\n" for fact in facts))
+    write_atomic(path, to_lines(common | dataclasses.asdict(fact) | origin for fact in facts))
     return path
 
 

@@ -28,8 +28,8 @@ from typing import Any
 from experiments import claims
 from experiments.claims import Holder
 from experiments.definitions import Pruning, Trial, definition, key
+from experiments.lines import SCHEMA, from_lines, to_lines
 
-SCHEMA = 1
 FAILURE = "failure"
 # The metric of the one row of a stage that the machine could not measure; it says why.
 SKIPPED = "skipped"
@@ -87,7 +87,7 @@ class Store:
     def read_rows(self, trial: Trial, stage: str) -> list[dict[str, Any]]:
         """The rows of a stage; none if it is not complete."""
         try:
-            return [json.loads(line) for line in self.rows_path(trial, stage).read_text().splitlines()]
+            return from_lines(self.rows_path(trial, stage).read_text())
         except FileNotFoundError:
             return []
 
@@ -108,18 +108,16 @@ class Store:
         """Complete a stage: one row per fact, and the trial's definition beside them."""
         path = self.rows_path(trial, stage)
         common = {"schema": SCHEMA, "trial": key(trial), "definition": definition(trial), "stage": stage}
-        lines = [
-            json.dumps(
-                common
-                | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
-                | {"stderr": fact.stderr, "p20": None, "p80": None, "runs": 1, "provenance": provenance}
-            )
+        rows = [
+            common
+            | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
+            | {"stderr": fact.stderr, "p20": None, "p80": None, "runs": 1, "provenance": provenance}
             for fact in facts
         ]
         about = path.with_name("definition.json")
         if not about.exists():
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        write_atomic(path, to_lines(rows))
 
     def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
         """Record that an attempt at a trial failed: one row with the error in one line and its traceback.
@@ -135,7 +133,7 @@ class Store:
     def failure(self, trial: Trial) -> dict[str, Any] | None:
         """The labels of a failed trial's row (``during``, ``error``, ``traceback``); None if it has not failed."""
         try:
-            return json.loads(self.rows_path(trial, FAILURE).read_text())["labels"]
+            return from_lines(self.rows_path(trial, FAILURE).read_text())[0]["labels"]
         except FileNotFoundError:
             return None
 

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.rows import COLUMNS, SCHEMA, load_rows
+from analysis.rows import COLUMNS, load_rows
+from experiments.lines import SCHEMA, to_lines
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -118,7 +119,6 @@ def test_a_truncated_line_is_refused_with_its_place(tmp_path: Path, rows: list[R
     "damage",
     [
         pytest.param(lambda row: [row], id="not an object"),
-        pytest.param(lambda row: {name: row[name] for name in row if name != "schema"}, id="no schema"),
         pytest.param(lambda row: {name: row[name] for name in row if name != "value"}, id="no value"),
         pytest.param(lambda row: row | {"value": "12.3"}, id="value is text"),
         pytest.param(lambda row: row | {"labels": None}, id="no labels"),
@@ -129,6 +129,20 @@ def test_a_damaged_row_is_refused_with_its_place(tmp_path: Path, rows: list[Row]
     path = write(tmp_path / "rows.jsonl", [rows[0], damage(rows[1])])
     with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
         load_rows(path)
+
+
+def test_a_first_row_without_a_schema_is_refused(tmp_path: Path, rows: list[Row]) -> None:
+    path = write(tmp_path / "rows.jsonl", [{name: rows[0][name] for name in rows[0] if name != "schema"}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*names no schema"):
+        load_rows(path)
+
+
+def test_a_row_inherits_what_it_leaves_out(tmp_path: Path, rows: list[Row]) -> None:
+    whole, brief = write(tmp_path / "whole.jsonl", rows), tmp_path / "brief.jsonl"
+    brief.write_text(to_lines(rows))
+    assert len(brief.read_text()) < len(whole.read_text())
+    left, right = (load_rows(path).drop(columns="origin") for path in (whole, brief))
+    assert left.equals(right)
 
 
 @pytest.mark.parametrize("value", [23.5, math.inf, math.nan, None])

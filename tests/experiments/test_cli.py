@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments.definitions import key
-from experiments.store import SCHEMA, Store
+from experiments.lines import SCHEMA
+from experiments.store import Store
 from experiments.studies import STUDIES
 from patch.checkpoint import audit
 

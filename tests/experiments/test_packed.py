@@ -64,7 +64,7 @@ def ran(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def rows(trial: Trial, store: Store, stage: str) -> dict[str, dict[str, Any]]:
-    lines = [json.loads(line) for line in store.rows_path(trial, stage).read_text().splitlines()]
+    lines = store.read_rows(trial, stage)
     return {line["metric"]: line for line in lines}
 
 
@@ -213,7 +213,7 @@ def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
         found = {
             line["provenance"]["checkpoint"]
             for stage in pipeline.stages(trial)
-            for line in map(json.loads, store.rows_path(trial, stage).read_text().splitlines())
+            for line in store.read_rows(trial, stage)
         }
         assert found == {content_hash(source)}
     assert len(gather(load_rows(store.root / "rows"))) == len(trials)
@@ -241,7 +241,7 @@ def test_a_point_of_a_changed_checkpoint_is_not_drawn(ran: tuple[list[Trial], St
     trials, store = ran
     trial = trials[1]
     for stage in pipeline.stages(trial):
-        lines = [json.loads(line) for line in store.rows_path(trial, stage).read_text().splitlines()]
+        lines = store.read_rows(trial, stage)
         if stage == "pack":
             for line in lines:
                 line["provenance"]["checkpoint"] = "0" * 64

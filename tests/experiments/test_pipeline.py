@@ -1,6 +1,5 @@
 """The life of a trial: complete, skipped when complete, killed and resumed, shared between processes."""
 
-import json
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from tiny_study import tiny_trials
 
 from experiments import pipeline
 from experiments.definitions import Trial
+from experiments.lines import from_lines
 from experiments.store import Store
 from patch.checkpoint import audit, load_info
 
@@ -49,7 +49,7 @@ def measured(root: Path) -> dict[str, list[Any]]:
     """What the rows say but for provenance and durations."""
     facts: dict[str, list[Any]] = {}
     for path in sorted((root / "rows").rglob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = from_lines(path.read_text())
         facts[str(path.relative_to(root))] = [
             (row["metric"], row["value"], row["stderr"], row["labels"], row["definition"])
             for row in rows
@@ -74,10 +74,7 @@ def undisturbed(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.Temp
 
 def load(root: Path, trials: tuple[Trial, ...]) -> dict[str, list[dict[str, Any]]]:
     store = Store(root)
-    return {
-        trial.pruning.method: [json.loads(line) for line in store.rows_path(trial, "prune").read_text().splitlines()]
-        for trial in trials
-    }
+    return {trial.pruning.method: store.read_rows(trial, "prune") for trial in trials}
 
 
 def test_rows_are_complete_and_the_budget_is_met(undisturbed: tuple, tiny_model: Path, tiny_text: Path) -> None:

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.definitions import Calibration, Evaluation, Pruning, Trial, definition, key
-from experiments.store import SCHEMA, Fact, Store, write_atomic
+from experiments.lines import SCHEMA, from_lines, to_lines
+from experiments.store import Fact, Store, write_atomic
 
 TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())
 
@@ -56,7 +59,7 @@ def test_rows_carry_definition_and_provenance(tmp_path: Path) -> None:
     assert not store.has_rows(TRIAL, stage)
     store.write_rows(TRIAL, stage, facts, {"git": "abc"})
     assert store.has_rows(TRIAL, stage)
-    rows = [json.loads(line) for line in store.rows_path(TRIAL, stage).read_text().splitlines()]
+    rows = store.read_rows(TRIAL, stage)
     assert [row["metric"] for row in rows] == ["perplexity", "tile_map"]
     for row in rows:
         assert row["schema"] == SCHEMA and row["trial"] == key(TRIAL) and row["stage"] == stage
@@ -113,3 +116,21 @@ def test_waiting_for_a_claim_ends_when_its_holder_does(tmp_path: Path, holder: s
         assert mine
     assert time.monotonic() - started >= 0.3
     killer.wait()
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+ROW = st.dictionaries(st.sampled_from(["metric", "value", "labels", "unit"]), VALUES)
+
+
+@given(st.lists(ROW))
+def test_rows_read_as_they_were_written(rows: list[dict[str, object]]) -> None:
+    """Also values that are equal and not the same, such as 1 and True, and rows with other fields than that above."""
+    whole = [{"schema": SCHEMA} | row for row in rows]
+    found = from_lines(to_lines(whole))
+    assert json.dumps(found, sort_keys=True) == json.dumps(whole, sort_keys=True)
+
+
+def test_what_rows_share_is_written_once() -> None:
+    shared = {"schema": SCHEMA, "definition": "d" * 1000, "labels": {}}
+    text = to_lines([shared | {"value": value} for value in (1.0, 2.0, 2.0)])
+    assert text.splitlines()[1:] == ['{"value": 2.0}', "{}"] and text.count("d" * 1000) == 1

@@ -1,6 +1,5 @@
 """Forty trials on a real Slurm that preempts, times out, cancels, kills and restarts: nothing is lost or done twice."""
 
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from dev_cluster import REPOSITORY, DevCluster, Forty, wait_until
 from forty_study import forty_trials
 
 from experiments.definitions import key
+from experiments.lines import from_lines
 from experiments.store import FAILURE, Store
 from slurm import batches, plan, progress
 
@@ -42,7 +42,7 @@ def measured(root: Path) -> dict[str, list[Any]]:
     """What the rows say but for provenance, durations and the file names in tracebacks."""
     facts: dict[str, list[Any]] = {}
     for path in sorted((root / "rows").rglob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = from_lines(path.read_text())
         facts[str(path.relative_to(root))] = [
             (
                 row["metric"],
