@@ -137,6 +137,16 @@ def test_a_packed_weight_that_is_not_the_checkpoints_is_told(
     assert facts["packed_agreement"].value < 1 and facts["packed_agreement"].labels["agrees"] is False
 
 
+def test_rounding_is_of_the_arithmetic_not_of_the_weights(ran: tuple[list[Trial], Store]) -> None:
+    """A checkpoint that was made on a CPU holds float32: rounding its weights is no excuse for a kernel."""
+    trials, store = ran
+    source = str(store.checkpoint_path(trials[1].pruning))
+    artefact = packed.Artefact(trials[1].pruning, source, content_hash(source), store, CPU)
+    stored = dict(artefact.load(None)[0].named_parameters())
+    for name, weight in artefact.exact().named_parameters():
+        assert weight.dtype == torch.float32 and torch.equal(weight, stored[name].bfloat16().float())
+
+
 def test_what_rounding_explains_agrees_and_more_does_not() -> None:
     assert agrees(100.4, 100.0, 0.019, 0.01)
     assert not agrees(100.6, 100.0, 0.019, 0.01)
