@@ -78,7 +78,7 @@ class Point:
         structure: ``dense``, ``unstructured``, ``2:4`` or ``hybrid``.
         sparsity: target share of zeros.
         tile: such as ``64x64``, for hybrid structures; otherwise None.
-        variant: what tells it from points that agree in all of the above, such as ``learning.recipe.steps=500``;
+        variant: what tells it from points that agree in all of the above, such as ``steps=500``;
             mostly empty.
         achieved: measured share of zeros, or None.
         perplexity: by text.
@@ -258,8 +258,16 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
         if _distinct(flat, brief) == _distinct(flat, differing):
             differing = brief
         for member, fields in zip(members, flat, strict=True):
-            result.append((member, ", ".join(f"{name}={fields.get(name)}" for name in differing)))
+            result.append((member, ", ".join(filter(None, (_setting(name, fields) for name in differing)))))
     return result
+
+
+def _setting(name: str, fields: Mapping[str, Any]) -> str:
+    """One field that tells variants apart; nothing for a setting of the recipe that is left out, as published."""
+    if name not in fields:
+        return "no prior" if name == "prior.method" else ""
+    value = fields[name]
+    return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
 
 
 def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:

@@ -259,16 +259,23 @@ def learn(
     microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Learn a mask with the weights frozen; killed and started again, it resumes from its last checkpoint."""
+    """Learn a mask with the weights frozen; stopped or killed, and started again, it resumes from its last checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
+    """
     from experiments import studies
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
+    given["distillation"] = distillation
     pruning = studies.learned(
         model,
         method,
@@ -444,6 +451,7 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
     from transformers.utils.logging import disable_progress_bar
 
     from experiments.pipeline import Machine
+    from patch.ranks import joined
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -467,8 +475,10 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
 
     # Libraries' own bars would draw over this one.
     disable_progress_bar()
-    with bar:
-        yield Machine(device, data, progress)
+    with joined(device) as ranks:
+        bar.disable = ranks.rank > 0
+        with bar:
+            yield Machine(device, data, progress, ranks)
 
 
 def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:
@@ -484,6 +494,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     with _machine(device, data) as machine:
         path = pipeline.ensure_checkpoint(pruning, store, machine)
+        if machine.ranks.rank:
+            return
     assert path is not None
     sparsity = load_info(path)["sparsity"]
     if out is not None:

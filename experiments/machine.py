@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from patch.ranks import ALONE, Ranks
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -17,11 +19,13 @@ class Machine:
         device: a torch device name, such as ``cpu`` or ``cuda``.
         data: data directory with local copies of texts and tasks; None takes them from the Hugging Face hub.
         progress: called with (label, done, total) as work goes on.
+        ranks: the processes that learn together; only rank 0 does anything else, and writes.
     """
 
     device: str
     data: Path | None
     progress: Progress
+    ranks: Ranks = ALONE
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -22,11 +22,12 @@ from experiments import evaluation, models, packed, tasks, text
 from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key
 from experiments.machine import Machine as Machine
 from experiments.provenance import provenance
+from experiments.stopping import deferred_signals
 from experiments.store import Fact, Store
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.learner import CHECKPOINT as LEARNER_STATE
-from patch.learner import Learned, Prior, learn
+from patch.learner import Learned, Prior, Stopped, learn
 from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
@@ -85,7 +86,13 @@ def run_trials(
 
     Args:
         on_done: called once per trial, with the error if it failed; a failed trial does not stop the others.
+
+    Raises:
+        Stopped: if learning was told to stop (`experiments.stopping`).
+        UserError: if several processes were started to learn one mask.
     """
+    if machine.ranks.size > 1:
+        raise UserError("a study runs one process a trial: start it in several processes, without torchrun")
     waiting = list(trials)
     while waiting:
         held_elsewhere = []
@@ -96,6 +103,8 @@ def run_trials(
                     continue
                 try:
                     run_trial(trial, store, machine)
+                except Stopped:
+                    raise
                 except (UserError, OSError, RuntimeError) as error:
                     record_failure(trial, trial.label, error, store)
                     on_done(trial, error)
@@ -223,17 +232,24 @@ def _task_stage(
 
 
 def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
-    """The checkpoint of a pruning, made now (with its priors) if it is not there; None for the dense model."""
+    """The checkpoint of a pruning, made now (with its priors) if it is not there; None for the dense model.
+
+    Raises:
+        Stopped: if learning was told to stop (`experiments.stopping`).
+    """
     if pruning.method == "dense":
         return None
     path = store.checkpoint_path(pruning)
-    if path.exists():
+    ranks, first = machine.ranks, machine.ranks.rank == 0
+    # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
+    if ranks.agree(first and path.exists(), machine.device):
         return path
     if pruning.prior:
         ensure_checkpoint(pruning.prior, store, machine)
-    with store.claim(f"pruning-{key(pruning)}"):
+    with store.claim(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
         # Another process may have finished it while this one waited.
-        if not path.exists():
+        missing = ranks.agree(first and not path.exists(), machine.device)
+        if missing and (first or pruning.method in LEARNED):
             _make_checkpoint(pruning, store, machine)
     return path
 
@@ -251,6 +267,8 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     tile_scores: Mapping[str, Tensor] = {}
     if learned:
         outcome = _learn(pruning, model, tokenizer, store, machine, sources)
+        if machine.ranks.rank:
+            return
         masks: Mapping[str, HybridMask] = outcome.masks
         zeros = {name: mask.zeros for name, mask in masks.items()}
         facts = [
@@ -339,18 +357,21 @@ def _learn(
     def on_step(metrics: Mapping[str, Any]) -> None:
         machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
 
-    outcome = learn(
-        model,
-        recipe,
-        lambda step: stream.batch(step, recipe.batch),
-        sparsity=pruning.sparsity,
-        tile=pruning.tile,
-        seed=pruning.seed,
-        prior=prior,
-        work=store.work_path(pruning),
-        device=machine.device,
-        on_step=on_step,
-    )
+    with deferred_signals() as stop:
+        outcome = learn(
+            model,
+            recipe,
+            lambda step: stream.batch(step, recipe.batch),
+            sparsity=pruning.sparsity,
+            tile=pruning.tile,
+            seed=pruning.seed,
+            prior=prior,
+            work=store.work_path(pruning),
+            device=machine.device,
+            on_step=on_step,
+            stop=stop,
+            ranks=machine.ranks,
+        )
     with torch.no_grad():
         for name, linear in prunable_linears(model).items():
             linear.weight.copy_(outcome.masks[name].to(linear.weight.device).apply(linear.weight))

@@ -71,6 +71,13 @@ class Store:
 
     root: Path
 
+    def listed(self, folder: str) -> list[str]:
+        """The names in one of the folders above; none if it is not there yet."""
+        try:
+            return os.listdir(self.root / folder)
+        except FileNotFoundError:
+            return []
+
     def rows_path(self, trial: Trial, stage: str) -> Path:
         return self.root / "rows" / key(trial) / (re.sub(r"[^\w.@-]", "-", stage) + ".jsonl")
 

@@ -87,8 +87,9 @@ def learned(
     if start is None:
         prior = None
     elif start == "maskllm":
-        # Both stages take the same steps, batches and text; rates and penalties stay their own.
-        shared = {name: getattr(chosen, name) for name in ("steps", "batch", "microbatch", "length")}
+        # Both stages take the same steps, batches, text and objective; rates and penalties stay their own.
+        common = ("steps", "batch", "microbatch", "length", "distillation")
+        shared = {name: getattr(chosen, name) for name in common}
         prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
     else:
         prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
@@ -181,8 +182,8 @@ def frontier_smollm2() -> Trials:
     prunings = [
         dense("smollm2-135m"),
         *_one_shot_frontier("smollm2-135m", (64, 64), Calibration("novels", 128, 2048)),
-        _smollm2("maskllm", 0.5),
-        *(_smollm2("patch-joint", target) for target in TARGETS),
+        *(_smollm2("maskllm", 0.5, distillation=distillation) for distillation in (0.0, 1.0)),
+        *(_smollm2("patch-joint", target, distillation=1.0) for target in TARGETS),
     ]
     return joined(prunings, _SMOLLM2_EVALUATION, CARRIED)
 
@@ -245,12 +246,25 @@ def _smollm2(method: str, sparsity: float, tile: TileShape = (64, 64), **changes
 
 def smollm2_learned() -> Trials:
     """Learned masks of SmolLM2-135M on equal tokens: MaskLLM, PATCH joint, and tiles over fixed patterns; all tasks."""
-    prunings = [
-        _smollm2("maskllm", 0.5),
-        *(_smollm2("patch-joint", target) for target in TARGETS),
-        *(_smollm2("patch-tile", target, start=start) for start in ("maskllm", "sparsegpt") for target in TARGETS),
-    ]
+    prunings = []
+    for distillation in (0.0, 1.0):
+        prunings += [
+            _smollm2("maskllm", 0.5, distillation=distillation),
+            *(_smollm2("patch-joint", target, distillation=distillation) for target in TARGETS),
+            *(
+                _smollm2("patch-tile", target, start=start, distillation=distillation)
+                for start in ("maskllm", "sparsegpt")
+                for target in TARGETS
+            ),
+        ]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
+
+
+def smollm2_tiles() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity, SmolLM2-135M on equal tokens, distilled."""
+    shapes = ((32, 32), (64, 64), (128, 128), (192, 192), (64, 128), (128, 64))
+    prunings = [_smollm2("patch-joint", 0.35, tile, distillation=1.0) for tile in shapes]
+    return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/test", 2048),), batch=8))
 
 
 def recipe_ablation() -> Trials:
@@ -260,15 +274,19 @@ def recipe_ablation() -> Trials:
     """
     changes: list[dict[str, Any]] = [
         {},
-        {"distillation": 1.0},
         {"lr": 3e-3},
-        {"distillation": 1.0, "lr": 3e-3},
         {"weight_penalty": 0.0},
         {"distillation": 0.5},
-        {"density": "expected"},
-        {"distillation": 1.0, "lr": 3e-3, "weight_penalty": 0.0},
-        {"logit_dtype": "bfloat16"},
-        {"tile_prior": 0.0},
+        {"distillation": 1.0},
+        # On top of that:
+        {"distillation": 1.0, "lr": 3e-3},
+        {"distillation": 1.0, "lr": 2e-3},
+        {"distillation": 1.0, "weight_penalty": 0.0},
+        {"distillation": 1.0, "density": "expected"},
+        {"distillation": 1.0, "pattern_prior": 9.0},
+        {"distillation": 1.0, "start": "wanda"},
+        {"distillation": 1.0, "logit_dtype": "bfloat16"},
+        {"distillation": 1.0, "tile_prior": 0.0},
     ]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
     return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
@@ -358,6 +376,7 @@ STUDIES = {
     },
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
+    "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2_tiles),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),

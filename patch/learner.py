@@ -172,7 +172,8 @@ def learn(
         work: folder for ``learner.pt`` and ``tensorboard/``; a run found there is continued.
         on_step: called after each step with ``step`` (completed steps), ``loss``, ``cross_entropy``, ``density``,
             ``grad_norm``, the settings of the step, and ``tokens_per_second``.
-        stop: asked after each step; if true on any rank, the checkpoint is written and learning ends with `Stopped`.
+        stop: asked after each micro-batch; if true on any rank, the checkpoint of the last whole step is written and
+            learning ends with `Stopped`.
         ranks: the processes that learn together, each of which calls this with the same arguments and gets the same
             outcome (`patch.ranks`). One checkpoint serves any number of them.
         implementation: by default the fastest that the device allows.
@@ -198,20 +199,20 @@ def learn(
             step = _Step(run, losses, implementation.captured)
             while run.step < recipe.steps:
                 started = time.perf_counter()
-                metrics = run.advance(step, _check_tokens(batches(run.step), recipe, model))
+                metrics = run.advance(step, _check_tokens(batches(run.step), recipe, model), stop)
+                if metrics is None:
+                    run.save()
+                    raise Stopped(run.step, recipe, work / CHECKPOINT)
                 speed = {"tokens_per_second": recipe.batch * recipe.length / (time.perf_counter() - started)}
                 if board and run.history and run.history[-1]["step"] == run.step:
                     for name, value in (run.history[-1] | speed).items():
                         board.add_scalar(name, value, run.step)
-                stopped = run.step < recipe.steps and ranks.agree(bool(stop and stop()), run.device)
-                if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps or stopped:
+                if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps:
                     if board:
                         board.flush()
                     run.save()
                 if on_step:
                     on_step(metrics | speed)
-                if stopped:
-                    raise Stopped(run.step, recipe, work / CHECKPOINT)
     return Learned(run.harden(), run.history)
 
 
@@ -332,8 +333,8 @@ class _MaskedBlock:
 def _with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A decoder block's forward whose attention mask, while a CUDA graph is captured, is that of the call before.
 
-    Where transformers sees a capture, it writes out masks that it else leaves to the attention kernel (``None``: causal),
-    which is slower with them. Masks depend on the shape of the tokens alone.
+    Where transformers sees a capture, it writes out masks that it else leaves to the attention kernel, as ``None`` for
+    causal; the kernel is slower with them. Masks depend on the shape of the tokens alone.
     """
     usual: list[Any] = [None]
 
@@ -446,11 +447,15 @@ class _Run:
             "prior": prior,
         }
 
-    def advance(self, step: "_Step", tokens: Tensor) -> dict[str, float]:
-        """Take one optimizer step on ``tokens`` ``[batch, length]``; returns its metrics."""
+    def advance(self, step: "_Step", tokens: Tensor, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
+        """Take one optimizer step on ``tokens`` ``[batch, length]``; returns its metrics, or None if told to stop."""
         settings = self.recipe.at(self.step)
-        parts = tokens.split(self.recipe.microbatch)
-        sums = torch.stack([step(self.ranks.sequences(part), settings, i) for i, part in enumerate(parts)])
+        parts = []
+        for index, part in enumerate(tokens.split(self.recipe.microbatch)):
+            if stop and self.ranks.agree(stop(), self.device):
+                return None
+            parts.append(step(self.ranks.sequences(part), settings, index))
+        sums = torch.stack(parts)
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = settings.lr

@@ -1,6 +1,5 @@
 """How far a study is: the state of each trial, from the results directory and, where there is one, Slurm's queue."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +72,8 @@ class Progress:
 def examine(trials: Sequence[Trial], store: Store) -> Progress:
     """Look at the results directory and ask Slurm, once."""
     known = plan.steps(trials)
-    started = set(_listed(store.root / "rows"))
-    made = set(_listed(store.root / "checkpoints"))
+    started = set(store.listed("rows"))
+    made = set(store.listed("checkpoints"))
     done = {
         id
         for id, step in known.items()
@@ -134,13 +133,6 @@ def _state(
 
 def _how(task: Task | None) -> str:
     return task.state if task and task.state != "COMPLETED" else "without a result"
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
 
 
 def _seconds_left(states: Sequence[TrialState], relevant: Sequence[Batch], store: Store) -> float | None:

@@ -28,6 +28,10 @@ from slurm.cluster import Cluster, Resources
 from slurm.plan import Step
 from slurm.task import LAUNCHER, RunStep, RunTrials, Work, WriteReport
 
+# First line of each job: srun gives up after ten seconds without the controller, and Slurm takes the job for failed: a
+# task that started while an administrator restarted it would be lost.
+AWAIT_CONTROLLER = "for attempt in $(seq 60); do scontrol ping > /dev/null && break; sleep 5; done"
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -209,7 +213,7 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
         cpus_per_task=resources.cpus,
         time=resources.minutes,
         signal_delay_s=cluster.signal,
-        setup=list(cluster.setup),
+        setup=[AWAIT_CONTROLLER, *cluster.setup],
         # For losses of a node; where requeueing is not the cluster's default, Slurm must be told.
         additional_parameters={"requeue": True},
         **{name: value for name, value in parameters.items() if value is not None},

@@ -17,6 +17,8 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 from experiments import pipeline, reports
 from experiments.definitions import Trial, key
 from experiments.store import Store
+from patch.errors import UserError
+from patch.learner import Stopped
 from slurm import plan, queue
 from slurm.plan import Step
 
@@ -30,6 +32,9 @@ LAUNCHER = (
     f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(_STOP)}]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+
+# Seconds for a controller of Slurm to come back.
+_PATIENCE = 300.0
 
 # Seconds between two lines of progress in a log.
 _EVERY = 30.0
@@ -76,21 +81,25 @@ class RunStep(Checkpointable):
         if plan.is_done(step, store):
             print(f"{step.id}: was done already", flush=True)
             return
-        missing = [id for id in step.needs if not (store.root / "checkpoints" / id.partition("-")[2]).exists()]
-        if missing:
+        while missing := _missing(step, store):
             # Not a failure of its own: its trial says why already, or the next sweep submits both again.
-            print(f"{step.id}: cannot start without {missing[0]}", flush=True)
-            if "SLURM_JOB_ID" in os.environ and any(missing[0] in steps for _, steps in queue.live(store)):
+            print(f"{step.id}: cannot start without {missing}", flush=True)
+            if "SLURM_JOB_ID" in os.environ and _is_under_way(missing, store):
                 # Slurm takes a job for ended that it is about to requeue; when it starts this one again, it knows.
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-                raise SystemExit(f"{step.id}: requeued until {missing[0]} is over")
-            return
+                raise SystemExit(f"{step.id}: requeued until {missing} is over")
+            # Only a look after Slurm's answer tells: it may have been done, and left the queue, since the look before.
+            if _missing(step, store) == missing:
+                return
         try:
             if step.kind == "evaluate":
                 with store.claim(f"trial-{key(step.trials[0])}"):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
                 pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
+        except Stopped as stopped:
+            # Told to, and not by Slurm's signal, which submitit would have answered by now: no failure.
+            raise SystemExit(f"{step.id}: {stopped}") from stopped
         except subprocess.SubprocessError:
             # It was told to stop, and Slurm could not be asked to requeue it: not its failure, the next sweep has it.
             raise
@@ -130,6 +139,25 @@ class WriteReport:
         _listen()
         for path in reports.write(study, trials, Store(self.work.results)):
             print(f"wrote {path}", flush=True)
+
+
+def _missing(step: Step, store: Store) -> str | None:
+    """The first step that this one needs and whose checkpoint is not there."""
+    # By the folder's list, which NFS brings up to date when it is opened: that a file is not there, it may remember.
+    made = set(store.listed("checkpoints"))
+    return next((id for id in step.needs if id.partition("-")[2] not in made), None)
+
+
+def _is_under_way(id: str, store: Store) -> bool:
+    """Whether a step waits or runs, as far as Slurm knows; while its controller is away, asked again for minutes."""
+    last = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return any(id in steps for _, steps in queue.live(store))
+        except UserError:
+            if time.monotonic() > last:
+                raise
+            time.sleep(5)
 
 
 def _listen() -> None:

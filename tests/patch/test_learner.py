@@ -339,7 +339,7 @@ def test_bfloat16_logits_learn_and_resume(tmp_path: Path) -> None:
     whole = run(tiny_model(), recipe, tmp_path / "whole")
     with pytest.raises(Stopped, match="after step 3 of 6"):
         seen: list[Any] = []
-        run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 2)
+        run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 3)
     assert same(run(tiny_model(), recipe, tmp_path / "part"), whole)
     state = torch.load(tmp_path / "part" / CHECKPOINT)
     assert {part.dtype for learned in state["learned"].values() for part in learned.values()} == {torch.bfloat16}

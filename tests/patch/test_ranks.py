@@ -39,7 +39,7 @@ with joined("cpu") as ranks:
             model, recipe, lambda step: t.words(step, 12), sparsity=0.5 if mode == "maskllm" else 0.35, tile=t.RAGGED,
             seed=0, prior=t.magnitude_prior(model), work=work, device="cpu", ranks=ranks, on_step=seen.append,
             # Only the last process is told to stop.
-            stop=lambda: ranks.rank == ranks.size - 1 and len(seen) + 1 == stop_at,
+            stop=lambda: ranks.rank == ranks.size - 1 and 0 < stop_at == len(seen),
         )
     except Stopped as error:
         result = {"stopped": str(error)}
