@@ -98,7 +98,7 @@ def test_the_frontier_stands_on_the_checkpoints_of_the_demo() -> None:
         {key(trial.pruning) for trial in studies.STUDIES[name].trials() if trial.pruning.learning}
         for name in ("smollm2-learned", "frontier-smollm2")
     )
-    assert len(joined) == 4 and joined < learned
+    assert joined and joined < learned
 
 
 # What is measured on a CPU
