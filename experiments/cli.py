@@ -109,6 +109,7 @@ def sweep(
     qos: Annotated[str | None, typer.Option(help="Slurm's quality of service.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Features that nodes must have.")] = None,
     gpus: PerStage = None,
+    nodes: PerStage = None,
     cpus: PerStage = None,
     time: PerStage = None,
     mem: Annotated[list[str] | None, typer.Option(help="GiB of main memory, likewise.")] = None,
@@ -131,7 +132,7 @@ def sweep(
 
     options: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options |= {"parallel": parallel, "setup": tuple(setup or ())}
-    resources = {"gpus": gpus or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
+    resources = {"gpus": gpus or [], "nodes": nodes or [], "cpus": cpus or [], "time": time or [], "memory": mem or []}
     chosen = clusters.override(clusters.load(cluster), options, resources)
     if list_:
         console.print(commands.studies_table(chosen))

@@ -66,8 +66,12 @@ def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
     return 2.0 * parameters * tokens
 
 
-def memory(pruning: Pruning, evaluation: Evaluation | None = None) -> float | None:
-    """GiB of device memory that a pruning, or else the evaluation of one, takes; None if the model is not known."""
+def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: int = 1) -> float | None:
+    """GiB of device memory that a pruning, or else the evaluation of one, takes; None if the model is not known.
+
+    Args:
+        processes: that learn together, a device each: they divide the logits and the sequences, not the weights.
+    """
     shapes, parameters, spec = _prunable(pruning.model), _parameters(pruning.model), _spec(pruning.model)
     if shapes is None or parameters is None or spec is None:
         return None
@@ -89,10 +93,12 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None) -> float | No
     logits += 0.0 if recipe.mode == "maskllm" else 1 / (tile[0] * tile[1])
     # Logits, their gradient and Adam's two moments in float32; masks of one block, or of all, with their samples.
     masked = weights / spec.blocks if recipe.activation_checkpointing else weights
-    tokens = recipe.microbatch * recipe.length
+    tokens = recipe.microbatch * recipe.length // processes
     states = _activations(spec, tokens, 2 if recipe.activation_checkpointing else spec.blocks)
     head = 10.0 * min(tokens, 4096) * spec.vocab
-    return (2 * parameters + 16 * logits * weights + 40 * masked + states + head) / GIB
+    # What is gathered of the others' rows, and its gradient, in bfloat16.
+    gathered = 4 * masked if processes > 1 else 0.0
+    return (2 * parameters + (16 * logits * weights + 40 * masked) / processes + gathered + states + head) / GIB
 
 
 def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:

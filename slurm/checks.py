@@ -40,14 +40,23 @@ def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Clust
     pipeline.validate(trials, data)
     for model in dict.fromkeys(trial.pruning.model for trial in trials):
         models.fingerprint(model)
-    if cluster.gpu_memory is not None:
-        for step in plan.steps(trials).values():
-            needed = memory(step)
-            if needed is not None and needed > cluster.gpu_memory and cluster.stages[step.kind].gpus:
-                raise UserError(
-                    f"{step.label} needs about {needed:.0f} GiB of GPU memory, and this cluster's GPUs have "
-                    f"{cluster.gpu_memory:g} (gpu_memory): leave it out with --where, or take another model or recipe"
-                )
+    for step in plan.steps(trials).values():
+        launch = cluster.stages[step.kind].launch
+        if (
+            step.pruning.learning
+            and step.kind == "learn"
+            and (size := step.pruning.learning.recipe.microbatch) % launch.size
+        ):
+            raise UserError(
+                f"{step.label} cannot divide its microbatch of {size} among {launch.size} processes "
+                f"({launch.nodes} nodes of {launch.per_node} GPUs): choose a number that divides it with --gpus learn=N"
+            )
+        needed = memory(step, cluster)
+        if cluster.gpu_memory and needed and needed > cluster.gpu_memory and cluster.stages[step.kind].gpus:
+            raise UserError(
+                f"{step.label} needs about {needed:.0f} GiB of GPU memory, and this cluster's GPUs have "
+                f"{cluster.gpu_memory:g} (gpu_memory): leave it out with --where, or take another model or recipe"
+            )
 
 
 def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> None:
@@ -60,8 +69,12 @@ def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> Non
         return
     queue.require()
     for stage in sorted(set(stages)):
-        if cluster.stages[stage].gpus > 1:
-            raise UserError(f"stage {stage} asks for {cluster.stages[stage].gpus} GPUs, and uses one: give --gpus 1")
+        for name, count in (("GPUs", cluster.stages[stage].gpus), ("nodes", cluster.stages[stage].nodes)):
+            if count > 1 and stage != "learn":
+                option = f"--{name.lower()} {stage}=1"
+                raise UserError(f"stage {stage} asks for {count} {name}, and uses one: give {option}")
+        if cluster.stages[stage].nodes < 1:
+            raise UserError(f"stage {stage} asks for no node: give --nodes {stage}=1")
         queue.check(cluster, stage, cluster.stages[stage])
     if cluster.shared_results:
         return
@@ -78,9 +91,10 @@ def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> Non
         raise UserError(f"the results directory {results} cannot be written: name another one with --results")
 
 
-def memory(step: Step) -> float | None:
-    """GiB of GPU memory that a step takes, or None if its model's shapes are not known."""
-    return cost.memory(step.pruning, step.trials[0].evaluation if step.kind == "evaluate" else None)
+def memory(step: Step, cluster: Cluster) -> float | None:
+    """GiB of memory that a step takes of each GPU, or None if its model's shapes are not known."""
+    evaluation = step.trials[0].evaluation if step.kind == "evaluate" else None
+    return cost.memory(step.pruning, evaluation, cluster.stages[step.kind].launch.size)
 
 
 def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:

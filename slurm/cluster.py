@@ -34,26 +34,47 @@ STAGES = ("prune", "learn", "evaluate", "report")
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How many processes learn one mask: ``per_node`` on each of ``nodes`` nodes."""
+
+    nodes: int = 1
+    per_node: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
 class Resources:
-    """What one task of a stage asks for, on one node.
+    """What one task of a stage asks for.
 
     Attributes:
-        gpus: GPUs.
-        cpus: cores.
-        memory: GiB of main memory; None takes the partition's default.
+        gpus: GPUs of each node; learning runs a process on each.
+        nodes: nodes; other stages than learning use one.
+        cpus: cores of each node.
+        memory: GiB of main memory of each node; None takes the partition's default.
         time: limit in Slurm's notation; a task that reaches it is requeued and goes on from its last checkpoint.
     """
 
     gpus: int = 0
+    nodes: int = 1
     cpus: int = 4
     memory: float | None = None
     time: str = "4:00:00"
+
+    @property
+    def launch(self) -> Launch:
+        """The processes that learn on these resources."""
+        return Launch(self.nodes, max(1, self.gpus))
 
     @property
     def minutes(self) -> int:
         """The time limit, in whole minutes, rounded up."""
         return parse_time(self.time)
 
+
+ALONE = Launch()
 
 _DEFAULTS = {
     "prune": Resources(gpus=1, cpus=8, memory=64, time="4:00:00"),

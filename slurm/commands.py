@@ -52,9 +52,11 @@ def dry_run(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
         arrays = -(-count // size) if size else 1
         hours = _hours(*checks.gpu_hours(wave.steps, sweep.cluster))
         before = ", ".join(sorted({need.partition("-")[0] for need in wave.needs})) or "-"
-        table.add_row(wave.kind, before, str(count), str(arrays), str(resources.gpus), resources.time, hours)
+        table.add_row(
+            wave.kind, before, str(count), str(arrays), str(resources.gpus * resources.nodes), resources.time, hours
+        )
         for step in wave.steps:
-            needed = checks.memory(step)
+            needed = checks.memory(step, sweep.cluster)
             console.print(step.label + (f" (about {needed:.1f} GiB of GPU memory)" if needed else ""), highlight=False)
     console.print(table)
     steps = [step for wave in waves for step in wave.steps]

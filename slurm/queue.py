@@ -201,7 +201,7 @@ def options(cluster: Cluster, resources: Resources) -> list[str]:
         "cpus-per-task": resources.cpus or None,
         "mem": f"{round(1024 * resources.memory)}M" if resources.memory else None,
         "time": resources.minutes,
-        "nodes": 1,
+        "nodes": resources.nodes,
     }
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 

@@ -24,7 +24,7 @@ from experiments.store import Store
 from patch.errors import UserError
 from slurm import batches, plan, queue
 from slurm.batches import Batch
-from slurm.cluster import Cluster, Resources
+from slurm.cluster import ALONE, Cluster, Launch, Resources
 from slurm.plan import Step
 from slurm.task import LAUNCHER, RunStep, RunTrials, Work, WriteReport
 
@@ -138,12 +138,19 @@ def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[t
     for start in range(0, len(wave.steps), size):
         steps = wave.steps[start : start + size]
         after = _jobs(wave.needs, busy) | before
-        batch, jobs = _submit(sweep, wave.kind, [step.id for step in steps], after, RunStep(sweep.work), steps)
+        batch, jobs = _submit(sweep, wave.kind, [step.id for step in steps], after, _run_step(sweep, wave.kind), steps)
         busy |= dict.fromkeys(batch.steps, batch)
         if sweep.cluster.parallel and batch.job:
             # The cap holds within one array: the next one waits for this one.
             before = {batch.job}
         yield batch, jobs
+
+
+def _run_step(sweep: Sweep, stage: str) -> RunStep:
+    resources = sweep.cluster.stages[stage]
+    # The debug executor does everything in this process.
+    alone = stage != "learn" or sweep.cluster.executor == "debug"
+    return RunStep(sweep.work, ALONE if alone else resources.launch)
 
 
 def _report(sweep: Sweep, busy: dict[str, Batch]) -> tuple[Batch, list[submitit.Job]]:
@@ -208,11 +215,13 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
     }
     executor.update_parameters(
         job_name=name,
-        nodes=1,
+        nodes=resources.nodes,
         ntasks_per_node=1,
         cpus_per_task=resources.cpus,
         time=resources.minutes,
         signal_delay_s=cluster.signal,
+        # Of several nodes the first one decides when the job is over.
+        srun_args=["--kill-on-bad-exit=1", "--wait=30"] if resources.nodes > 1 else [],
         setup=[AWAIT_CONTROLLER, *cluster.setup],
         # For losses of a node; where requeueing is not the cluster's default, Slurm must be told.
         additional_parameters={"requeue": True},
@@ -222,7 +231,7 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
 
 
 def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, list[submitit.Job]]]:
-    """Start processes of this machine that share the trials; each takes one GPU, in turn, where there are some."""
+    """Start processes of this machine that share the trials; each takes the GPUs of one learning, in turn."""
     import torch
 
     ids = [step.id for wave in waves for step in wave.steps]
@@ -231,17 +240,19 @@ def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, li
     if not trials:
         return []
     gpus = torch.cuda.device_count()
+    launch = Launch(1, sweep.cluster.stages["learn"].launch.per_node)
     started = []
     for index in range(sweep.cluster.parallel or 1):
         unique = secrets.token_hex(4)
         batch = Batch(unique, sweep.study, "local", "all", f"hts-{sweep.study}-{unique}", tuple(ids), time.time())
         executor = submitit.LocalExecutor(batches.folder(sweep.store, batch))
+        mine = tuple((index * launch.per_node + place) % gpus for place in range(launch.per_node)) if gpus else ()
         executor.update_parameters(
             timeout_min=365 * 24 * 60,
             setup=list(sweep.cluster.setup),
-            **({"gpus_per_node": 1, "visible_gpus": (index % gpus,)} if gpus else {}),
+            **({"gpus_per_node": len(mine), "visible_gpus": mine} if gpus else {}),
         )
-        job = executor.submit(RunTrials(sweep.work), trials)
+        job = executor.submit(RunTrials(sweep.work, launch), trials)
         batch = dataclasses.replace(batch, job=job.job_id, **_here(int(job.job_id)))
         batches.save(sweep.store, batch)
         started.append((batch, [job]))

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from submitit.helpers import Checkpointable, DelayedSubmission
@@ -19,7 +20,8 @@ from experiments.definitions import Trial, key
 from experiments.store import Store
 from patch.errors import UserError
 from patch.learner import Stopped
-from slurm import plan, queue
+from slurm import plan, queue, ranks
+from slurm.cluster import ALONE, Launch
 from slurm.plan import Step
 
 # What Slurm sends before a time limit or a preemption, and submitit handles.
@@ -32,6 +34,8 @@ LAUNCHER = (
     f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(_STOP)}]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+
+Report = Callable[[Trial, Exception | None], None]
 
 # Seconds for a controller of Slurm to come back.
 _PATIENCE = 300.0
@@ -54,13 +58,13 @@ class Work:
     data: Path | None = None
     device: str | None = None
 
-    def machine(self) -> pipeline.Machine:
-        """The machine that this job runs on."""
+    def machine(self, processes: int = 1) -> pipeline.Machine:
+        """The machine that this job runs on, for each of so many processes that share it."""
         import torch
 
         if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
             # torch counts the cores of the node, of which this job may have been given few.
-            torch.set_num_threads(min(int(cores), torch.get_num_threads()))
+            torch.set_num_threads(max(1, min(int(cores) // processes, torch.get_num_threads())))
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return pipeline.Machine(device, self.data, _log_progress())
 
@@ -69,15 +73,23 @@ class Work:
 class RunStep(Checkpointable):
     """Do one step, unless it is done or what it needs is missing, and say in the log what came of it.
 
-    If it fails, every trial that needs it gets a row with the traceback.
+    If it fails, every trial that needs it gets a row with the traceback. A step that several nodes share is called on
+    each; the first one decides, and when it ends, Slurm ends the others.
+
+    Attributes:
+        launch: the processes that learn, if that is what the step does.
     """
 
     work: Work
+    launch: Launch = ALONE
 
     def __call__(self, step: Step) -> None:
         _listen()
         store = Store(self.work.results)
         print(f"{step.id}: {step.label}", flush=True)
+        if int(os.environ.get("SLURM_NODEID", "0")):
+            make_checkpoint(step, self.work, self.launch)
+            return
         if plan.is_done(step, store):
             print(f"{step.id}: was done already", flush=True)
             return
@@ -96,9 +108,10 @@ class RunStep(Checkpointable):
                 with store.claim(f"trial-{key(step.trials[0])}"):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
-                pipeline.ensure_checkpoint(step.pruning, store, self.work.machine())
-        except Stopped as stopped:
-            # Told to, and not by Slurm's signal, which submitit would have answered by now: no failure.
+                make_checkpoint(step, self.work, self.launch)
+        except (Stopped, ranks.Interrupted) as stopped:
+            # Told to, and not by the signal that submitit answers: no failure.
+            _leave_the_end_to_slurm()
             raise SystemExit(f"{step.id}: {stopped}") from stopped
         except subprocess.SubprocessError:
             # It was told to stop, and Slurm could not be asked to requeue it: not its failure, the next sweep has it.
@@ -119,14 +132,42 @@ class RunTrials:
     """Bring all trials of a study to completion, beside other processes that do the same."""
 
     work: Work
+    launch: Launch = ALONE
 
     def __call__(self, trials: tuple[Trial, ...]) -> None:
         def report(trial: Trial, error: Exception | None) -> None:
             print(f"{trial.label}: {f'failed: {error}' if error else 'done'}", flush=True)
 
-        # A failed trial is left to --retry-failed.
         store = Store(self.work.results)
+        if self.launch.size > 1:
+            self._learn_together(trials, store, report)
+            # What failed there must not be tried again by a single process.
+            trials = tuple(trial for trial in trials if not store.failure(trial))
+        # A failed trial is left to --retry-failed.
         pipeline.run_trials(trials, store, self.work.machine(), report)
+
+    def _learn_together(self, trials: tuple[Trial, ...], store: Store, report: Report) -> None:
+        """Make the learned checkpoints, those that other processes make last."""
+        waiting = [step for step in plan.steps(trials).values() if step.kind == "learn"]
+        waiting.sort(key=lambda step: step.claim in store.claimed())
+        for step in waiting:
+            if plan.is_done(step, store) or any(store.failure(trial) for trial in step.trials):
+                continue
+            try:
+                make_checkpoint(step, self.work, self.launch)
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                for trial in step.trials:
+                    pipeline.record_failure(trial, step.label, error, store)
+                    report(trial, error)
+
+
+def make_checkpoint(step: Step, work: Work, launch: Launch) -> None:
+    """What a pruning or learning step does, in one process or, if it learns, in as many as `launch` says."""
+    store = Store(work.results)
+    if step.kind == "learn" and launch.size > 1:
+        ranks.run(launch, partial(pipeline.ensure_checkpoint, step.pruning, store), work.machine)
+    else:
+        pipeline.ensure_checkpoint(step.pruning, store, work.machine())
 
 
 @dataclass(frozen=True)
@@ -158,6 +199,16 @@ def _is_under_way(id: str, store: Store) -> bool:
             if time.monotonic() > last:
                 raise
             time.sleep(5)
+
+
+def _leave_the_end_to_slurm() -> None:
+    """Wait until Slurm ends this job, if it is one.
+
+    It requeues a job that it preempts only if the job has not ended before, as failed; one that was cancelled has been,
+    whatever it does now.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        time.sleep(_PATIENCE)
 
 
 def _listen() -> None:

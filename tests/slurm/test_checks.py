@@ -45,7 +45,7 @@ def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_every_step_has_an_estimate(study: str) -> None:
     steps = plan.steps(STUDIES[study].trials()).values()
-    assert all((checks.memory(step) or 0) > 0 for step in steps)
+    assert all((checks.memory(step, Cluster()) or 0) > 0 for step in steps)
     hours, unknown = checks.gpu_hours(steps, Cluster())
     assert hours > 0 and unknown == 0
 
@@ -96,7 +96,31 @@ def test_results_must_be_where_the_nodes_are(
         checks.check_cluster(cluster, ["prune"], tmp_path / "runs")
 
 
-def test_gpus_that_would_idle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpus": ["evaluate=8"]}, "stage evaluate asks for 8 GPUs, and uses one: give --gpus evaluate=1"),
+        ({"nodes": ["prune=2"]}, "stage prune asks for 2 nodes, and uses one: give --nodes prune=1"),
+        ({"nodes": ["learn=0"]}, "stage learn asks for no node"),
+    ],
+)
+def test_what_would_idle_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, list[str]], message: str
+) -> None:
     monkeypatch.setattr(queue, "require", lambda: None)
-    with pytest.raises(UserError, match="stage learn asks for 8 GPUs, and uses one"):
-        checks.check_cluster(override(Cluster(), {}, {"gpus": ["learn=8"]}), ["learn"], tmp_path)
+    monkeypatch.setattr(queue, "check", lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        checks.check_cluster(override(Cluster(), {}, resources), ["prune", "learn", "evaluate"], tmp_path)
+
+
+def test_processes_that_cannot_share_a_microbatch_are_refused() -> None:
+    trials = STUDIES["sparsities"].trials()
+    with pytest.raises(UserError, match=r"cannot divide its microbatch of .* among 14 processes"):
+        checks.check_definitions(trials, None, override(Cluster(), {}, {"gpus": ["learn=7"], "nodes": ["learn=2"]}))
+
+
+def test_several_gpus_divide_the_memory_of_learning() -> None:
+    [step] = [s for s in plan.steps(STUDIES["tile-shapes"].trials()).values() if s.pruning.tile == (64, 64)][-2:-1]
+    assert step.kind == "learn"
+    one, two, four = (checks.memory(step, override(Cluster(), {}, {"gpus": [f"learn={n}"]})) or 0 for n in (1, 2, 4))
+    assert one > two > four > 0

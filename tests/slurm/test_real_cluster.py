@@ -9,6 +9,8 @@ import psutil
 import pytest
 from dev_cluster import DEVCLUSTER, DevCluster, Forty, wait_until
 
+from experiments.store import Store
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
@@ -23,6 +25,8 @@ def forty(cluster: DevCluster, text: Path, tmp_path: Path) -> Forty:
         pytest.param(["--partition", "nowhere"], r"invalid partition specified: nowhere", id="partition"),
         pytest.param(["--account", "nobody"], r"Invalid account or account/partition combination", id="account"),
         pytest.param(["--gpus", "prune=3"], r"stage prune asks for 3 GPUs, and uses one", id="gpus"),
+        pytest.param(["--nodes", "prune=2"], r"stage prune asks for 2 nodes, and uses one", id="nodes"),
+        pytest.param(["--qos", "best"], r"[Ii]nvalid qos", id="qos"),
         pytest.param(["--mem", "500"], r"mem=512000M.*node configuration is not available", id="memory"),
         pytest.param(["--cpus", "64"], r"cpus-per-task=64.*(not available|More processors)", id="cores"),
         pytest.param(["--partition", "main", "--time", "9-0"], r"partition's limit of 1440 minutes", id="time"),
@@ -59,6 +63,36 @@ def test_the_cap_on_parallel_tasks_holds_across_arrays(forty: Forty, tmp_path: P
     assert "cancelled" in forty.hts("cancel", "forty")
     wait_until("the queue is empty", lambda: not forty.cluster.run("squeue", "-h"))
     assert "missing" in forty.hts("status", "forty")
+
+
+def test_two_processes_learn_in_one_allocation(forty: Forty, tmp_path: Path) -> None:
+    """Told to stop, both save and end; requeued, they go on."""
+    file = forty.cluster.file(tmp_path / "test.toml")
+    chosen = ("--where", "method=patch-joint", "--where", "target=0.15")
+    forty.hts("sweep", "forty", *chosen, "--cluster", file, "--gpus", "learn=2")
+
+    def learning() -> list[psutil.Process]:
+        found = [each for each in psutil.process_iter(["cmdline"]) if "slurm.ranks" in (each.info["cmdline"] or [])]
+        return [each for each in found if "torch.distributed.run" not in each.info["cmdline"]]
+
+    def log() -> str:
+        return "".join(path.read_text() for path in forty.results.glob("sweeps/forty/*/*_0_log.out"))
+
+    wait_until("two processes learn", lambda: len(learning()) == 2 and re.search(r"patch-joint.*: \d+/200", log()))
+    first = learning()
+    [job] = [
+        line.split()[0]
+        for line in forty.cluster.run("squeue", "-h", "-t", "R", "-o", "%i %j").splitlines()
+        if "forty-learn" in line
+    ]
+    # As before a time limit: to all processes of the step, and not to the script around it.
+    forty.cluster.run("scancel", "--signal=USR2", job)
+    wait_until("both have ended", lambda: not any(each.is_running() for each in first))
+    wait_until("it is done", lambda: not forty.cluster.run("squeue", "-h"))
+    assert "1 done" in forty.hts("status", "forty", *chosen)
+    steps = [int(step) for step in re.findall(r"patch-joint.*: (\d+)/200", log())]
+    assert steps[-1] == 200 and steps.count(1) <= 1, "it began anew"
+    assert Store(forty.results).claimed() == {} and not learning()
 
 
 def test_a_cluster_without_accounting(start_cluster: Callable[..., DevCluster], text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Learning in several processes: they meet, one failure is told with its cause, and a signal stops and saves all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import rank_stubs
+from dev_cluster import REPOSITORY, wait_until
+from tiny_study import tiny_trials
+
+from experiments.store import Store
+from patch.checkpoint import load_masks
+from patch.learner import CHECKPOINT
+from slurm import plan, ranks
+from slurm.cluster import Launch
+from slurm.plan import Step
+from slurm.task import RunStep, RunTrials, Work
+
+TWO = Launch(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find this working tree and the tests' own modules."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def introductions(folder: Path) -> dict[str, dict[str, object]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def learning(tiny_model: Path, tiny_text: Path) -> Step:
+    return next(step for step in plan.steps(tiny_trials(tiny_model, tiny_text)).values() if step.kind == "learn")
+
+
+def test_processes_meet_and_the_first_one_reports(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    ranks.run(TWO, partial(rank_stubs.introduce, tmp_path), rank_stubs.cpu)
+    met = introductions(tmp_path)
+    assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "1")}
+    assert capfd.readouterr().out.count("progress met 0 2") == 1
+
+
+def test_two_nodes_meet_at_the_first(tmp_path: Path) -> None:
+    """Each node's task starts its own processes; here both nodes are this machine."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"\n')
+    scontrol.chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir()
+    script = (
+        "import sys, rank_stubs; from functools import partial; from pathlib import Path\n"
+        "from slurm import ranks; from slurm.cluster import Launch\n"
+        "ranks.run(Launch(2, 1), partial(rank_stubs.introduce, Path(sys.argv[1])), rank_stubs.cpu)"
+    )
+    common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+    common["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    tasks = [
+        subprocess.Popen([sys.executable, "-c", script, str(out)], env=os.environ | common | {"SLURM_NODEID": node})
+        for node in ("0", "1")
+    ]
+    assert [task.wait(120) for task in tasks] == [0, 0]
+    met = introductions(out)
+    assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "0")}
+
+
+def test_the_first_error_is_told_with_its_traceback() -> None:
+    with pytest.raises(ranks.RankFailed, match="rank 1: ValueError: no such thing") as caught:
+        ranks.run(TWO, rank_stubs.fail_on_the_second, rank_stubs.cpu)
+    assert "fail_on_the_second" in caught.value.__notes__[0]
+
+
+def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(tiny_text.read_text())
+    step, store, work = learning(tiny_model, text), Store(tmp_path / "runs"), Work(tmp_path / "runs", device="cpu")
+    for id in step.needs:
+        RunStep(work)(plan.steps(step.trials)[id])
+    text.unlink()
+    with pytest.raises(ranks.RankFailed):
+        RunStep(work, TWO)(step)
+    failure = store.failure(step.trials[0])
+    assert failure and "text.jsonl" in failure["error"] and "load_documents" in failure["traceback"]
+    assert store.claimed() == {}
+
+
+def test_two_processes_make_the_checkpoint_that_one_makes(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    step = learning(tiny_model, tiny_text)
+    for name, launch in (("one", Launch()), ("two", TWO)):
+        known = plan.steps(step.trials)
+        for each in (*(known[id] for id in step.needs), step):
+            RunStep(Work(tmp_path / name, device="cpu"), launch)(each)
+        assert list((tmp_path / name / "locks").iterdir()) == []
+    alone, together = (load_masks(Store(tmp_path / name).checkpoint_path(step.pruning)) for name in ("one", "two"))
+    assert all((alone[name].dense == together[name].dense).all() for name in alone)
+
+
+def test_local_processes_learn_together_and_evaluate_alone(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    trials = tiny_trials(tiny_model, tiny_text)
+    RunTrials(Work(tmp_path, device="cpu"), TWO)(trials)
+    store = Store(tmp_path)
+    assert all(plan.is_done(step, store) for step in plan.steps(trials).values())
+    assert store.claimed() == {}
+
+
+SCRIPT = """
+import signal, sys
+from functools import partial
+from pathlib import Path
+import rank_stubs
+from experiments import pipeline, studies
+from experiments.store import Store
+from slurm import ranks
+from slurm.cluster import Launch
+
+signal.signal(signal.SIGUSR2, lambda *_: print("requeued", flush=True))
+signal.signal(signal.SIGTERM, lambda *_: print("bypassed", flush=True))
+pruning = studies.learned(
+    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64),
+    start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False,
+    checkpoint_every=50_000,
+)
+try:
+    ranks.run(Launch(1, 2), partial(pipeline.ensure_checkpoint, pruning, Store(Path(sys.argv[1]))), rank_stubs.cpu)
+except ranks.Interrupted:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_every_process_saves_and_ends_all(number: signal.Signals, tmp_path: Path) -> None:
+    """As Slurm sends it: to the task, torch's agent, and the processes that learn, all at once."""
+    task = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=(tmp_path / "out").open("w"), start_new_session=True
+    )
+    try:
+        wait_until("they learn", lambda: "progress" in (tmp_path / "out").read_text(), 120)
+        everyone = psutil.Process(task.pid).children(recursive=True)
+        assert len(everyone) >= 3
+        os.killpg(task.pid, number)
+        assert task.wait(60) == 0
+    finally:
+        for each in psutil.Process().children(recursive=True):
+            each.kill()
+    assert not any(each.is_running() for each in everyone)
+    (state,) = tmp_path.glob(f"work/*/{CHECKPOINT}")
+    assert state.stat().st_size and Store(tmp_path).claimed() == {}
+    said = (tmp_path / "out").read_text().split()
+    assert said[-2:] == ["requeued" if number == signal.SIGUSR2 else "bypassed", "interrupted"]
