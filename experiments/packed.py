@@ -95,6 +95,14 @@ class Artefact:
             self.pruning.model, device=self.machine.device, dtype=self.unpacked.dtype, data=self.machine.data
         )[0]
 
+    @torch.no_grad()
+    def exact(self) -> "PreTrainedModel":
+        """A model of the same weights, as they are packed, that computes in float32."""
+        model, _ = self.load(torch.float32)
+        for weight, rounded in zip(model.parameters(), self.unpacked.parameters(), strict=True):
+            weight.copy_(rounded)
+        return model
+
     @cached_property
     def packed(self) -> "PreTrainedModel":
         """The packed model: of 2:4 and hybrid checkpoints, as it loads from the packed checkpoint."""
@@ -249,7 +257,7 @@ def _perplexity(trial: Trial, item: Perplexity, artefact: Artefact) -> tuple[lis
     first = windows[:1].to(artefact.machine.device)
     reference = _logits(artefact.unpacked, first)
     disagreement = distance(_logits(artefact.packed, first), reference)
-    rounding = distance(_logits(artefact.load(torch.float32)[0], first), reference)
+    rounding = distance(_logits(artefact.exact(), first), reference)
     labels = {
         "source": item.source,
         "length": item.length,
