@@ -147,7 +147,7 @@ def render(table: Table, format: str) -> str:
 def markdown(table: Table) -> str:
     """A GitHub table, aligned for reading as it is, with its notes below."""
     cells = [[_escape_markdown(column.heading) for column in table.columns]]
-    for row, line in enumerate(_shown(table)):
+    for row, line in enumerate(shown_cells(table)):
         escaped = [_escape_markdown(text) for text in line]
         cells.append([f"**{text}**" if (row, place) in table.best else text for place, text in enumerate(escaped)])
     widths = [max(len(row[place]) for row in cells) for place in range(len(table.columns))]
@@ -183,7 +183,7 @@ def latex(table: Table) -> str:
         r"\midrule",
     ]
     breaks = {place for place, (above, below) in enumerate(pairwise(table.sections), 1) if above != below}
-    for row, line in enumerate(_shown(table)):
+    for row, line in enumerate(shown_cells(table)):
         escaped = [_escape_latex(text) for text in line]
         marked = [rf"\textbf{{{text}}}" if (row, place) in table.best else text for place, text in enumerate(escaped)]
         if row in breaks:
@@ -210,7 +210,7 @@ def rich_table(table: Table, width: int | None = None) -> "RichTable":
     terse = {"accuracy"} if "mean" in kinds else set()
     lines = [
         [text.partition(" ")[0] if kind in terse else text for kind, text in zip(kinds, line, strict=True)]
-        for line in _shown(table)
+        for line in shown_cells(table)
     ]
     sections = list(dict.fromkeys(table.sections))
     places = [place for place, column in enumerate(table.columns) if column.name != "model" or len(sections) > 1]
@@ -336,7 +336,7 @@ def _best(
     return frozenset(best)
 
 
-def _shown(table: Table) -> list[list[str]]:
+def shown_cells(table: Table) -> list[list[str]]:
     return [[_show(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
 
 

@@ -383,6 +383,20 @@ def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) 
 
 
 @app.command()
+def report(
+    studies: Annotated[list[str] | None, typer.Argument(help="Studies; without, all that have rows.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Write one HTML file of studies and speeds: tables that sort, figures, and the row behind every number."""
+    from experiments import reports
+    from experiments.store import Store, write_atomic
+
+    write_atomic(out, reports.page(studies or (), Store(results)))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(results: Results = DEFAULT_RESULTS, data: Data = None) -> None:
     """Say what this machine can run, and why not."""
     from experiments.doctor import examine

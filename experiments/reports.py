@@ -1,15 +1,21 @@
 """The report of a study: its table and figures, as files beside its rows."""
 
-from collections.abc import Iterable
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pandas import DataFrame
 
-from analysis import tables
+from analysis import report, tables
 from analysis.figures import plot_study
 from analysis.rows import load_rows
-from experiments.definitions import Trial, key
+from analysis.speed import kernel_table, load_bench, model_table
+from analysis.speed_figures import plot_roof, plot_speedup
+from experiments.definitions import Trial, check_name, key
+from experiments.provenance import revision
 from experiments.store import FAILURE, Store, write_atomic
+from experiments.studies import STUDIES
 from patch.errors import UserError
 
 
@@ -34,6 +40,46 @@ def table(trials: Iterable[Trial], store: Store, format: str) -> str:
 def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
     """Draw the study's figures."""
     return plot_study(frame(trials, store), store.root / "reports" / study)
+
+
+def page(names: Sequence[str], store: Store) -> str:
+    """Some studies and every GPU's measured speed as one HTML page (`analysis.report`).
+
+    Args:
+        names: of studies; none of them takes all that have rows.
+
+    Raises:
+        UserError: if a study that is named has no rows, or there are none at all.
+    """
+    studies = []
+    for name in names or STUDIES:
+        trials = STUDIES[check_name("study", name, STUDIES)].trials()
+        has_rows = [(store.root / "rows" / key(trial)).is_dir() for trial in trials]
+        # The dense model alone is no study.
+        if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
+            missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
+            studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = [_speed(path, Path(folder)) for path in sorted((store.root / "bench").glob("*/kernels"))]
+        if not studies and not speeds:
+            raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
+        commit, dirty = revision()
+        when = time.strftime("%Y-%m-%d", time.gmtime())
+        return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
+
+
+def _speed(kernels: Path, folder: Path) -> report.Speed:
+    """The tables and figures of one GPU's bench files, drawn in ``folder``."""
+    rows = load_bench(sorted(kernels.glob("*.jsonl")))
+    gpu = kernels.parent.name
+    tables = [
+        (f"{model}: linears against dense by tokens, tiles of 128x128, geometric mean", kernel_table(rows, model))
+        for model in dict.fromkeys(rows.model)
+    ]
+    for path in sorted((kernels.parent / "model").glob("*.jsonl")):
+        tables.append((f"{path.stem}: end to end against dense", model_table(load_bench([path]))))
+    figures = [*plot_speedup(rows, folder / f"{gpu}-speedup"), *plot_roof(rows, folder / f"{gpu}-roof")]
+    return report.Speed(gpu, tuple(tables), tuple(figures))
 
 
 def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
