@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/hts run demo
+	$(BIN)/hts report demo --results runs --out runs/report.html
 
 test: lint
 	$(BIN)/pytest
