@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.artefacts import check_one_artefact
 from analysis.names import METHODS, STRUCTURES, TASKS, rank
 from analysis.rows import records
 from patch.errors import UserError
@@ -77,7 +78,7 @@ class Point:
         structure: ``dense``, ``unstructured``, ``2:4`` or ``hybrid``.
         sparsity: target share of zeros.
         tile: such as ``64x64``, for hybrid structures; otherwise None.
-        variant: what tells it from points that agree in all of the above, such as ``learning.recipe.steps=500``;
+        variant: what tells it from points that agree in all of the above, such as ``steps=500``;
             mostly empty.
         achieved: measured share of zeros, or None.
         perplexity: by text.
@@ -106,7 +107,8 @@ def gather(frame: pd.DataFrame) -> list[Point]:
         frame: as from `analysis.rows.load_rows`.
 
     Raises:
-        UserError: if two trials give different values for one quantity of one model.
+        UserError: if two trials give different values for one quantity of one model, or are of different checkpoints
+            (`analysis.artefacts`).
     """
     groups: dict[str, dict[str, list[str]]] = {}
     definitions = {row.trial: row.definition for row in records(frame.drop_duplicates("trial"))}
@@ -119,6 +121,8 @@ def gather(frame: pd.DataFrame) -> list[Point]:
     for about, variant in _variants([json.loads(group) for group in groups]):
         seeded = groups[_canonical(about)].items()
         by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
+        for trials in by_seed:
+            check_one_artefact(pd.concat([rows_of[trial] for trial in trials]), trials)
         perplexities = [_quantities(rows_of, trials, _perplexity_rows) for trials in by_seed]
         accuracies = [_quantities(rows_of, trials, _accuracy_rows) for trials in by_seed]
         complete = [seed for seed in accuracies if averaged and all(task in seed for task in averaged)]
@@ -254,8 +258,16 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
         if _distinct(flat, brief) == _distinct(flat, differing):
             differing = brief
         for member, fields in zip(members, flat, strict=True):
-            result.append((member, ", ".join(f"{name}={fields.get(name)}" for name in differing)))
+            result.append((member, ", ".join(filter(None, (_setting(name, fields) for name in differing)))))
     return result
+
+
+def _setting(name: str, fields: Mapping[str, Any]) -> str:
+    """One field that tells variants apart; nothing for a setting of the recipe that is left out, as published."""
+    if name not in fields:
+        return "no prior" if name == "prior.method" else ""
+    value = fields[name]
+    return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
 
 
 def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:

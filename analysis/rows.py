@@ -43,6 +43,7 @@ _DTYPES = {
     "gpu": "object",
     "git": "object",
     "time": "object",
+    "checkpoint": "object",
     "labels": "object",
     "definition": "object",
     "origin": "object",
@@ -85,7 +86,8 @@ def load_rows(root: Path, trials: Collection[str] | None = None) -> pd.DataFrame
         One line per row, in the order of file names, with the columns `COLUMNS`. ``sparsity`` is the target and
         ``achieved`` what the trial's prune stage measured (NaN where it has no rows). ``tile`` reads ``64x64`` or is
         None. ``source``, ``length``, ``task``, ``layer`` and ``step`` are the labels of those names. ``limit`` is how
-        many items of a task were evaluated, where not all. ``definition`` is the trial's, as JSON data. ``origin`` is
+        many items of a task were evaluated, where not all. ``checkpoint`` is the content hash of what was measured,
+        None in rows that are older than it. ``definition`` is the trial's, as JSON data. ``origin`` is
         ``file:line``, relative to ``root``. No rows give an empty table.
 
     Raises:
@@ -179,7 +181,7 @@ def _record(row: dict[str, Any], definition: dict[str, Any], origin: str) -> dic
         **{name: row[name] for name in ("trial", "stage", "metric", "value", "unit", "stderr", "labels")},
         **{name: pruning[name] for name in ("model", "method", "structure", "sparsity", "seed")},
         **{name: labels.get(name) for name in ("source", "length", "task", "layer", "step")},
-        **{name: provenance.get(name) for name in ("gpu", "git", "time")},
+        **{name: provenance.get(name) for name in ("gpu", "git", "time", "checkpoint")},
         "tile": "x".join(str(side) for side in pruning["tile"]) if pruning["tile"] else None,
         "limit": definition["evaluation"].get("limit"),
         "definition": definition,

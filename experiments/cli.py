@@ -74,8 +74,10 @@ def run(
     trials = _trials(study, where)
     store = Store(results)
     if dry_run:
+        with _machine(device, data) as machine:
+            can_time = machine.can_time
         for trial in trials:
-            missing = pipeline.missing_stages(trial, store)
+            missing = pipeline.missing_stages(trial, store, can_time)
             console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}", highlight=False)
         return
     pipeline.validate(trials, data)

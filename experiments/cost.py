@@ -57,7 +57,9 @@ def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
     parameters = _parameters(model)
     if parameters is None:
         return None
-    tokens = _TEXT_TOKENS * len(evaluation.perplexity)
+    # Texts once more packed, and once more unpacked to compare with it.
+    passes = 1 if evaluation.packed is None else 3
+    tokens = passes * _TEXT_TOKENS * len(evaluation.perplexity)
     for task in evaluation.tasks:
         share = 1.0 if evaluation.limit is None else min(1.0, evaluation.limit / 1000)
         tokens += int(share * _TASK_TOKENS.get(task, 1_000_000))
@@ -75,7 +77,9 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         return None
     if evaluation is not None:
         length = max([item.length for item in evaluation.perplexity], default=2048)
-        return (2 * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
+        # With packed stages also the dense and the packed model, and one in float32 to compare logits with.
+        models_ = 2 if evaluation.packed is None else 10
+        return (models_ * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
     if pruning.method not in LEARNED or pruning.learning is None:
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)

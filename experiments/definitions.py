@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patch.budget import check_sparsity
@@ -128,6 +128,50 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """One pass of a whole model that is timed.
+
+    Attributes:
+        kind: ``decode``, one step after a context, or ``prefill``, whole prompts.
+        batch: sequences.
+        length: tokens of a prompt; 1 for decoding.
+    """
+
+    kind: str
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.batch}x{self.length}"
+
+
+WORKLOADS = (
+    Workload("decode", 1, 1),
+    Workload("decode", 16, 1),
+    Workload("prefill", 1, 2048),
+    Workload("prefill", 8, 2048),
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What is measured of a checkpoint once it is packed: its size, perplexity again, and speed.
+
+    Attributes:
+        workloads: what is timed, end to end.
+        rounds: timed runs of each implementation.
+        carried: models of the registry on whose shapes a hybrid checkpoint's share of dense tiles, per kind of layer
+            and depth, is timed with random weights.
+        carried_tile: tile shape there; None takes the checkpoint's own where it divides all weights, else 128x128.
+    """
+
+    workloads: tuple[Workload, ...] = WORKLOADS
+    rounds: int = 10
+    carried: tuple[str, ...] = ()
+    carried_tile: TileShape | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is measured on the pruned model.
 
@@ -136,12 +180,15 @@ class Evaluation:
         tasks: names of `experiments.tasks`.
         limit: only the first so many items of each task (for trials that are quick, never for reported numbers).
         batch: windows of text per forward pass; tasks fill the device by themselves.
+        packed: what is measured of the packed model; None leaves it out.
     """
 
     perplexity: tuple[Perplexity, ...] = (Perplexity(),)
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     batch: int = 16
+    # Younger than published rows: their trials keep their names.
+    packed: Packed | None = field(default=None, metadata={"added": True})
 
 
 @dataclass(frozen=True)

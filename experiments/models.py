@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import smollm2
 from experiments.definitions import check_name
 from experiments.embedded import MODEL as EMBEDDED
-from patch.checkpoint import prunable_shapes
+from patch.checkpoint import content_hash, prunable_shapes
 from patch.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,6 +173,19 @@ def fingerprint(name: str) -> str:
         with open(file, "rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def content(name: str, data: Path | None = None) -> str:
+    """The content hash of a model's weights (`patch.checkpoint.content_hash`); of a model on the hub, its commit.
+
+    Raises:
+        UserError: if the model cannot be had or its files are damaged.
+    """
+    source = Path(_directory_or_hub_id(name, data))
+    if not source.is_dir():
+        return _hub_commit(str(source))
+    # Older formats than safetensors are hashed as files.
+    return content_hash(source) if any(source.glob("*.safetensors")) else fingerprint(str(source))
 
 
 def linear_shapes(name: str) -> set[tuple[int, int]]:

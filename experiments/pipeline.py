@@ -1,4 +1,4 @@
-"""The life of a trial: load, calibrate, prune or learn, harden, checkpoint, evaluate, rows.
+"""The life of a trial: load, calibrate, prune or learn, harden, checkpoint, evaluate, pack, rows.
 
 Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A
 process that is killed loses at most the stage it was in, and of learning at most the steps since the last learner
@@ -8,9 +8,9 @@ that another process holds are taken up last.
 """
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from experiments import evaluation, models, tasks, text
+from experiments import evaluation, models, packed, tasks, text
 from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key
+from experiments.machine import Machine as Machine
 from experiments.provenance import provenance
 from experiments.stopping import deferred_signals
 from experiments.store import Fact, Store
@@ -30,41 +31,26 @@ from patch.learner import Learned, Prior, Stopped, learn
 from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
-from patch.ranks import ALONE, Ranks
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where trials run.
-
-    Attributes:
-        device: a torch device name, such as ``cpu`` or ``cuda``.
-        data: data directory with local copies of texts and tasks; None takes them from the Hugging Face hub.
-        progress: called with (label, done, total) as work goes on.
-        ranks: the processes that learn together; only rank 0 does anything else, and writes.
-    """
-
-    device: str
-    data: Path | None
-    progress: Progress
-    ranks: Ranks = ALONE
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Weights are used as they are stored, but a CPU computes in float32: few have fast bfloat16."""
-        return torch.float32 if self.device == "cpu" else None
 
 
 def stages(trial: Trial) -> list[str]:
     """The names of a trial's stages, in the order in which they run."""
     perplexities = [f"perplexity:{item.source}@{item.length}" for item in trial.evaluation.perplexity]
-    return ["prune", *perplexities, *(f"task:{task}" for task in trial.evaluation.tasks)]
+    tasks_ = [f"task:{task}" for task in trial.evaluation.tasks]
+    return ["prune", *perplexities, *tasks_, *packed.measurements(trial)]
 
 
-def missing_stages(trial: Trial, store: Store) -> list[str]:
-    return [stage for stage in stages(trial) if not store.has_rows(trial, stage)]
+def missing_stages(trial: Trial, store: Store, can_time: bool = False) -> list[str]:
+    """The stages of a trial without rows.
+
+    Args:
+        can_time: also those that a machine skipped because it could not time them.
+    """
+    return [
+        stage
+        for stage in stages(trial)
+        if not store.has_rows(trial, stage) or (can_time and store.was_skipped(trial, stage))
+    ]
 
 
 def validate(trials: Iterable[Trial], data: Path | None) -> None:
@@ -138,26 +124,50 @@ def record_failure(trial: Trial, during: str, error: BaseException, store: Store
 
 def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     """Run the stages of one trial that are not complete."""
-    missing = missing_stages(trial, store)
+    missing = missing_stages(trial, store, machine.can_time)
     store.clear_failure(trial)
     if not missing:
         return
     pruning = trial.pruning
     ensure_checkpoint(pruning, store, machine)
+    source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
+    content = models.content(source, machine.data)
     if "prune" in missing:
         facts, origin = _prune_facts(pruning, store)
-        store.write_rows(trial, "prune", facts, origin)
-    if missing == ["prune"]:
+        store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
+    missing = [stage for stage in missing if not _take_over(trial, stage, content, store)]
+    _evaluate(trial, missing, source, content, store, machine)
+    packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
+    """Take a stage's rows from the same trial without packed stages, if it measured the same weights and masks."""
+    twin = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
+    if twin == trial or stage == "prune" or stage not in stages(twin):
+        return False
+    rows = store.read_rows(twin, stage)
+    if not rows or any(row["provenance"].get("checkpoint") != content for row in rows):
+        return False
+    facts = [Fact(*(row[name] for name in ("metric", "value", "unit", "labels", "stderr"))) for row in rows]
+    store.write_rows(trial, stage, facts, rows[0]["provenance"])
+    return True
+
+
+def _evaluate(
+    trial: Trial, missing: Collection[str], source: str, content: str, store: Store, machine: Machine
+) -> None:
+    """The stages of the unpacked model that are missing."""
+    perplexities = {f"perplexity:{item.source}@{item.length}": item for item in trial.evaluation.perplexity}
+    tasks_ = {f"task:{task}": task for task in trial.evaluation.tasks}
+    if not any(stage in missing for stage in (*perplexities, *tasks_)):
         return
-    source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
     model, tokenizer = models.load_model(source, device=machine.device, dtype=machine.dtype, data=machine.data)
-    for item in trial.evaluation.perplexity:
-        stage = f"perplexity:{item.source}@{item.length}"
+    for stage, item in perplexities.items():
         if stage in missing:
-            _perplexity_stage(trial, stage, item, model, tokenizer, store, machine)
-    for task in trial.evaluation.tasks:
-        if f"task:{task}" in missing:
-            _task_stage(trial, task, model, tokenizer, store, machine)
+            _perplexity_stage(trial, stage, item, model, tokenizer, content, store, machine)
+    for stage, task in tasks_.items():
+        if stage in missing:
+            _task_stage(trial, task, model, tokenizer, content, store, machine)
 
 
 def _perplexity_stage(
@@ -166,6 +176,7 @@ def _perplexity_stage(
     item: Perplexity,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    content: str,
     store: Store,
     machine: Machine,
 ) -> None:
@@ -182,12 +193,18 @@ def _perplexity_stage(
     )
     labels = {"source": item.source, "length": item.length, "windows": result.windows, "tokens": result.tokens}
     facts = [Fact("perplexity", result.value, "ppl", labels, result.stderr)]
-    origin = provenance(time.monotonic() - started, {item.source: documents.sha256})
+    origin = provenance(time.monotonic() - started, {item.source: documents.sha256}, content)
     store.write_rows(trial, stage, facts, origin)
 
 
 def _task_stage(
-    trial: Trial, task: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, store: Store, machine: Machine
+    trial: Trial,
+    task: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    content: str,
+    store: Store,
+    machine: Machine,
 ) -> None:
     started = time.monotonic()
     label = f"{trial.label}: {task}"
@@ -211,7 +228,7 @@ def _task_stage(
         )
         for result in results
     ]
-    store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started))
+    store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started, checkpoint=content))
 
 
 def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:

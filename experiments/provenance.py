@@ -81,12 +81,16 @@ def clocks() -> dict[str, str] | None:
     return {"sm": sm, "memory": memory}
 
 
-def provenance(wall_seconds: float, sources: dict[str, str] | None = None) -> dict[str, Any]:
+def provenance(
+    wall_seconds: float, sources: dict[str, str] | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
     """The provenance part of a row.
 
     Args:
         wall_seconds: how long the measured stage took.
         sources: SHA-256 of each text the stage read, by name.
+        checkpoint: content hash of the weights and masks that were measured (`experiments.models.content`); rows of
+            different content are never drawn as one point.
     """
     commit, dirty = revision()
     facts = machine()
@@ -98,4 +102,5 @@ def provenance(wall_seconds: float, sources: dict[str, str] | None = None) -> di
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_s": round(wall_seconds, 2),
         "sources": sources or {},
+        "checkpoint": checkpoint,
     }

@@ -5,6 +5,7 @@
     <root>/rows/<trial>/definition.json        what the trial is
     <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
+    <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
     <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
     <root>/locks/                              claims of running processes (`experiments.claims`)
@@ -30,6 +31,8 @@ from experiments.definitions import Pruning, Trial, definition, key
 
 SCHEMA = 1
 FAILURE = "failure"
+# The metric of the one row of a stage that the machine could not measure; it says why.
+SKIPPED = "skipped"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -80,6 +83,20 @@ class Store:
 
     def has_rows(self, trial: Trial, stage: str) -> bool:
         return self.rows_path(trial, stage).exists()
+
+    def read_rows(self, trial: Trial, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage; none if it is not complete."""
+        try:
+            return [json.loads(line) for line in self.rows_path(trial, stage).read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def was_skipped(self, trial: Trial, stage: str) -> bool:
+        """Whether a stage is complete only because the machine could not measure it."""
+        return any(row["metric"] == SKIPPED for row in self.read_rows(trial, stage))
+
+    def packed_path(self, content: str) -> Path:
+        return self.root / "packed" / content[:12]
 
     def checkpoint_path(self, pruning: Pruning) -> Path:
         return self.root / "checkpoints" / key(pruning)

@@ -5,6 +5,7 @@ A study names its models, methods, targets, texts and recipes; nothing here runs
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from experiments.definitions import (
     Calibration,
     Evaluation,
     Learning,
+    Packed,
     Perplexity,
     Pruning,
     Trial,
@@ -104,14 +106,17 @@ def learned(
     )
 
 
-def demo() -> Trials:
-    """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task.
+_EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
+_EMBEDDED_TILE = (64, 64)
+
+
+def _embedded() -> list[Pruning]:
+    """The demo's prunings of the embedded model.
 
     Recipes are the published ones, cut short: steps and batch by what two cores do in minutes, the learning rates,
     which fewer steps want higher, on the validation excerpt.
     """
-    tile = (64, 64)
-    calibration = Calibration("embedded/train", windows=512, length=128)
+    tile, calibration = _EMBEDDED_TILE, _EMBEDDED_CALIBRATION
     short: dict[str, Any] = {
         "steps": 120,
         "batch": 16,
@@ -127,15 +132,72 @@ def demo() -> Trials:
     def learn(method: str, sparsity: float) -> Pruning:
         return learned("embedded", method, sparsity, tile, "embedded/train", calibration, lr=rates[method], **short)
 
-    return _trials(
-        [
-            dense("embedded"),
-            *(one_shot("embedded", method, "2:4", 0.5, tile, calibration) for method in ONE_SHOT),
-            learn("maskllm", 0.5),
-            *(learn("patch-joint", target) for target in TARGETS),
-        ],
-        Evaluation((Perplexity("embedded/test", 256),), (EMBEDDED_TASK,)),
-    )
+    return [
+        dense("embedded"),
+        *(one_shot("embedded", method, "2:4", 0.5, tile, calibration) for method in ONE_SHOT),
+        learn("maskllm", 0.5),
+        *(learn("patch-joint", target) for target in TARGETS),
+    ]
+
+
+_EMBEDDED_EVALUATION = Evaluation((Perplexity("embedded/test", 256),), (EMBEDDED_TASK,))
+
+
+def demo() -> Trials:
+    """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task."""
+    return _trials(_embedded(), _EMBEDDED_EVALUATION)
+
+
+# Where the tile statistics that small models learned are timed.
+CARRIED = ("llama-2-7b", "llama-3.1-8b")
+
+
+def joined(prunings: Iterable[Pruning], evaluation: Evaluation, carried: tuple[str, ...] = ()) -> Trials:
+    """Accuracy and speed of the same artefacts: each pruning evaluated, packed, evaluated again, and timed.
+
+    Args:
+        carried: models of the registry on whose shapes learned tile statistics are timed too.
+    """
+    return _trials(prunings, dataclasses.replace(evaluation, packed=Packed(carried=carried)))
+
+
+def _one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:
+    """Wanda and SparseGPT: 2:4, hybrid at three sparsities, and unstructured 50%, whose speed is the contrast."""
+    structures = [("2:4", 0.5), *(("hybrid", target) for target in TARGETS), ("unstructured", 0.5)]
+    return [
+        one_shot(model, method, structure, sparsity, tile, calibration)
+        for method in ("wanda", "sparsegpt")
+        for structure, sparsity in structures
+    ]
+
+
+def frontier() -> Trials:
+    """Accuracy and speed of the same checkpoints, of the embedded model; its learning is the demo's."""
+    prunings = [*_embedded(), *_one_shot_frontier("embedded", _EMBEDDED_TILE, _EMBEDDED_CALIBRATION)]
+    return joined(dict.fromkeys(prunings), _EMBEDDED_EVALUATION)
+
+
+def frontier_smollm2() -> Trials:
+    """Accuracy and speed of the same checkpoints, of SmolLM2-135M; its learning is that of ``smollm2-learned``."""
+    prunings = [
+        dense("smollm2-135m"),
+        *_one_shot_frontier("smollm2-135m", (64, 64), Calibration("novels", 128, 2048)),
+        *(_smollm2("maskllm", 0.5, distillation=distillation) for distillation in (0.0, 1.0)),
+        *(_smollm2("patch-joint", target, distillation=1.0) for target in TARGETS),
+    ]
+    return joined(prunings, _SMOLLM2_EVALUATION, CARRIED)
+
+
+def published_frontier(model: str, method: str) -> Trials:
+    """Accuracy and speed of the same checkpoints, of a model of the published tables.
+
+    Args:
+        method: that of its table, ``patch-joint`` or ``patch-tile``.
+    """
+    contrast = [
+        one_shot(model, baseline, "unstructured", 0.5, None, Calibration()) for baseline in ("wanda", "sparsegpt")
+    ]
+    return joined([*_accuracy(model, method), *contrast], _PUBLISHED)
 
 
 _SMOLLM2_EVALUATION = Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8)
@@ -198,6 +260,13 @@ def smollm2_learned() -> Trials:
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
+def smollm2_tiles() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity, SmolLM2-135M on equal tokens, distilled."""
+    shapes = ((32, 32), (64, 64), (128, 128), (192, 192), (64, 128), (128, 64))
+    prunings = [_smollm2("patch-joint", 0.35, tile, distillation=1.0) for tile in shapes]
+    return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/test", 2048),), batch=8))
+
+
 def recipe_ablation() -> Trials:
     """What each change of the published recipe does: PATCH joint at 45% on SmolLM2, 6.6 million tokens each.
 
@@ -205,15 +274,19 @@ def recipe_ablation() -> Trials:
     """
     changes: list[dict[str, Any]] = [
         {},
-        {"distillation": 1.0},
         {"lr": 3e-3},
-        {"distillation": 1.0, "lr": 3e-3},
         {"weight_penalty": 0.0},
         {"distillation": 0.5},
-        {"density": "expected"},
-        {"distillation": 1.0, "lr": 3e-3, "weight_penalty": 0.0},
-        {"logit_dtype": "bfloat16"},
-        {"tile_prior": 0.0},
+        {"distillation": 1.0},
+        # On top of that:
+        {"distillation": 1.0, "lr": 3e-3},
+        {"distillation": 1.0, "lr": 2e-3},
+        {"distillation": 1.0, "weight_penalty": 0.0},
+        {"distillation": 1.0, "density": "expected"},
+        {"distillation": 1.0, "pattern_prior": 9.0},
+        {"distillation": 1.0, "start": "wanda"},
+        {"distillation": 1.0, "logit_dtype": "bfloat16"},
+        {"distillation": 1.0, "tile_prior": 0.0},
     ]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
     return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
@@ -288,8 +361,22 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
+    "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),
+    "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", frontier_smollm2),
+    **{
+        f"frontier-{model}": Study(
+            f"accuracy and speed of the same checkpoints, {model}", functools.partial(published_frontier, model, method)
+        )
+        for model, method in (
+            ("qwen2.5-0.5b", "patch-joint"),
+            ("llama-3.2-1b", "patch-joint"),
+            ("llama-2-7b", "patch-tile"),
+            ("llama-3.1-8b", "patch-tile"),
+        )
+    },
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
+    "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2_tiles),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),

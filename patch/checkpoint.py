@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,39 @@ def load_info(path: str | Path, verify_weights: bool = False) -> dict[str, Any]:
         if verify_weights:
             _check_hash(file, info)
     return info
+
+
+def content_hash(path: str | Path) -> str:
+    """What tells the weights and masks of one model directory from another's, however they are split into files.
+
+    Tensors are read one at a time, about a second per GiB.
+
+    Returns:
+        SHA-256 over name, dtype, shape and bytes of every tensor, by name: of the weights, and of the masks where
+        there are some.
+
+    Raises:
+        UserError: if a file is missing, truncated or damaged.
+    """
+    folder = Path(path)
+    files = _weight_files(folder)
+    if (folder / MASKS_FILE).exists():
+        # Their names end otherwise than those of weights, so none hides another.
+        files |= dict.fromkeys(_tensor_names(folder / MASKS_FILE), folder / MASKS_FILE)
+    digest = hashlib.sha256()
+    with ExitStack() as opened:
+        readers: dict[Path, Any] = {}
+        for name, file in sorted(files.items()):
+            try:
+                if file not in readers:
+                    readers[file] = opened.enter_context(safe_open(file, framework="pt"))
+                tensor: Tensor = readers[file].get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: {name}: {_one_line(error)}") from error
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def load_masks(path: str | Path) -> dict[str, HybridMask]:
@@ -437,9 +470,13 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         files = {shard: _existing(folder, shard) for shard in sorted(set(index.values()))}
         return {name: files[shard] for name, shard in index.items()}
     file = _existing(folder, "model.safetensors")
+    return dict.fromkeys(_tensor_names(file), file)
+
+
+def _tensor_names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), file)
+            return list(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: truncated or damaged: {_one_line(error)}") from error
 

@@ -23,6 +23,10 @@ from torch import Tensor
 
 from patch.errors import UserError
 
+# Named anew in torch 2.13.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # A rank may wait this long for another that reads a model or makes the mask that learning starts from.
 _PATIENCE = timedelta(hours=12)
 
@@ -147,7 +151,7 @@ class _Gather(torch.autograd.Function):
             mine = whole.view(ctx.size, ctx.share, -1)[dist.get_rank()]
         else:
             mine = torch.empty((ctx.share, *whole.shape[1:]), dtype=whole.dtype, device=whole.device)
-            dist.reduce_scatter_tensor(mine, whole)
+            _reduce_scatter(mine, whole)
         return mine[: ctx.held] / ctx.size, None, None, None
 
 
@@ -174,5 +178,5 @@ def _padded(part: Tensor, rows: int) -> Tensor:
 
 def _all_gathered(part: Tensor, size: int) -> Tensor:
     whole = part.new_empty((size * len(part), *part.shape[1:]))
-    dist.all_gather_into_tensor(whole, part)
+    _all_gather(whole, part)
     return whole

@@ -28,8 +28,8 @@ from slurm.cluster import ALONE, Cluster, Launch, Resources
 from slurm.plan import Step
 from slurm.task import LAUNCHER, RunStep, RunTrials, Work, WriteReport
 
-# First line of each job: srun gives up after ten seconds without the controller, and Slurm takes the job for failed. So
-# a task that started while an administrator restarted it was lost.
+# First line of each job: srun gives up after ten seconds without the controller, and Slurm takes the job for failed: a
+# task that started while an administrator restarted it would be lost.
 AWAIT_CONTROLLER = "for attempt in $(seq 60); do scontrol ping > /dev/null && break; sleep 5; done"
 
 

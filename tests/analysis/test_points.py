@@ -128,14 +128,14 @@ def test_other_differences_keep_points_apart_and_are_named(study: Study, make_pr
     learnings = [{"source": "train", "recipe": {"mode": "joint", "steps": steps}} for steps in (500, 2000)]
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, learning=learning) for learning in learnings]
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("ab", about, strict=True)})
-    assert [point.variant for point in gather(frame)] == ["learning.recipe.steps=2000", "learning.recipe.steps=500"]
+    assert [point.variant for point in gather(frame)] == ["steps=2000", "steps=500"]
 
 
 def test_priors_are_named_by_their_method_alone(study: Study, make_pruning: Make, make_trial: Make) -> None:
     priors = [make_pruning("m", method, "2:4", 0.5, calibration=text) for method, text in PRIORS.items()]
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, prior=prior) for prior in (None, *priors)]
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
-    variants = {"prior.method=None", "prior.method=magnitude", "prior.method=wanda"}
+    variants = {"no prior", "prior.method=magnitude", "prior.method=wanda"}
     assert {point.variant for point in gather(frame)} == variants
 
 

@@ -133,8 +133,8 @@ def test_variants_get_a_column(study: Study, make_pruning: Make, make_trial: Mak
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, learning=recipe) for recipe in recipes]
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("ab", about, strict=True)})
     assert [row["Variant"] for row in cells(render(accuracy_table(frame), "md"))] == [
-        "learning.recipe.steps=50",
-        "learning.recipe.steps=60",
+        "steps=50",
+        "steps=60",
     ]
 
 

@@ -190,3 +190,23 @@ def test_the_installed_command_answers() -> None:
     assert command, "the package is not installed in this environment"
     found = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
     assert "prune" in found.stdout and "Hybrid tile sparsity" in found.stdout
+
+
+def test_several_processes_learn_one_mask(tmp_path: Path) -> None:
+    """Under torchrun: the prior is made once, the mask by all, the checkpoint and the last line come from one."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "learn"]
+    model = ["embedded", "--sparsity", "0.35", "--tile", "64x64", "--text", "embedded/train"]
+    prior = ["--calibration", "embedded/train", "--calibration-windows", "4", "--calibration-length", "64"]
+    size = ["--steps", "2", "--batch", "4", "--microbatch", "2", "--length", "32", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command, *model, *prior, *size, "--results", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sparsity 0.35") == 1
+    checkpoints = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
+    assert len(checkpoints) == 2, "a SparseGPT prior and the learned mask"
+    assert not list(tmp_path.glob("work/*/learner.pt"))

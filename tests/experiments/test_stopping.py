@@ -71,8 +71,8 @@ def progress(label, done, total):
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
 pruning = studies.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64), start=None,
-    steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
+    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64),
+    start=None, steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
 )
 print(pipeline.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), pipeline.Machine("cpu", None, progress)))
 """

@@ -11,8 +11,10 @@ from patch.errors import UserError
 from slurm import checks, plan, queue
 from slurm.cluster import Cluster, override
 
-# On the hub, as far as this machine can tell without asking it.
-ON_THE_HUB = [name for name in STUDIES if name != "smollm2-oneshot"]
+# On the hub, as far as this machine can tell without asking it; SmolLM2 is pruned on text of a data directory.
+ON_THE_HUB = [
+    name for name, study in STUDIES.items() if all(trial.pruning.model != "smollm2-135m" for trial in study.trials())
+]
 
 
 @pytest.fixture(autouse=True)
