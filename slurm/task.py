@@ -87,22 +87,8 @@ class RunStep(Checkpointable):
         _listen()
         store = Store(self.work.results)
         print(f"{step.id}: {step.label}", flush=True)
-        if int(os.environ.get("SLURM_NODEID", "0")):
-            make_checkpoint(step, self.work, self.launch)
+        if not int(os.environ.get("SLURM_NODEID", "0")) and not self._can_start(step, store):
             return
-        if plan.is_done(step, store):
-            print(f"{step.id}: was done already", flush=True)
-            return
-        while missing := _missing(step, store):
-            # Not a failure of its own: its trial says why already, or the next sweep submits both again.
-            print(f"{step.id}: cannot start without {missing}", flush=True)
-            if "SLURM_JOB_ID" in os.environ and _is_under_way(missing, store):
-                # Slurm takes a job for ended that it is about to requeue; when it starts this one again, it knows.
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-                raise SystemExit(f"{step.id}: requeued until {missing} is over")
-            # Only a look after Slurm's answer tells: it may have been done, and left the queue, since the look before.
-            if _missing(step, store) == missing:
-                return
         try:
             if step.kind == "evaluate":
                 with store.claim(f"trial-{key(step.trials[0])}"):
@@ -121,6 +107,23 @@ class RunStep(Checkpointable):
                 pipeline.record_failure(trial, step.label, error, store)
             raise
         print(f"{step.id}: done", flush=True)
+
+    def _can_start(self, step: Step, store: Store) -> bool:
+        """Whether it is not done, and what it needs is; if that is under way, this job is requeued."""
+        if plan.is_done(step, store):
+            print(f"{step.id}: was done already", flush=True)
+            return False
+        while missing := _missing(step, store):
+            # Not a failure of its own: its trial says why already, or the next sweep submits both again.
+            print(f"{step.id}: cannot start without {missing}", flush=True)
+            if "SLURM_JOB_ID" in os.environ and _is_under_way(missing, store):
+                # Slurm takes a job for ended that it is about to requeue; when it starts this one again, it knows.
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+                raise SystemExit(f"{step.id}: requeued until {missing} is over")
+            # Only a look after Slurm's answer tells: it may have been done, and left the queue, since the look before.
+            if _missing(step, store) == missing:
+                return False
+        return True
 
     def checkpoint(self, step: Step) -> DelayedSubmission:
         """What a requeued job is given: the same, since all progress is on disk."""

@@ -42,6 +42,16 @@ def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPat
         checks.check_definitions(STUDIES["sparsities"].trials(), None, Cluster())
 
 
+def test_a_tile_or_a_task_that_does_not_exist_is_named() -> None:
+    trial = next(trial for trial in STUDIES["demo"].trials() if trial.pruning.tile)
+    large = dataclasses.replace(trial, pruning=dataclasses.replace(trial.pruning, tile=(4096, 64)))
+    with pytest.raises(UserError, match="4096x64"):
+        checks.check_definitions([trial, large], None, Cluster())
+    odd = dataclasses.replace(trial, evaluation=dataclasses.replace(trial.evaluation, tasks=("helaswag",)))
+    with pytest.raises(UserError, match=r"helaswag.*did you mean hellaswag"):
+        checks.check_definitions([trial, odd], None, Cluster())
+
+
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_every_step_has_an_estimate(study: str) -> None:
     steps = plan.steps(STUDIES[study].trials()).values()

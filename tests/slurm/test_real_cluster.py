@@ -26,7 +26,6 @@ def forty(cluster: DevCluster, text: Path, tmp_path: Path) -> Forty:
         pytest.param(["--account", "nobody"], r"Invalid account or account/partition combination", id="account"),
         pytest.param(["--gpus", "prune=3"], r"stage prune asks for 3 GPUs, and uses one", id="gpus"),
         pytest.param(["--nodes", "prune=2"], r"stage prune asks for 2 nodes, and uses one", id="nodes"),
-        pytest.param(["--qos", "best"], r"[Ii]nvalid qos", id="qos"),
         pytest.param(["--mem", "500"], r"mem=512000M.*node configuration is not available", id="memory"),
         pytest.param(["--cpus", "64"], r"cpus-per-task=64.*(not available|More processors)", id="cores"),
         pytest.param(["--partition", "main", "--time", "9-0"], r"partition's limit of 1440 minutes", id="time"),

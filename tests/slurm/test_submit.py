@@ -98,7 +98,12 @@ def test_a_dry_run_writes_nothing(hts, tiny: tuple, tmp_path: Path) -> None:  # 
 
 def test_the_list_shows_every_study(hts) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = hts("sweep", "--list")
-    assert code == 0 and all(name in out for name in STUDIES)
+    assert code == 0 and "GPU hours" in out
+    rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split()) and words[0] in STUDIES}
+    for name, study in STUDIES.items():
+        trials, steps, hours = rows[name][:3]
+        assert int(trials) == len(study.trials()) and int(steps) >= int(trials), name
+        assert float(hours.replace(",", "")) > 0, name
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a job does when what it needs is not there: whether it waits, goes on, or ends depends on who still makes it."""
 
+import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from tiny_study import tiny_trials
 
 from experiments.store import Store
 from patch.errors import UserError
-from slurm import plan, queue, task
+from slurm import plan, queue, ranks, task
 from slurm.batches import Batch
+from slurm.cluster import Launch
 from slurm.plan import Step
 from slurm.task import RunStep, Work
 
@@ -75,3 +77,35 @@ def test_what_is_under_way_is_waited_for_in_the_queue(
     with pytest.raises(SystemExit, match=f"requeued until {steps[0].id} is over"):
         RunStep(work)(steps[1])
     assert asked == [["scontrol", "requeue", "77"]]
+
+
+def test_a_step_that_was_told_to_stop_leaves_its_end_to_slurm(
+    work: Work, steps: tuple[Step, Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that ends by itself while it is preempted has failed, and is not requeued."""
+    waited: list[float] = []
+
+    def stop(*_: object) -> None:
+        raise ranks.Interrupted("told to")
+
+    monkeypatch.setattr(task, "make_checkpoint", stop)
+    monkeypatch.setattr(task.time, "sleep", waited.append)
+    with pytest.raises(SystemExit, match="told to"):
+        RunStep(work)(steps[0])
+    assert sum(waited) >= 60
+    assert Store(work.results).failure(steps[0].trials[0]) is None
+
+
+def test_the_other_nodes_of_a_job_learn_along_and_tell_of_errors(
+    work: Work, steps: tuple[Step, Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ranks.RankFailed("rank 1: ValueError: no such thing")
+
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setattr(task, "make_checkpoint", fail)
+    monkeypatch.setattr(queue, "live", lambda _: pytest.fail("the first node asks"))
+    with pytest.raises(ranks.RankFailed):
+        RunStep(work, Launch(2, 1))(dataclasses.replace(steps[0], needs=("prune-elsewhere",)))
+    failure = Store(work.results).failure(steps[0].trials[0])
+    assert failure and "no such thing" in failure["error"]
