@@ -15,8 +15,7 @@ import pandas as pd
 from analysis.frontier import plot_frontier
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
-from analysis.names import trial_labels
-from analysis.points import gather, texts
+from analysis.points import gather, texts, trial_labels
 from analysis.style import Width
 
 

@@ -1,9 +1,10 @@
 """The frontier of a study: perplexity and mean accuracy against achieved sparsity."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ from patch.errors import UserError
 
 # What a panel needs, with its labels, in inches.
 _PANEL_WIDTH = 1.2
+
+FillStyle = Literal["full", "top", "bottom", "left", "right"]
+_FILLS: tuple[FillStyle, ...] = ("full", "top", "bottom", "left", "right")
 
 
 def plot_frontier(frame: pd.DataFrame, path: Path, width: Width = "double", text: Text | None = None) -> list[Path]:
@@ -79,7 +83,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
                 axis.set_ylabel("")
         if len(models) > 1:
             (band or panel).set_title(model)
-        if place == 0 and (keys := _structure_handles(chosen)):
+        if place == 0 and (keys := [*_structure_handles(chosen), *_variant_handles(chosen)]):
             panel.legend(handles=keys, loc="upper left", borderaxespad=0.2, labelspacing=0.3)
     add_legend(figure, _method_handles(points), 3 if width == "single" else 7)
     return figure
@@ -104,7 +108,8 @@ def draw_perplexity(axis: Axes, points: Sequence[Point], text: Text, band: Axes 
     values = {id(point): point.perplexity[text].value for point in points}
     ceiling = _ceiling(points, text) if band else math.inf
     inside = [point for point in points if values[id(point)] <= ceiling]
-    _draw_points(axis, inside, lambda point: point.perplexity[text], lambda measured: measured.spread)
+    fills = _fills(points)
+    _draw_points(axis, inside, lambda point: point.perplexity[text], lambda measured: measured.spread, fills)
     finite = [values[id(point)] for point in inside if math.isfinite(values[id(point)])]
     if finite:
         _perplexity_axis(axis, min(finite), max(finite))
@@ -128,7 +133,7 @@ def draw_accuracy(axis: Axes, points: Sequence[Point], label: str) -> None:
         stderr, spread = (None if part is None else 100 * part for part in (mean.stderr, mean.spread))
         return Measured(100 * mean.value, stderr, spread, mean.seeds)
 
-    _draw_points(axis, shown, in_percent, lambda measured: measured.error, _side_by_side(shown))
+    _draw_points(axis, shown, in_percent, lambda measured: measured.error, _fills(points), _side_by_side(shown))
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axis.set_ylabel(label)
     _sparsity_axis(axis, points)
@@ -158,13 +163,14 @@ def _draw_points(
     points: Sequence[Point],
     measure: Callable[[Point], Measured],
     error: Callable[[Measured], float | None],
+    fills: Mapping[str, FillStyle],
     moved: Mapping[int, float] | None = None,
 ) -> None:
     """Dense models as lines across, series of hybrid points as curves, all others as markers."""
     series: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         series.setdefault((point.method, point.structure, point.tile, point.variant), []).append(point)
-    for (method, structure, _, _), members in series.items():
+    for (method, structure, _, variant), members in series.items():
         style = STYLES.get(method, UNKNOWN_STYLE)
         members.sort(key=_sparsity)
         values = [measure(point) for point in members]
@@ -183,21 +189,40 @@ def _draw_points(
             capthick=0.7,
             zorder=style.zorder + (0.5 if structure == "unstructured" else 0),
             gid=f"{method} {structure}",
-            **_marking(method, structure),
+            **_marking(method, structure, fills[variant]),
         )
 
 
-def _marking(method: str, structure: str) -> dict[str, Any]:
+def _fills(points: Sequence[Point]) -> dict[str, FillStyle]:
+    """How much of a marker is filled, by variant: all of those without one, halves of the others."""
+    variants = sorted({point.variant for point in points})
+    return dict(zip(variants, itertools.cycle(_FILLS), strict=False))
+
+
+def _variant_handles(points: Sequence[Point]) -> list[Line2D]:
+    """What half-filled markers mean."""
+    fills = _fills(points)
+    if len(fills) < 2:
+        return []
+    look: dict[str, Any] = {"color": "0.4", "marker": "o", "markersize": 4.2, "linestyle": "none"}
+    look |= {"markerfacecolor": "0.4", "markerfacecoloralt": "white", "markeredgecolor": "0.4"}
+    return [Line2D([], [], label=variant, fillstyle=fill, **look) for variant, fill in fills.items() if variant]
+
+
+def _marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str, Any]:
     """Hollow for unstructured, filled for structured, a line where sparsity can be chosen."""
     style = STYLES.get(method, UNKNOWN_STYLE)
     hollow = structure == "unstructured"
+    outlined = hollow or fill != "full"
     return {
+        "fillstyle": fill,
+        "markerfacecoloralt": "white",
         "color": style.color,
         "marker": style.marker,
         "markersize": style.size,
         "markerfacecolor": "white" if hollow else style.color,
-        "markeredgecolor": style.color if hollow else "white",
-        "markeredgewidth": 1.0 if hollow else 0.4,
+        "markeredgecolor": style.color if outlined else "white",
+        "markeredgewidth": 1.0 if outlined else 0.4,
         "linestyle": "-" if structure == "hybrid" else "none",
         "linewidth": style.width,
     }

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from analysis.names import trial_labels
+from analysis.points import trial_labels
 from analysis.style import WIDTHS, Width, add_legend, new_figure, paper_style, save_figure, trial_looks
 from patch.errors import UserError
 

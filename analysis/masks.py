@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from analysis.names import trial_labels
+from analysis.points import trial_labels
 from analysis.rows import records
 from analysis.style import PALETTE, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure, trial_looks
 from patch.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.artefacts import check_one_artefact
-from analysis.names import METHODS, STRUCTURES, TASKS, rank
+from analysis.names import METHODS, STRUCTURES, TASKS, percent, rank
 from analysis.rows import records
 from patch.errors import UserError
 
@@ -293,3 +293,49 @@ def _reading_order(point: Point) -> tuple[Any, ...]:
         point.tile or "",
         point.variant,
     )
+
+
+def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
+    """The shortest name that tells each trial of ``frame`` from the others, such as ``PATCH joint 45%``.
+
+    Args:
+        frame: as from `analysis.rows.load_rows`.
+
+    Returns:
+        Names by trial hash, in reading order.
+    """
+    trials = frame.drop_duplicates("trial").set_index("trial")
+    several = {column: trials[column].nunique() > 1 for column in ("model", "tile")}
+    seeds = trials.groupby("method").seed.nunique()
+    labels: dict[str, str] = {}
+    order = sorted(
+        trials.index,
+        key=lambda trial: (
+            trials.model[trial],
+            rank(METHODS, trials.method[trial]),
+            rank(STRUCTURES, trials.structure[trial]),
+            -trials.sparsity[trial],
+            str(trials.tile[trial]),
+            trials.seed[trial],
+        ),
+    )
+    for trial in order:
+        about = trials.loc[trial]
+        parts = [about.model] if several["model"] else []
+        parts.append(METHODS.get(about.method, about.method))
+        if about.structure != "dense":
+            parts.append("2:4" if about.structure == "2:4" else percent(about.sparsity))
+        if about.structure == "unstructured":
+            parts.append("unstructured")
+        if several["tile"] and about.structure == "hybrid":
+            parts.append(about.tile)
+        if seeds[about.method] > 1:
+            parts.append(f"seed {about.seed}")
+        labels[trial] = " ".join(parts)
+    variants = {trial: point.variant for point in gather(frame) for trial in point.trials}
+    for told_by in (variants, {trial: trial for trial in order}):
+        names = list(labels.values())
+        for trial, name in labels.items():
+            if names.count(name) > 1 and told_by[trial]:
+                labels[trial] = f"{name} ({told_by[trial]})"
+    return labels
