@@ -383,6 +383,38 @@ def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) 
 
 
 @app.command()
+def compare(
+    study: Study,
+    left: Annotated[
+        str, typer.Argument(help="KEY=VALUE,... of model, method, structure, target, tile, variant; or a trial.")
+    ],
+    right: Annotated[str, typer.Argument(help="Likewise.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Results directory of the right one, such as another revision's.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="terminal, md, csv or latex.")] = "terminal",
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two pruned models of a study: differences, and whether they exceed the noise."""
+    from analysis import tables
+    from analysis.compare import comparison, select
+    from analysis.points import gather
+    from experiments import reports
+    from experiments.store import Store
+
+    trials = _trials(study, None)
+    chosen = [
+        select(gather(reports.frame(trials, Store(root))), selector)
+        for root, selector in ((results, left), (against or results, right))
+    ]
+    table = comparison(*chosen)
+    if format == "terminal":
+        console.print(tables.rich_table(table, console.width))
+    else:
+        print(tables.render(table, format))
+
+
+@app.command()
 def report(
     studies: Annotated[list[str] | None, typer.Argument(help="Studies; without, all that have rows.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
