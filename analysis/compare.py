@@ -134,8 +134,8 @@ def comparison(left: Point, right: Point) -> Table:
     ]
     notes = (
         f"Left: {describe(left)}. Right: {describe(right)}.",
-        "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own. Both "
-        "have the same, so the difference is surer than that.",
+        "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own.",
+        "Both have the same, so the difference is surer than that.",
     )
     return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), notes)
 

@@ -4,13 +4,14 @@ Estimates from published shapes, for planning: they leave out start-up, attentio
 arithmetic, and are right within a factor of two. A model whose shapes are not known here (a hub id) has none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments import models
 from experiments.definitions import LEARNED, Evaluation, Pruning
 from experiments.models import ModelSpec
 from patch.checkpoint import prunable_shapes
+from patch.mask import GROUP
 
 GIB = 2**30
 
@@ -41,6 +42,8 @@ def pruning_flops(pruning: Pruning) -> float | None:
         recipe = pruning.learning.recipe
         # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
         passes = 8 if recipe.activation_checkpointing else 6
+        # The dense model's predictions too.
+        passes += 2 if recipe.distillation else 0
         return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
     tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
     total = 4.0 * weights * tokens
@@ -64,6 +67,28 @@ def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
         share = 1.0 if evaluation.limit is None else min(1.0, evaluation.limit / 1000)
         tokens += int(share * _TASK_TOKENS.get(task, 1_000_000))
     return 2.0 * parameters * tokens
+
+
+def disk(prunings: Iterable[Pruning]) -> float:
+    """GiB that the checkpoints of some prunings take, their priors included; those of unknown models are left out."""
+    total = 0.0
+    for pruning in with_priors(prunings):
+        shapes, parameters = _prunable(pruning.model), _parameters(pruning.model)
+        if shapes and parameters and pruning.method != "dense":
+            # Weights of two bytes, and a byte a group for the patterns of the masks.
+            total += 2 * parameters + sum(rows * cols * count for (rows, cols), count in shapes.items()) / GROUP
+    return total / GIB
+
+
+def with_priors(prunings: Iterable[Pruning]) -> set[Pruning]:
+    """Some prunings and all that they stand on, each once."""
+    found: set[Pruning] = set()
+    for pruning in prunings:
+        link: Pruning | None = pruning
+        while link:
+            found.add(link)
+            link = link.prior
+    return found
 
 
 def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: int = 1) -> float | None:
@@ -91,14 +116,17 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
     tile = pruning.tile or (1, 1)
     logits = 0.0 if recipe.mode == "tile" else 6 / 4
     logits += 0.0 if recipe.mode == "maskllm" else 1 / (tile[0] * tile[1])
-    # Logits, their gradient and Adam's two moments in float32; masks of one block, or of all, with their samples.
+    # Logits, their gradient and Adam's two moments; masks of one block, or of all, with their samples.
+    states_of_logits = 16 if recipe.logit_dtype == "float32" else 8
     masked = weights / spec.blocks if recipe.activation_checkpointing else weights
     tokens = recipe.microbatch * recipe.length // processes
     states = _activations(spec, tokens, 2 if recipe.activation_checkpointing else spec.blocks)
     head = 10.0 * min(tokens, 4096) * spec.vocab
     # What is gathered of the others' rows, and its gradient, in bfloat16.
     gathered = 4 * masked if processes > 1 else 0.0
-    return (2 * parameters + (16 * logits * weights + 40 * masked) / processes + gathered + states + head) / GIB
+    return (
+        2 * parameters + (states_of_logits * logits * weights + 40 * masked) / processes + gathered + states + head
+    ) / GIB
 
 
 def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:
