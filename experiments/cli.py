@@ -362,6 +362,7 @@ def audit(
 def table(
     study: Study,
     format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",
+    published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
     where: Where = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
@@ -369,7 +370,7 @@ def table(
     from experiments import reports
     from experiments.store import Store
 
-    print(reports.table(_trials(study, where), Store(results), format))
+    print(reports.table(_trials(study, where), Store(results), format, published))
 
 
 @app.command()

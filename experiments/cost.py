@@ -124,9 +124,8 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
     head = 10.0 * min(tokens, 4096) * spec.vocab
     # What is gathered of the others' rows, and its gradient, in bfloat16.
     gathered = 4 * masked if processes > 1 else 0.0
-    return (
-        2 * parameters + (states_of_logits * logits * weights + 40 * masked) / processes + gathered + states + head
-    ) / GIB
+    divided = (states_of_logits * logits * weights + 40 * masked) / processes
+    return (2 * parameters + divided + gathered + states + head) / GIB
 
 
 def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:

@@ -32,9 +32,9 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
     return found
 
 
-def table(trials: Iterable[Trial], store: Store, format: str) -> str:
+def table(trials: Iterable[Trial], store: Store, format: str, beside_published: bool = False) -> str:
     """The study's table as ``md``, ``csv`` or ``latex``."""
-    return tables.render(tables.accuracy_table(frame(trials, store)), format)
+    return tables.render(tables.accuracy_table(frame(trials, store), beside_published), format)
 
 
 def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
