@@ -10,8 +10,8 @@ from experiments.definitions import Pruning, Trial
 from experiments.studies import STUDIES
 
 # What a GPU sustains on learning and evaluation, in 1e12 operations a second. The H200's is measured: the mask of
-# SmolLM2-135M at 45% (`prune_seconds` of its committed row, from loading to saving). The others' are that times the ratio
-# of dense bfloat16 peaks.
+# SmolLM2-135M at 45% (`prune_seconds` of its committed row, from loading to saving). The others' are that times the
+# ratio of dense bfloat16 peaks.
 TFLOPS = {"H200": 190.0, "A100": 60.0, "A6000": 30.0}
 
 # What is published, and the study that makes it.
