@@ -62,7 +62,8 @@ def select(points: Iterable[Point], selector: str) -> Point:
         UserError: if it means none or several, naming those that it may mean.
     """
     points = list(points)
-    wanted = dict(part.split("=", 1) for part in selector.split(",")) if "=" in selector else {"trial": selector}
+    parts = [part.partition("=") for part in selector.split(",")] if "=" in selector else [("trial", "=", selector)]
+    wanted = {name: value for name, _, value in parts}
     if unknown := sorted(set(wanted) - set(_FIELDS)):
         raise UserError(f"'{selector}': no field '{unknown[0]}': choose {', '.join(_FIELDS)}")
     found = [point for point in points if all(_has(point, name, value) for name, value in wanted.items())]
@@ -74,7 +75,11 @@ def select(points: Iterable[Point], selector: str) -> Point:
 
 def _has(point: Point, name: str, value: str) -> bool:
     if name == "target":
-        return math.isclose(point.sparsity, float(value.rstrip("%")) / (100 if value.endswith("%") else 1))
+        try:
+            target = float(value.rstrip("%")) / (100 if value.endswith("%") else 1)
+        except ValueError as error:
+            raise UserError(f"target={value}: give a sparsity, such as 0.45 or 45%") from error
+        return math.isclose(point.sparsity, target)
     if name == "trial":
         return any(trial.startswith(value) for trial in point.trials)
     return str(getattr(point, name) or "") == value

@@ -7,6 +7,7 @@ trials, and the command that makes each study again. The page is `report.html.j2
 import base64
 import html
 import json
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import pandas as pd
 
 from analysis.figures import plot_study
 from analysis.names import METHODS
-from analysis.points import Point, gather, tasks, texts
+from analysis.points import Measured, Point, gather, tasks, texts
 from analysis.rows import records
 from analysis.tables import MISSING, Table, accuracy_table, shown_cells
 
@@ -91,7 +92,9 @@ def _study(study: Study) -> dict[str, Any]:
                     "text": "not measured" if text == MISSING and column.kind != "text" else text,
                     "sort": _sort_key(table.rows[row][place]),
                     "best": (row, place) in table.best,
+                    "second": (row, place) in table.second,
                     "origin": origins.get((row, place), ""),
+                    "anchor": _anchor(origins.get((row, place), "").partition(", ")[0]),
                     "missing": text == MISSING and column.kind != "text",
                 }
                 for place, (column, text) in enumerate(zip(table.columns, line, strict=True))
@@ -111,6 +114,7 @@ def _study(study: Study) -> dict[str, Any]:
                 "value": "" if pd.isna(row.value) else f"{row.value:.6g}",
                 "stderr": "" if pd.isna(row.stderr) else f"{row.stderr:.2g}",
                 "origin": row.origin,
+                "anchor": _anchor(row.origin),
                 "git": (row.git or "")[:10],
                 "time": row.time or "",
             }
@@ -128,6 +132,11 @@ def _study(study: Study) -> dict[str, Any]:
     }
 
 
+def _anchor(origin: str) -> str:
+    """The place in the page of a row, by its file and line."""
+    return "row-" + re.sub(r"\W+", "-", origin)
+
+
 def _is_part(row: Any) -> bool:
     """Parts of a task, such as a subject of MMLU, and its other metrics stay in the rows."""
     return row.stage.startswith("task:") and not row.labels.get("primary", True)
@@ -135,9 +144,12 @@ def _is_part(row: Any) -> bool:
 
 def _sort_key(value: Any) -> str:
     """What a column sorts by: the number, or the text."""
-    if value is None:
+    if value is None or (isinstance(value, Measured) and math.isnan(value.value)):
         return ""
-    return value if isinstance(value, str) else repr(value.value)
+    if isinstance(value, str):
+        return value
+    # As JavaScript reads it.
+    return "Infinity" if math.isinf(value.value) else repr(value.value)
 
 
 def _origins(table: Table, points: Sequence[Point], evaluated: pd.DataFrame) -> dict[tuple[int, int], str]:
@@ -181,7 +193,7 @@ def _figure(path: Path) -> dict[str, str]:
 def _ran_on(frame: pd.DataFrame) -> list[dict[str, str]]:
     """The machines and revisions of the rows, with how many each gave."""
     groups = frame.assign(gpu=frame.gpu.fillna("CPU alone"), git=frame.git.fillna("unknown").str[:10])
-    counted = groups.groupby(["gpu", "git"], sort=False).agg(rows=("trial", "size"), first=("time", "min"))
+    counted = groups.groupby(["gpu", "git", "software"], sort=False).agg(rows=("trial", "size"), first=("time", "min"))
     return [{str(name): str(value) for name, value in row.items()} for row in counted.reset_index().to_dict("records")]
 
 

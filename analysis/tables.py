@@ -56,6 +56,7 @@ class Table:
         rows: one value per column; None where nothing was measured.
         sections: for each row, what it belongs to (its model); renderers set sections apart.
         best: (row, column) of the best value among rows at equal sparsity.
+        second: likewise of the second best, where there are three or more; LaTeX underlines it.
         notes: what a reader must know about the numbers, one sentence each.
     """
 
@@ -64,6 +65,7 @@ class Table:
     sections: tuple[str, ...]
     best: frozenset[tuple[int, int]]
     notes: tuple[str, ...]
+    second: frozenset[tuple[int, int]] = frozenset()
 
 
 def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table:
@@ -105,7 +107,8 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
         notes.append(_published_note(points))
     columns = tuple(column for column, _ in fields)
     rows = tuple(tuple(value(point) for _, value in fields) for point in points)
-    return Table(columns, rows, tuple(point.model for point in points), _best(columns, rows, points), tuple(notes))
+    best, second = _best(columns, rows, points)
+    return Table(columns, rows, tuple(point.model for point in points), best, tuple(notes), second)
 
 
 def published_table(models: Collection[str] = published.MODELS) -> Table:
@@ -185,7 +188,14 @@ def latex(table: Table) -> str:
     breaks = {place for place, (above, below) in enumerate(pairwise(table.sections), 1) if above != below}
     for row, line in enumerate(shown_cells(table)):
         escaped = [_escape_latex(text) for text in line]
-        marked = [rf"\textbf{{{text}}}" if (row, place) in table.best else text for place, text in enumerate(escaped)]
+        marked = [
+            rf"\textbf{{{text}}}"
+            if (row, place) in table.best
+            else rf"\underline{{{text}}}"
+            if (row, place) in table.second
+            else text
+            for place, text in enumerate(escaped)
+        ]
         if row in breaks:
             lines.append(r"\midrule")
         lines.append(" & ".join(marked) + r" \\")
@@ -315,12 +325,12 @@ def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task])
 
 def _best(
     columns: Sequence[Column], rows: Sequence[Sequence[Value]], points: Sequence[Point]
-) -> frozenset[tuple[int, int]]:
-    """The best value of each column among rows of one model at one sparsity; unstructured rows are apart."""
+) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
+    """The best and the second best value of each column among rows of one model at one sparsity; unstructured apart."""
     groups: dict[tuple[str, float, bool], list[int]] = {}
     for row, point in enumerate(points):
         groups.setdefault((point.model, point.sparsity, point.structure == "unstructured"), []).append(row)
-    best = set()
+    best, second = set(), set()
     for place, column in enumerate(columns):
         if column.kind not in _MEASURED:
             continue
@@ -331,9 +341,11 @@ def _best(
                 if isinstance(value := rows[row][place], Measured) and math.isfinite(value.value)
             }
             if len(numbers) > 1:
-                top = min(numbers.values()) if column.kind == "perplexity" else max(numbers.values())
+                top, *others = sorted(set(numbers.values()), reverse=column.kind != "perplexity")
                 best |= {(row, place) for row, number in numbers.items() if number == top}
-    return frozenset(best)
+                if len(numbers) > 2 and others:
+                    second |= {(row, place) for row, number in numbers.items() if number == others[0]}
+    return frozenset(best), frozenset(second)
 
 
 def shown_cells(table: Table) -> list[list[str]]:

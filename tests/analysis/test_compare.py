@@ -39,6 +39,8 @@ def test_a_selector_finds_its_point(points: list[Point], selector: str, method: 
         ("method=sparsgpt", "means none of these: .*method=dense"),
         ("metod=wanda", "no field 'metod': choose model, method"),
         ("ffffffffffff", "means none"),
+        ("target=half", "target=half: give a sparsity"),
+        ("method=wanda,hybrid", "no field 'hybrid'"),
     ],
 )
 def test_a_selector_that_means_none_or_several_is_refused(points: list[Point], selector: str, message: str) -> None:

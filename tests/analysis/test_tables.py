@@ -4,7 +4,10 @@ import csv
 import io
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -104,6 +107,16 @@ def test_the_best_at_equal_sparsity_is_bold(smollm: pd.DataFrame) -> None:
         ("SparseGPT", "2:4", "50"),
         *[("SparseGPT", "hybrid", target) for target in ("45", "35", "25")],
     ]
+
+
+def test_the_second_best_is_underlined_where_there_are_three(demo: pd.DataFrame) -> None:
+    table = accuracy_table(demo)
+    place = next(i for i, column in enumerate(table.columns) if column.kind == "perplexity")
+    target = next(i for i, column in enumerate(table.columns) if column.name == "target_sparsity")
+    ranked = sorted((line[place].value, row) for row, line in enumerate(table.rows) if line[target].value == 0.5)
+    assert len(ranked) > 2 and [row for row, column in table.best if column == place] == [ranked[0][1]]
+    assert [row for row, column in table.second if column == place] == [ranked[1][1]]
+    assert r"\underline{" in render(table, "latex")
 
 
 def test_divergence_is_shown_and_never_best(study: Study, make_pruning: Make, make_trial: Make) -> None:
@@ -250,3 +263,19 @@ def test_published_numbers_beside_ours_are_labelled(study: Study, make_pruning: 
     assert rows[1]["Published: WikiText-2 PPL @4096"] == "—"
     assert "arXiv:2509.23410" in text and "Not measured here" in text
     assert "Published" not in render(accuracy_table(frame), "md")
+
+
+def has_latex() -> bool:
+    if not shutil.which("pdflatex") or not shutil.which("kpsewhich"):
+        return False
+    return subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_latex(), reason="no pdflatex with booktabs on this machine")
+def test_latex_compiles(demo: pd.DataFrame, smollm: pd.DataFrame, tmp_path: Path) -> None:
+    head = r"\documentclass{article}\usepackage{booktabs}\begin{document}\tiny"
+    tables = [render(accuracy_table(frame), "latex") for frame in (demo, smollm)]
+    (tmp_path / "table.tex").write_text("\n\n".join([head, *tables, r"\end{document}"]))
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "table.pdf").exists(), done.stdout[-2000:]

@@ -72,7 +72,10 @@ def test_two_processes_learn_in_one_allocation(forty: Forty, tmp_path: Path) -> 
 
     def learning() -> list[psutil.Process]:
         found = [each for each in psutil.process_iter(["cmdline"]) if "slurm.ranks" in (each.info["cmdline"] or [])]
-        return [each for each in found if "torch.distributed.run" not in each.info["cmdline"]]
+        # Of this cluster: other tests may start such processes at the same time.
+        conf = str(forty.cluster.folder)
+        here = [each for each in found if each.environ().get("SLURM_CONF", "").startswith(conf)]
+        return [each for each in here if "torch.distributed.run" not in each.info["cmdline"]]
 
     def log() -> str:
         return "".join(path.read_text() for path in forty.results.glob("sweeps/forty/*/*_0_log.out"))
