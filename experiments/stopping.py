@@ -27,6 +27,8 @@ def deferred_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     before = {int(number): signal.getsignal(number) for number in SIGNALS}
+    # What a shell had its background processes ignore stays ignored.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         if number in received:

@@ -1,6 +1,5 @@
 """The bench of soft masks: what it says must be moved, and the rows it writes."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from experiments import bench_relax
 from experiments.bench_relax import Bench, Fact, bytes_moved, draw
+from experiments.lines import SCHEMA, from_lines
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_the_model_is_llama() -> None:
 def test_rows_are_in_the_format_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     path = bench_relax.write(Bench(), [Fact("time", 7.5, "ms", {"mode": "joint"}, 7.4, 7.6, 11)], tmp_path, 0.0)
-    (row,) = map(json.loads, path.read_text().splitlines())
+    (row,) = from_lines(path.read_text())
     assert path == tmp_path / "bench" / "nvidia-h200" / "relax.jsonl"
-    assert row["definition"]["blocks"] == 16 and len(row["trial"]) == 12 and row["schema"] == 1
+    assert row["definition"]["blocks"] == 16 and len(row["trial"]) == 12 and row["schema"] == SCHEMA
     assert (row["metric"], row["value"], row["p20"], row["p80"], row["runs"]) == ("time", 7.5, 7.4, 7.6, 11)
     assert row["provenance"]["git"]

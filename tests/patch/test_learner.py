@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_learner import RAGGED, SHORT, VOCABULARY, magnitude_prior, tiny_model, words
 from torch import Tensor, nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
@@ -30,50 +30,10 @@ from patch.errors import UserError
 from patch.learner import CHECKPOINT, Learned, LearningDiverged, Prior, Stopped, learn
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 from patch.prunable import prunable_linears
-from patch.recipe import RECIPES, Recipe
+from patch.recipe import Recipe
 
-VOCABULARY = 32
-RAGGED = (24, 20)
 MODES = ["joint", "tile", "maskllm"]
 every_mode = pytest.mark.parametrize("mode", MODES)
-
-SHORT = {
-    "joint": dataclasses.replace(
-        RECIPES["patch-joint"],
-        steps=6,
-        batch=4,
-        microbatch=2,
-        length=16,
-        warmup=0,
-        lr=0.01,
-        log_every=2,
-        checkpoint_every=2,
-        activation_checkpointing=False,
-    ),
-}
-SHORT["tile"] = dataclasses.replace(SHORT["joint"], mode="tile")
-SHORT["maskllm"] = dataclasses.replace(
-    SHORT["joint"], mode="maskllm", weight_penalty=1e-5, weight_penalty_kind="square", sparsity_penalty=0
-)
-
-
-def tiny_model(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
-    """A random model whose linears are not all multiples of the tile."""
-    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, **(sizes | changes))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(dtype)
-
-
-def words(step: int, batch: int = 4, length: int = 16) -> Tensor:
-    """Sentences of a language in which each token follows from the one before, but for some noise."""
-    source = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(VOCABULARY, (batch, length), generator=source)
-    surprise = torch.rand((batch, length), generator=source) < 0.1
-    for i in range(1, length):
-        tokens[:, i] = torch.where(surprise[:, i], tokens[:, i], (5 * tokens[:, i - 1] + 3) % VOCABULARY)
-    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +51,6 @@ def trained() -> LlamaForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-def magnitude_prior(model: nn.Module, tile: tuple[int, int] = RAGGED) -> Prior:
-    weights = {name: linear.weight.detach().float() for name, linear in prunable_linears(model).items()}
-    return Prior(
-        {name: best_patterns(weight.abs()) for name, weight in weights.items()},
-        {name: tile_sums(weight.square(), tile) for name, weight in weights.items()},
-    )
 
 
 def run(
@@ -598,7 +550,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(mode: str, tmp_path
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 import torch
 torch.set_num_threads(int(sys.argv[3]))
 import test_learner as t
@@ -618,7 +570,8 @@ t.run(t.tiny_model(), t.SHORT["joint"], Path(sys.argv[2]), on_step=on_step)
 
 @pytest.mark.parametrize("moment", ["between-checkpoints", "while-writing"])
 def test_a_killed_process_is_continued_bit_by_bit(moment: str, tmp_path: Path) -> None:
-    arguments = [str(Path(__file__).parent), str(tmp_path / "killed"), str(torch.get_num_threads()), moment]
+    folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    arguments = [folders, str(tmp_path / "killed"), str(torch.get_num_threads()), moment]
     child = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr
     state = torch.load(tmp_path / "killed" / CHECKPOINT)

@@ -1,5 +1,6 @@
 """Learning with several processes is learning with one: the same curve, the same masks, one checkpoint for all."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,54 +11,69 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_learner import RAGGED, SHORT, magnitude_prior, tiny_model, words
 
 from patch.errors import UserError
-from patch.learner import CHECKPOINT
-from patch.ranks import ALONE, Ranks
+from patch.learner import CHECKPOINT, Stopped, learn
+from patch.ranks import ALONE, Ranks, joined
 
 MODES = ["joint", "tile", "maskllm"]
 STEPS = 6
 
-# What each process does: learn, and write what came of it.
+# What each process but a lone one runs.
 CHILD = """
-import dataclasses, json, os, sys
+import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 import torch
 torch.set_num_threads(1)
-import test_learner as t
-from patch.learner import Stopped, learn
-from patch.ranks import joined
-
-mode, work, out, stop_at = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
-# Twelve sequences a step in micro-batches of six: for one, two and three processes.
-recipe = dataclasses.replace(t.SHORT[mode], batch=12, microbatch=6, activation_checkpointing=mode == "tile")
-model, seen = t.tiny_model(), []
-with joined("cpu") as ranks:
-    try:
-        learned = learn(
-            model, recipe, lambda step: t.words(step, 12), sparsity=0.5 if mode == "maskllm" else 0.35, tile=t.RAGGED,
-            seed=0, prior=t.magnitude_prior(model), work=work, device="cpu", ranks=ranks, on_step=seen.append,
-            # Only the last process is told to stop.
-            stop=lambda: ranks.rank == ranks.size - 1 and 0 < stop_at == len(seen),
-        )
-    except Stopped as error:
-        result = {"stopped": str(error)}
-    else:
-        masks = {n: [m.dense.tolist(), m.patterns.tolist()] for n, m in learned.masks.items()}
-        result = {"history": learned.history, "masks": masks}
-    (out / f"{ranks.rank}.json").write_text(json.dumps(result))
+from test_ranks import learn_here
+learn_here(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
 """
+
+
+def learn_here(mode: str, work: Path, out: Path, stop_at: int) -> None:
+    """Learn in this process, among those that its environment names, and write what came of it."""
+    # Twelve sequences a step in micro-batches of six: for one, two and three processes.
+    recipe = dataclasses.replace(SHORT[mode], batch=12, microbatch=6, activation_checkpointing=mode == "tile")
+    model, seen = tiny_model(), []
+    with joined("cpu") as ranks:
+        try:
+            learned = learn(
+                model,
+                recipe,
+                lambda step: words(step, 12),
+                sparsity=0.5 if mode == "maskllm" else 0.35,
+                tile=RAGGED,
+                seed=0,
+                prior=magnitude_prior(model),
+                work=work,
+                device="cpu",
+                ranks=ranks,
+                on_step=seen.append,
+                # Only the last process is told to stop.
+                stop=lambda: ranks.rank == ranks.size - 1 and 0 < stop_at == len(seen),
+            )
+        except Stopped as error:
+            result: dict[str, Any] = {"stopped": str(error)}
+        else:
+            masks = {name: [mask.dense.tolist(), mask.patterns.tolist()] for name, mask in learned.masks.items()}
+            result = {"history": learned.history, "masks": masks}
+    (out / f"{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def learn_with(size: int, mode: str, work: Path, out: Path, stop_at: int = 0) -> list[dict[str, Any]]:
     """What each of ``size`` processes ends with."""
     out.mkdir()
+    if size == 1:
+        learn_here(mode, work, out, stop_at)
+        return [json.loads((out / "0.json").read_text())]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = [str(Path(__file__).parent), mode, str(work), str(out), str(stop_at)]
+    folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    arguments = [folders, mode, str(work), str(out), str(stop_at)]
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments],

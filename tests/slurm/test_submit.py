@@ -254,6 +254,7 @@ def test_ten_thousand_trials_take_seconds(tmp_path: Path, capsys: pytest.Capture
 def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from experiments.store import Store\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Store(Path(sys.argv[1])).claim('sweep'): os.kill(os.getpid(), signal.SIGINT)"
     )
     outcome = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
