@@ -16,6 +16,7 @@ from analysis.frontier import plot_frontier
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
 from analysis.points import gather, texts, trial_labels
+from analysis.speed_frontier import plot_speed_frontier, workloads
 from analysis.style import Width
 
 
@@ -28,6 +29,8 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
     points = gather(frame)
     if texts(frame):
         written += plot_frontier(frame, folder / "frontier", width)
+    if workloads(frame):
+        written += plot_speed_frontier(frame, folder / "speed", width)
     hybrid = [point for point in points if point.structure == "hybrid"]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])

@@ -85,7 +85,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
             (band or panel).set_title(model)
         if place == 0 and (keys := [*_structure_handles(chosen), *_variant_handles(chosen)]):
             panel.legend(handles=keys, loc="upper left", borderaxespad=0.2, labelspacing=0.3)
-    add_legend(figure, _method_handles(points), 3 if width == "single" else 7)
+    add_legend(figure, method_handles(points), 3 if width == "single" else 7)
     return figure
 
 
@@ -189,7 +189,7 @@ def _draw_points(
             capthick=0.7,
             zorder=style.zorder + (0.5 if structure == "unstructured" else 0),
             gid=f"{method} {structure}",
-            **_marking(method, structure, fills[variant]),
+            **marking(method, structure, fills[variant]),
         )
 
 
@@ -209,7 +209,7 @@ def _variant_handles(points: Sequence[Point]) -> list[Line2D]:
     return [Line2D([], [], label=variant, fillstyle=fill, **look) for variant, fill in fills.items() if variant]
 
 
-def _marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str, Any]:
+def marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str, Any]:
     """Hollow for unstructured, filled for structured, a line where sparsity can be chosen."""
     style = STYLES.get(method, UNKNOWN_STYLE)
     hollow = structure == "unstructured"
@@ -228,12 +228,12 @@ def _marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str,
     }
 
 
-def _method_handles(points: Sequence[Point]) -> list[Line2D]:
+def method_handles(points: Sequence[Point]) -> list[Line2D]:
     methods = sorted({point.method for point in points}, key=lambda method: rank(METHODS, method))
     handles = []
     for method in methods:
         present = {point.structure for point in points if point.method == method}
-        look = _marking(method, "hybrid" if "hybrid" in present else "2:4")
+        look = marking(method, "hybrid" if "hybrid" in present else "2:4")
         if method == "dense":
             look = {"color": INK, "linewidth": 0.9, "linestyle": DASHED}
         handles.append(Line2D([], [], label=METHODS.get(method, method), **look))
@@ -252,7 +252,7 @@ def _structure_handles(points: Sequence[Point]) -> list[Line2D]:
     for structure, name in names.items():
         if structure in present:
             face, edge = ("white", "0.4") if structure == "unstructured" else ("0.4", "white")
-            look = _marking("dense", structure) | neutral | {"markerfacecolor": face, "markeredgecolor": edge}
+            look = marking("dense", structure) | neutral | {"markerfacecolor": face, "markeredgecolor": edge}
             handles.append(Line2D([], [], label=name, **look))
     return handles
 
@@ -321,8 +321,8 @@ def _draw_band(axis: Axes, band: Axes, points: Sequence[Point], value: Callable[
     for members in columns.values():
         for step, point in enumerate(members):
             at = (100 * _sparsity(point), step)
-            marking = _marking(point.method, point.structure)
-            band.plot(*at, gid=f"{point.method} {point.structure}", clip_on=False, **marking)
+            look = marking(point.method, point.structure)
+            band.plot(*at, gid=f"{point.method} {point.structure}", clip_on=False, **look)
             band.annotate(
                 significant(value(point)), at, (-5, 0), textcoords="offset points", ha="right", va="center", size=6.5
             )

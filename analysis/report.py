@@ -27,6 +27,7 @@ from analysis.tables import MISSING, Table, accuracy_table, shown_cells
 # What each figure of `plot_study` shows, by the beginning of its file's name.
 _CAPTIONS = {
     "frontier": "Perplexity and accuracy against sparsity; error bars are standard errors.",
+    "speed": "Accuracy against end-to-end speedup of the same checkpoints; the grey line is the frontier.",
     "nvidia": "Speed of the kernels on this GPU.",
     "layer-sparsity": "Sparsity of each layer.",
     "tiles": "Learned or chosen tile maps: dark tiles are dense, light ones 2:4.",

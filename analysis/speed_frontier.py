@@ -1,0 +1,160 @@
+"""Accuracy against speed of the same checkpoints: what a reader gives up for how much."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from analysis.frontier import marking, method_handles
+from analysis.names import METHODS, SOURCES
+from analysis.points import Measured, Point, gather, texts
+from analysis.rows import records
+from analysis.style import INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
+from patch.errors import UserError
+
+# A model in its own right here, not a line across.
+_DENSE: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 7.0,
+    "color": INK,
+    "markerfacecolor": INK,
+    "markeredgecolor": "white",
+}
+_NAMES = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A point and its speed.
+
+    Attributes:
+        point: what was pruned how, and its accuracy.
+        speedup: of a workload over the dense model.
+        agrees: whether the packed model computes what the unpacked one does; a point that does not is no result.
+    """
+
+    point: Point
+    speedup: float
+    agrees: bool
+
+
+def workloads(frame: pd.DataFrame) -> list[str]:
+    """The workloads that were timed, such as ``decode@1x1``, in the order of their rows."""
+    stages = frame[(frame.metric == "speedup") & frame.stage.str.startswith("speed:")].stage
+    return [stage.partition(":")[2] for stage in dict.fromkeys(stages)]
+
+
+def placed(frame: pd.DataFrame, workload: str) -> list[Placed]:
+    """The points that were timed on a workload; of several seeds, the mean speedup.
+
+    Raises:
+        UserError: if rows of one point are of different checkpoints (`analysis.artefacts`).
+    """
+    speeds = frame[(frame.stage == f"speed:{workload}") & (frame.metric == "speedup")].groupby("trial").value.mean()
+    checked = frame[frame.stage.str.startswith(("pack:", "packed:")) | (frame.stage == "pack")]
+    wrong = {row.trial for row in records(checked) if row.labels.get("agrees") is False}
+    found = []
+    for point in gather(frame):
+        timed = [trial for trial in point.trials if trial in speeds.index]
+        if timed:
+            speedup = sum(float(speeds[trial]) for trial in timed) / len(timed)
+            found.append(Placed(point, speedup, not wrong & set(point.trials)))
+    return found
+
+
+def pareto(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[tuple[float, float]]:
+    """Those of (speedup, quality) that no other beats in both, by rising speedup."""
+    sign = 1 if lower_is_better else -1
+    kept: list[tuple[float, float]] = []
+    for speedup, quality in sorted(points, key=lambda each: (-each[0], sign * each[1])):
+        if not kept or sign * quality < sign * kept[-1][1]:
+            kept.append((speedup, quality))
+    return kept[::-1]
+
+
+def plot_speed_frontier(frame: pd.DataFrame, path: Path, width: Width = "double") -> list[Path]:
+    """Perplexity, and mean accuracy where there are tasks, against end-to-end speedup, a column of panels per workload.
+
+    Args:
+        frame: as from `analysis.rows.load_rows`, of one model.
+        path: without suffix.
+
+    Raises:
+        UserError: if nothing was timed.
+    """
+    with paper_style():
+        return save_figure(draw_speed_frontier(frame, width), path)
+
+
+def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double") -> Figure:
+    """The figure of `plot_speed_frontier`."""
+    timed = workloads(frame)
+    if not timed:
+        raise UserError("no speed to plot: run a frontier study on a GPU first")
+    by_workload = {workload: placed(frame, workload) for workload in timed}
+    with_accuracy = any(each.point.mean_accuracy for each in by_workload[timed[0]])
+    rows = 2 if with_accuracy else 1
+    figure = new_figure(WIDTHS[width], 0.4 + 1.9 * rows)
+    grid = figure.add_gridspec(rows, len(timed))
+    text = texts(frame)[0]
+    for column, workload in enumerate(timed):
+        top = figure.add_subplot(grid[0, column])
+        here = [each for each in by_workload[workload] if text in each.point.perplexity]
+        _draw(top, [(each, each.point.perplexity[text], 1.0) for each in here], lower_is_better=True)
+        top.set_title(_title(workload))
+        lowest = top
+        if with_accuracy:
+            lowest = figure.add_subplot(grid[1, column], sharex=top)
+            top.tick_params(labelbottom=False)
+            means = [(each, each.point.mean_accuracy) for each in by_workload[workload]]
+            _draw(lowest, [(each, mean, 100.0) for each, mean in means if mean], lower_is_better=False)
+        lowest.set_xlabel("Speedup over dense")
+        if column == 0:
+            top.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")
+            if with_accuracy:
+                lowest.set_ylabel("Mean accuracy (%)")
+    points = [each.point for each in by_workload[timed[0]]]
+    pruned = [point for point in points if point.method != "dense"]
+    handles = method_handles(pruned)
+    if len(pruned) < len(points):
+        handles.insert(0, Line2D([], [], label=METHODS["dense"], linestyle="none", **_DENSE))
+    add_legend(figure, handles, 3 if width == "single" else 7)
+    return figure
+
+
+def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_is_better: bool) -> None:
+    """Points with their errors, and the frontier of those that are results."""
+    results = []
+    for each, quality, factor in measured:
+        value, error = factor * quality.value, quality.error
+        look = marking(each.point.method, each.point.structure) | {"linestyle": "none"}
+        if each.point.method == "dense":
+            look |= _DENSE
+        if not each.agrees:
+            look |= {"markerfacecolor": "none", "markeredgecolor": look["color"], "markeredgewidth": 0.8}
+            axis.annotate("wrong", (each.speedup, value), (3, 3), textcoords="offset points", color=INK)
+        elif math.isfinite(value):
+            results.append((each.speedup, value))
+        bar = None if error is None else factor * error
+        axis.errorbar([each.speedup], [value], yerr=bar, elinewidth=0.7, capsize=1.5, zorder=3, **look)
+    edge = pareto(results, lower_is_better)
+    axis.step(
+        [x for x, _ in edge], [y for _, y in edge], where="pre", color="0.6", linewidth=0.8, zorder=1, gid="pareto"
+    )
+    axis.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
+    if lower_is_better and results and max(y for _, y in results) > 4 * min(y for _, y in results):
+        axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _title(workload: str) -> str:
+    kind, _, size = workload.partition("@")
+    batch, _, length = size.partition("x")
+    return _NAMES.get(kind, workload).format(batch=batch, length=length)
