@@ -424,15 +424,17 @@ class _Run:
         self.ranks = ranks
         self._logits = {f"{name}/patterns": m.patterns for name, m in linears.items() if m.patterns is not None}
         self._logits |= {f"{name}/tiles": m.tiles for name, m in linears.items() if m.tiles is not None}
+        self.device = next(iter(self._logits.values())).device
+        # The last of many ranks may hold no rows of any weight.
+        held = [logits for logits in self._logits.values() if logits.numel()]
         self._optimizer = torch.optim.AdamW(
-            [logits for logits in self._logits.values() if logits.numel()],
+            held or [torch.zeros((), device=self.device)],
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self.device = next(iter(self._logits.values())).device
         self._elements = sum(m.linear.weight.numel() for m in linears.values())
         self._dense_size = sum(
             float(torch.linalg.vector_norm(m.linear.weight.detach().float())) for m in linears.values()
@@ -519,7 +521,8 @@ class _Run:
     def _clip(self) -> Tensor:
         """Clip all gradients together; returns their norm before that."""
         norm = get_total_norm([logits.grad for logits in self._logits.values() if logits.grad is not None])
-        norm = self.ranks.total(norm.float().square()).sqrt() if self.ranks.size > 1 else norm
+        if self.ranks.size > 1:
+            norm = self.ranks.total(norm.to(self.device, torch.float32).square()).sqrt()
         if self.recipe.clip is not None:
             clip_grads_with_norm_(self._logits.values(), self.recipe.clip, norm)
         return norm
