@@ -108,11 +108,12 @@ def copy_checkpoint(source: str | Path, path: str | Path) -> Path:
     return Path(path)
 
 
-def load_info(path: str | Path, verify_weights: bool = False) -> dict[str, Any]:
+def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool = False) -> dict[str, Any]:
     """The content of ``hybrid.json``: the info it was saved with, and ``format``, ``tile``, ``weights`` and ``files``.
 
     Args:
         verify_weights: also hash the weight files (about a second per GiB); their sizes are compared in any case.
+        masks_alone: the folder holds the masks without the model's weights, which are not missed.
 
     Raises:
         UserError: if this is no hybrid checkpoint, a newer one, or a file is missing, truncated or changed.
@@ -127,6 +128,8 @@ def load_info(path: str | Path, verify_weights: bool = False) -> dict[str, Any]:
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / INFO_FILE}: damaged: {_one_line(error)}") from error
     for name, expected in info["files"].items():
+        if masks_alone and name != MASKS_FILE:
+            continue
         file = _existing(folder, name)
         size = file.stat().st_size
         if size != expected["bytes"]:
@@ -169,14 +172,17 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_masks(path: str | Path) -> dict[str, HybridMask]:
+def load_masks(path: str | Path, alone: bool = False) -> dict[str, HybridMask]:
     """The hybrid masks of a checkpoint by weight name, on the CPU; none if it is unstructured.
+
+    Args:
+        alone: the folder holds the masks without the model's weights, which they are meant to be applied to.
 
     Raises:
         UserError: as `load_info`; or if ``hybrid.safetensors`` is damaged, or a mask in it is missing or does not fit.
     """
     file = Path(path) / MASKS_FILE
-    info, tensors = _load_tensors(path)
+    info, tensors = _load_tensors(path, alone)
     masks = {}
     for name, about in info["weights"].items():
         n, k = about["shape"]
@@ -405,9 +411,9 @@ def _check_info(info: dict[str, Any]) -> None:
             raise UserError(f"'files' has a malformed entry {name!r}")
 
 
-def _load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _load_tensors(path: str | Path, masks_alone: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``hybrid.json`` and the tensors of ``hybrid.safetensors``, which must have the hash it was saved with."""
-    info = load_info(path)
+    info = load_info(path, masks_alone=masks_alone)
     if not info["weights"]:
         return info, {}
     file = _existing(Path(path), MASKS_FILE)
