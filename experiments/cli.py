@@ -359,6 +359,33 @@ def audit(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A hybrid checkpoint.")],
+    archive: Annotated[Path, typer.Argument(help="The archive to write (.tar.xz).")],
+) -> None:
+    """Write the masks of a checkpoint without its weights, to share them."""
+    from experiments import sharing
+
+    sharing.export(checkpoint, archive)
+    console.print(archive, soft_wrap=True)
+
+
+@app.command()
+def restore(
+    archive: Annotated[Path, typer.Argument(help="Masks that [bold]hts export[/bold] wrote.")],
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+) -> None:
+    """Make a checkpoint again from its masks and the dense model; studies then take it instead of learning it."""
+    from experiments import sharing
+    from experiments.store import Store
+
+    with _machine("cpu", data) as machine:
+        path = sharing.restore(archive, Store(results), machine)
+    console.print(path, soft_wrap=True)
+
+
+@app.command()
 def table(
     study: Study,
     format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",

@@ -156,9 +156,10 @@ def joined(prunings: Iterable[Pruning], evaluation: Evaluation, carried: tuple[s
     """Accuracy and speed of the same artefacts: each pruning evaluated, packed, evaluated again, and timed.
 
     Args:
-        carried: models of the registry on whose shapes learned tile statistics are timed too.
+        carried: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
     """
-    return _trials(prunings, dataclasses.replace(evaluation, packed=Packed(carried=carried)))
+    both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (carried, ()))
+    return tuple(Trial(pruning, both if pruning.method in LEARNED else plain) for pruning in prunings)
 
 
 def _one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:

@@ -74,6 +74,19 @@ def save_checkpoint(
         UserError: if ``path`` is already there or cannot be written, or masks, info and weights do not agree.
     """
     scores = tile_scores or {}
+    with new_directory(path) as folder:
+        _write(folder, model, tokenizer, masks, info, scores)
+
+
+def _write(
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    masks: Mapping[str, HybridMask],
+    info: Mapping[str, Any],
+    scores: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """All files of a hybrid checkpoint; returns the content of its ``hybrid.json``."""
     tile = _check_parts(model, masks, info, scores)
     record = {
         "format": FORMAT,
@@ -85,15 +98,49 @@ def save_checkpoint(
         },
     }
     json.dumps(record)  # whatever cannot be written as JSON fails before the weights are
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if masks:
+        save_file(_mask_tensors(masks, scores), folder / MASKS_FILE, metadata={"format": "pt"})
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob(WEIGHT_INDEX)])
+    record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+@torch.no_grad()
+def restore_checkpoint(
+    masks: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", path: str | Path
+) -> None:
+    """Make a hybrid checkpoint again from its masks, kept without the weights, and the dense model.
+
+    Args:
+        masks: a folder with ``hybrid.json`` and ``hybrid.safetensors``.
+        model: the dense model that they were found on, in the dtype of the checkpoint; its weights are masked in place.
+        tokenizer: saved with the model where there is one.
+
+    Raises:
+        UserError: if the masks are damaged or of another model, if the weights that come out are not those of the
+            checkpoint bit for bit, or ``path`` is already there or cannot be written.
+    """
+    info = load_info(masks, masks_alone=True)
+    found, scores = load_masks(masks, alone=True), load_tile_scores(masks, alone=True)
+    linears = prunable_linears(model)
+    for name, mask in found.items():
+        if name not in linears or tuple(linears[name].weight.shape) != mask.shape:
+            raise UserError(f"{masks}: a mask is for {name} {mask.shape}, which this {type(model).__name__} has not")
+        weight = linears[name].weight
+        weight.copy_(mask.to(weight.device).apply(weight))
+    kept = {key: value for key, value in info.items() if key not in _OWN_KEYS}
     with new_directory(path) as folder:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if masks:
-            save_file(_mask_tensors(masks, scores), folder / MASKS_FILE, metadata={"format": "pt"})
-        files = sorted([*folder.glob("*.safetensors"), *folder.glob(WEIGHT_INDEX)])
-        record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-        (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        record = _write(folder, model, tokenizer, found, kept, scores)
+        for name, expected in info["files"].items():
+            if record["files"].get(name) != expected:
+                raise UserError(
+                    f"{masks}: with these weights {name} is another file than it was: "
+                    f"{record['files'].get(name)} instead of {expected}; take the model, in the dtype, that was pruned"
+                )
 
 
 def copy_checkpoint(source: str | Path, path: str | Path) -> Path:
@@ -196,14 +243,17 @@ def load_masks(path: str | Path, alone: bool = False) -> dict[str, HybridMask]:
     return masks
 
 
-def load_tile_scores(path: str | Path) -> dict[str, Tensor]:
+def load_tile_scores(path: str | Path, alone: bool = False) -> dict[str, Tensor]:
     """The tile scores of a checkpoint by weight name, float32 ``[R, C]`` on the CPU, for the weights that have them.
+
+    Args:
+        alone: as `load_masks`.
 
     Raises:
         UserError: as `load_masks`.
     """
     file = Path(path) / MASKS_FILE
-    info, tensors = _load_tensors(path)
+    info, tensors = _load_tensors(path, alone)
     return {
         name: _fitting(file, tensors, f"{name}.tile_scores", torch.float32, tile_grid(about["shape"], info["tile"]))
         for name, about in info["weights"].items()

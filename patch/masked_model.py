@@ -1,0 +1,240 @@
+"""A causal language model with its weights frozen and masked: what a step of learning runs forward and backward.
+
+Before a decoder block runs, the soft masks of its linears are drawn and laid over their weights; under activation
+checkpointing that is part of the recomputed block, so device memory holds the masks of one block, not of the model.
+The linears' own parameters are never touched, and nothing is left behind.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from patch.mask import TileShape, tile_sizes
+from patch.prunable import decoder_blocks
+from patch.ranks import Ranks
+from patch.recipe import Recipe, Settings
+from patch.relax import Masked, SampledWeight
+
+
+class MaskedLinear:
+    """A prunable ``Linear``, what this rank learns about it, and the sums of the micro-batch under way.
+
+    Attributes:
+        here: the rows that this rank holds; ``tiles_here``, their rows of tiles.
+        patterns: logits ``[6, rows here, K/4]``, or None where patterns are fixed.
+        tiles: logits ``[tile rows here, C]``, or None where all tiles are 2:4.
+        fixed: the fixed patterns of the whole weight, uint8 ``[N, K/4]`` on the CPU, or None.
+        sizes: elements of each tile of the whole weight, int64 ``[R, C]`` on the CPU; ``sizes_here``, of the tiles
+            here, float32 on the device.
+        sums: kept elements and squares of the kept weights here in this micro-batch; None until `draw` has run.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        tile: TileShape,
+        fixed: Tensor | None,
+        sampled_weight: SampledWeight,
+        ranks: Ranks,
+    ) -> None:
+        self.linear = linear
+        self.tile = tile
+        self.shape = (linear.weight.shape[0], linear.weight.shape[1])
+        self.here = ranks.rows(self.shape[0], tile[0])
+        self.patterns: Tensor | None = None
+        self.tiles: Tensor | None = None
+        self.fixed = fixed
+        self.sums: tuple[Tensor, Tensor] | None = None
+        self.sizes = tile_sizes(self.shape, tile)
+        self.tiles_here = ranks.rows(len(self.sizes), 1)
+        self.sizes_here = self.sizes[self.tiles_here].to(linear.weight.device, torch.float32)
+        self.ranks = ranks
+        self._sampled_weight = sampled_weight
+        self._weight = linear.weight.detach()[self.here]
+        self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
+
+    def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:
+        """Start a micro-batch with noise of the given stream; ``packed`` says the same (see `relax_triton.pack`)."""
+        self._softness = settings.softness
+        self._stream = stream
+        self._packed = packed
+        self.sums = None
+
+    def draw(self) -> Tensor:
+        """The masked weight ``[N, K]``; called again in this micro-batch, the same."""
+        n = self.shape[0]
+        if len(self._weight):
+            part = self._sampled_weight(
+                self._weight,
+                self._known_patterns(),
+                self.tiles,
+                self.tile,
+                self._softness,
+                self._stream,
+                first_row=self.here.start,
+                rows=n,
+                packed=self._packed,
+            )
+        else:
+            # Other ranks hold all of it. What is gathered must have a gradient on every rank: the exchange is common.
+            nothing = torch.zeros((), device=self._weight.device)
+            part = Masked(self._weight.clone().requires_grad_(), nothing, nothing)
+        # A recomputed block must compute the sums again, since it must save the same tensors. Keeping those would keep
+        # the recomputed masks of the whole model.
+        if self.sums is None:
+            self.sums = part.kept, part.squares
+        return self.ranks.gather(part.weight, n, self.tile[0])
+
+    def _known_patterns(self) -> Tensor:
+        known = self._fixed_here if self.patterns is None else self.patterns
+        assert known is not None, "patterns are either learned or fixed"
+        return known
+
+    def best_patterns(self) -> Tensor:
+        """The patterns if hardened now, uint8 ``[rows here, K/4]``."""
+        known = self._known_patterns().detach()
+        return known.argmax(0).to(torch.uint8) if known.is_floating_point() else known
+
+    def whole_patterns(self, here: Tensor) -> Tensor:
+        """Those of the whole weight, uint8 ``[N, K/4]`` on the CPU, on all ranks, from those of the rows here."""
+        if self.fixed is not None:
+            return self.fixed
+        return self.ranks.collect(here, self.shape[0], self.tile[0]).cpu()
+
+    def all_tiles(self) -> Tensor:
+        """The tile logits of the whole weight ``[R, C]`` on the CPU, on all ranks; zeros where none are learned."""
+        if self.tiles is None:
+            return torch.zeros(self.sizes.shape)
+        return self.ranks.collect(self.tiles, self.sizes.shape[0], 1).float().cpu()
+
+
+class _MaskedBlock:
+    """Stands in for a decoder block's forward, with the weights of its linears masked.
+
+    The masked weights lie over the parameters as attributes of the same name for as long as the block runs. It may run
+    twice in a micro-batch, since checkpointed blocks are recomputed, and draws the same noise both times.
+    """
+
+    def __init__(self, forward: Callable[..., Any], linears: Sequence[MaskedLinear]) -> None:
+        self._forward = forward
+        self._linears = linears
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        weights = [masked.draw() for masked in self._linears]
+        try:
+            for masked, weight in zip(self._linears, weights, strict=True):
+                vars(masked.linear)["weight"] = weight
+            return self._forward(*inputs, **keywords)
+        finally:
+            for masked in self._linears:
+                vars(masked.linear).pop("weight", None)
+
+
+def _with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder block's forward whose attention mask, while a CUDA graph is captured, is that of the call before.
+
+    Where transformers sees a capture, it writes out masks that it else leaves to the attention kernel, as ``None`` for
+    causal; the kernel is slower with them. Masks depend on the shape of the tokens alone.
+    """
+    usual: list[Any] = [None]
+
+    def run(*inputs: Any, **keywords: Any) -> Any:
+        if "attention_mask" in keywords:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                keywords["attention_mask"] = usual[0]
+            usual[0] = keywords["attention_mask"]
+        return forward(*inputs, **keywords)
+
+    return run
+
+
+class Losses:
+    """The model's loss on a micro-batch, with its weights masked."""
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool) -> None:
+        self._model = model
+        self._distillation = recipe.distillation
+        self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
+        self._plain: dict[nn.Module, Callable[..., Any]] = {}
+        self._masked: dict[nn.Module, Callable[..., Any]] = {}
+        by_module = {m.linear: m for m in linears.values()}
+        for block in decoder_blocks(model):
+            forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
+            here = [by_module[module] for module in block.modules() if module in by_module]
+            masked: Callable[..., Any] = _MaskedBlock(forward, here)
+            if recipe.activation_checkpointing:
+                # Not transformers' own switch, which works only in training mode, where dropout is on.
+                masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
+            self._plain[block], self._masked[block] = _with_usual_mask(forward), _with_usual_mask(masked)
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""
+        dense = None
+        if self._distillation:
+            with torch.no_grad(), _forwards(self._plain):
+                dense = self._model(input_ids=tokens, use_cache=False).logits
+        with _forwards(self._masked):
+            logits = self._model(input_ids=tokens, use_cache=False).logits
+        # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+        return self._loss(
+            logits.flatten(0, 1), targets, None if dense is None else dense.flatten(0, 1), self._distillation
+        )
+
+
+def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: float) -> tuple[Tensor, Tensor]:
+    """The loss per token, and the cross entropy of the text.
+
+    Args:
+        logits: ``[tokens, vocabulary]``.
+        targets: int64 ``[tokens]``, -100 where there is none.
+        dense: logits of the dense model, or None.
+        distillation: share of the divergence from it (see `Recipe`).
+    """
+    cross_entropy = F.cross_entropy(logits.float(), targets, ignore_index=-100)
+    if dense is None:
+        return cross_entropy, cross_entropy
+    wanted = torch.log_softmax(dense.float(), -1)
+    divergence = (wanted.exp() * (wanted - torch.log_softmax(logits.float(), -1))).sum(-1)
+    divergence = torch.where(targets >= 0, divergence, 0.0).sum() / (targets >= 0).sum()
+    return (1 - distillation) * cross_entropy + distillation * divergence, cross_entropy
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model without gradients or dropout, in full float32 precision; on leaving, as it was."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    precision = torch.get_float32_matmul_precision()
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _forwards(stand_ins: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forward functions for some modules; on leaving, their own."""
+    own = {module: vars(module).get("forward") for module in stand_ins}
+    try:
+        for module, forward in stand_ins.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).pop("forward", None)
+            if before is not None:
+                vars(module)["forward"] = before

@@ -1,0 +1,143 @@
+"""Masks without weights: exported, and made the same checkpoint again."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_study import tiny_trials
+
+from experiments import pipeline, sharing, studies
+from experiments.definitions import Calibration, Pruning, key
+from experiments.machine import Machine
+from experiments.store import Store
+from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash
+from patch.errors import UserError
+
+CPU = Machine("cpu", None, lambda *_: None)
+
+
+def pruned(model: Path, text: Path, store: Store, method: str, structure: str = "hybrid") -> tuple[Pruning, Path]:
+    sparsity = 0.4 if structure == "hybrid" else 0.5
+    calibration = Calibration(str(text), windows=8, length=16)
+    pruning = studies.one_shot(str(model), method, structure, sparsity, (16, 16), calibration)
+    path = pipeline.ensure_checkpoint(pruning, store, CPU)
+    assert path is not None
+    return pruning, path
+
+
+@pytest.fixture
+def archive(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    _, checkpoint = pruned(tiny_model, tiny_text, Store(tmp_path / "made"), "wanda")
+    sharing.export(checkpoint, tmp_path / "masks.tar.xz")
+    return tmp_path / "masks.tar.xz"
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "learned"])
+def test_what_is_restored_is_the_checkpoint(tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str) -> None:
+    made, other = Store(tmp_path / "made"), Store(tmp_path / "other")
+    if method == "learned":
+        pruning = tiny_trials(tiny_model, tiny_text)[-1].pruning
+        checkpoint = pipeline.ensure_checkpoint(pruning, made, CPU)
+        assert pruning.learning is not None and checkpoint is not None
+    else:
+        pruning, checkpoint = pruned(tiny_model, tiny_text, made, method)
+    archive = tmp_path / "masks.tar.xz"
+    sharing.export(checkpoint, archive)
+    assert sharing.restore(archive, other, CPU) == other.checkpoint_path(pruning)
+    assert content_hash(other.checkpoint_path(pruning)) == content_hash(checkpoint)
+    assert (other.checkpoint_path(pruning) / INFO_FILE).read_text() == (checkpoint / INFO_FILE).read_text()
+    assert not any(row.violating for row in audit(other.checkpoint_path(pruning)))
+
+
+def test_a_study_takes_what_was_restored(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "other")
+    path = sharing.restore(archive, store, CPU)
+    assert sharing.restore(archive, store, CPU) == path
+    monkeypatch.setattr(pipeline, "_make_checkpoint", lambda *_: pytest.fail("made anew"))
+    pruned(tiny_model, tiny_text, store, "wanda")
+
+
+def test_another_model_is_refused(tiny_model: Path, tmp_path: Path, archive: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    before = {name: weight.clone() for name, weight in weights.items()}
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    try:
+        save_file(weights, tiny_model / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match="with these weights model.safetensors is another file"):
+            sharing.restore(archive, Store(tmp_path / "other"), CPU)
+    finally:
+        save_file(before, tiny_model / "model.safetensors", metadata={"format": "pt"})
+    assert not list((tmp_path / "other" / "checkpoints").glob("[!.]*"))
+
+
+def repacked(archive: Path, target: Path, change: str) -> Path:
+    """The archive with one of its files changed."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(target, filter="data")
+    folder = next(target.iterdir())
+    if change == "masks":
+        tensors = load_file(folder / MASKS_FILE)
+        name = next(name for name in tensors if name.endswith(".dense"))
+        tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, folder / MASKS_FILE, metadata={"format": "pt"})
+    elif change == "definition":
+        info = json.loads((folder / INFO_FILE).read_text())
+        del info["definition"]
+        (folder / INFO_FILE).write_text(json.dumps(info))
+    else:
+        (folder / change).unlink()
+    changed = target / "changed.tar.xz"
+    with tarfile.open(changed, "w:xz") as packed:
+        packed.add(folder, folder.name)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("masks", "hybrid.safetensors"),
+        ("definition", "does not say what defines"),
+        (INFO_FILE, "hybrid.json"),
+        (sharing.CONFIG_FILE, "config.json"),
+    ],
+)
+def test_damaged_archives_are_refused(tmp_path: Path, archive: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sharing.restore(repacked(archive, tmp_path / "unpacked", change), Store(tmp_path / "other"), CPU)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.tar.xz").write_text("no archive")
+    for path in (tmp_path / "text.tar.xz", tmp_path / "missing.tar.xz"):
+        with pytest.raises(UserError, match="not an archive of masks"):
+            sharing.restore(path, Store(tmp_path / "other"), CPU)
+
+
+def test_what_masks_alone_cannot_restore_is_not_exported(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _, changed = pruned(tiny_model, tiny_text, store, "sparsegpt")
+    with pytest.raises(UserError, match="sparsegpt changes the weights"):
+        sharing.export(changed, tmp_path / "masks.tar.xz")
+    _, unstructured = pruned(tiny_model, tiny_text, store, "wanda", "unstructured")
+    with pytest.raises(UserError, match="has no masks to share"):
+        sharing.export(unstructured, tmp_path / "masks.tar.xz")
+    assert not (tmp_path / "masks.tar.xz").exists()
+
+
+def test_an_archive_is_not_overwritten(tmp_path: Path, archive: Path) -> None:
+    before = archive.read_bytes()
+    with pytest.raises(UserError, match="already there"):
+        sharing.export(tmp_path / "made" / "checkpoints" / restored_key(archive), archive)
+    assert archive.read_bytes() == before
+
+
+def restored_key(archive: Path) -> str:
+    with tarfile.open(archive) as packed:
+        info = packed.extractfile(next(member for member in packed if member.name.endswith(INFO_FILE)))
+        assert info is not None
+        return key(json.load(info)["definition"])
