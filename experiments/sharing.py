@@ -1,9 +1,9 @@
-"""Masks to share: a hybrid checkpoint without its weights, a few per cent of its size, and the checkpoint made of it again.
+"""Masks to share: a hybrid checkpoint without its weights, a few per cent of its size, made whole again.
 
 Only of methods that leave the surviving weights as they were: SparseGPT changes them.
 
-An archive holds ``<pruning>/hybrid.json``, ``hybrid.safetensors`` and ``config.json``, named by the hash of what defines
-the pruning, so that the studies that need this checkpoint find it restored instead of learning it anew.
+An archive holds a checkpoint's ``hybrid.json``, ``hybrid.safetensors`` and ``config.json``. It says what defines the
+pruning, so that the studies that need this checkpoint find it restored instead of learning it anew.
 """
 
 import json

@@ -74,19 +74,15 @@ def save_checkpoint(
         UserError: if ``path`` is already there or cannot be written, or masks, info and weights do not agree.
     """
     scores = tile_scores or {}
+    record = _record(model, masks, info, scores)
     with new_directory(path) as folder:
-        _write(folder, model, tokenizer, masks, info, scores)
+        _write(folder, model, tokenizer, _mask_tensors(masks, scores), record)
 
 
-def _write(
-    folder: Path,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    masks: Mapping[str, HybridMask],
-    info: Mapping[str, Any],
-    scores: Mapping[str, Tensor],
+def _record(
+    model: "PreTrainedModel", masks: Mapping[str, HybridMask], info: Mapping[str, Any], scores: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """All files of a hybrid checkpoint; returns the content of its ``hybrid.json``."""
+    """The content of ``hybrid.json``, but for the files, of parts that agree."""
     tile = _check_parts(model, masks, info, scores)
     record = {
         "format": FORMAT,
@@ -98,15 +94,25 @@ def _write(
         },
     }
     json.dumps(record)  # whatever cannot be written as JSON fails before the weights are
+    return record
+
+
+def _write(
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    masks: dict[str, Tensor],
+    record: dict[str, Any],
+) -> None:
+    """All files of a hybrid checkpoint; adds them to its ``record``."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if masks:
-        save_file(_mask_tensors(masks, scores), folder / MASKS_FILE, metadata={"format": "pt"})
+        save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(WEIGHT_INDEX)])
     record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    return record
 
 
 @torch.no_grad()
@@ -133,8 +139,9 @@ def restore_checkpoint(
         weight = linears[name].weight
         weight.copy_(mask.to(weight.device).apply(weight))
     kept = {key: value for key, value in info.items() if key not in _OWN_KEYS}
+    record = _record(model, found, kept, scores)
     with new_directory(path) as folder:
-        record = _write(folder, model, tokenizer, found, kept, scores)
+        _write(folder, model, tokenizer, _mask_tensors(found, scores), record)
         for name, expected in info["files"].items():
             if record["files"].get(name) != expected:
                 raise UserError(

@@ -68,7 +68,7 @@ def test_another_model_is_refused(tiny_model: Path, tmp_path: Path, archive: Pat
     weights["model.layers.0.mlp.up_proj.weight"] += 1
     try:
         save_file(weights, tiny_model / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(UserError, match="with these weights model.safetensors is another file"):
+        with pytest.raises(UserError, match=r"with these weights model\.safetensors is another file"):
             sharing.restore(archive, Store(tmp_path / "other"), CPU)
     finally:
         save_file(before, tiny_model / "model.safetensors", metadata={"format": "pt"})
