@@ -4,13 +4,10 @@ Triton decides when it is imported whether it interprets, so all cases run in on
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import printed_by
 from stoicc_hybrids import random_hybrid
 
 from stoicc import reference
@@ -34,12 +31,7 @@ def relative_error(n: int, k: int, tokens: int, share: float, dtype: torch.dtype
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    tests = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, __file__]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return json.loads(printed)
+    return printed_by(__file__)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,14 +4,11 @@ Triton decides when it is imported whether it interprets, so all cases of the ke
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
+from interpreted import printed_by
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -57,12 +54,7 @@ def test_half_of_the_weights_take_less_than_two_thirds_of_the_bytes() -> None:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    tests = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, __file__]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return json.loads(printed)
+    return printed_by(__file__)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
