@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from analysis.accuracy import heading, task_heading
 from analysis.names import METHODS
 from analysis.points import Measured, Point
-from analysis.tables import Column, Table, Value, heading, significant, task_heading
+from analysis.tables import Column, Table, Value, significant
 from patch.errors import UserError
 
 _FIELDS = ("model", "method", "structure", "target", "tile", "variant", "trial")

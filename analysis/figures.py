@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.frontier import plot_frontier
+from analysis.joined import carried_shapes, workloads
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
 from analysis.points import gather, texts, trial_labels
-from analysis.speed_frontier import plot_speed_frontier, workloads
+from analysis.speed_frontier import plot_speed_frontier
 from analysis.style import Width
 
 
@@ -31,6 +32,8 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         written += plot_frontier(frame, folder / "frontier", width)
     if workloads(frame):
         written += plot_speed_frontier(frame, folder / "speed", width)
+    for shape in carried_shapes(frame):
+        written += plot_speed_frontier(frame, folder / f"carried-{_file_name(shape)}", width, shape)
     hybrid = [point for point in points if point.structure == "hybrid"]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])

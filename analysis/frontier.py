@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from analysis.accuracy import task_heading
 from analysis.names import METHODS, SOURCES, rank
 from analysis.points import Measured, Point, Text, gather, mean_tasks, tasks, texts
 from analysis.style import (
@@ -27,7 +28,7 @@ from analysis.style import (
     paper_style,
     save_figure,
 )
-from analysis.tables import significant, task_heading
+from analysis.tables import significant
 from patch.errors import UserError
 
 # What a panel needs, with its labels, in inches.

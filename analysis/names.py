@@ -33,6 +33,16 @@ TASKS = {
 }
 
 
+_WORKLOADS = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
+
+
+def workload_name(workload: str) -> str:
+    """What a workload such as ``decode@16x1`` is called: ``Decoding, batch 16``."""
+    kind, _, size = workload.partition("@")
+    batch, _, length = size.partition("x")
+    return _WORKLOADS.get(kind, workload).format(batch=batch, length=length)
+
+
 def rank(order: Iterable[str], name: str) -> int:
     """Position of ``name`` in ``order``; unknown names come last."""
     known = list(order)

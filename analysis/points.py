@@ -19,6 +19,11 @@ from analysis.names import METHODS, STRUCTURES, TASKS, percent, rank
 from analysis.rows import records
 from patch.errors import UserError
 
+# Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
+_SHOWN_ANYHOW = ("sparsity", "tile")
+# Settings that no published recipe has; a definition leaves them out where they are as published.
+DEPARTURES = ("learning.recipe.distillation", "learning.recipe.density", "learning.recipe.logit_dtype")
+
 # The eight tasks over which the published means are taken; the last may be a subset, called so where it is shown.
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "hellaswag", "race")
 
@@ -243,16 +248,24 @@ def _tile(about: Mapping[str, Any]) -> str | None:
 
 
 def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Each definition with the fields in which it differs from those that would look the same."""
+    """Each definition with what tells it apart from others of its model, method and structure, sparsity and tile aside.
+
+    What differs between any two of these is said of all, so that a line through points of several sparsities is of one
+    recipe. Departures from every published recipe are said even where nothing differs.
+    """
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for about in definitions:
-        visible = (about["model"], about["method"], about["structure"], about["sparsity"], _tile(about))
-        alike.setdefault(visible, []).append(about)
+        alike.setdefault((about["model"], about["method"], about["structure"]), []).append(about)
     result = []
     for members in alike.values():
-        flat = [_flatten(member) for member in members]
+        flat = [
+            {name: value for name, value in _flatten(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
+            for member in members
+        ]
         names = dict.fromkeys(name for fields in flat for name in fields)
-        differing = [name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1]
+        differing = [
+            name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in DEPARTURES
+        ]
         # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
         brief = [name for name in differing if not name.startswith("prior.") or name == "prior.method"]
         if _distinct(flat, brief) == _distinct(flat, differing):
@@ -306,6 +319,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
     """
     trials = frame.drop_duplicates("trial").set_index("trial")
     several = {column: trials[column].nunique() > 1 for column in ("model", "tile")}
+    variants = {trial: point.variant for point in gather(frame) for trial in point.trials}
     seeds = trials.groupby("method").seed.nunique()
     labels: dict[str, str] = {}
     order = sorted(
@@ -331,11 +345,8 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
             parts.append(about.tile)
         if seeds[about.method] > 1:
             parts.append(f"seed {about.seed}")
+        if variants[trial]:
+            parts.append(f"({variants[trial]})")
         labels[trial] = " ".join(parts)
-    variants = {trial: point.variant for point in gather(frame) for trial in point.trials}
-    for told_by in (variants, {trial: trial for trial in order}):
-        names = list(labels.values())
-        for trial, name in labels.items():
-            if names.count(name) > 1 and told_by[trial]:
-                labels[trial] = f"{name} ({told_by[trial]})"
-    return labels
+    names = list(labels.values())
+    return {trial: f"{name} ({trial})" if names.count(name) > 1 else name for trial, name in labels.items()}

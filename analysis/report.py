@@ -5,30 +5,35 @@ trials, and the command that makes each study again. The page is `report.html.j2
 """
 
 import base64
-import html
+import io
 import json
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+from PIL import Image
 
 from analysis.figures import plot_study
 from analysis.names import METHODS
-from analysis.points import Measured, Point, gather, tasks, texts
+from analysis.points import Measured, Task
 from analysis.rows import records
-from analysis.tables import MISSING, Table, accuracy_table, shown_cells
+from analysis.study_tables import study_tables, title
+from analysis.tables import MISSING, Table, shown_cells
 
 # What each figure of `plot_study` shows, by the beginning of its file's name.
 _CAPTIONS = {
     "frontier": "Perplexity and accuracy against sparsity; error bars are standard errors.",
+    "speedup": "Speedup of a model's linears over the fastest dense one, with what bytes and instructions would allow.",
+    "roof": "Share of the GPU's measured roof that the kernels reach, by shape.",
+    "carried": "Accuracy against the speed of the same tile statistics on a larger model's shapes with random weights.",
     "speed": "Accuracy against end-to-end speedup of the same checkpoints; the grey line is the frontier.",
-    "nvidia": "Speed of the kernels on this GPU.",
     "layer-sparsity": "Sparsity of each layer.",
     "tiles": "Learned or chosen tile maps: dark tiles are dense, light ones 2:4.",
     "learning-curves": "Learning curves.",
@@ -54,10 +59,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one GPU: Markdown tables by title, and figures."""
+    """What was timed on one GPU: tables by title, and figures."""
 
     gpu: str
-    tables: tuple[tuple[str, str], ...]
+    tables: tuple[tuple[str, Table], ...]
     figures: tuple[Path, ...]
 
 
@@ -77,32 +82,15 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
 
 
 def _study(study: Study) -> dict[str, Any]:
-    table = accuracy_table(study.frame)
-    points = gather(study.frame)
     evaluated = study.frame[study.frame.step.isna() & study.frame.layer.isna()]
-    origins = _origins(table, points, evaluated)
-    cells, figures = shown_cells(table), _figures(study.frame)
+    figures = _figures(study.frame)
     return {
         "name": study.name,
         "title": study.title,
         "command": f"hts run {study.name}",
-        "headings": [{"text": column.heading, "number": column.kind != "text"} for column in table.columns],
-        "rows": [
-            [
-                {
-                    "text": "not measured" if text == MISSING and column.kind != "text" else text,
-                    "sort": _sort_key(table.rows[row][place]),
-                    "best": (row, place) in table.best,
-                    "second": (row, place) in table.second,
-                    "origin": origins.get((row, place), ""),
-                    "anchor": _anchor(origins.get((row, place), "").partition(", ")[0]),
-                    "missing": text == MISSING and column.kind != "text",
-                }
-                for place, (column, text) in enumerate(zip(table.columns, line, strict=True))
-            ]
-            for row, line in enumerate(cells)
+        "tables": [
+            _table(title(name), table, _origins(table, evaluated)) for name, table in study_tables(study.frame).items()
         ],
-        "notes": table.notes,
         "missing": study.missing,
         "figures": [figure for figure in figures if not figure["name"].startswith("tiles")],
         "tile_maps": [figure for figure in figures if figure["name"].startswith("tiles")],
@@ -133,6 +121,30 @@ def _study(study: Study) -> dict[str, Any]:
     }
 
 
+def _table(title: str, table: Table, origins: Mapping[tuple[int, int], str]) -> dict[str, Any]:
+    """A table as the page shows it: cells with what they sort by, and the row that each number comes from."""
+    return {
+        "title": title,
+        "headings": [{"text": column.heading, "number": column.kind != "text"} for column in table.columns],
+        "rows": [
+            [
+                {
+                    "text": "not measured" if text == MISSING and column.kind != "text" else text,
+                    "sort": _sort_key(table.rows[row][place]),
+                    "best": (row, place) in table.best,
+                    "second": (row, place) in table.second,
+                    "origin": origins.get((row, place), ""),
+                    "anchor": _anchor(origins.get((row, place), "").partition(", ")[0]),
+                    "missing": text == MISSING and column.kind != "text",
+                }
+                for place, (column, text) in enumerate(zip(table.columns, line, strict=True))
+            ]
+            for row, line in enumerate(shown_cells(table))
+        ],
+        "notes": table.notes,
+    }
+
+
 def _anchor(origin: str) -> str:
     """The place in the page of a row, by its file and line."""
     return "row-" + re.sub(r"\W+", "-", origin)
@@ -153,25 +165,49 @@ def _sort_key(value: Any) -> str:
     return "Infinity" if math.isinf(value.value) else repr(value.value)
 
 
-def _origins(table: Table, points: Sequence[Point], evaluated: pd.DataFrame) -> dict[tuple[int, int], str]:
+def _origins(table: Table, evaluated: pd.DataFrame) -> dict[tuple[int, int], str]:
     """For each measured cell, the file and line of its rows."""
     places: dict[tuple[int, int], str] = {}
-    headings = [column.name for column in table.columns]
-    for row, point in enumerate(points):
-        mine = evaluated[evaluated.trial.isin(point.trials)]
-        for text in texts(evaluated):
-            found = mine[(mine.metric == "perplexity") & (mine.source == text.source) & (mine.length == text.length)]
-            _add(places, row, headings, f"perplexity {text}", found)
-        primary = mine[[bool(labels.get("primary")) for labels in mine.labels]]
-        for task in tasks(evaluated):
-            _add(places, row, headings, f"accuracy {task}", primary[primary.task == task.name])
-        _add(places, row, headings, "achieved_sparsity", mine[(mine.metric == "sparsity") & (mine.stage == "prune")])
+    rows_of = dict(list(evaluated.groupby("trial")))
+    for row, trials in enumerate(table.trials):
+        mine = pd.concat([rows_of[trial] for trial in trials])
+        for place, column in enumerate(table.columns):
+            found = mine[_behind(column.name, mine)]
+            if len(found) and table.rows[row][place] is not None:
+                places[row, place] = ", ".join(dict.fromkeys(found.origin))
     return places
 
 
-def _add(places: dict[tuple[int, int], str], row: int, headings: list[str], wanted: str, found: pd.DataFrame) -> None:
-    if wanted in headings and len(found):
-        places[row, headings.index(wanted)] = ", ".join(dict.fromkeys(found.origin))
+def _behind(column: str, rows: pd.DataFrame) -> Any:
+    """Which rows a cell shows, by the name of its column (`analysis.accuracy`, `analysis.joined`)."""
+    kind, _, about = column.partition(" ")
+    stage, metric = rows.stage, rows.metric
+    if kind == "perplexity":
+        return (metric == "perplexity") & (stage == f"perplexity:{about}")
+    if kind == "accuracy":
+        primary = [str(task) if labels.get("primary") else None for task, labels in _tasks_of(rows)]
+        return pd.Series(primary, rows.index) == about
+    if kind == "achieved_sparsity":
+        return (metric == "sparsity") & (stage == "prune")
+    if kind == "packed_perplexity":
+        return (metric == kind) & (stage == f"packed:{about}")
+    if kind == "disk":
+        return (metric == "disk_bytes") & (stage == "pack")
+    if kind == "packed_share" and not about:
+        return (metric == "packed_bytes") & (stage == "pack")
+    if kind in ("speedup", "peak_memory"):
+        carried, _, work = about.rpartition(" ")
+        works = ["{kind}@{batch}x{length}".format_map(defaultdict(str, labels)) for labels in rows.labels]
+        return (metric == kind) & (stage == (carried or f"speed:{work}")) & (pd.Series(works, rows.index) == work)
+    return pd.Series(False, rows.index)
+
+
+def _tasks_of(rows: pd.DataFrame) -> list[tuple[Task | None, dict[str, Any]]]:
+    """Of each row the task, if it is of one, and its labels."""
+    return [
+        (None if row.task is None else Task(row.task, None if pd.isna(row.limit) else int(row.limit)), row.labels)
+        for row in records(rows)
+    ]
 
 
 def _figures(frame: pd.DataFrame) -> list[dict[str, str]]:
@@ -187,8 +223,15 @@ def _figure(path: Path) -> dict[str, str]:
     return {
         "name": path.stem,
         "caption": caption or path.stem,
-        "data": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+        "data": "data:image/png;base64," + base64.b64encode(_few_colours(path)).decode(),
     }
+
+
+def _few_colours(path: Path) -> bytes:
+    """A PNG of 256 colours, which figures have no more of to the eye, at a third of its size."""
+    with Image.open(path) as image, io.BytesIO() as small:
+        image.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        return small.getvalue()
 
 
 def _ran_on(frame: pd.DataFrame) -> list[dict[str, str]]:
@@ -201,15 +244,6 @@ def _ran_on(frame: pd.DataFrame) -> list[dict[str, str]]:
 def _speed(speed: Speed) -> dict[str, Any]:
     return {
         "gpu": speed.gpu,
-        "tables": [{"title": title, "html": _markdown_table(text)} for title, text in speed.tables],
+        "tables": [_table(title, table, {}) for title, table in speed.tables],
         "figures": [_figure(path) for path in speed.figures if path.suffix == ".png"],
     }
-
-
-def _markdown_table(text: str) -> str:
-    """A Markdown table, as `analysis.speed` writes them, as the rows of an HTML one."""
-    lines = [re.split(r"\s*\|\s*", line.strip().strip("|").strip()) for line in text.splitlines()]
-    head, _, *body = lines
-    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
-    return f"<thead><tr>{cells}</tr></thead><tbody>{rows}</tbody>"

@@ -4,12 +4,15 @@ A bench file is JSON lines; the first says where its rows come from. No torch.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from analysis.names import percent, workload_name
+from analysis.points import Measured
+from analysis.tables import Column, Table, Value
 from patch.errors import UserError
 
 SCHEMA = 1
@@ -59,32 +62,52 @@ def geometric_mean(values: pd.Series) -> float:
     return float(np.exp(np.log(values.astype(float)).mean()))
 
 
-def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "128x128") -> str:
-    """Geometric-mean speedup over the linears of a model, by tokens and sparsity, as a Markdown table."""
+def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "128x128") -> Table:
+    """Geometric-mean speedup over the linears of a model, by tokens and sparsity.
+
+    Args:
+        frame: as from `load_bench`, of kernels.
+    """
     chosen = frame[(frame.model == model) & (frame.implementation == "hybrid") & (frame.tile == tile)]
     means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
+    sparsities = [float(str(sparsity)) for sparsity in means.columns]
     library = frame[(frame.model == model) & frame.implementation.isin(("cusparselt", "semi_structured"))]
-    best = library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean)
-    libraries = dict(best.items())
-    columns = [f"{100 * sparsity:.0f}%" for sparsity in means.columns]
-    lines = ["| tokens | " + " | ".join([*columns, "best 2:4 library, 50%"]) + " |", "|---" * (len(columns) + 2) + "|"]
-    for tokens, row in means.iterrows():
-        cells = [f"{value:.2f}" for value in row] + [f"{libraries[tokens]:.2f}" if tokens in libraries else "-"]
-        lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    best = dict(library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean).items())
+    columns = [
+        Column("tokens", "Tokens", "count"),
+        *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
+        Column("library", "Best 2:4 library, 50%", "ratio"),
+    ]
+    rows = [
+        (Measured(float(str(tokens))), *map(Measured, row), Measured(best[tokens]) if tokens in best else None)
+        for tokens, row in means.iterrows()
+    ]
+    return _plain(columns, rows)
 
 
-def model_table(frame: pd.DataFrame) -> str:
-    """Speedup of a whole model over dense by workload and sparsity, and its masked weights' bytes, as Markdown."""
+def model_table(frame: pd.DataFrame) -> Table:
+    """Speedup of a whole model over dense by workload and sparsity, and its masked weights' bytes over dense.
+
+    Args:
+        frame: as from `load_bench`, of whole models.
+    """
     hybrid = frame[frame.implementation == "hybrid"]
     times = hybrid[hybrid.metric == "time"]
     sizes = frame[frame.metric == "bytes"].pivot_table(index="sparsity", columns="implementation", values="value")
     sparsities = sorted(times.sparsity.unique())
-    lines = ["| | " + " | ".join(f"{100 * s:.0f}%" for s in sparsities) + " |", "|---" * (len(sparsities) + 1) + "|"]
+    columns = [
+        Column("workload", "Workload", "text"),
+        *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
+    ]
+    rows: list[tuple[Value, ...]] = []
     for (kind, batch, length), group in times.groupby(["kind", "batch", "length"]):
-        name = f"decode, batch {batch:.0f}" if kind == "decode" else f"prefill, {batch:.0f} x {length:.0f} tokens"
         by_sparsity = group.set_index("sparsity").speedup
-        lines.append(f"| {name} | " + " | ".join(f"{by_sparsity[s]:.2f}" for s in sparsities) + " |")
-    shares = " | ".join(f"{sizes.hybrid[s] / sizes.dense[s]:.2f}" for s in sparsities)
-    lines.append(f"| bytes of the masked weights | {shares} |")
-    return "\n".join(lines)
+        name = workload_name(f"{kind}@{batch:.0f}x{length:.0f}")
+        rows.append((name, *(Measured(float(by_sparsity[sparsity])) for sparsity in sparsities)))
+    shares = (Measured(float(sizes.hybrid[sparsity] / sizes.dense[sparsity])) for sparsity in sparsities)
+    rows.append(("Bytes of the masked weights (x dense)", *shares))
+    return _plain(columns, rows)
+
+
+def _plain(columns: Sequence[Column], rows: Sequence[tuple[Value, ...]]) -> Table:
+    return Table(tuple(columns), tuple(rows), ("",) * len(rows), frozenset(), ())

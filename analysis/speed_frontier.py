@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.frontier import marking, method_handles
-from analysis.names import METHODS, SOURCES
+from analysis.joined import workloads, wrong
+from analysis.names import METHODS, SOURCES, workload_name
 from analysis.points import Measured, Point, gather, texts
-from analysis.rows import records
 from analysis.style import INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
 from patch.errors import UserError
 
@@ -27,7 +27,6 @@ _DENSE: dict[str, Any] = {
     "markerfacecolor": INK,
     "markeredgecolor": "white",
 }
-_NAMES = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,29 @@ class Placed:
     agrees: bool
 
 
-def workloads(frame: pd.DataFrame) -> list[str]:
-    """The workloads that were timed, such as ``decode@1x1``, in the order of their rows."""
-    stages = frame[(frame.metric == "speedup") & frame.stage.str.startswith("speed:")].stage
-    return [stage.partition(":")[2] for stage in dict.fromkeys(stages)]
-
-
-def placed(frame: pd.DataFrame, workload: str) -> list[Placed]:
+def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list[Placed]:
     """The points that were timed on a workload; of several seeds, the mean speedup.
+
+    Args:
+        shape: of another model's shapes, on which tile statistics were timed (`analysis.joined.carried_shapes`); the
+            dense model has its place there, too.
 
     Raises:
         UserError: if rows of one point are of different checkpoints (`analysis.artefacts`).
     """
-    speeds = frame[(frame.stage == f"speed:{workload}") & (frame.metric == "speedup")].groupby("trial").value.mean()
-    checked = frame[frame.stage.str.startswith(("pack:", "packed:")) | (frame.stage == "pack")]
-    wrong = {row.trial for row in records(checked) if row.labels.get("agrees") is False}
+    stage = f"carried:{shape}" if shape else f"speed:{workload}"
+    rows = frame[(frame.stage == stage) & (frame.metric == "speedup")]
+    if shape:
+        rows = rows[["{kind}@{batch}x{length}".format(**labels) == workload for labels in rows.labels]]
+    speeds = rows.groupby("trial").value.mean()
+    bad = wrong(frame)
     found = []
     for point in gather(frame):
-        timed = [trial for trial in point.trials if trial in speeds.index]
+        timed = [float(speeds[trial]) for trial in point.trials if trial in speeds.index]
+        if shape and point.method == "dense":
+            timed = [1.0]
         if timed:
-            speedup = sum(float(speeds[trial]) for trial in timed) / len(timed)
-            found.append(Placed(point, speedup, not wrong & set(point.trials)))
+            found.append(Placed(point, sum(timed) / len(timed), not bad & set(point.trials)))
     return found
 
 
@@ -79,26 +80,29 @@ def pareto(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list
     return kept[::-1]
 
 
-def plot_speed_frontier(frame: pd.DataFrame, path: Path, width: Width = "double") -> list[Path]:
+def plot_speed_frontier(
+    frame: pd.DataFrame, path: Path, width: Width = "double", shape: str | None = None
+) -> list[Path]:
     """Perplexity, and mean accuracy where there are tasks, against end-to-end speedup, a column of panels per workload.
 
     Args:
         frame: as from `analysis.rows.load_rows`, of one model.
         path: without suffix.
+        shape: as `placed`.
 
     Raises:
         UserError: if nothing was timed.
     """
     with paper_style():
-        return save_figure(draw_speed_frontier(frame, width), path)
+        return save_figure(draw_speed_frontier(frame, width, shape), path)
 
 
-def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double") -> Figure:
+def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str | None = None) -> Figure:
     """The figure of `plot_speed_frontier`."""
     timed = workloads(frame)
     if not timed:
         raise UserError("no speed to plot: run a frontier study on a GPU first")
-    by_workload = {workload: placed(frame, workload) for workload in timed}
+    by_workload = {workload: placed(frame, workload, shape) for workload in timed}
     with_accuracy = any(each.point.mean_accuracy for each in by_workload[timed[0]])
     rows = 2 if with_accuracy else 1
     figure = new_figure(WIDTHS[width], 0.4 + 1.9 * rows)
@@ -108,14 +112,14 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double") -> Figure:
         top = figure.add_subplot(grid[0, column])
         here = [each for each in by_workload[workload] if text in each.point.perplexity]
         _draw(top, [(each, each.point.perplexity[text], 1.0) for each in here], lower_is_better=True)
-        top.set_title(_title(workload))
+        top.set_title(workload_name(workload))
         lowest = top
         if with_accuracy:
             lowest = figure.add_subplot(grid[1, column], sharex=top)
             top.tick_params(labelbottom=False)
             means = [(each, each.point.mean_accuracy) for each in by_workload[workload]]
             _draw(lowest, [(each, mean, 100.0) for each, mean in means if mean], lower_is_better=False)
-        lowest.set_xlabel("Speedup over dense")
+        lowest.set_xlabel("Speedup over dense" + (f",\n{shape} shapes" if shape else ""))
         if column == 0:
             top.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")
             if with_accuracy:
@@ -152,9 +156,3 @@ def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_
     if lower_is_better and results and max(y for _, y in results) > 4 * min(y for _, y in results):
         axis.set_yscale("log")
     axis.xaxis.set_major_locator(MaxNLocator(5))
-
-
-def _title(workload: str) -> str:
-    kind, _, size = workload.partition("@")
-    batch, _, length = size.partition("x")
-    return _NAMES.get(kind, workload).format(batch=batch, length=length)

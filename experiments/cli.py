@@ -388,16 +388,17 @@ def restore(
 @app.command()
 def table(
     study: Study,
+    about: Annotated[str, typer.Option(help="accuracy, speed, or carried-MODEL.")] = "accuracy",
     format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",
     published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
     where: Where = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Print the study's table from its rows."""
+    """Print a table of the study from its rows."""
     from experiments import reports
     from experiments.store import Store
 
-    print(reports.table(_trials(study, where), Store(results), format, published))
+    print(reports.table(_trials(study, where), Store(results), format, about, published))
 
 
 @app.command()
@@ -579,10 +580,12 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 
 
 def _report(study: str, trials: "list[Trial]", store: "Store") -> None:
-    """Print the table, save it, and draw the figures."""
-    from analysis import tables
+    """Print the tables, save them, and draw the figures."""
+    from analysis.study_tables import study_tables
+    from analysis.tables import rich_table
     from experiments import reports
 
-    console.print(tables.rich_table(tables.accuracy_table(reports.frame(trials, store)), console.width))
+    for table in study_tables(reports.frame(trials, store)).values():
+        console.print(rich_table(table, console.width))
     for path in reports.write(study, trials, store):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

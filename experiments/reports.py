@@ -7,11 +7,14 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from analysis import report, tables
+from analysis import report
 from analysis.figures import plot_study
+from analysis.learning_speed import learning_tables
 from analysis.rows import load_rows
 from analysis.speed import kernel_table, load_bench, model_table
 from analysis.speed_figures import plot_roof, plot_speedup
+from analysis.study_tables import study_tables
+from analysis.tables import Table, render
 from experiments.definitions import Trial, check_name, key
 from experiments.provenance import revision
 from experiments.store import FAILURE, Store, write_atomic
@@ -32,9 +35,16 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
     return found
 
 
-def table(trials: Iterable[Trial], store: Store, format: str, beside_published: bool = False) -> str:
-    """The study's table as ``md``, ``csv`` or ``latex``."""
-    return tables.render(tables.accuracy_table(frame(trials, store), beside_published), format)
+def table(
+    trials: Iterable[Trial], store: Store, format: str, about: str = "accuracy", beside_published: bool = False
+) -> str:
+    """One of the study's tables (`analysis.study_tables`) as ``md``, ``csv`` or ``latex``.
+
+    Raises:
+        UserError: if the rows have nothing for that table.
+    """
+    found = study_tables(frame(trials, store), beside_published)
+    return render(found[check_name("table", about, found)], format)
 
 
 def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
@@ -60,7 +70,9 @@ def page(names: Sequence[str], store: Store) -> str:
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
             studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
     with tempfile.TemporaryDirectory() as folder:
-        speeds = [_speed(path, Path(folder)) for path in sorted((store.root / "bench").glob("*/kernels"))]
+        speeds = [
+            speed(path, Path(folder) / path.name) for path in sorted((store.root / "bench").glob("*")) if path.is_dir()
+        ]
         if not studies and not speeds:
             raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
         commit, dirty = revision()
@@ -68,24 +80,38 @@ def page(names: Sequence[str], store: Store) -> str:
         return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
 
 
-def _speed(kernels: Path, folder: Path) -> report.Speed:
-    """The tables and figures of one GPU's bench files, drawn in ``folder``."""
-    rows = load_bench(sorted(kernels.glob("*.jsonl")))
-    gpu = kernels.parent.name
-    tables = [
-        (f"{model}: linears against dense by tokens, tiles of 128x128, geometric mean", kernel_table(rows, model))
-        for model in dict.fromkeys(rows.model)
-    ]
-    for path in sorted((kernels.parent / "model").glob("*.jsonl")):
-        tables.append((f"{path.stem}: end to end against dense", model_table(load_bench([path]))))
-    figures = [*plot_speedup(rows, folder / f"{gpu}-speedup"), *plot_roof(rows, folder / f"{gpu}-roof")]
-    return report.Speed(gpu, tuple(tables), tuple(figures))
+def speed(folder: Path, pictures: Path) -> report.Speed:
+    """The tables of one GPU's bench folder, and figures drawn in ``pictures``.
+
+    Raises:
+        UserError: if nothing was timed there, or a file is damaged.
+    """
+    tables: list[tuple[str, Table]] = []
+    figures: list[Path] = []
+    kernels = sorted((folder / "kernels").glob("*.jsonl"))
+    if kernels:
+        rows = load_bench(kernels)
+        for model in dict.fromkeys(rows.model):
+            title = f"{model}: its linears, speedup over dense by sparsity, 128x128 tiles, geometric mean"
+            tables.append((title, kernel_table(rows, model)))
+        figures += plot_speedup(rows, pictures / "speedup")
+        figures += plot_roof(rows, pictures / "roof")
+    for path in sorted((folder / "model").glob("*.jsonl")):
+        tables.append((f"{path.stem}: end to end, speedup over dense by sparsity", model_table(load_bench([path]))))
+    tables += learning_tables(folder).items()
+    if not tables:
+        raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
+    return report.Speed(folder.name, tuple(tables), tuple(figures))
 
 
 def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
-    """Write the study's table and figures, and say where."""
+    """Write the study's tables and figures, and say where."""
     trials = list(trials)
-    written = [store.root / "reports" / study / f"table.{format}" for format in ("md", "csv")]
-    for path in written:
-        write_atomic(path, table(trials, store, path.suffix[1:]) + "\n")
-    return [*written, *figures(study, trials, store)]
+    rows = frame(trials, store)
+    written = []
+    for name, table in study_tables(rows).items():
+        for format in ("md", "csv", "tex"):
+            path = store.root / "reports" / study / f"{name}.{format}"
+            write_atomic(path, render(table, {"tex": "latex"}.get(format, format)) + "\n")
+            written.append(path)
+    return [*written, *plot_study(rows, store.root / "reports" / study)]

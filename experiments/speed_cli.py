@@ -65,6 +65,7 @@ def kernels(
     import torch
 
     from analysis.speed import kernel_table, load_bench
+    from analysis.tables import markdown
     from experiments import bench_kernels
     from stoicc.timing import measure_roof
 
@@ -86,7 +87,7 @@ def kernels(
                 linear, counts, tiles, bench_kernels.SPARSITIES, rounds, compiled, lambda _: progress.advance(task)
             )
             bench_kernels.write_rows(path, rows, measure_roof(), started)
-    console.print(kernel_table(load_bench(paths)), highlight=False, soft_wrap=True)
+    console.print(markdown(kernel_table(load_bench(paths))), highlight=False, soft_wrap=True)
 
 
 @bench.command(name="model")
@@ -100,6 +101,7 @@ def whole_model(
     import torch
 
     from analysis.speed import load_bench, model_table
+    from analysis.tables import markdown
     from experiments import bench_model
     from experiments.bench_kernels import write_rows
     from stoicc.timing import measure_roof
@@ -114,7 +116,7 @@ def whole_model(
             model, sparsities, (128, 128), bench_model.WORKLOADS, rounds, lambda *_: progress.advance(task)
         )
     write_rows(path, rows, measure_roof(), started)
-    console.print(model_table(load_bench([path])), highlight=False, soft_wrap=True)
+    console.print(markdown(model_table(load_bench([path]))), highlight=False, soft_wrap=True)
 
 
 @bench.command()
@@ -123,22 +125,13 @@ def report(
     results: Results = Path("results"),
 ) -> None:
     """Print the tables of a GPU's measured rows, and draw their figures."""
-    from analysis.speed import kernel_table, load_bench, model_table
-    from analysis.speed_figures import plot_roof, plot_speedup
+    from analysis.tables import markdown
+    from experiments import reports
 
-    folder = results / "bench" / gpu
-    kernels = sorted((folder / "kernels").glob("*.jsonl"))
-    if not kernels:
-        raise UserError(f"{folder}: no rows of kernels there: run `hts bench kernels`")
-    frame = load_bench(kernels)
-    for name in dict.fromkeys(frame.model):
-        console.print(f"{name}, tiles of 128x128, geometric mean over its linears", highlight=False)
-        console.print(kernel_table(frame, name), highlight=False, soft_wrap=True)
-    for path in sorted((folder / "model").glob("*.jsonl")):
-        console.print(f"{path.stem}, end to end", highlight=False)
-        console.print(model_table(load_bench([path])), highlight=False, soft_wrap=True)
-    out = results / "reports" / f"speed-{gpu}"
-    for path in (*plot_speedup(frame, out / "speedup"), *plot_roof(frame, out / "roof")):
+    measured = reports.speed(results / "bench" / gpu, results / "reports" / f"speed-{gpu}")
+    for title, table in measured.tables:
+        console.print(f"{title}\n\n{markdown(table)}\n", highlight=False, soft_wrap=True)
+    for path in measured.figures:
         console.print(str(path), highlight=False)
 
 

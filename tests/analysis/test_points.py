@@ -1,5 +1,6 @@
 """Trials become points: seeds are averaged, evaluations complete each other, everything else keeps points apart."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.points import Task, Text, gather, mean_tasks, tasks, texts
+from analysis.points import DEPARTURES, Task, Text, gather, mean_tasks, tasks, texts, trial_labels
 from patch.errors import UserError
 
+RECIPE = {"mode": "joint", "steps": 200, "lr": 1e-3}
 Row = dict[str, Any]
 Study = Callable[[dict[str, list[Row]]], pd.DataFrame]
 Make = Callable[..., Any]
@@ -144,6 +146,32 @@ def test_tile_shapes_keep_hybrid_points_apart(study: Study, make_pruning: Make, 
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, tile=tile) for tile in tiles]
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
     assert [(point.tile, point.variant) for point in gather(frame)] == [("32x64", ""), ("64x64", ""), ("128x128", "")]
+
+
+def test_variants_are_said_of_every_sparsity(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    recipes = [(0.45, {}), (0.45, {"distillation": 1.0}), (0.25, {"distillation": 1.0})]
+    about = [
+        make_pruning("m", "patch-joint", "hybrid", sparsity, learning={"source": "train", "recipe": RECIPE | changes})
+        for sparsity, changes in recipes
+    ]
+    frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
+    found = [(point.sparsity, point.variant) for point in gather(frame)]
+    assert found == [(0.45, ""), (0.45, "distillation=1"), (0.25, "distillation=1")]
+    labels = ["PATCH joint 45%", "PATCH joint 45% (distillation=1)", "PATCH joint 25% (distillation=1)"]
+    assert list(trial_labels(frame).values()) == labels
+
+
+def test_what_no_published_recipe_does_is_always_said(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    learning = {"source": "train", "recipe": RECIPE | {"distillation": 1.0}}
+    frame = study({"a": make_trial("a", make_pruning("m", "patch-joint", "hybrid", 0.25, learning=learning), 30.0)})
+    assert [point.variant for point in gather(frame)] == ["distillation=1"]
+
+
+def test_every_departure_of_the_recipe_is_known() -> None:
+    from patch.recipe import Recipe
+
+    added = {field.name for field in dataclasses.fields(Recipe) if field.metadata.get("added")}
+    assert added == {name.rpartition(".")[2] for name in DEPARTURES}
 
 
 def test_a_single_point_has_no_variant(demo: pd.DataFrame) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.speed_frontier import draw_speed_frontier, pareto, placed, plot_speed_frontier, workloads
+from analysis.joined import workloads
+from analysis.speed_frontier import draw_speed_frontier, pareto, placed, plot_speed_frontier
 from patch.errors import UserError
 
 Row = dict[str, Any]

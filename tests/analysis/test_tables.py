@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from analysis import published
-from analysis.tables import Table, accuracy_table, published_table, render, rich_table, significant
+from analysis.accuracy import accuracy_table, published_table
+from analysis.tables import Table, render, rich_table, significant
 from patch.errors import UserError
 
 Row = dict[str, Any]

@@ -68,8 +68,8 @@ def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path)
     assert code == 0, err
     assert "done" in out
     report = tmp_path / "runs" / "reports" / "tiny"
-    assert {"table.md", "table.csv", "frontier.png"} <= set(os.listdir(report))
-    assert "Magnitude" in (report / "table.md").read_text()
+    assert {"accuracy.md", "accuracy.csv", "frontier.png"} <= set(os.listdir(report))
+    assert "Magnitude" in (report / "accuracy.md").read_text()
     code, out, _ = hts("status", "tiny")
     assert code == 0 and "1 done" in out and "2 missing" in out
     code, out, _ = hts("table", "tiny", "--where", "method=magnitude")

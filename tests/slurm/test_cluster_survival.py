@@ -199,8 +199,8 @@ def test_forty_trials_survive(
     names = [path.name for path in sweep.results.rglob("*") if "sweeps" not in path.parts]
     assert [name for name in names if name.startswith(".") and not name.endswith(".lock")] == []
     assert [name for name in names if "partial" in name or name == "learner.pt"] == []
-    assert (sweep.results / "reports" / "forty" / "table.md").is_file()
-    assert FAILURE not in (sweep.results / "reports" / "forty" / "table.md").read_text()
+    assert (sweep.results / "reports" / "forty" / "accuracy.md").is_file()
+    assert FAILURE not in (sweep.results / "reports" / "forty" / "accuracy.md").read_text()
 
 
 def _prunings(sweep: Sweep) -> set[tuple[str, str]]:

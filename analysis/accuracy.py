@@ -1,0 +1,179 @@
+"""The accuracy table of a study, as in the pruning papers: a line per pruned model, a column per text and task."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import pandas as pd
+
+from analysis import published
+from analysis.names import METHODS, SOURCES, TASKS
+from analysis.points import Measured, Point, Task, Text, gather, mean_tasks, tasks, texts
+from analysis.tables import MEASURED, Column, Table, Value
+from patch.errors import UserError
+
+Field = tuple[Column, Callable[[Point], Value]]
+
+
+def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table:
+    """One row per pruned model, with its sparsity, perplexities, accuracies and their mean.
+
+    Args:
+        frame: as from `analysis.rows.load_rows`.
+        beside_published: add what the PATCH paper reports for the same models, labelled so.
+
+    Raises:
+        UserError: if there are no rows, or they contradict each other.
+    """
+    if frame.empty:
+        raise UserError("no rows to tabulate: run the study first")
+    points = gather(frame)
+    over = mean_tasks(tasks(frame))
+    fields = identity_fields(points)
+    if any(_seeds(point) > 1 for point in points):
+        fields.append((Column("seeds", "Seeds", "count"), lambda point: Measured(_seeds(point))))
+    fields += [_perplexity_field(text) for text in texts(frame)]
+    found = tasks(frame)
+    fields += [_accuracy_field(task) for task in found]
+    if len(over) > 1:
+        mean = Column("mean_accuracy", f"Mean of {len(over)} (%)", "mean")
+        fields.append((mean, lambda point: point.mean_accuracy))
+    notes = _notes(points, found, over)
+    if beside_published:
+        fields += _published_fields()
+        notes.append(_published_note(points))
+    columns = tuple(column for column, _ in fields)
+    rows = tuple(tuple(value(point) for _, value in fields) for point in points)
+    best, second = _best(columns, rows, points)
+    sections, trials = tuple(point.model for point in points), tuple(point.trials for point in points)
+    return Table(columns, rows, sections, best, tuple(notes), second, trials)
+
+
+def identity_fields(points: Sequence[Point]) -> list[Field]:
+    """The columns that say what was pruned how: those that tell these points apart, and the sparsity."""
+    fields: list[Field] = [
+        (Column("model", "Model", "text"), lambda point: point.model),
+        (Column("method", "Method", "text"), lambda point: METHODS.get(point.method, point.method)),
+        (Column("structure", "Structure", "text"), lambda point: None if point.method == "dense" else point.structure),
+        (Column("target_sparsity", "Target (%)", "percent"), lambda point: Measured(point.sparsity)),
+        (Column("achieved_sparsity", "Achieved (%)", "percent"), lambda point: _optional(point.achieved)),
+    ]
+    if any(point.tile for point in points):
+        fields.insert(3, (Column("tile", "Tile", "text"), lambda point: point.tile))
+    if any(point.variant for point in points):
+        fields.insert(3, (Column("variant", "Variant", "text"), lambda point: point.variant or None))
+    return fields
+
+
+def published_table(models: Collection[str] = published.MODELS) -> Table:
+    """What the PATCH paper reports for the named models."""
+    fields = [
+        Column("model", "Model", "text"),
+        Column("method", "Method", "text"),
+        Column("structure", "Structure", "text"),
+        Column("target_sparsity", "Target (%)", "percent"),
+        *(column for column, _ in _published_fields()),
+    ]
+    results = [result for result in published.RESULTS if result.model in models]
+    rows = tuple(
+        (
+            result.model,
+            METHODS[result.method],
+            None if result.method == "dense" else result.structure,
+            Measured(result.sparsity),
+            Measured(result.perplexity),
+            Measured(result.mean_accuracy),
+        )
+        for result in results
+    )
+    notes = (f"All numbers as published: {published.CITATION}.",)
+    return Table(tuple(fields), rows, tuple(result.model for result in results), frozenset(), notes)
+
+
+def heading(text: Text) -> str:
+    """What the perplexity of a text is called: ``WikiText-2 PPL @2048``."""
+    return f"{SOURCES.get(text.source, text.source)} PPL @{text.length}"
+
+
+def task_heading(task: Task) -> str:
+    """What a task is called, with how many of its items were evaluated where not all: ``PIQA (first 100)``."""
+    name = TASKS.get(task.name, task.name)
+    return name if task.limit is None else f"{name} (first {task.limit})"
+
+
+def _optional(number: float | None) -> Measured | None:
+    return None if number is None else Measured(number)
+
+
+def _seeds(point: Point) -> int:
+    measured = [*point.perplexity.values(), *point.accuracy.values()]
+    return max((quantity.seeds for quantity in measured), default=1)
+
+
+def _perplexity_field(text: Text) -> Field:
+    column = Column(f"perplexity {text}", heading(text), "perplexity")
+    return column, lambda point: point.perplexity.get(text)
+
+
+def _accuracy_field(task: Task) -> Field:
+    return Column(f"accuracy {task}", f"{task_heading(task)} (%)", "accuracy"), lambda point: point.accuracy.get(task)
+
+
+def _published_fields() -> list[Field]:
+    def reported(point: Point) -> published.Published | None:
+        return published.find(point.model, point.method, point.structure, point.sparsity)
+
+    def perplexity(point: Point) -> Value:
+        return Measured(found.perplexity) if (found := reported(point)) else None
+
+    def accuracy(point: Point) -> Value:
+        return Measured(found.mean_accuracy) if (found := reported(point)) else None
+
+    text = Text("wikitext2/test", published.WINDOW)
+    return [
+        (Column(f"published perplexity {text}", f"Published: {heading(text)}", "reported perplexity"), perplexity),
+        (Column("published mean_accuracy", "Published: mean of 8 (%)", "reported accuracy"), accuracy),
+    ]
+
+
+def _published_note(points: Iterable[Point]) -> str:
+    if any(published.find(point.model, point.method, point.structure, point.sparsity) for point in points):
+        return f"Published: {published.CITATION}. Not measured here; windows of {published.WINDOW} tokens."
+    return f"No numbers are published for these models and sparsities; there are for {', '.join(published.MODELS)}."
+
+
+def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task]) -> list[str]:
+    seeds = any(_seeds(point) > 1 for point in points)
+    notes = ["Perplexity (PPL): lower is better; @ is the window in tokens."]
+    if found:
+        notes.append("Accuracies ± standard error.")
+    if seeds:
+        notes.append("Where there are several seeds: mean ± standard deviation over seeds.")
+    if 1 < len(over) < len(found):
+        left_out = [task_heading(task) for task in found if task not in over]
+        notes.append(f"The mean is over the {len(over)} tasks of the PATCH paper, without {', '.join(left_out)}.")
+    return notes
+
+
+def _best(
+    columns: Sequence[Column], rows: Sequence[Sequence[Value]], points: Sequence[Point]
+) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
+    """The best and the second best value of each column among rows of one model at one sparsity; unstructured apart."""
+    groups: dict[tuple[str, float, bool], list[int]] = {}
+    for row, point in enumerate(points):
+        groups.setdefault((point.model, point.sparsity, point.structure == "unstructured"), []).append(row)
+    best, second = set(), set()
+    for place, column in enumerate(columns):
+        if column.kind not in MEASURED:
+            continue
+        for members in groups.values():
+            numbers = {
+                row: value.value
+                for row in members
+                if isinstance(value := rows[row][place], Measured) and math.isfinite(value.value)
+            }
+            if len(numbers) > 1:
+                top, *others = sorted(set(numbers.values()), reverse=column.kind != "perplexity")
+                best |= {(row, place) for row, number in numbers.items() if number == top}
+                if len(numbers) > 2 and others:
+                    second |= {(row, place) for row, number in numbers.items() if number == others[0]}
+    return frozenset(best), frozenset(second)
