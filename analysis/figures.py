@@ -19,6 +19,7 @@ from analysis.masks import plot_layer_sparsity, plot_tile_maps
 from analysis.points import gather, texts, trial_labels
 from analysis.speed_frontier import plot_speed_frontier
 from analysis.style import Width
+from analysis.tile_shapes import plot_tile_shapes, swept
 
 
 def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> list[Path]:
@@ -34,6 +35,8 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         written += plot_speed_frontier(frame, folder / "speed", width)
     for shape in carried_shapes(frame):
         written += plot_speed_frontier(frame, folder / f"carried-{_file_name(shape)}", width, shape)
+    if texts(frame) and swept(points):
+        written += plot_tile_shapes(frame, folder / "tile-shapes")
     hybrid = [point for point in points if point.structure == "hybrid"]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])

@@ -84,7 +84,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
                 axis.set_ylabel("")
         if len(models) > 1:
             (band or panel).set_title(model)
-        if place == 0 and (keys := [*_structure_handles(chosen), *_variant_handles(chosen)]):
+        if place == 0 and (keys := [*_structure_handles(chosen), *variant_handles(chosen)]):
             panel.legend(handles=keys, loc="upper left", borderaxespad=0.2, labelspacing=0.3)
     add_legend(figure, method_handles(points), 3 if width == "single" else 7)
     return figure
@@ -109,7 +109,7 @@ def draw_perplexity(axis: Axes, points: Sequence[Point], text: Text, band: Axes 
     values = {id(point): point.perplexity[text].value for point in points}
     ceiling = _ceiling(points, text) if band else math.inf
     inside = [point for point in points if values[id(point)] <= ceiling]
-    fills = _fills(points)
+    fills = fills_of(points)
     _draw_points(axis, inside, lambda point: point.perplexity[text], lambda measured: measured.spread, fills)
     finite = [values[id(point)] for point in inside if math.isfinite(values[id(point)])]
     if finite:
@@ -134,7 +134,7 @@ def draw_accuracy(axis: Axes, points: Sequence[Point], label: str) -> None:
         stderr, spread = (None if part is None else 100 * part for part in (mean.stderr, mean.spread))
         return Measured(100 * mean.value, stderr, spread, mean.seeds)
 
-    _draw_points(axis, shown, in_percent, lambda measured: measured.error, _fills(points), _side_by_side(shown))
+    _draw_points(axis, shown, in_percent, lambda measured: measured.error, fills_of(points), _side_by_side(shown))
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axis.set_ylabel(label)
     _sparsity_axis(axis, points)
@@ -194,15 +194,15 @@ def _draw_points(
         )
 
 
-def _fills(points: Sequence[Point]) -> dict[str, FillStyle]:
+def fills_of(points: Sequence[Point]) -> dict[str, FillStyle]:
     """How much of a marker is filled, by variant: all of those without one, halves of the others."""
     variants = sorted({point.variant for point in points})
     return dict(zip(variants, itertools.cycle(_FILLS), strict=False))
 
 
-def _variant_handles(points: Sequence[Point]) -> list[Line2D]:
+def variant_handles(points: Sequence[Point]) -> list[Line2D]:
     """What half-filled markers mean."""
-    fills = _fills(points)
+    fills = fills_of(points)
     if len(fills) < 2:
         return []
     look: dict[str, Any] = {"color": "0.4", "marker": "o", "markersize": 4.2, "linestyle": "none"}

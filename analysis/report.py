@@ -35,6 +35,7 @@ _CAPTIONS = {
     "carried": "Accuracy against the speed of the same tile statistics on a larger model's shapes with random weights.",
     "speed": "Accuracy against end-to-end speedup of the same checkpoints; the grey line is the frontier.",
     "layer-sparsity": "Sparsity of each layer.",
+    "tile-shapes": "Perplexity against the tile shape, all else equal; the dashed line is the dense model.",
     "tiles": "Learned or chosen tile maps: dark tiles are dense, light ones 2:4.",
     "learning-curves": "Learning curves.",
 }
@@ -92,8 +93,8 @@ def _study(study: Study) -> dict[str, Any]:
             _table(title(name), table, _origins(table, evaluated)) for name, table in study_tables(study.frame).items()
         ],
         "missing": study.missing,
-        "figures": [figure for figure in figures if not figure["name"].startswith("tiles")],
-        "tile_maps": [figure for figure in figures if figure["name"].startswith("tiles")],
+        "figures": [figure for figure in figures if not figure["name"].startswith("tiles-")],
+        "tile_maps": [figure for figure in figures if figure["name"].startswith("tiles-")],
         "ran_on": _ran_on(study.frame),
         "facts": [
             {

@@ -1,7 +1,7 @@
 """Accuracy against speed of the same checkpoints: what a reader gives up for how much."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.frontier import marking, method_handles
+from analysis.frontier import FillStyle, fills_of, marking, method_handles, variant_handles
 from analysis.joined import workloads, wrong
 from analysis.names import METHODS, SOURCES, workload_name
 from analysis.points import Measured, Point, gather, texts
@@ -108,37 +108,45 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     figure = new_figure(WIDTHS[width], 0.4 + 1.9 * rows)
     grid = figure.add_gridspec(rows, len(timed))
     text = texts(frame)[0]
+    points = [each.point for each in by_workload[timed[0]]]
+    fills = fills_of(points)
     for column, workload in enumerate(timed):
         top = figure.add_subplot(grid[0, column])
         here = [each for each in by_workload[workload] if text in each.point.perplexity]
-        _draw(top, [(each, each.point.perplexity[text], 1.0) for each in here], lower_is_better=True)
+        _draw(top, [(each, each.point.perplexity[text], 1.0) for each in here], fills, lower_is_better=True)
         top.set_title(workload_name(workload))
         lowest = top
         if with_accuracy:
             lowest = figure.add_subplot(grid[1, column], sharex=top)
             top.tick_params(labelbottom=False)
             means = [(each, each.point.mean_accuracy) for each in by_workload[workload]]
-            _draw(lowest, [(each, mean, 100.0) for each, mean in means if mean], lower_is_better=False)
+            _draw(lowest, [(each, mean, 100.0) for each, mean in means if mean], fills, lower_is_better=False)
         lowest.set_xlabel("Speedup over dense" + (f",\n{shape} shapes" if shape else ""))
         if column == 0:
             top.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")
             if with_accuracy:
                 lowest.set_ylabel("Mean accuracy (%)")
-    points = [each.point for each in by_workload[timed[0]]]
     pruned = [point for point in points if point.method != "dense"]
     handles = method_handles(pruned)
     if len(pruned) < len(points):
         handles.insert(0, Line2D([], [], label=METHODS["dense"], linestyle="none", **_DENSE))
+    handles += variant_handles(points)
     add_legend(figure, handles, 3 if width == "single" else 7)
     return figure
 
 
-def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_is_better: bool) -> None:
+def _draw(
+    axis: Axes,
+    measured: Sequence[tuple[Placed, Measured, float]],
+    fills: Mapping[str, FillStyle],
+    lower_is_better: bool,
+) -> None:
     """Points with their errors, and the frontier of those that are results."""
     results = []
     for each, quality, factor in measured:
         value, error = factor * quality.value, quality.error
-        look = marking(each.point.method, each.point.structure) | {"linestyle": "none"}
+        look = marking(each.point.method, each.point.structure, fills.get(each.point.variant, "full"))
+        look |= {"linestyle": "none"}
         if each.point.method == "dense":
             look |= _DENSE
         if not each.agrees:
