@@ -17,6 +17,8 @@ from analysis.joined import carried_shapes, workloads
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
 from analysis.points import gather, texts, trial_labels
+from analysis.speed import from_rows
+from analysis.speed_figures import plot_roof, plot_speedup
 from analysis.speed_frontier import plot_speed_frontier
 from analysis.style import Width
 from analysis.tile_shapes import plot_tile_shapes, swept
@@ -37,6 +39,11 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         written += plot_speed_frontier(frame, folder / f"carried-{_file_name(shape)}", width, shape)
     if texts(frame) and swept(points):
         written += plot_tile_shapes(frame, folder / "tile-shapes")
+    kernels = from_rows(frame, "kernels")
+    for model in sorted(set(kernels.model)) if len(kernels) else ():
+        written += plot_speedup(kernels, folder / f"speedup-{_file_name(model)}", model)
+    if len(kernels):
+        written += plot_roof(kernels, folder / "roof")
     hybrid = [point for point in points if point.structure == "hybrid"]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.names import percent, workload_name
 from analysis.points import Measured
+from analysis.rows import records
 from analysis.tables import Column, Table, Value
 from patch.errors import UserError
 
@@ -46,7 +47,29 @@ def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
             str(path),
         )
         frames.append(frame)
-    frame = pd.concat(frames, ignore_index=True)
+    return _compared(pd.concat(frames, ignore_index=True))
+
+
+def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of a study's grid as `load_bench` has those of a bench.
+
+    Args:
+        rows: as from `analysis.rows.load_rows`.
+        kind: ``kernels`` or ``model``; where nothing of it was timed, the table is empty.
+    """
+    chosen = rows[rows.stage.str.startswith(f"{kind}:")]
+    timed = chosen[chosen.metric.isin(["time", "bytes"])]
+    if timed.empty:
+        return pd.DataFrame()
+    same = ("metric", "value", "gpu", "git", "origin")
+    frame = pd.DataFrame([row.labels | {name: getattr(row, name) for name in same} for row in records(timed)])
+    for roof in ("copy_roof", "matmul_roof"):
+        frame[roof] = chosen[chosen.metric == roof].value.median()
+    return _compared(frame)
+
+
+def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the best dense time of each cell, and the speedup over it."""
     for column in ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status"):
         if column not in frame:
             frame[column] = None
@@ -62,16 +85,16 @@ def geometric_mean(values: pd.Series) -> float:
     return float(np.exp(np.log(values.astype(float)).mean()))
 
 
-def kernel_table(frame: pd.DataFrame, model: str = "llama-2-7b", tile: str = "128x128") -> Table:
+def kernel_table(frame: pd.DataFrame, tile: str = "128x128") -> Table:
     """Geometric-mean speedup over the linears of a model, by tokens and sparsity.
 
     Args:
-        frame: as from `load_bench`, of kernels.
+        frame: as from `load_bench`, of the kernels of one model.
     """
-    chosen = frame[(frame.model == model) & (frame.implementation == "hybrid") & (frame.tile == tile)]
+    chosen = frame[(frame.implementation == "hybrid") & (frame.tile == tile)]
     means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
     sparsities = [float(str(sparsity)) for sparsity in means.columns]
-    library = frame[(frame.model == model) & frame.implementation.isin(("cusparselt", "semi_structured"))]
+    library = frame[frame.implementation.isin(("cusparselt", "semi_structured"))]
     best = dict(library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean).items())
     columns = [
         Column("tokens", "Tokens", "count"),
@@ -89,7 +112,7 @@ def model_table(frame: pd.DataFrame) -> Table:
     """Speedup of a whole model over dense by workload and sparsity, and its masked weights' bytes over dense.
 
     Args:
-        frame: as from `load_bench`, of whole models.
+        frame: as from `load_bench`, of one whole model.
     """
     hybrid = frame[frame.implementation == "hybrid"]
     times = hybrid[hybrid.metric == "time"]

@@ -43,7 +43,8 @@ def plot_speedup(frame: pd.DataFrame, path: Path, model: str = "llama-2-7b", wid
             "compute limit", (36, compute_limit(0.36)), (-4, 2), textcoords="offset points", ha="right", size=6
         )
         axes.annotate("memory limit", (37, memory_limit(0.37)), (4, -8), textcoords="offset points", size=6)
-        for color, marker, tokens in zip(PALETTE, MARKERS, (1, 16, 64, 512, 4096), strict=False):
+        shown = [tokens for tokens in (1, 16, 64, 512, 4096) if tokens in means.index.get_level_values("tokens")]
+        for color, marker, tokens in zip(PALETTE, MARKERS, shown, strict=False):
             line = means[tokens]
             label = f"{tokens} token" + ("s" if tokens > 1 else "")
             axes.plot(100 * line.index, line.to_numpy(), color=color, marker=marker, ms=3, lw=1, label=label)

@@ -4,11 +4,16 @@ import pandas as pd
 
 from analysis.accuracy import accuracy_table
 from analysis.joined import carried_shapes, carried_table, speed_table
+from analysis.speed import from_rows, kernel_table, model_table
 from analysis.tables import Table
+
+GRID_STAGES = ("kernels:", "model:")
 
 
 def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[str, Table]:
-    """The tables that the rows have something for, by name: ``accuracy``, ``speed``, ``carried-<model>``.
+    """The tables that the rows have something for, by name.
+
+    Of pruned models ``accuracy``, ``speed``, ``carried-<model>``; of grids ``kernels-<model>``, ``model-<model>``.
 
     Args:
         frame: as from `analysis.rows.load_rows`.
@@ -17,7 +22,15 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     Raises:
         UserError: if there are no rows, or they contradict each other.
     """
-    found = {"accuracy": accuracy_table(frame, beside_published)}
+    found: dict[str, Table] = {}
+    for kind, table in (("kernels", kernel_table), ("model", model_table)):
+        timed = from_rows(frame, kind)
+        for model in sorted(set(timed.model)) if len(timed) else ():
+            found[f"{kind}-{model}"] = table(timed[timed.model == model])
+    if frame.stage.str.startswith(GRID_STAGES).all():
+        # Where nothing could be timed there is nothing to show either.
+        return found
+    found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
     for shape in carried_shapes(frame):
@@ -29,4 +42,9 @@ def title(name: str) -> str:
     """What a table of `study_tables` shows, in a line."""
     if name.startswith("carried-"):
         return f"Tile statistics carried onto the shapes of {name.removeprefix('carried-')}"
+    if name.startswith("kernels-"):
+        model = name.removeprefix("kernels-")
+        return f"{model}: its linears, speedup over dense by sparsity, 128x128 tiles, geometric mean"
+    if name.startswith("model-"):
+        return f"{name.removeprefix('model-')}: end to end, speedup over dense by sparsity"
     return {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}[name]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from experiments.definitions import KernelGrid
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import write_atomic
@@ -31,11 +32,7 @@ from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
 from stoicc.tune import predicted_speedup
 
 SCHEMA = 1
-SPARSITIES = (0.0, 0.25, 0.35, 0.45, 0.5)
-TOKENS = (1, 8, 16, 32, 64, 512, 2048, 4096, 8192)
-MODELS = ("llama-2-7b", "llama-3.1-8b", "llama-3.2-1b", "qwen2.5-0.5b")
-TILES: dict[str, tuple[TileShape, ...]] = {"llama-2-7b": ((128, 128), (64, 64), (256, 256))}
-DEFAULT_TILES: tuple[TileShape, ...] = ((128, 128),)
+SPARSITIES, TOKENS = KernelGrid.sparsities, KernelGrid.tokens
 # From here on a product is long enough to be timed alone, with a cold cache.
 LONG = 512
 CHECKED_TOKENS = 256

@@ -585,7 +585,10 @@ def _report(study: str, trials: "list[Trial]", store: "Store") -> None:
     from analysis.tables import rich_table
     from experiments import reports
 
-    for table in study_tables(reports.frame(trials, store)).values():
+    tables = study_tables(reports.frame(trials, store))
+    for table in tables.values():
         console.print(rich_table(table, console.width))
+    if not tables:
+        console.print("nothing was timed: speed is measured on a CUDA GPU")
     for path in reports.write(study, trials, store):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

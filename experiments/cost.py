@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments import models
-from experiments.definitions import LEARNED, Evaluation, Pruning
+from experiments.definitions import LEARNED, Evaluation, KernelGrid, ModelGrid, Pruning
 from experiments.models import ModelSpec
 from patch.checkpoint import prunable_shapes
 from patch.mask import GROUP
@@ -56,10 +56,12 @@ def pruning_flops(pruning: Pruning) -> float | None:
 
 
 def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
-    """Floating-point operations of evaluating one checkpoint; None if the model is not known."""
+    """Floating-point operations of evaluating one checkpoint; None if the model is not known, 0 for a grid."""
     parameters = _parameters(model)
     if parameters is None:
         return None
+    if evaluation.grid:
+        return 0.0
     # Texts once more packed, and once more unpacked to compare with it.
     passes = 1 if evaluation.packed is None else 3
     tokens = passes * _TEXT_TOKENS * len(evaluation.perplexity)
@@ -67,6 +69,14 @@ def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
         share = 1.0 if evaluation.limit is None else min(1.0, evaluation.limit / 1000)
         tokens += int(share * _TASK_TOKENS.get(task, 1_000_000))
     return 2.0 * parameters * tokens
+
+
+def grid_seconds(grid: KernelGrid | ModelGrid | None) -> float:
+    """Seconds that timing a grid takes on one GPU, compilation included, as it took on an H200; 0 for no grid."""
+    if isinstance(grid, KernelGrid):
+        cells = 4 * len(grid.tokens) * len(grid.tiles) * 2 * len(grid.sparsities)
+        return 60 + 0.05 * cells + (20.0 * 4 * len(grid.tokens) if grid.compiled else 0.0)
+    return 8.0 * len(grid.sparsities) * len(grid.workloads) if grid else 0.0
 
 
 def disk(prunings: Iterable[Pruning]) -> float:
@@ -100,6 +110,12 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
     shapes, parameters, spec = _prunable(pruning.model), _parameters(pruning.model), _spec(pruning.model)
     if shapes is None or parameters is None or spec is None:
         return None
+    if evaluation is not None and isinstance(evaluation.grid, KernelGrid):
+        # Copies of one linear beyond the cache, dense, packed and compressed, and activations.
+        return 8.0
+    if evaluation is not None and isinstance(evaluation.grid, ModelGrid):
+        tokens = max(work.batch * work.length for work in evaluation.grid.workloads)
+        return (4 * parameters + _activations(spec, tokens, blocks=2)) / GIB
     if evaluation is not None:
         length = max([item.length for item in evaluation.perplexity], default=2048)
         # With packed stages also the dense and the packed model, and one in float32 to compare logits with.

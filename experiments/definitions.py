@@ -172,6 +172,42 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class KernelGrid:
+    """Every linear of a model of the registry, timed with random weights against dense and 2:4 libraries.
+
+    Attributes:
+        tokens: how many, one product each.
+        tiles: tile shapes.
+        sparsities: shares of zeros; 0 and 0.5 have one map, others an even and an uneven one.
+        rounds: timed runs of each implementation.
+        compiled: also time ``torch.compile`` in max-autotune mode, which takes seconds to compile for each product.
+    """
+
+    tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 512, 2048, 4096, 8192)
+    tiles: tuple[TileShape, ...] = ((128, 128),)
+    sparsities: tuple[float, ...] = (0.0, 0.25, 0.35, 0.45, 0.5)
+    rounds: int = 15
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """A model of the registry with random weights, timed end to end against the same model dense.
+
+    Attributes:
+        sparsities: shares of zeros, one random uneven map each.
+        tile: shape of tiles.
+        workloads: what is timed.
+        rounds: timed runs of each implementation.
+    """
+
+    sparsities: tuple[float, ...] = (0.25, 0.35, 0.45)
+    tile: TileShape = (128, 128)
+    workloads: tuple[Workload, ...] = WORKLOADS
+    rounds: int = 10
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is measured on the pruned model.
 
@@ -181,6 +217,7 @@ class Evaluation:
         limit: only the first so many items of each task (for trials that are quick, never for reported numbers).
         batch: windows of text per forward pass; tasks fill the device by themselves.
         packed: what is measured of the packed model; None leaves it out.
+        grid: what is timed of the model's shapes instead of all the above; no weight of the model is loaded.
     """
 
     perplexity: tuple[Perplexity, ...] = (Perplexity(),)
@@ -189,6 +226,7 @@ class Evaluation:
     batch: int = 16
     # Younger than published rows: their trials keep their names.
     packed: Packed | None = field(default=None, metadata={"added": True})
+    grid: KernelGrid | ModelGrid | None = field(default=None, metadata={"added": True})
 
 
 @dataclass(frozen=True)
@@ -201,6 +239,10 @@ class Trial:
     @property
     def label(self) -> str:
         """A short human name, such as ``embedded patch-joint hybrid 45% 64x64``."""
+        if isinstance(self.evaluation.grid, KernelGrid):
+            return f"{self.pruning.model} kernel speed"
+        if isinstance(self.evaluation.grid, ModelGrid):
+            return f"{self.pruning.model} end-to-end speed"
         return describe(self.pruning)
 
 

@@ -300,7 +300,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     if not artefact.machine.can_time:
-        return _skipped(artefact.machine), {}
+        return skipped(artefact.machine), {}
     from experiments.bench_model import measure
 
     pair = {"dense": artefact.dense}
@@ -311,7 +311,7 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
 
 def _carried(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     if not artefact.machine.can_time:
-        return _skipped(artefact.machine), {}
+        return skipped(artefact.machine), {}
     from experiments import bench_model
 
     bench_model.forget_compiled()
@@ -357,7 +357,8 @@ def speed_facts(speeds: "dict[str, Speed]", work: Workload, about: dict[str, obj
     return facts
 
 
-def _skipped(machine: Machine) -> list[Fact]:
+def skipped(machine: Machine) -> list[Fact]:
+    """The one row of a stage that this machine cannot time."""
     reason = f"speed is measured on a CUDA GPU, this ran on {machine.device}"
     return [Fact(SKIPPED, None, "1", {"reason": reason, "device": machine.device})]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from experiments import evaluation, models, packed, tasks, text
+from experiments import evaluation, grids, models, packed, tasks, text
 from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key
 from experiments.machine import Machine as Machine
 from experiments.provenance import provenance
@@ -35,6 +35,8 @@ from patch.prunable import prunable_linears
 
 def stages(trial: Trial) -> list[str]:
     """The names of a trial's stages, in the order in which they run."""
+    if trial.evaluation.grid:
+        return grids.stages(trial)
     perplexities = [f"perplexity:{item.source}@{item.length}" for item in trial.evaluation.perplexity]
     tasks_ = [f"task:{task}" for task in trial.evaluation.tasks]
     return ["prune", *perplexities, *tasks_, *packed.measurements(trial)]
@@ -60,6 +62,7 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
         UserError: naming the first thing that is not there.
     """
     trials = list(trials)
+    grids.validate(trials)
     for model, tile in {(trial.pruning.model, trial.pruning.tile) for trial in trials}:
         for shape in models.linear_shapes(model):
             if tile:
@@ -127,6 +130,9 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     missing = missing_stages(trial, store, machine.can_time)
     store.clear_failure(trial)
     if not missing:
+        return
+    if trial.evaluation.grid:
+        grids.run_stages(trial, missing, store, machine)
         return
     pruning = trial.pruning
     ensure_checkpoint(pruning, store, machine)

@@ -50,7 +50,7 @@ def blocks() -> dict[str, str]:
     for name, (study, table, columns) in _STUDIES.items():
         tables = study_tables(reports.frame(STUDIES[study].trials(), Store(RESULTS)))
         found[name] = only(tables[table], columns)
-    found["kernels"] = kernel_table(load_bench(sorted((BENCH / "kernels").glob("*.jsonl"))))
+    found["kernels"] = kernel_table(load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl"))))
     found["model"] = model_table(load_bench([BENCH / "model" / "llama-2-7b.jsonl"]))
     found |= dict(zip(("masks", "steps", "rates"), learning_tables(BENCH).values(), strict=True))
     return {name: markdown(table, notes=False) for name, table in found.items()}

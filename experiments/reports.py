@@ -13,7 +13,7 @@ from analysis.learning_speed import learning_tables
 from analysis.rows import load_rows
 from analysis.speed import kernel_table, load_bench, model_table
 from analysis.speed_figures import plot_roof, plot_speedup
-from analysis.study_tables import study_tables
+from analysis.study_tables import study_tables, title
 from analysis.tables import Table, render
 from experiments.definitions import Trial, check_name, key
 from experiments.provenance import revision
@@ -44,6 +44,8 @@ def table(
         UserError: if the rows have nothing for that table.
     """
     found = study_tables(frame(trials, store), beside_published)
+    if not found:
+        raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")
     return render(found[check_name("table", about, found)], format)
 
 
@@ -92,12 +94,11 @@ def speed(folder: Path, pictures: Path) -> report.Speed:
     if kernels:
         rows = load_bench(kernels)
         for model in dict.fromkeys(rows.model):
-            title = f"{model}: its linears, speedup over dense by sparsity, 128x128 tiles, geometric mean"
-            tables.append((title, kernel_table(rows, model)))
+            tables.append((title(f"kernels-{model}"), kernel_table(rows[rows.model == model])))
         figures += plot_speedup(rows, pictures / "speedup")
         figures += plot_roof(rows, pictures / "roof")
     for path in sorted((folder / "model").glob("*.jsonl")):
-        tables.append((f"{path.stem}: end to end, speedup over dense by sparsity", model_table(load_bench([path]))))
+        tables.append((title(f"model-{path.stem}"), model_table(load_bench([path]))))
     tables += learning_tables(folder).items()
     if not tables:
         raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")

@@ -26,8 +26,9 @@ def tune(
     """Find the fastest kernel configuration for every linear of the models, at 1 to 8192 tokens."""
     import torch
 
-    from experiments.bench_kernels import MODELS, fused_linears
+    from experiments.bench_kernels import fused_linears
     from experiments.provenance import provenance
+    from experiments.studies import TIMED
     from stoicc import configs
     from stoicc.tune import compile_candidates, measure_shape
 
@@ -35,7 +36,7 @@ def tune(
     started = time.time()
     with console.status("compiling all candidates"):
         compile_candidates(device, workers)
-    shapes = dict.fromkeys((linear.n, linear.k) for name in model or MODELS for linear in fused_linears(name))
+    shapes = dict.fromkeys((linear.n, linear.k) for name in model or TIMED for linear in fused_linears(name))
     # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
     both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
     work = [(*shape, count) for shape in both for count in tokens or configs.TOKENS]
@@ -65,13 +66,15 @@ def kernels(
     import torch
 
     from analysis.speed import kernel_table, load_bench
+    from analysis.study_tables import title
     from analysis.tables import markdown
     from experiments import bench_kernels
+    from experiments.studies import TIMED
     from stoicc.timing import measure_roof
 
     _gpu()
     gpu = torch.cuda.get_device_name()
-    names = model or (("llama-2-7b",) if quick else bench_kernels.MODELS)
+    names = model or (("llama-2-7b",) if quick else tuple(TIMED))
     counts = tuple(tokens or ((1, 16, 4096) if quick else bench_kernels.TOKENS))
     linears = [linear for name in names for linear in bench_kernels.fused_linears(name)]
     paths = [bench_kernels.bench_file(results, gpu, linear) for linear in linears]
@@ -80,14 +83,15 @@ def kernels(
         task = progress.add_task("timing", total=len(missing) * len(counts))
         for linear, path in missing:
             started = time.time()
-            tiles = bench_kernels.DEFAULT_TILES
-            if not quick:
-                tiles = bench_kernels.TILES.get(linear.model, tiles)
+            tiles = ((128, 128),) if quick else TIMED.get(linear.model, ((128, 128),))
             rows = bench_kernels.bench_linear(
                 linear, counts, tiles, bench_kernels.SPARSITIES, rounds, compiled, lambda _: progress.advance(task)
             )
             bench_kernels.write_rows(path, rows, measure_roof(), started)
-    console.print(markdown(kernel_table(load_bench(paths))), highlight=False, soft_wrap=True)
+    frame = load_bench(paths)
+    for name in dict.fromkeys(frame.model):
+        table = markdown(kernel_table(frame[frame.model == name]))
+        console.print(f"{title(f'kernels-{name}')}\n\n{table}\n", highlight=False, soft_wrap=True)
 
 
 @bench.command(name="model")

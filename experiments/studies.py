@@ -6,7 +6,7 @@ A study names its models, methods, targets, texts and recipes; nothing here runs
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from experiments.definitions import (
     USUAL_PRIOR,
     Calibration,
     Evaluation,
+    KernelGrid,
     Learning,
+    ModelGrid,
     Packed,
     Perplexity,
     Pruning,
@@ -353,6 +355,31 @@ def joint_or_tile() -> Trials:
     return _trials([dense(model), learned(model, "maskllm", 0.5, tile, "c4", Calibration()), *prunings], _PUBLISHED)
 
 
+# Models whose kernels are timed, with the tile shapes of each.
+TIMED: dict[str, tuple[TileShape, ...]] = {
+    "llama-2-7b": ((128, 128), (64, 64), (256, 256)),
+    "llama-3.1-8b": ((128, 128),),
+    "llama-3.2-1b": ((128, 128),),
+    "qwen2.5-0.5b": ((128, 128),),
+}
+
+
+def _grids(grids: Mapping[str, KernelGrid | ModelGrid]) -> Trials:
+    return tuple(
+        Trial(Pruning(model, "dense", "dense", 0.0), Evaluation((), grid=grid)) for model, grid in grids.items()
+    )
+
+
+def speed_kernels() -> Trials:
+    """Every linear of four models against dense and 2:4 libraries: by tokens, sparsity and tile shape."""
+    return _grids({model: KernelGrid(tiles=tiles) for model, tiles in TIMED.items()})
+
+
+def speed_models() -> Trials:
+    """Decoding and prefill of whole models, hybrid against dense, with random weights."""
+    return _grids({model: ModelGrid() for model in ("llama-2-7b", "llama-3.1-8b")})
+
+
 _PUBLISHED = Evaluation((Perplexity("wikitext2/test", 4096),), PAPER_TASKS)
 
 
@@ -379,6 +406,8 @@ STUDIES = {
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
     "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2_tiles),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
+    "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed_kernels),
+    "speed-models": Study("end-to-end speed of LLaMA-2-7B and LLaMA-3.1-8B shapes", speed_models),
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),
     "tile-shapes": Study("perplexity against tile shape at 35%", tile_shapes),

@@ -38,7 +38,7 @@ def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Clust
     """
     trials = list(trials)
     pipeline.validate(trials, data)
-    for model in dict.fromkeys(trial.pruning.model for trial in trials):
+    for model in dict.fromkeys(trial.pruning.model for trial in trials if not trial.evaluation.grid):
         models.fingerprint(model)
     for step in plan.steps(trials).values():
         launch = cluster.stages[step.kind].launch
@@ -104,6 +104,7 @@ def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:
         if not cluster.stages[step.kind].gpus:
             continue
         if step.kind == "evaluate":
+            hours += cost.grid_seconds(step.trials[0].evaluation.grid) / 3600
             flops = cost.evaluation_flops(step.pruning.model, step.trials[0].evaluation)
         else:
             flops = cost.pruning_flops(step.pruning)

@@ -48,7 +48,7 @@ class Step:
     @property
     def label(self) -> str:
         """A short human name, such as ``learn embedded patch-joint hybrid 45% 64x64``."""
-        return f"{self.kind} {describe(self.pruning)}"
+        return f"{self.kind} {self.trials[0].label if self.kind == 'evaluate' else describe(self.pruning)}"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_speedup_is_over_the_fastest_dense(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert shown_cells(kernel_table(load_bench([path]), "m")) == [["1", "1.25", "0.50"]]
+    assert shown_cells(kernel_table(load_bench([path]))) == [["1", "1.25", "0.50"]]
 
 
 @pytest.mark.parametrize(
