@@ -14,6 +14,7 @@ Row = Mapping[str, Any]
 _STEPS = {
     ("frozen", "", ""): "Frozen model, as transformers runs it",
     ("frozen", "compiled", ""): "Frozen model, compiled blocks",
+    ("frozen", "compiled", "captured"): "Frozen model, compiled blocks, one CUDA graph",
     ("fused", "compiled", "captured"): "Learning: compiled, one CUDA graph",
     ("fused", "compiled", ""): "Learning: compiled",
     ("fused", "", ""): "Learning: eager model, fused masks",

@@ -17,6 +17,7 @@ Rows go to ``<results>/bench/<gpu>/relax.jsonl``, in the format of `experiments.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments import bench_model
 from experiments.definitions import definition, key
 from experiments.lines import SCHEMA, to_lines
 from experiments.models import REGISTRY
@@ -38,12 +40,15 @@ from patch import philox, relax, relax_triton
 from patch.errors import UserError
 from patch.learner import Implementation, Prior, learn
 from patch.mask import GROUP, TileShape, tile_grid
+from patch.masked_model import with_usual_mask
 from patch.prunable import decoder_blocks
 from patch.recipe import RECIPES
 from patch.relax import Masked, SampledWeight, Softness
+from patch.replay import Replayed
 from stoicc.configs import gpu_slug
 from stoicc.timing import Timing, timing
 
+MODEL = "llama-3.2-1b"
 MODES = ("joint", "tile", "maskllm")
 # Of the masks that are timed.
 SOFTNESS = Softness(2.0, 300.0, 190.0)
@@ -65,7 +70,7 @@ class Bench:
         steps: timed steps of learning.
     """
 
-    linears: tuple[tuple[str, tuple[int, int]], ...] = tuple(REGISTRY["llama-3.2-1b"].linear_shapes().items())
+    linears: tuple[tuple[str, tuple[int, int]], ...] = tuple(REGISTRY[MODEL].linear_shapes().items())
     blocks: int = 16
     tile: TileShape = (128, 128)
     length: int = 4096
@@ -297,49 +302,39 @@ class _Enough(Exception):
     """Ends learning before it writes a checkpoint."""
 
 
-def llama(bench: Bench) -> nn.Module:
-    """LLaMA-3.2-1B with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def frozen_steps(bench: Bench, model: Any, captured: bool) -> tuple[list[float], bool]:
+    """Milliseconds of the model's forward pass and of its backward pass to the embeddings.
 
-    shapes = dict(bench.linears)
-    hidden = shapes["q_proj"][1]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=shapes["gate_proj"][0],
-        num_hidden_layers=bench.blocks,
-        num_attention_heads=shapes["q_proj"][0] // 64,
-        num_key_value_heads=shapes["k_proj"][0] // 64,
-        head_dim=64,
-        vocab_size=128256,
-        max_position_embeddings=bench.length,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    with torch.device("cuda"):
-        model: nn.Module = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16).eval().requires_grad_(False)
+    Args:
+        captured: replay both as one CUDA graph, as learning does.
 
+    Returns:
+        The times, and whether they are of a replayed graph.
+    """
+    tokens = torch.randint(REGISTRY[MODEL].vocab, (1, bench.length), device="cuda")
 
-def frozen_steps(bench: Bench, model: Any) -> list[float]:
-    """Milliseconds of the model's forward pass and of its backward pass to the embeddings."""
-    tokens = torch.randint(128256, (1, bench.length), device="cuda")
-    times = []
-    for _ in range(bench.steps + 2):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+    def step() -> Tensor:
         embedded = model.get_input_embeddings()(tokens).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:])
         loss.backward()
-        loss.item()
+        return loss.detach()
+
+    replayed = Replayed(step, lambda: None) if captured else None
+    times = []
+    for _ in range(bench.steps + WARMUP):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        (replayed or step)().item()
         times.append(1e3 * (time.perf_counter() - started))
-    return times[2:]
+    return times[WARMUP:], replayed is not None and replayed.captured
 
 
-def compiled_blocks(model: Any) -> Any:
+def compiled_blocks(model: nn.Module) -> nn.Module:
     """The model with its decoder blocks through ``torch.compile``, as learning runs them."""
     for block in decoder_blocks(model):
-        block.compile(dynamic=False)
+        forward: Any = with_usual_mask(torch.compile(block.forward, dynamic=False))
+        block.forward = forward
     return model
 
 
@@ -383,20 +378,24 @@ def learning_steps(bench: Bench, model: nn.Module, implementation: Implementatio
 
 
 def measure_steps(bench: Bench) -> list[Fact]:
-    """Steps of the frozen model and of learning, with the peak of device memory."""
-    model = llama(bench)
-    facts = []
+    """Steps of the frozen model and of learning, each with the peak of device memory of a model of its own."""
+    facts: list[Fact] = []
 
-    def add(times: list[float], labels: dict[str, Any]) -> None:
+    def add(measure: Callable[[nn.Module], tuple[list[float], dict[str, Any]]]) -> None:
+        gc.collect()
+        bench_model.forget_compiled()
+        torch.cuda.reset_peak_memory_stats()
+        times, labels = measure(bench_model.build(MODEL, "cuda", bench.blocks))
         facts.append(_times("step", timing(times), labels))
         facts.append(Fact("step_memory", torch.cuda.max_memory_allocated(), "B", labels))
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
-    torch.cuda.reset_peak_memory_stats()
-    add(frozen_steps(bench, model), {"implementation": "frozen", "compiled": False})
-    add(frozen_steps(bench, compiled_blocks(model)), {"implementation": "frozen", "compiled": True})
-    model = llama(bench)
+    for compiled, captured in ((False, False), (True, False), (True, True)):
+
+        def frozen(model: nn.Module, compiled: bool = compiled, captured: bool = captured) -> Any:
+            times, replays = frozen_steps(bench, compiled_blocks(model) if compiled else model, captured)
+            return times, {"implementation": "frozen", "compiled": compiled, "captured": replays}
+
+        add(frozen)
     # The eager masks of the whole model at once do not fit.
     for name, compiled, captured, checkpointing in (
         ("fused", True, True, False),
@@ -405,9 +404,14 @@ def measure_steps(bench: Bench) -> list[Fact]:
         ("fused", False, False, False),
         ("eager", False, False, True),
     ):
-        times = learning_steps(bench, model, Implementation(MASKS[name], compiled, captured), checkpointing)
         ways = {"compiled": compiled, "captured": captured, "activation_checkpointing": checkpointing}
-        add(times, {"implementation": name} | ways)
+
+        def learned(model: nn.Module, name: str = name, ways: dict[str, bool] = ways) -> Any:
+            implementation = Implementation(MASKS[name], ways["compiled"], ways["captured"])
+            times = learning_steps(bench, model, implementation, ways["activation_checkpointing"])
+            return times, {"implementation": name} | ways
+
+        add(learned)
     return facts
 
 

@@ -136,7 +136,7 @@ class _MaskedBlock:
                 vars(masked.linear).pop("weight", None)
 
 
-def _with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A decoder block's forward whose attention mask, while a CUDA graph is captured, is that of the call before.
 
     Where transformers sees a capture, it writes out masks that it else leaves to the attention kernel, as ``None`` for
@@ -171,7 +171,7 @@ class Losses:
             if recipe.activation_checkpointing:
                 # Not transformers' own switch, which works only in training mode, where dropout is on.
                 masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
-            self._plain[block], self._masked[block] = _with_usual_mask(forward), _with_usual_mask(masked)
+            self._plain[block], self._masked[block] = with_usual_mask(forward), with_usual_mask(masked)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""

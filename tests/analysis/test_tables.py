@@ -276,6 +276,9 @@ def has_latex() -> bool:
 def test_latex_compiles(demo: pd.DataFrame, smollm: pd.DataFrame, tmp_path: Path) -> None:
     head = r"\documentclass{article}\usepackage{booktabs}\begin{document}\tiny"
     tables = [render(accuracy_table(frame), "latex") for frame in (demo, smollm)]
+    committed = sorted((Path(__file__).parents[2] / "results" / "reports").glob("*/*.tex"))
+    assert committed
+    tables += [path.read_text() for path in committed]
     (tmp_path / "table.tex").write_text("\n\n".join([head, *tables, r"\end{document}"]))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
