@@ -13,7 +13,7 @@ from experiments.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]
 STORE = Store(ROOT / "results")
-REPORTED = ("demo", "smollm2-oneshot", "smollm2-learned", "recipe-ablation", "frontier-smollm2")
+REPORTED = ("demo", "smollm2-oneshot", "smollm2-learned", "recipe-ablation", "frontier", "frontier-smollm2")
 
 
 def test_the_readme_shows_what_was_measured() -> None:
