@@ -87,10 +87,14 @@ def steps(trials: Iterable[Trial]) -> dict[str, Step]:
     }
 
 
-def is_done(step: Step, store: Store) -> bool:
-    """Whether what the step makes is there."""
+def is_done(step: Step, store: Store, can_time: bool = False) -> bool:
+    """Whether what the step makes is there.
+
+    Args:
+        can_time: whether times count that a machine without a GPU skipped, since this one has one.
+    """
     if step.kind == "evaluate":
-        return not pipeline.missing_stages(step.trials[0], store)
+        return not pipeline.missing_stages(step.trials[0], store, can_time)
     return store.checkpoint_path(step.pruning).exists()
 
 

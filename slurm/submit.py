@@ -65,8 +65,9 @@ def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.W
     known = plan.steps(sweep.trials)
     claimed = queue.held(store)
     wanted = set()
+    can_time = _can_time(sweep)
     for step in known.values():
-        if step.kind != "evaluate" or plan.is_done(step, store) or step.claim in claimed:
+        if step.kind != "evaluate" or plan.is_done(step, store, can_time) or step.claim in claimed:
             continue
         if not retry_failed and store.failure(step.trials[0]):
             continue
@@ -124,6 +125,15 @@ def _tidy(store: Store, live: Collection[Batch]) -> None:
             batches.forget(store, batch)
         else:
             batches.close(store, batch)
+
+
+def _can_time(sweep: Sweep) -> bool:
+    """Whether evaluations will have a GPU, as far as is known here: what a machine without one skipped is then missing."""
+    if not (sweep.work.device or "cuda").startswith("cuda"):
+        return False
+    if sweep.cluster.executor == "slurm":
+        return sweep.cluster.stages["evaluate"].gpus > 0
+    return sweep.work.machine().can_time
 
 
 def _is_made(step: Step, store: Store, claimed: Collection[str]) -> bool:

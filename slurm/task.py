@@ -110,7 +110,7 @@ class RunStep(Checkpointable):
 
     def _can_start(self, step: Step, store: Store) -> bool:
         """Whether it is not done, and what it needs is; if that is under way, this job is requeued."""
-        if plan.is_done(step, store):
+        if plan.is_done(step, store, self.work.machine().can_time):
             print(f"{step.id}: was done already", flush=True)
             return False
         while missing := _missing(step, store):

@@ -7,10 +7,11 @@ from tiny_study import tiny_trials
 
 from experiments import pipeline
 from experiments.definitions import Evaluation, Perplexity, Trial, key
+from experiments.machine import Machine
 from experiments.store import Fact, Store
 from experiments.studies import STUDIES
 from slurm import plan
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, Resources
 from slurm.submit import Sweep, todo
 from slurm.task import Work
 
@@ -87,3 +88,13 @@ def test_another_evaluation_of_a_pruning_shares_it(tmp_path: Path) -> None:
     other = Trial(trial.pruning, Evaluation((Perplexity("wikitext2/test", 128),)))
     kinds = [step.kind for step in plan.steps((trial, other)).values()]
     assert kinds == ["prune", "evaluate", "evaluate"]
+
+
+def test_times_that_a_machine_without_a_gpu_skipped_are_wanted_where_there_is_one(tmp_path: Path) -> None:
+    trials = STUDIES["speed-models"].trials()[:1]
+    pipeline.run_trial(trials[0], Store(tmp_path), Machine("cpu", None, lambda *_: None))
+    for gpus, device, missing in ((1, None, True), (1, "cpu", False), (0, None, False)):
+        stages = {"evaluate": Resources(gpus=gpus)}
+        sweep = Sweep("test", trials, Cluster(stages=stages), Work(tmp_path, device=device))
+        found = [step.id for wave in todo(sweep, (), False) for step in wave.steps]
+        assert found == ([f"evaluate-{key(trials[0])}"] if missing else [])
