@@ -128,7 +128,7 @@ def _tidy(store: Store, live: Collection[Batch]) -> None:
 
 
 def _can_time(sweep: Sweep) -> bool:
-    """Whether evaluations will have a GPU, as far as is known here: what a machine without one skipped is then missing."""
+    """Whether evaluations get a GPU, as far as is known here; what was skipped for want of one is missing then."""
     if not (sweep.work.device or "cuda").startswith("cuda"):
         return False
     if sweep.cluster.executor == "slurm":
