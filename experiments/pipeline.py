@@ -126,7 +126,12 @@ def record_failure(trial: Trial, during: str, error: BaseException, store: Store
 
 
 def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
-    """Run the stages of one trial that are not complete."""
+    """Run the stages of one trial that are not complete.
+
+    Raises:
+        UserError: if something cannot be had or does not fit, or stages were measured of another checkpoint.
+        Stopped: if learning was told to stop (`experiments.stopping`).
+    """
     missing = missing_stages(trial, store, machine.can_time)
     store.clear_failure(trial)
     if not missing:
@@ -138,12 +143,26 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     ensure_checkpoint(pruning, store, machine)
     source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
     content = models.content(source, machine.data)
+    _check_content(trial, content, store)
     if "prune" in missing:
         facts, origin = _prune_facts(pruning, store)
         store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
     missing = [stage for stage in missing if not _take_over(trial, stage, content, store)]
     _evaluate(trial, missing, source, content, store, machine)
     packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def _check_content(trial: Trial, content: str, store: Store) -> None:
+    """What is measured now must be what was measured before: one made anew elsewhere may differ in its bits."""
+    for stage in stages(trial):
+        for row in store.read_rows(trial, stage):
+            measured = row["provenance"].get("checkpoint")
+            if measured not in (None, content):
+                raise UserError(
+                    f"{trial.label}: {stage} was measured of checkpoint {measured[:12]}, but the one here is "
+                    f"{content[:12]}: bring that one back (`hts restore`), or remove "
+                    f"{store.rows_path(trial, stage).parent} to measure all of it anew"
+                )
 
 
 def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:

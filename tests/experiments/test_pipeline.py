@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
 from experiments import pipeline
@@ -17,6 +18,7 @@ from experiments.definitions import Trial
 from experiments.lines import from_lines
 from experiments.store import Store
 from patch.checkpoint import audit, load_info
+from patch.errors import UserError
 
 DRIVER = """
 import sys
@@ -154,3 +156,18 @@ def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text
     assert "absent.jsonl" in str(outcome["patch-joint"]) and outcome["dense"] is None
     assert pipeline.missing_stages(good, Store(tmp_path)) == []
     assert pipeline.missing_stages(broken, Store(tmp_path)) == pipeline.stages(broken)
+
+
+def test_stages_of_two_checkpoints_are_not_mixed(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    store, machine = Store(tmp_path), pipeline.Machine("cpu", None, lambda *_: None)
+    trial = tiny_trials(tiny_model, tiny_text)[1]
+    pipeline.run_trial(trial, store, machine)
+    last = pipeline.stages(trial)[-1]
+    store.rows_path(trial, last).unlink()
+    file = store.checkpoint_path(trial.pruning) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1  # as if it had been made anew elsewhere
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was measured of checkpoint"):
+        pipeline.run_trial(trial, store, machine)
+    assert not store.has_rows(trial, last)
