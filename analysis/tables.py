@@ -31,6 +31,8 @@ MEASURED = ("perplexity", "accuracy", "mean")
 Value = str | Measured | None
 
 MISSING = "—"
+# What a narrow terminal leaves out first; then it is the last column.
+_FIRST_LEFT_OUT = ("tile", "achieved_sparsity", "structure", "disk")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def rich_table(table: Table, width: int | None = None) -> "RichTable":
     """A table for the terminal, which is narrow: of several tasks only the mean is shown with its error.
 
     Args:
-        width: of the terminal in characters; where the table is wider, the tasks are left out beside their mean.
+        width: of the terminal in characters; where the table is wider, the tasks are left out beside their mean, and
+            then other columns, which the notes name.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -177,6 +180,17 @@ def rich_table(table: Table, width: int | None = None) -> "RichTable":
     if width is not None and terse and sum(widths[place] + 2 for place in places) > width:
         places = [place for place in places if kinds[place] not in terse]
         notes.append("The terminal is too narrow for the accuracy of each task.")
+    # Never a part of a number: what does not fit is left out in full.
+    names = [table.columns[place].name for place in places]
+    dropped = [name for name in _FIRST_LEFT_OUT if name in names]
+    dropped += [name for name in reversed(names[2:]) if name not in dropped]
+    left_out: list[int] = []
+    while width is not None and len(places) > 2 and sum(widths[place] + 2 for place in places) > width:
+        left_out.append(next(place for place in places if table.columns[place].name == dropped[len(left_out)]))
+        places.remove(left_out[-1])
+    if left_out:
+        missing = ", ".join(table.columns[place].heading for place in sorted(left_out))
+        notes.append(f"The terminal is too narrow for: {missing}.")
     result = RichTable(
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -1,16 +1,18 @@
 """The tables of a joined study: what they show of packed checkpoints, and what they leave out."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from analysis.joined import carried_shapes, carried_table, speed_table, workloads
 from analysis.report import _origins
 from analysis.speed_frontier import draw_speed_frontier, placed
 from analysis.study_tables import study_tables, title
-from analysis.tables import Table, render, shown_cells
+from analysis.tables import Table, render, rich_table, shown_cells
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -115,6 +117,16 @@ def test_a_study_has_the_tables_that_its_rows_allow(frame: pd.DataFrame) -> None
     assert list(study_tables(plain)) == ["accuracy"]
     with pytest.raises(UserError, match="nothing was packed"):
         speed_table(plain)
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_narrow_terminal_leaves_columns_out_in_full_and_says_so(frame: pd.DataFrame, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(rich_table(speed_table(frame), width))
+    text = console.export_text()
+    assert "…" not in text and "PATCH joint" in text
+    assert ("too narrow for" in text) == (width < 160)
+    assert ("1.36" in text) == ("Decoding, batch 16 (x)" not in " ".join(text.partition("too narrow for")[2].split()))
 
 
 def test_without_a_gpu_it_says_that_nothing_was_timed(frame: pd.DataFrame) -> None:
