@@ -112,13 +112,12 @@ _EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 _EMBEDDED_TILE = (64, 64)
 
 
-def _embedded() -> list[Pruning]:
-    """The demo's prunings of the embedded model.
+def _embedded_learned(method: str, sparsity: float, tile: TileShape = _EMBEDDED_TILE) -> Pruning:
+    """A learned mask of the embedded model.
 
     Recipes are the published ones, cut short: steps and batch by what two cores do in minutes, the learning rates,
     which fewer steps want higher, on the validation excerpt.
     """
-    tile, calibration = _EMBEDDED_TILE, _EMBEDDED_CALIBRATION
     short: dict[str, Any] = {
         "steps": 120,
         "batch": 16,
@@ -127,18 +126,18 @@ def _embedded() -> list[Pruning]:
         "activation_checkpointing": False,
         "checkpoint_every": 10,
         "log_every": 5,
+        "lr": {"maskllm": 2e-3, "patch-joint": 3e-3}[method],
     }
+    return learned("embedded", method, sparsity, tile, "embedded/train", _EMBEDDED_CALIBRATION, **short)
 
-    rates = {"maskllm": 2e-3, "patch-joint": 3e-3}
 
-    def learn(method: str, sparsity: float) -> Pruning:
-        return learned("embedded", method, sparsity, tile, "embedded/train", calibration, lr=rates[method], **short)
-
+def _embedded() -> list[Pruning]:
+    """The demo's prunings of the embedded model."""
     return [
         dense("embedded"),
-        *(one_shot("embedded", method, "2:4", 0.5, tile, calibration) for method in ONE_SHOT),
-        learn("maskllm", 0.5),
-        *(learn("patch-joint", target) for target in TARGETS),
+        *(one_shot("embedded", method, "2:4", 0.5, _EMBEDDED_TILE, _EMBEDDED_CALIBRATION) for method in ONE_SHOT),
+        _embedded_learned("maskllm", 0.5),
+        *(_embedded_learned("patch-joint", target) for target in TARGETS),
     ]
 
 
@@ -148,6 +147,13 @@ _EMBEDDED_EVALUATION = Evaluation((Perplexity("embedded/test", 256),), (EMBEDDED
 def demo() -> Trials:
     """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task."""
     return _trials(_embedded(), _EMBEDDED_EVALUATION)
+
+
+def embedded_tiles() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity, of the embedded model; its learning is the demo's."""
+    shapes = ((16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (64, 32), (64, 128), (128, 64))
+    prunings = [_embedded_learned("patch-joint", 0.35, tile) for tile in shapes]
+    return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
 
 
 # Where the tile statistics that small models learned are timed.
@@ -389,6 +395,7 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
+    "embedded-tiles": Study("perplexity of the embedded model against tile shape at 35%", embedded_tiles),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),
     "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", frontier_smollm2),
     **{
