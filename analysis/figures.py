@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.ablation import ablated, plot_ablation
 from analysis.frontier import plot_frontier
 from analysis.joined import carried_shapes, workloads
 from analysis.learning import plot_learning_curves
@@ -31,7 +32,10 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
     """
     written: list[Path] = []
     points = gather(frame)
-    if texts(frame):
+    crowded = bool(ablated(points)) and bool(texts(frame))
+    if crowded:
+        written += plot_ablation(frame, folder / "ablation", width)
+    elif texts(frame):
         written += plot_frontier(frame, folder / "frontier", width)
     if workloads(frame):
         written += plot_speed_frontier(frame, folder / "speed", width)
@@ -44,7 +48,8 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         written += plot_speedup(kernels, folder / f"speedup-{_file_name(model)}", model)
     if len(kernels):
         written += plot_roof(kernels, folder / "roof")
-    hybrid = [point for point in points if point.structure == "hybrid"]
+    # The masks of an ablation's many variants are not what it is about.
+    hybrid = [] if crowded else [point for point in points if point.structure == "hybrid"]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])
     for trial in trials:
@@ -54,7 +59,7 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
         several = len({point.model for point in hybrid}) > 1
         name = _file_name(f"{model} {method}" if several else method)
         written += plot_layer_sparsity(frame, members, folder / f"layer-sparsity-{name}", width)
-    if (frame.step.notna() & (frame.metric == "cross_entropy")).any():
+    if not crowded and (frame.step.notna() & (frame.metric == "cross_entropy")).any():
         first = [point.trials[0] for point in points]
         written += plot_learning_curves(frame, folder / "learning-curves", width, first)
     return written

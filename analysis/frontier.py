@@ -35,7 +35,8 @@ from patch.errors import UserError
 _PANEL_WIDTH = 1.2
 
 FillStyle = Literal["full", "top", "bottom", "left", "right"]
-_FILLS: tuple[FillStyle, ...] = ("full", "top", "bottom", "left", "right")
+FILLS: tuple[FillStyle, ...] = ("full", "top", "bottom", "left", "right")
+"""How variants of a method are told apart: as many as there are."""
 
 
 def plot_frontier(frame: pd.DataFrame, path: Path, width: Width = "double", text: Text | None = None) -> list[Path]:
@@ -113,7 +114,7 @@ def draw_perplexity(axis: Axes, points: Sequence[Point], text: Text, band: Axes 
     _draw_points(axis, inside, lambda point: point.perplexity[text], lambda measured: measured.spread, fills)
     finite = [values[id(point)] for point in inside if math.isfinite(values[id(point)])]
     if finite:
-        _perplexity_axis(axis, min(finite), max(finite))
+        scale_perplexity(axis, min(finite), max(finite))
     name = SOURCES.get(text.source, text.source)
     axis.set_ylabel(f"{name} perplexity @{text.length}")
     _sparsity_axis(axis, points)
@@ -197,7 +198,7 @@ def _draw_points(
 def fills_of(points: Sequence[Point]) -> dict[str, FillStyle]:
     """How much of a marker is filled, by variant: all of those without one, halves of the others."""
     variants = sorted({point.variant for point in points})
-    return dict(zip(variants, itertools.cycle(_FILLS), strict=False))
+    return dict(zip(variants, itertools.cycle(FILLS), strict=False))
 
 
 def variant_handles(points: Sequence[Point]) -> list[Line2D]:
@@ -289,19 +290,21 @@ def _column(point: Point) -> int:
     return round(100 * _sparsity(point))
 
 
-def _perplexity_axis(axis: Axes, low: float, high: float) -> None:
-    """A linear axis for small ranges, a logarithmic one with plain numbers above."""
+def scale_perplexity(axes: Axes, low: float, high: float, along: Literal["x", "y"] = "y") -> None:
+    """One axis from ``low`` to ``high``: linear for small ranges, logarithmic with plain numbers for others."""
+    axis = axes.yaxis if along == "y" else axes.xaxis
+    set_limits = axes.set_ylim if along == "y" else axes.set_xlim
     if high / low > 2:
-        axis.set_yscale("log")
+        (axes.set_yscale if along == "y" else axes.set_xscale)("log")
         margin = (high / low) ** 0.06
-        axis.set_ylim(low / margin, high * margin)
-        axis.yaxis.set_major_locator(FixedLocator(_log_ticks(low / margin, high * margin)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        set_limits(low / margin, high * margin)
+        axis.set_major_locator(FixedLocator(_log_ticks(low / margin, high * margin)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         margin = 0.07 * (high - low) or 0.05 * high
-        axis.set_ylim(low - margin, high + margin)
-        axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        set_limits(low - margin, high + margin)
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

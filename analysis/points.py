@@ -8,6 +8,7 @@ told apart by their ``variant``.
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -250,8 +251,9 @@ def _tile(about: Mapping[str, Any]) -> str | None:
 def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     """Each definition with what tells it apart from others of its model, method and structure, sparsity and tile aside.
 
-    What differs between any two of these is said of all, so that a line through points of several sparsities is of one
-    recipe. Departures from every published recipe are said even where nothing differs.
+    Of what differs between any two of these, the value that most of them have goes without saying; any other is said
+    at every sparsity, so that a line through several is of one recipe. Departures from every published recipe are said
+    even where nothing differs.
     """
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for about in definitions:
@@ -270,9 +272,21 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
         brief = [name for name in differing if not name.startswith("prior.") or name == "prior.method"]
         if _distinct(flat, brief) == _distinct(flat, differing):
             differing = brief
+        usual = {name: _usual([_canonical(fields.get(name)) for fields in flat]) for name in differing}
         for member, fields in zip(members, flat, strict=True):
-            result.append((member, ", ".join(filter(None, (_setting(name, fields) for name in differing)))))
+            said = [
+                _setting(name, fields)
+                for name in differing
+                if name in DEPARTURES or _canonical(fields.get(name)) != usual[name]
+            ]
+            result.append((member, ", ".join(filter(None, said))))
     return result
+
+
+def _usual(values: Sequence[str]) -> str | None:
+    """The value that more than half of them are, if there is one."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
 
 
 def _setting(name: str, fields: Mapping[str, Any]) -> str:

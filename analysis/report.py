@@ -29,6 +29,7 @@ from analysis.tables import MISSING, Table, shown_cells
 
 # What each figure of `plot_study` shows, by the beginning of its file's name.
 _CAPTIONS = {
+    "ablation": "Perplexity of each variant, lowest on top; the dashed line is the dense model.",
     "frontier": "Perplexity and accuracy against sparsity; error bars are standard errors.",
     "speedup": "Speedup of a model's linears over the fastest dense one, with what bytes and instructions would allow.",
     "roof": "Share of the GPU's measured roof that the kernels reach, by shape.",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.frontier import FillStyle, fills_of, marking, method_handles, variant_handles
+from analysis.frontier import FillStyle, fills_of, marking, method_handles, scale_perplexity, variant_handles
 from analysis.joined import workloads, wrong
 from analysis.names import METHODS, SOURCES, workload_name
 from analysis.points import Measured, Point, gather, texts
@@ -130,6 +130,9 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     handles = method_handles(pruned)
     if len(pruned) < len(points):
         handles.insert(0, Line2D([], [], label=METHODS["dense"], linestyle="none", **_DENSE))
+    if any(point.structure == "unstructured" for point in points):
+        hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
+        handles.append(Line2D([], [], label="unstructured", **hollow))
     handles += variant_handles(points)
     add_legend(figure, handles, 3 if width == "single" else 7)
     return figure
@@ -161,6 +164,6 @@ def _draw(
         [x for x, _ in edge], [y for _, y in edge], where="pre", color="0.6", linewidth=0.8, zorder=1, gid="pareto"
     )
     axis.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
-    if lower_is_better and results and max(y for _, y in results) > 4 * min(y for _, y in results):
-        axis.set_yscale("log")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    if lower_is_better and results:
+        scale_perplexity(axis, min(y for _, y in results), max(y for _, y in results))
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))

@@ -133,6 +133,16 @@ def test_other_differences_keep_points_apart_and_are_named(study: Study, make_pr
     assert [point.variant for point in gather(frame)] == ["steps=2000", "steps=500"]
 
 
+def test_what_most_variants_have_goes_without_saying(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    recipes = [RECIPE, RECIPE | {"steps": 500}, RECIPE | {"lr": 3e-3}]
+    about = [
+        make_pruning("m", "patch-joint", "hybrid", 0.25, learning={"source": "train", "recipe": recipe})
+        for recipe in recipes
+    ]
+    frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
+    assert [point.variant for point in gather(frame)] == ["", "lr=0.003", "steps=500"]
+
+
 def test_priors_are_named_by_their_method_alone(study: Study, make_pruning: Make, make_trial: Make) -> None:
     priors = [make_pruning("m", method, "2:4", 0.5, calibration=text) for method, text in PRIORS.items()]
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, prior=prior) for prior in (None, *priors)]
