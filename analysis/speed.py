@@ -105,7 +105,12 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128") -> Table:
         (Measured(float(str(tokens))), *map(Measured, row), Measured(best[tokens]) if tokens in best else None)
         for tokens, row in means.iterrows()
     ]
-    return _plain(columns, rows)
+    compiled = sorted(frame[frame.implementation == "compiled"].tokens.unique())
+    dense = "Dense is cuBLAS."
+    if compiled:
+        some = "" if len(compiled) == frame.tokens.nunique() else " where that was timed"
+        dense = f"Dense is the faster of cuBLAS and torch.compile's max-autotune{some}."
+    return _plain(columns, rows, [dense])
 
 
 def model_table(frame: pd.DataFrame) -> Table:
@@ -132,5 +137,5 @@ def model_table(frame: pd.DataFrame) -> Table:
     return _plain(columns, rows)
 
 
-def _plain(columns: Sequence[Column], rows: Sequence[tuple[Value, ...]]) -> Table:
-    return Table(tuple(columns), tuple(rows), ("",) * len(rows), frozenset(), ())
+def _plain(columns: Sequence[Column], rows: Sequence[tuple[Value, ...]], notes: Sequence[str] = ()) -> Table:
+    return Table(tuple(columns), tuple(rows), ("",) * len(rows), frozenset(), tuple(notes))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.speed import geometric_mean
+from analysis.speed import DENSE, geometric_mean
 from analysis.style import INK, PALETTE, WIDTHS, Width, new_figure, paper_style, save_figure
 
 # Bytes of a 2:4 block for each of a dense one; instructions are half.
@@ -49,7 +49,8 @@ def plot_speedup(frame: pd.DataFrame, path: Path, model: str = "llama-2-7b", wid
             label = f"{tokens} token" + ("s" if tokens > 1 else "")
             axes.plot(100 * line.index, line.to_numpy(), color=color, marker=marker, ms=3, lw=1, label=label)
         axes.axhline(1, color=INK, lw=0.6)
-        axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(0.9, 2.0))
+        lowest = min((means[tokens].min() for tokens in shown), default=1.0)
+        axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(min(0.9, lowest - 0.04), 2.0))
         axes.legend(frameon=False, fontsize=6, loc="upper left")
         return save_figure(figure, path)
 
@@ -60,30 +61,28 @@ def plot_roof(frame: pd.DataFrame, path: Path, width: Width = "double") -> list[
         figure = new_figure(WIDTHS[width], 2.6)
         many, few = figure.subplots(1, 2)
         _bars(many, frame[frame.tokens == 4096], "TFLOP/s, dense-equivalent", _tflops, "4096 tokens")
-        roof = float(frame.matmul_roof.median())
-        many.axhline(roof, color=INK, lw=0.8, ls="--")
-        many.annotate(
-            "large dense product",
-            (1, roof),
-            (0, 2),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            size=6,
-        )
+        _roof(many, float(frame.matmul_roof.median()), "large dense product")
         _bars(few, frame[frame.tokens == 1], "TB/s of weights", _terabytes, "1 token")
+        _roof(few, float(frame.copy_roof.median()), "large copy")
         handles, labels = many.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=6)
         return save_figure(figure, path)
 
 
+def _roof(axes: Axes, height: float, label: str) -> None:
+    axes.axhline(height, color=INK, lw=0.8, ls="--")
+    place = ("axes fraction", "data")
+    axes.annotate(label, (1, height), (0, 2), xycoords=place, textcoords="offset points", ha="right", size=6)
+
+
 def _bars(axes: Axes, frame: pd.DataFrame, ylabel: str, measure: Any, title: str) -> None:
-    chosen = frame[frame.implementation.eq("cublas") | (frame.implementation.eq("hybrid") & frame.tile.eq("128x128"))]
+    dense = frame.implementation.isin(DENSE) & (frame.value == frame.dense)
+    chosen = frame[dense | (frame.implementation.eq("hybrid") & frame.tile.eq("128x128"))]
     chosen = chosen[chosen.tiles.isna() | chosen.tiles.eq("uneven") | chosen.sparsity.eq(0.5)]
     shapes = list(dict.fromkeys(zip(chosen.model, chosen.linear, strict=True)))
-    kinds = [("cuBLAS, dense", None), ("hybrid 25%", 0.25), ("hybrid 45%", 0.45), ("2:4", 0.5)]
+    kinds = [("fastest dense", None), ("hybrid 25%", 0.25), ("hybrid 45%", 0.45), ("2:4", 0.5)]
     for number, (label, sparsity) in enumerate(kinds):
-        rows = chosen[chosen.implementation.eq("cublas") if sparsity is None else chosen.sparsity.eq(sparsity)]
+        rows = chosen[chosen.implementation.isin(DENSE) if sparsity is None else chosen.sparsity.eq(sparsity)]
         values = {key: measure(group.iloc[0]) for key, group in rows.groupby(["model", "linear"])}
         places = np.arange(len(shapes)) + 0.2 * (number - 1.5)
         axes.bar(places, [values.get(shape, np.nan) for shape in shapes], 0.19, color=PALETTE[number], label=label)
@@ -91,6 +90,7 @@ def _bars(axes: Axes, frame: pd.DataFrame, ylabel: str, measure: Any, title: str
     axes.set_xticks(np.arange(len(shapes)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=5)
     axes.set(ylabel=ylabel)
     axes.set_title(title, fontsize=7)
+    axes.grid(axis="x", visible=False)
 
 
 def _tflops(row: pd.Series) -> float:

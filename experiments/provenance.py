@@ -26,8 +26,8 @@ def revision() -> tuple[str, bool | None]:
     ``HTS_REVISION`` names it where the code runs from an exported tree or a container without its repository; whether
     that tree was changed cannot be known, so the second part is None.
     """
-    if "HTS_REVISION" in os.environ:
-        return os.environ["HTS_REVISION"], None
+    if named := os.environ.get("HTS_REVISION"):
+        return named, None
     here = str(Path(__file__).resolve().parent)
     commit = _output("git", "-C", here, "rev-parse", "HEAD")
     if commit is None:
