@@ -29,7 +29,7 @@ from stoicc import configs
 from stoicc.format import HybridWeight, pack
 from stoicc.matmul import choose, run
 from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
-from stoicc.tune import predicted_speedup
+from stoicc.tune import faster_packed
 
 SCHEMA = 1
 SPARSITIES, TOKENS = KernelGrid.sparsities, KernelGrid.tokens
@@ -162,7 +162,7 @@ def _bench_tokens(
         hybrid, masked = packed[variant]
         config = choose(x.device, linear.n, linear.k, hybrid.band, configs.token_bucket(tokens))
         about[name] = {"kernel": configs.kernel_name(config), "config": asdict(config), "bytes": hybrid.nbytes}
-        if predicted_speedup(x.device, hybrid, tokens) < 1:
+        if not faster_packed(x.device, hybrid, [tokens]):
             calls[name], about[name]["fallback"] = calls["cublas"], "predicted slower than dense"
             continue
         orders = hybrid.orders()

@@ -33,7 +33,7 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
     "joined": (
         "frontier-smollm2",
         "speed",
-        (*_ABOUT, "perplexity", "packed_perplexity", "packed_share", "speedup"),
+        ("method", "structure", "variant", "achieved_sparsity", "perplexity", "packed_perplexity", "speedup"),
     ),
     "carried": (
         "frontier-smollm2",

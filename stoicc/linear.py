@@ -9,7 +9,6 @@ maps can be stacked, so that one kernel does the work of three. The first of the
 rows of the result.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from patch.errors import UserError
 from patch.mask import HybridMask
 from stoicc.format import DTYPES, HybridWeight, pack
 from stoicc.matmul import linear_op
-from stoicc.tune import predicted_speedup
+from stoicc.tune import faster_packed
 
 # Names, within one parent module, of linears that are applied to the same activations.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -222,7 +221,7 @@ def compile_model(
             after += size
             continue
         module, hybrid = _pack_linears(names, linears, mask)
-        if tokens and _slower(hybrid, tokens):
+        if tokens and hybrid.device.type == "cuda" and not faster_packed(hybrid.device, hybrid, tokens):
             slower += names
             after += size
             continue
@@ -243,12 +242,6 @@ def install(model: nn.Module, module: HybridLinear) -> None:
 def packed_modules(model: nn.Module) -> list[HybridLinear]:
     """The packed modules of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, HybridLinear)]
-
-
-def _slower(hybrid: HybridWeight, tokens: Sequence[int]) -> bool:
-    if hybrid.device.type != "cuda":
-        return False
-    return sum(math.log(predicted_speedup(hybrid.device, hybrid, count)) for count in tokens) < 0
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

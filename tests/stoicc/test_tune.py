@@ -1,0 +1,47 @@
+"""What the tuning tables make of a weight that was not measured: whether it should run packed at all."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stoicc import configs
+from stoicc.configs import Entry
+from stoicc.kernels.stream import StreamConfig
+from stoicc.tune import MARGIN, SPARSE_SHARE, expected_speedup
+
+ROOT = Path(__file__).parent.parent.parent
+H200 = configs.committed_table("NVIDIA H200")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 128, 8192])
+def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) -> None:
+    entry = Entry(4096, 4096, 2, tokens, StreamConfig(16, 8, (1, 1, 1), 1, 0), 8.0, 10.0)
+    assert expected_speedup(entry, SPARSE_SHARE) == pytest.approx(1.25)
+    speedups = [expected_speedup(entry, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert speedups == sorted(speedups)
+    assert speedups[-1] / speedups[0] < (16 / 9 if tokens <= 64 else 2)
+
+
+def measured() -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Cells of the committed grid that ran packed: the cell, its speedup over cuBLAS, and what the table expects."""
+    table = configs.read_table(H200)
+    for path in sorted((ROOT / "results" / "bench" / "nvidia-h200" / "kernels").glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        dense = {row["cell"]["tokens"]: row["value"] for row in rows if row["implementation"] == "cublas"}
+        for row in rows:
+            if row["implementation"] == "hybrid" and "fallback" not in row:
+                cell = row["cell"]
+                n, k, tokens = cell["n"], cell["k"], cell["tokens"]
+                band = 2 if cell["tile"][0] > 64 else 1
+                entry = configs.nearest(table, n, k, band, configs.token_bucket(tokens), (9, 0))
+                assert entry
+                yield cell, dense[tokens] / row["value"], expected_speedup(entry, 2 * cell["sparsity"])
+
+
+def test_nothing_measured_that_is_expected_to_be_faster_is_slower_than_dense() -> None:
+    chosen = [(cell, speedup) for cell, speedup, expected in measured() if expected >= MARGIN]
+    assert len(chosen) > 500
+    assert [cell for cell, speedup in chosen if speedup < 0.95] == []
