@@ -33,9 +33,10 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
     written: list[Path] = []
     points = gather(frame)
     crowded = bool(ablated(points)) and bool(texts(frame))
+    one_sparsity = len({point.sparsity for point in points if point.method != "dense"}) == 1
     if crowded:
         written += plot_ablation(frame, folder / "ablation", width)
-    elif texts(frame):
+    elif texts(frame) and not (one_sparsity and swept(points)):
         written += plot_frontier(frame, folder / "frontier", width)
     if workloads(frame):
         written += plot_speed_frontier(frame, folder / "speed", width)

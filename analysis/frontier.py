@@ -78,7 +78,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
         draw_perplexity(panel, chosen, text, band)
         if with_accuracy:
             lowest = figure.add_subplot(grid[:, 1] if beside else grid[-1, place])
-            draw_accuracy(lowest, chosen, _accuracy_label(frame))
+            draw_accuracy(lowest, chosen, accuracy_label(frame))
         for axis in (panel, lowest):
             axis.set_xlabel("Sparsity (%)" if beside or axis is lowest else "")
             if place:
@@ -155,7 +155,8 @@ def _side_by_side(points: Iterable[Point]) -> dict[int, float]:
     return moved
 
 
-def _accuracy_label(frame: pd.DataFrame) -> str:
+def accuracy_label(frame: pd.DataFrame) -> str:
+    """What an axis of mean accuracies is called."""
     over = mean_tasks(tasks(frame))
     return f"{task_heading(over[0])}\naccuracy (%)" if len(over) == 1 else f"Mean accuracy, {len(over)} tasks (%)"
 

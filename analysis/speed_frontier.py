@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.frontier import FillStyle, fills_of, marking, method_handles, scale_perplexity, variant_handles
+from analysis.frontier import (
+    FillStyle,
+    accuracy_label,
+    fills_of,
+    marking,
+    method_handles,
+    scale_perplexity,
+    variant_handles,
+)
 from analysis.joined import workloads, wrong
 from analysis.names import METHODS, SOURCES, workload_name
 from analysis.points import Measured, Point, gather, texts
@@ -125,7 +133,7 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
         if column == 0:
             top.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")
             if with_accuracy:
-                lowest.set_ylabel("Mean accuracy (%)")
+                lowest.set_ylabel(accuracy_label(frame))
     pruned = [point for point in points if point.method != "dense"]
     handles = method_handles(pruned)
     if len(pruned) < len(points):

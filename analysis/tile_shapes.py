@@ -1,8 +1,10 @@
 """How much the tile shape matters: perplexity, and mean accuracy where there are tasks, by tile shape."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.accuracy import heading
-from analysis.frontier import FillStyle, fills_of, marking, method_handles, variant_handles
+from analysis.frontier import FillStyle, accuracy_label, fills_of, marking, method_handles, variant_handles
 from analysis.names import percent
 from analysis.points import Measured, Point, gather, texts
 from analysis.style import DASHED, INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
@@ -67,23 +69,29 @@ def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
     figure = new_figure(WIDTHS[width], 0.5 + (3.6 if accurate else 2.0))
     axes = figure.subplots(2 if accurate else 1, 1, sharex=True, squeeze=False)[:, 0]
     fills = fills_of(drawn)
-    _draw(axes[0], groups, shapes, lambda point: point.perplexity.get(text), fills, 1.0)
+    # The error of a text is shared by all shapes: only the spread over seeds says whether they differ.
+    _draw(axes[0], groups, shapes, lambda point: _without_stderr(point.perplexity.get(text)), fills, 1.0)
     axes[0].set_ylabel(heading(text).replace("PPL", "perplexity"))
     if accurate:
         _draw(axes[1], groups, shapes, lambda point: point.mean_accuracy, fills, 100.0)
-        axes[1].set_ylabel("Mean accuracy (%)")
+        axes[1].set_ylabel(accuracy_label(frame))
     for point in dense:
         values = (point.perplexity.get(text), point.mean_accuracy)
         for axis, value, factor in zip(axes, values, (1.0, 100.0), strict=False):
             if value is not None:
                 axis.axhline(factor * value.value, color=INK, linestyle=DASHED, linewidth=0.8)
-    axes[-1].set_xticks(range(len(shapes)), shapes)
+    crowded: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if len(shapes) > 6 else {}
+    axes[-1].set_xticks(range(len(shapes)), shapes, **crowded)
     axes[-1].set_xlabel("Tile (rows x columns)")
     handles = method_handles(drawn)
     if dense:
         handles.insert(0, Line2D([], [], label="Dense", color=INK, linestyle=DASHED, linewidth=0.8))
     add_legend(figure, [*handles, *variant_handles(drawn)], 3)
     return figure
+
+
+def _without_stderr(measured: Measured | None) -> Measured | None:
+    return measured and dataclasses.replace(measured, stderr=None)
 
 
 def _draw(

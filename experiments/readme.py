@@ -1,19 +1,23 @@
-"""The tables of ``README.md``, made from the committed rows.
+"""The tables and the measured numbers of ``README.md``, made from the committed rows.
 
-python -m experiments.readme        rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->``
+python -m experiments.readme        rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->``,
+                                    and within a line between ``<!-- value NAME -->`` and ``<!-- end -->``
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pandas import DataFrame
+
 from analysis.learning_speed import learning_tables
+from analysis.points import Measured, Point, gather
 from analysis.speed import kernel_table, load_bench, model_table
 from analysis.study_tables import study_tables
 from analysis.tables import Table, markdown, only
 from experiments import reports
 from experiments.store import Store, write_atomic
-from experiments.studies import STUDIES
+from experiments.studies import STUDIES, TARGETS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -42,6 +46,7 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
     ),
 }
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+_VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -->)")
 
 
 def blocks() -> dict[str, str]:
@@ -56,10 +61,56 @@ def blocks() -> dict[str, str]:
     return {name: markdown(table, notes=False) for name, table in found.items()}
 
 
+def values() -> dict[str, str]:
+    """Every number of the text by its name."""
+    store = Store(RESULTS)
+    learned = gather(reports.frame(STUDIES["smollm2-learned"].trials(), store))
+    kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
+    (rates,) = (table for name, table in learning_tables(BENCH).items() if table.columns[0].name == "model")
+    tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
+    by_tile = {point.tile: next(iter(point.perplexity.values())).value for point in tiles if point.tile}
+    return {
+        "closed": _closed(learned, ""),
+        "closed-distilled": _closed(learned, "distillation=1"),
+        "max-autotune": _max_autotune_gain(kernels),
+        "hours-8b": _hours(rates, "llama-3.1-8b", 90e6),
+        "smallest-tile": f"{by_tile['16x16']:.1f}",
+        "largest-tile": f"{by_tile['128x128']:.1f}",
+    }
+
+
+def _closed(points: Sequence[Point], variant: str) -> str:
+    """How much of MaskLLM's distance to dense PATCH joint closes, in percent, by falling sparsity."""
+    found = [point for point in points if point.method == "dense" or point.variant == variant]
+    (dense,), (maskllm,), *patch = (
+        [next(iter(point.perplexity.values())).value for point in found if (point.method, point.sparsity) == about]
+        for about in (("dense", 0.0), ("maskllm", 0.5), *(("patch-joint", target) for target in TARGETS))
+    )
+    *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for (value,) in patch)
+    return f"{', '.join(first)} and {last}%"
+
+
+def _max_autotune_gain(kernels: DataFrame) -> str:
+    """How much less time than cuBLAS torch.compile's choice takes with one token: the range over linears."""
+    one = kernels[(kernels.tokens == 1) & kernels.implementation.isin(["cublas", "compiled"])]
+    times = one.pivot_table(index="linear", columns="implementation", values="value")
+    saved = 100 * (1 - times.compiled / times.cublas)
+    return f"{saved.min():.0f} to {saved.max():.0f}%"
+
+
+def _hours(rates: Table, model: str, tokens: float) -> str:
+    """How long learning on so many tokens takes at the measured rate."""
+    column = [column.name for column in rates.columns].index("rate")
+    (rate,) = (row[column] for row in rates.rows if row[0] == model)
+    assert isinstance(rate, Measured)
+    return f"{tokens / rate.value / 3600:.1f}"
+
+
 def filled(text: str) -> str:
-    """A README with its tables as the rows have them."""
-    known = blocks()
-    return _BLOCK.sub(lambda block: f"{block[1]}\n{known[block['name']]}\n\n{block[4]}", text)
+    """A README with its tables and numbers as the rows have them."""
+    tables, numbers = blocks(), values()
+    text = _BLOCK.sub(lambda block: f"{block[1]}\n{tables[block['name']]}\n\n{block[4]}", text)
+    return _VALUE.sub(lambda value: f"{value[1]}{numbers[value['name']]}{value[4]}", text)
 
 
 if __name__ == "__main__":

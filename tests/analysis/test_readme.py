@@ -13,12 +13,21 @@ from experiments.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]
 STORE = Store(ROOT / "results")
-REPORTED = ("demo", "smollm2-oneshot", "smollm2-learned", "recipe-ablation", "frontier", "frontier-smollm2")
+REPORTED = (
+    "demo",
+    "smollm2-oneshot",
+    "smollm2-learned",
+    "recipe-ablation",
+    "frontier",
+    "frontier-smollm2",
+    "embedded-tiles",
+)
 
 
 def test_the_readme_shows_what_was_measured() -> None:
     text = (ROOT / "README.md").read_text()
     assert set(re.findall(r"<!-- table ([\w-]+) -->", text)) == set(readme.blocks())
+    assert set(re.findall(r"<!-- value ([\w-]+) -->", text)) == set(readme.values())
     assert readme.filled(text) == text, "run python -m experiments.readme"
 
 
