@@ -231,7 +231,8 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     for place, axis in enumerate(axes.flat):
         axis.tick_params(labelbottom=place + columns >= len(kinds))
-    figure.supxlabel("Block", size=7.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("Block")
     figure.supylabel("Sparsity (%)", size=7.5)
     handles = [Line2D([], [], label=labels[trial], **(looks[trial] | markers)) for trial in labels]
     vacant = axes.flat[len(kinds) :]

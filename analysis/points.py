@@ -309,15 +309,18 @@ def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def tile_order(tile: str | None) -> tuple[int, str]:
+    """Sorts tile shapes such as ``64x128`` by their size; none comes first."""
+    return (math.prod(int(side) for side in tile.split("x")), tile) if tile else (0, "")
+
+
 def _reading_order(point: Point) -> tuple[Any, ...]:
-    area = math.prod(int(side) for side in point.tile.split("x")) if point.tile else 0
     return (
         point.model,
         rank(METHODS, point.method),
         rank(STRUCTURES, point.structure),
         -point.sparsity,
-        area,
-        point.tile or "",
+        tile_order(point.tile),
         point.variant,
     )
 
@@ -343,7 +346,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
             rank(METHODS, trials.method[trial]),
             rank(STRUCTURES, trials.structure[trial]),
             -trials.sparsity[trial],
-            str(trials.tile[trial]),
+            tile_order(None if pd.isna(trials.tile[trial]) else trials.tile[trial]),
             trials.seed[trial],
         ),
     )

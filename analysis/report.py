@@ -25,6 +25,7 @@ from analysis.names import METHODS
 from analysis.points import Measured, Task
 from analysis.rows import records
 from analysis.study_tables import study_tables, title
+from analysis.style import WIDTHS
 from analysis.tables import MISSING, Table, shown_cells
 
 # What each figure of `plot_study` shows, by the beginning of its file's name.
@@ -222,16 +223,18 @@ def _figure(path: Path) -> dict[str, str]:
     kind = next((kind for kind in _CAPTIONS if path.stem.startswith(kind)), "")
     subject = path.stem.removeprefix(kind).strip("-").replace("-", " ")
     caption = " ".join(filter(None, (_CAPTIONS.get(kind, ""), subject and f"({subject})")))
-    return {
-        "name": path.stem,
-        "caption": caption or path.stem,
-        "data": "data:image/png;base64," + base64.b64encode(_few_colours(path)).decode(),
-    }
+    with Image.open(path) as image:
+        return {
+            "name": path.stem,
+            "caption": caption or path.stem,
+            "data": "data:image/png;base64," + base64.b64encode(_few_colours(image)).decode(),
+            "width": f"{image.width / image.info['dpi'][0] / WIDTHS['double']:.0%}",
+        }
 
 
-def _few_colours(path: Path) -> bytes:
+def _few_colours(image: Image.Image) -> bytes:
     """A PNG of 256 colours, which figures have no more of to the eye, at a third of its size."""
-    with Image.open(path) as image, io.BytesIO() as small:
+    with io.BytesIO() as small:
         image.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
         return small.getvalue()
 

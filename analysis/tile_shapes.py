@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from analysis.accuracy import heading
 from analysis.frontier import FillStyle, accuracy_label, fills_of, marking, method_handles, variant_handles
 from analysis.names import percent
-from analysis.points import Measured, Point, gather, texts
+from analysis.points import Measured, Point, gather, texts, tile_order
 from analysis.style import DASHED, INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
 from patch.errors import UserError
 
@@ -34,7 +34,7 @@ def swept(points: Sequence[Point]) -> dict[Group, list[Point]]:
         if point.structure == "hybrid" and point.tile:
             groups.setdefault((point.model, point.method, point.sparsity, point.variant), []).append(point)
     return {
-        group: sorted(members, key=lambda point: _order(point.tile))
+        group: sorted(members, key=lambda point: tile_order(point.tile))
         for group, members in groups.items()
         if len({point.tile for point in members}) >= _FEWEST
     }
@@ -61,7 +61,7 @@ def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
     if not groups:
         raise UserError("no sweep over tile shapes to plot: run a study such as smollm2-tiles first")
     text = texts(frame)[0]
-    shapes = sorted({point.tile for members in groups.values() for point in members if point.tile}, key=_order)
+    shapes = sorted({point.tile for members in groups.values() for point in members if point.tile}, key=tile_order)
     drawn = [point for members in groups.values() for point in members]
     models = {model for model, *_ in groups}
     dense = [point for point in points if point.method == "dense" and point.model in models]
@@ -111,8 +111,3 @@ def _draw(
         label = percent(sparsity) if len({each[0] for each in groups}) == 1 else f"{model} {percent(sparsity)}"
         axis.annotate(label, (places[-1], heights[-1]), (5, 0), textcoords="offset points", va="center", color=INK)
     axis.margins(x=0.12)
-
-
-def _order(tile: str | None) -> tuple[int, str]:
-    rows, _, columns = (tile or "").partition("x")
-    return int(rows) * int(columns), tile or ""

@@ -197,7 +197,7 @@ def test_layer_sparsity(smollm: pd.DataFrame) -> None:
     assert {len(axis.lines) for axis in panels} == {3} and {len(line.get_xdata()) for line in panels[0].lines} == {30}
     rows = smollm[(smollm.trial == trials[0]) & (smollm.metric == "layer_sparsity") & smollm.layer.str.contains("down")]
     assert list(panels[-1].lines[0].get_ydata()) == pytest.approx(list(100 * rows.value))
-    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("Block", "Sparsity (%)")
+    assert (panels[-1].get_xlabel(), figure.get_supylabel()) == ("Block", "Sparsity (%)")
     key = figure.axes[-1].get_legend()
     assert key is not None
     assert [text.get_text() for text in key.get_texts()] == ["Wanda 45%", "Wanda 35%", "Wanda 25%"]
