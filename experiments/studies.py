@@ -279,24 +279,29 @@ def smollm2_tiles() -> Trials:
 def recipe_ablation() -> Trials:
     """What each change of the published recipe does: PATCH joint at 45% on SmolLM2, 6.6 million tokens each.
 
-    Compared on WikiText-2's validation text, which is not reported elsewhere.
+    Compared on WikiText-2's validation text, which is not reported elsewhere. The published recipe, what helped it most,
+    and what helped on top of that, are learned from two seeds.
     """
-    changes: list[dict[str, Any]] = [
+    distilled: dict[str, Any] = {"distillation": 1.0}
+    finalists: list[dict[str, Any]] = [
         {},
+        distilled,
+        distilled | {"start": "wanda"},
+        distilled | {"tile_prior": 0.0},
+        distilled | {"start": "wanda", "tile_prior": 0.0, "lr": 2e-3},
+    ]
+    others: list[dict[str, Any]] = [
         {"lr": 3e-3},
         {"weight_penalty": 0.0},
         {"distillation": 0.5},
-        {"distillation": 1.0},
-        # On top of that:
-        {"distillation": 1.0, "lr": 3e-3},
-        {"distillation": 1.0, "lr": 2e-3},
-        {"distillation": 1.0, "weight_penalty": 0.0},
-        {"distillation": 1.0, "density": "expected"},
-        {"distillation": 1.0, "pattern_prior": 9.0},
-        {"distillation": 1.0, "start": "wanda"},
-        {"distillation": 1.0, "logit_dtype": "bfloat16"},
-        {"distillation": 1.0, "tile_prior": 0.0},
+        distilled | {"lr": 3e-3},
+        distilled | {"lr": 2e-3},
+        distilled | {"weight_penalty": 0.0},
+        distilled | {"density": "expected"},
+        distilled | {"pattern_prior": 9.0},
+        distilled | {"logit_dtype": "bfloat16"},
     ]
+    changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
     return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
 
