@@ -279,8 +279,8 @@ def smollm2_tiles() -> Trials:
 def recipe_ablation() -> Trials:
     """What each change of the published recipe does: PATCH joint at 45% on SmolLM2, 6.6 million tokens each.
 
-    Compared on WikiText-2's validation text, which is not reported elsewhere. The published recipe, what helped it most,
-    and what helped on top of that, are learned from two seeds.
+    Compared on WikiText-2's validation text, which is not reported elsewhere. The published recipe, what helped it
+    most, and what helped on top of that, are learned from two seeds.
     """
     distilled: dict[str, Any] = {"distillation": 1.0}
     finalists: list[dict[str, Any]] = [
