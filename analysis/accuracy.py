@@ -1,7 +1,7 @@
 """The accuracy table of a study, as in the pruning papers: a line per pruned model, a column per text and task."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
@@ -62,31 +62,6 @@ def identity_fields(points: Sequence[Point]) -> list[Field]:
     if any(point.variant for point in points):
         fields.insert(3, (Column("variant", "Variant", "text"), lambda point: point.variant or None))
     return fields
-
-
-def published_table(models: Collection[str] = published.MODELS) -> Table:
-    """What the PATCH paper reports for the named models."""
-    fields = [
-        Column("model", "Model", "text"),
-        Column("method", "Method", "text"),
-        Column("structure", "Structure", "text"),
-        Column("target_sparsity", "Target (%)", "percent"),
-        *(column for column, _ in _published_fields()),
-    ]
-    results = [result for result in published.RESULTS if result.model in models]
-    rows = tuple(
-        (
-            result.model,
-            METHODS[result.method],
-            None if result.method == "dense" else result.structure,
-            Measured(result.sparsity),
-            Measured(result.perplexity),
-            Measured(result.mean_accuracy),
-        )
-        for result in results
-    )
-    notes = (f"All numbers as published: {published.CITATION}.",)
-    return Table(tuple(fields), rows, tuple(result.model for result in results), frozenset(), notes)
 
 
 def heading(text: Text) -> str:

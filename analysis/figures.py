@@ -3,8 +3,8 @@
 Each ``plot_*`` takes rows and a path, writes ``<path>.png`` and ``<path>.pdf``, and returns the two paths; the same
 rows give the same bytes. Each ``draw_*`` returns the figure, or draws on given axes, and writes nothing.
 
-    >>> frame = load_rows(Path("results/smollm2/rows"))
-    >>> plot_study(frame, Path("results/smollm2"))
+    >>> frame = load_rows(Path("results/rows"))
+    >>> plot_study(frame[frame.model == "embedded"], Path("figures"))
 """
 
 import re

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from analysis.accuracy import Field, heading, identity_fields
-from analysis.names import workload_name
+from analysis.names import workload_name, workload_of
 from analysis.points import Measured, Point, Text, gather, texts
 from analysis.tables import Column, Table, Value
 from patch.errors import UserError
@@ -86,11 +86,12 @@ def carried_table(frame: pd.DataFrame, shape: str) -> Table:
     if not points:
         raise UserError(f"no tile statistics were timed on the shapes of {shape}: run a frontier study on a GPU first")
     rows = frame[(frame.stage == stage) & (frame.metric == "speedup")]
-    works = [{name: labels[name] for name in ("kind", "batch", "length")} for labels in rows.labels]
     fields = identity_fields(points)
     share = Column("packed_share", "Masked weights (x dense)", "ratio")
     fields.append((share, _ratio(frame, stage, ("packed_bytes", {}), ("masked_bytes", {}))))
-    timed = {f"{work['kind']}@{work['batch']}x{work['length']}": work for work in works}
+    timed = {
+        workload_of(labels): {name: labels[name] for name in ("kind", "batch", "length")} for labels in rows.labels
+    }
     for name, work in list(timed.items())[:1]:
         peak = Column(f"peak_memory {stage} {name}", f"Peak memory, {workload_name(name).lower()} (x dense)", "ratio")
         fields.append((peak, _memory(frame, stage, work)))

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.lines import from_lines
 from analysis.points import Measured
 from analysis.tables import Column, Table, Value
-from experiments.lines import from_lines
 from patch.errors import UserError
 
 Row = Mapping[str, Any]

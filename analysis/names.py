@@ -1,6 +1,7 @@
 """What methods, texts and tasks are called in tables and figures, and in which order they are read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 METHODS = {
     "dense": "Dense",
@@ -33,7 +34,16 @@ TASKS = {
 }
 
 
+# Over these the published means are taken; RACE may be a subset, called so where it is shown.
+PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
+
 _WORKLOADS = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
+
+
+def workload_of(labels: Mapping[str, Any]) -> str:
+    """What was timed, from the labels of its row: ``decode@16x1``; parts that they lack are left out."""
+    kind, batch, length = (labels.get(name, "") for name in ("kind", "batch", "length"))
+    return f"{kind}@{batch}x{length}"
 
 
 def workload_name(workload: str) -> str:

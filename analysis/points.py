@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.artefacts import check_one_artefact
-from analysis.names import METHODS, STRUCTURES, TASKS, percent, rank
+from analysis.names import METHODS, PAPER_TASKS, STRUCTURES, TASKS, percent, rank
 from analysis.rows import records
 from patch.errors import UserError
 
@@ -24,9 +24,6 @@ from patch.errors import UserError
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published recipe has; a definition leaves them out where they are as published.
 DEPARTURES = ("learning.recipe.distillation", "learning.recipe.density", "learning.recipe.logit_dtype")
-
-# The eight tasks over which the published means are taken; the last may be a subset, called so where it is shown.
-PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "hellaswag", "race")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from analysis.figures import plot_study
-from analysis.names import METHODS
+from analysis.names import METHODS, workload_of
 from analysis.points import Measured, Task
 from analysis.rows import records
 from analysis.study_tables import study_tables, title
@@ -33,7 +32,7 @@ _CAPTIONS = {
     "ablation": "Perplexity of each variant, lowest on top; the dashed line is the dense model.",
     "frontier": "Perplexity and accuracy against sparsity; error bars are standard errors.",
     "speedup": "Speedup of a model's linears over the fastest dense one, with what bytes and instructions would allow.",
-    "roof": "Share of the GPU's measured roof that the kernels reach, by shape.",
+    "roof": "What the kernels reach by shape, beside what a large dense product and a large copy reach.",
     "carried": "Accuracy against the speed of the same tile statistics on a larger model's shapes with random weights.",
     "speed": "Accuracy against end-to-end speedup of the same checkpoints; the grey line is the frontier.",
     "layer-sparsity": "Sparsity of each layer.",
@@ -200,7 +199,7 @@ def _behind(column: str, rows: pd.DataFrame) -> Any:
         return (metric == "packed_bytes") & (stage == "pack")
     if kind in ("speedup", "peak_memory"):
         carried, _, work = about.rpartition(" ")
-        works = ["{kind}@{batch}x{length}".format_map(defaultdict(str, labels)) for labels in rows.labels]
+        works = [workload_of(labels) for labels in rows.labels]
         return (metric == kind) & (stage == (carried or f"speed:{work}")) & (pd.Series(works, rows.index) == work)
     return pd.Series(False, rows.index)
 

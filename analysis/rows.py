@@ -3,7 +3,7 @@
 A results directory holds ``rows/<trial>/<stage>.jsonl``. Rows are never edited, so anything that does not read exactly
 as it was written is an error that names the file and the line, not something to skip.
 
-    >>> frame = load_rows(Path("results/smollm2/rows"))
+    >>> frame = load_rows(Path("results/rows"))
     >>> frame[frame.metric == "perplexity"][["model", "method", "achieved", "value"]]
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.lines import SCHEMA, whole
+from analysis.lines import SCHEMA, whole
 from patch.errors import UserError
 
 _DTYPES = {

@@ -1,4 +1,4 @@
-"""Rows of a bench as tables: speedup over the fastest dense implementation, and how close to the roof.
+"""Rows of a bench as tables: speedup over the fastest dense implementation.
 
 A bench file is JSON lines; the first says where its rows come from. No torch.
 """
@@ -69,10 +69,18 @@ def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
-    """With the best dense time of each cell, and the speedup over it."""
+    """With the best dense time of each cell, and the speedup over it.
+
+    Raises:
+        UserError: if a product was further from float64 than cuBLAS's: its time says nothing.
+    """
     for column in ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status"):
         if column not in frame:
             frame[column] = None
+    for row in records(frame[frame.status == "wrong"]):
+        raise UserError(
+            f"{row.origin}: {row.linear} with {row.tokens} tokens is wrong by {row.error:.2g}: mend the kernel"
+        )
     frame["tile"] = [f"{t[0]}x{t[1]}" if isinstance(t, list) else None for t in frame.tile]
     cell = ["model", "linear", "tokens"] if "linear" in frame else ["model", "sparsity", "kind", "batch", "length"]
     dense = frame[frame.implementation.isin(DENSE)].groupby(cell).value.min().rename("dense")

@@ -22,7 +22,7 @@ from analysis.frontier import (
     variant_handles,
 )
 from analysis.joined import workloads, wrong
-from analysis.names import METHODS, SOURCES, workload_name
+from analysis.names import METHODS, SOURCES, workload_name, workload_of
 from analysis.points import Measured, Point, gather, texts
 from analysis.style import INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
 from patch.errors import UserError
@@ -65,7 +65,7 @@ def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list
     stage = f"carried:{shape}" if shape else f"speed:{workload}"
     rows = frame[(frame.stage == stage) & (frame.metric == "speedup")]
     if shape:
-        rows = rows[["{kind}@{batch}x{length}".format(**labels) == workload for labels in rows.labels]]
+        rows = rows[[workload_of(labels) == workload for labels in rows.labels]]
     speeds = rows.groupby("trial").value.mean()
     bad = wrong(frame)
     found = []

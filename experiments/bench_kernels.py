@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from experiments.definitions import KernelGrid
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import write_atomic
@@ -32,7 +31,6 @@ from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
 from stoicc.tune import faster_packed
 
 SCHEMA = 1
-SPARSITIES, TOKENS = KernelGrid.sparsities, KernelGrid.tokens
 # From here on a product is long enough to be timed alone, with a cold cache.
 LONG = 512
 CHECKED_TOKENS = 256

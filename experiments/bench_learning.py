@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.lines import SCHEMA, to_lines
 from experiments.bench_model import build
 from experiments.definitions import definition, key
-from experiments.lines import SCHEMA, to_lines
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import write_atomic

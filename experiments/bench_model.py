@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from experiments.bench_kernels import Variant, random_mask
-from experiments.definitions import WORKLOADS as WORKLOADS
 from experiments.definitions import Workload
 from experiments.models import REGISTRY
 from patch.errors import UserError

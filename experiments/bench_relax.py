@@ -1,6 +1,7 @@
 """How fast soft masks are built: the fused mask beside the eager one, and what a step of learning costs with each.
 
-The linears of LLaMA-3.2-1B, random weights in bfloat16, tiles of 128x128, float32 logits, one process, one GPU::
+The linears of LLaMA-3.2-1B, random weights in bfloat16, tiles of 128x128, logits in float32 and bfloat16, one process,
+one GPU::
 
     python -m experiments.bench_relax [results directory]
 
@@ -30,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis.lines import SCHEMA, to_lines
 from experiments import bench_model
 from experiments.definitions import definition, key
-from experiments.lines import SCHEMA, to_lines
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from experiments.store import write_atomic
@@ -135,9 +136,6 @@ def draw(
     )
 
 
-# --- equality -------------------------------------------------------------------------------------------------------
-
-
 def outcome(masked: Masked, held: Weight) -> dict[str, Tensor]:
     """Values, and gradients of a loss in which all three outputs have a part."""
     ones = torch.ones_like(masked.kept)
@@ -199,9 +197,6 @@ def check(bench: Bench) -> list[Fact]:
                 for softness in schedule:
                     facts += compare(shape, mode, tile, logits, softness)
     return facts
-
-
-# --- masks ----------------------------------------------------------------------------------------------------------
 
 
 def build(held: Weight, sampled_weight: SampledWeight, index: int) -> Masked:
@@ -293,9 +288,6 @@ def measure_masks(bench: Bench, mode: str, logits: torch.dtype) -> list[Fact]:
             labels = {"implementation": name, "masks": "of a block" if held_at_once else "one at a time"}
             facts.append(Fact("transient_memory", peak, "B", about | labels))
     return facts
-
-
-# --- steps ----------------------------------------------------------------------------------------------------------
 
 
 class _Enough(Exception):
@@ -413,9 +405,6 @@ def measure_steps(bench: Bench) -> list[Fact]:
 
         add(learned)
     return facts
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def write(bench: Bench, facts: Sequence[Fact], results: Path, started: float) -> Path:

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from experiments import speed_cli
-from patch.errors import UserError
+from patch.errors import UserError, check_name, one_line
 
 if TYPE_CHECKING:
     from experiments.definitions import Pruning, Trial
-    from experiments.pipeline import Machine
+    from experiments.machine import Machine
     from experiments.store import Store
 
 # torch and transformers take seconds to import: commands import what they need, so that --help answers at once.
@@ -89,7 +89,7 @@ def run(
                 console.print(f"[green]done[/green]   {trial.label}", highlight=False)
             else:
                 failed.append(error)
-                console.print(f"[red]failed[/red] {trial.label}: {_one_line(error)}", highlight=False, soft_wrap=True)
+                console.print(f"[red]failed[/red] {trial.label}: {one_line(error)}", highlight=False, soft_wrap=True)
 
         pipeline.run_trials(trials, store, machine, report)
     _report(study, trials, store)
@@ -185,7 +185,6 @@ def logs(
 @app.command()
 def cancel(study: Study, results: Results = DEFAULT_RESULTS) -> None:
     """Cancel all jobs and processes that were submitted for a study; what is done stays."""
-    from experiments.definitions import check_name
     from experiments.store import Store
     from experiments.studies import STUDIES
     from slurm import commands
@@ -477,12 +476,8 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError) as error:
-        print(f"hts: error: {_one_line(error)}", file=sys.stderr)
+        print(f"hts: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _tile(text: str) -> tuple[int, int]:
@@ -496,7 +491,6 @@ def _tile(text: str) -> tuple[int, int]:
 
 def _trials(study: str, where: list[str] | None) -> "list[Trial]":
     """The study's trials that match every KEY=VALUE."""
-    from experiments.definitions import check_name
     from experiments.studies import STUDIES
 
     trials = list(STUDIES[check_name("study", study, STUDIES)].trials())
@@ -526,7 +520,7 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from experiments.pipeline import Machine
+    from experiments.machine import Machine
     from patch.ranks import joined
 
     if device is None:
@@ -534,7 +528,7 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' cannot be used: {_one_line(error)}") from error
+        raise UserError(f"device '{device}' cannot be used: {one_line(error)}") from error
     if data is not None and not data.is_dir():
         raise UserError(f"data directory {data} is not there")
     bar = Progress(

@@ -7,15 +7,13 @@ computed once, however many masks are learned from it.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from patch.budget import check_sparsity
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 from patch.mask import TileShape, check_tile
 from patch.recipe import RECIPES, Recipe
 
@@ -26,16 +24,6 @@ METHODS = ("dense", *ONE_SHOT, *LEARNED)
 USUAL_PRIOR = {"maskllm": "sparsegpt", "patch-joint": "sparsegpt", "patch-tile": "maskllm"}
 STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
 _MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
-
-
-def check_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """``name`` if it is among ``known``; otherwise a UserError that suggests the nearest ones."""
-    known = list(known)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"unknown {kind} '{name}': {hint}")
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,9 @@ class Perplexity:
 
     source: str = "wikitext2/test"
     length: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.length}"
 
 
 @dataclass(frozen=True)
@@ -244,6 +235,11 @@ class Trial:
         if isinstance(self.evaluation.grid, ModelGrid):
             return f"{self.pruning.model} end-to-end speed"
         return describe(self.pruning)
+
+
+def lineage(pruning: Pruning) -> list[Pruning]:
+    """A pruning and the priors it stands on, itself last."""
+    return [*(lineage(pruning.prior) if pruning.prior else []), pruning]
 
 
 def describe(pruning: Pruning) -> str:

@@ -56,9 +56,13 @@ def _accelerators() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
-        bf16 = properties.major >= 8
+        sparse_cores = properties.major >= 8
         detail = f"{properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
-        findings.append(Finding(f"GPU {index}", bf16, detail if bf16 else f"{detail}: no 2:4 tensor cores (needs 8.0)"))
+        findings.append(
+            Finding(
+                f"GPU {index}", sparse_cores, detail if sparse_cores else f"{detail}: no 2:4 tensor cores (needs 8.0)"
+            )
+        )
     return findings
 
 
@@ -70,7 +74,7 @@ def _data(data: Path | None) -> list[Finding]:
             Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)
         ]
     return [
-        *(_check(f"text {name}", partial(text.check_source, name, data)) for name in text.LOCAL_SOURCES),
+        *(_check(f"text {name}", partial(text.check_source, name, data)) for name in text.SOURCES),
         *(_check(f"task {name}", partial(tasks.check_tasks, [name], data)) for name in tasks.TASKS),
     ]
 

@@ -6,13 +6,12 @@ python -m experiments.guide        prints it
 from collections.abc import Iterable
 
 from experiments import cost
-from experiments.definitions import Pruning, Trial
+from experiments.definitions import Trial
 from experiments.studies import STUDIES
 
-# What a GPU sustains on learning and evaluation, in 1e12 operations a second. The H200's is measured: the mask of
-# SmolLM2-135M at 45% (`prune_seconds` of its committed row, from loading to saving). The others' are that times the
-# ratio of dense bfloat16 peaks.
-TFLOPS = {"H200": 190.0, "A100": 60.0, "A6000": 30.0}
+# What a GPU sustains, in 1e12 operations a second: the H200's is measured, the others' are that times the ratio of
+# dense bfloat16 peaks.
+TFLOPS = {"H200": cost.H200_TFLOPS, "A100": 60.0, "A6000": 30.0}
 
 # What is published, and the study that makes it.
 PUBLISHED = {
@@ -34,13 +33,9 @@ PUBLISHED = {
 def flops(trials: Iterable[Trial]) -> float:
     """Operations of a study: each pruning and each prior once, and every evaluation."""
     trials = list(trials)
-    prunings = {step for trial in trials for step in cost.with_priors([trial.pruning])}
+    prunings = cost.with_priors(trial.pruning for trial in trials)
     total = sum(cost.pruning_flops(pruning) or 0.0 for pruning in prunings)
     return total + sum(cost.evaluation_flops(trial.pruning.model, trial.evaluation) or 0.0 for trial in trials)
-
-
-def checkpoints(trials: Iterable[Trial]) -> list[Pruning]:
-    return [trial.pruning for trial in trials]
 
 
 def table() -> str:
@@ -53,7 +48,12 @@ def table() -> str:
         trials = STUDIES[study].trials()
         timed = sum(cost.grid_seconds(trial.evaluation.grid) for trial in trials)
         hours = [(flops(trials) / (1e12 * rate) + timed) / 3600 for rate in TFLOPS.values()]
-        cells = [published, f"`hts run {study}`", *map(_rounded, hours), _rounded(cost.disk(checkpoints(trials)))]
+        cells = [
+            published,
+            f"`hts run {study}`",
+            *map(_rounded, hours),
+            _rounded(cost.disk(trial.pruning for trial in trials)),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

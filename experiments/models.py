@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import smollm2
-from experiments.definitions import check_name
 from experiments.embedded import MODEL as EMBEDDED
 from patch.checkpoint import content_hash, prunable_shapes
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 if TYPE_CHECKING:
     import torch

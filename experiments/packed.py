@@ -151,7 +151,7 @@ def measurements(trial: Trial) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {"pack": _pack}
     if trial.pruning.method != "dense":
         for item in trial.evaluation.perplexity:
-            found[f"packed:{item.source}@{item.length}"] = partial(_perplexity, trial, item)
+            found[f"packed:{item}"] = partial(_perplexity, trial, item)
     for work in about.workloads:
         found[f"speed:{work}"] = partial(_speed, about, work)
     if trial.pruning.structure == "hybrid":

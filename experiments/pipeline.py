@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from experiments import evaluation, grids, models, packed, tasks, text
-from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key
-from experiments.machine import Machine as Machine
+from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key, lineage
+from experiments.machine import Machine
 from experiments.provenance import provenance
 from experiments.stopping import deferred_signals
 from experiments.store import Fact, Store
@@ -37,7 +37,7 @@ def stages(trial: Trial) -> list[str]:
     """The names of a trial's stages, in the order in which they run."""
     if trial.evaluation.grid:
         return grids.stages(trial)
-    perplexities = [f"perplexity:{item.source}@{item.length}" for item in trial.evaluation.perplexity]
+    perplexities = [f"perplexity:{item}" for item in trial.evaluation.perplexity]
     tasks_ = [f"task:{task}" for task in trial.evaluation.tasks]
     return ["prune", *perplexities, *tasks_, *packed.measurements(trial)]
 
@@ -75,11 +75,6 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
             text.check_source(pruning.calibration.source, data)
         if pruning.learning:
             text.check_source(pruning.learning.source, data)
-
-
-def lineage(pruning: Pruning) -> list[Pruning]:
-    """A pruning and the priors it stands on, the last one first."""
-    return [*(lineage(pruning.prior) if pruning.prior else []), pruning]
 
 
 def run_trials(
@@ -182,7 +177,7 @@ def _evaluate(
     trial: Trial, missing: Collection[str], source: str, content: str, store: Store, machine: Machine
 ) -> None:
     """The stages of the unpacked model that are missing."""
-    perplexities = {f"perplexity:{item.source}@{item.length}": item for item in trial.evaluation.perplexity}
+    perplexities = {f"perplexity:{item}": item for item in trial.evaluation.perplexity}
     tasks_ = {f"task:{task}": task for task in trial.evaluation.tasks}
     if not any(stage in missing for stage in (*perplexities, *tasks_)):
         return

@@ -1,4 +1,4 @@
-"""The report of a study: its table and figures, as files beside its rows."""
+"""Reports: a study's tables and figures as files, a GPU's measured speed, and all of it as one page."""
 
 import tempfile
 import time
@@ -15,11 +15,11 @@ from analysis.speed import kernel_table, load_bench, model_table
 from analysis.speed_figures import plot_roof, plot_speedup
 from analysis.study_tables import study_tables, title
 from analysis.tables import Table, render
-from experiments.definitions import Trial, check_name, key
+from experiments.definitions import Trial, key
 from experiments.provenance import revision
 from experiments.store import FAILURE, Store, write_atomic
 from experiments.studies import STUDIES
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 
 def frame(trials: Iterable[Trial], store: Store) -> DataFrame:

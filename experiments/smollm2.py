@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from patch.checkpoint import new_directory
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def convert(gguf: Path, out: Path) -> None:
         # Through float32, so that each weight is rounded to bfloat16 once.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{gguf}: transformers cannot read it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{gguf}: transformers cannot read it: {one_line(error)}") from error
     # Tied embeddings appear once among the parameters. The model object takes itself for quantised: it would not save a
     # plain checkpoint.
     state = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.named_parameters()}

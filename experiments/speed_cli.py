@@ -15,6 +15,7 @@ console = Console()
 bench = typer.Typer(help="Time kernels and models on this GPU, side by side with dense and 2:4 libraries.")
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model of the registry; may be repeated.")]
 Results = Annotated[Path, typer.Option(help="Results directory.")]
+Rounds = Annotated[int | None, typer.Option(help="Timed runs of each implementation.")]
 
 
 def tune(
@@ -55,10 +56,10 @@ def kernels(
     model: Models = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated.")] = None,
     quick: Annotated[
-        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; two minutes.")
+        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; less than two minutes.")
     ] = False,
     compiled: Annotated[bool, typer.Option(help="Also time torch.compile in max-autotune mode (slow).")] = False,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each implementation.")] = 15,
+    rounds: Rounds = None,
     again: Annotated[bool, typer.Option(help="Measure linears again whose rows are there.")] = False,
     results: Results = Path("results"),
 ) -> None:
@@ -69,13 +70,14 @@ def kernels(
     from analysis.study_tables import title
     from analysis.tables import markdown
     from experiments import bench_kernels
+    from experiments.definitions import KernelGrid
     from experiments.studies import TIMED
     from stoicc.timing import measure_roof
 
     _gpu()
-    gpu = torch.cuda.get_device_name()
+    gpu, grid = torch.cuda.get_device_name(), KernelGrid()
     names = model or (("llama-2-7b",) if quick else tuple(TIMED))
-    counts = tuple(tokens or ((1, 16, 4096) if quick else bench_kernels.TOKENS))
+    counts = tuple(tokens or ((1, 16, 4096) if quick else grid.tokens))
     linears = [linear for name in names for linear in bench_kernels.fused_linears(name)]
     paths = [bench_kernels.bench_file(results, gpu, linear) for linear in linears]
     missing = [(linear, path) for linear, path in zip(linears, paths, strict=True) if again or not path.exists()]
@@ -85,7 +87,13 @@ def kernels(
             started = time.time()
             tiles = ((128, 128),) if quick else TIMED.get(linear.model, ((128, 128),))
             rows = bench_kernels.bench_linear(
-                linear, counts, tiles, bench_kernels.SPARSITIES, rounds, compiled, lambda _: progress.advance(task)
+                linear,
+                counts,
+                tiles,
+                grid.sparsities,
+                rounds or grid.rounds,
+                compiled,
+                lambda _: progress.advance(task),
             )
             bench_kernels.write_rows(path, rows, measure_roof(), started)
     frame = load_bench(paths)
@@ -98,7 +106,7 @@ def kernels(
 def whole_model(
     model: Annotated[str, typer.Option(help="A model of the registry.")] = "llama-2-7b",
     sparsity: Annotated[list[float] | None, typer.Option(help="Target sparsity; may be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each implementation.")] = 10,
+    rounds: Rounds = None,
     results: Results = Path("results"),
 ) -> None:
     """Time decoding and prefill of a whole model, hybrid against dense, and print the speedup."""
@@ -108,16 +116,17 @@ def whole_model(
     from analysis.tables import markdown
     from experiments import bench_model
     from experiments.bench_kernels import write_rows
+    from experiments.definitions import WORKLOADS, ModelGrid
     from stoicc.timing import measure_roof
 
     _gpu()
     started = time.time()
-    sparsities = tuple(sparsity or (0.25, 0.35, 0.45))
+    sparsities = tuple(sparsity or ModelGrid.sparsities)
     path = bench_model.bench_file(results, torch.cuda.get_device_name(), model)
     with Progress(console=console) as progress:
-        task = progress.add_task("timing", total=len(sparsities) * len(bench_model.WORKLOADS))
+        task = progress.add_task("timing", total=len(sparsities) * len(WORKLOADS))
         rows = bench_model.bench_model(
-            model, sparsities, (128, 128), bench_model.WORKLOADS, rounds, lambda *_: progress.advance(task)
+            model, sparsities, ModelGrid.tile, WORKLOADS, rounds or ModelGrid.rounds, lambda *_: progress.advance(task)
         )
     write_rows(path, rows, measure_roof(), started)
     console.print(markdown(model_table(load_bench([path]))), highlight=False, soft_wrap=True)

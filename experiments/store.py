@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.lines import SCHEMA, from_lines, to_lines
 from experiments import claims
 from experiments.claims import Holder
 from experiments.definitions import Pruning, Trial, definition, key
-from experiments.lines import SCHEMA, from_lines, to_lines
+from patch.errors import one_line
 
 FAILURE = "failure"
 # The metric of the one row of a stage that the machine could not measure; it says why.
@@ -125,8 +126,8 @@ class Store:
         Args:
             during: what was being done.
         """
-        text = " ".join(str(error).split())
-        labels = {"during": during, "error": f"{type(error).__name__}: {text}" if text else type(error).__name__}
+        text, kind = one_line(error), type(error).__name__
+        labels = {"during": during, "error": kind if text == kind else f"{kind}: {text}"}
         trace = "".join(traceback.format_exception(error))
         self.write_rows(trial, FAILURE, [Fact("failure", None, "1", labels | {"traceback": trace})], provenance)
 

@@ -1,4 +1,4 @@
-"""The studies: one function per published table or figure, each returning its trials.
+"""The studies: one function per table or figure, published or ours, each returning its trials.
 
 A study names its models, methods, targets, texts and recipes; nothing here runs. ``hts studies`` lists them and
 ``hts run NAME --dry-run`` shows the trials of one.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from analysis.names import PAPER_TASKS
 from experiments import models
 from experiments.definitions import (
     LEARNED,
@@ -24,9 +25,9 @@ from experiments.definitions import (
     Perplexity,
     Pruning,
     Trial,
-    check_name,
 )
-from experiments.tasks import EMBEDDED_TASK, PAPER_TASKS
+from experiments.tasks import EMBEDDED_TASK
+from patch.errors import check_name
 from patch.mask import TileShape
 from patch.recipe import RECIPES, Recipe
 

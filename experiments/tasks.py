@@ -35,10 +35,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from experiments import embedded
-from experiments.definitions import check_name
 from experiments.evaluation import evaluating, target_log_probs
 from experiments.text import tokenizer_fingerprint
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,6 @@ _DEFINITIONS = (
     ),
 )
 TASKS = {definition.name: definition for definition in _DEFINITIONS}
-PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
 EMBEDDED_TASK = "wiki_continuation"
 PRIMARY_METRIC = "acc"
 

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from experiments.definitions import check_name
 from experiments.embedded import TEXT
 from experiments.embedded.files import replacing
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 # Enough for 128 calibration windows of 2048 tokens, which about one C4 document in thirty can hold.
 C4_DOCUMENTS = 50_000
@@ -107,7 +106,7 @@ def _hub_c4() -> Iterable[str]:
     return (row["text"] for row in rows.take(C4_DOCUMENTS))
 
 
-_SOURCES = {
+_KNOWN = {
     "wikitext2/test": _Source("wikitext2/wiki.test.raw", _wikitext_rows, _hub_wikitext("test")),
     "wikitext2/validation": _Source("wikitext2/wiki.valid.raw", _wikitext_rows, _hub_wikitext("validation")),
     "c4": _Source("train/c4_sample.txt", _lines, _hub_c4),
@@ -115,7 +114,7 @@ _SOURCES = {
     "wiki_docs": _Source("train/wiki_docs.jsonl", _json_texts),
     "wiki_leads": _Source("train/wiki_leads.jsonl", _json_texts),
 }
-LOCAL_SOURCES = tuple(_SOURCES)
+SOURCES = tuple(_KNOWN)
 _EMBEDDED = {f"embedded/{split}": TEXT / f"{split}.jsonl.xz" for split in ("train", "validation", "test")}
 _FILE = re.compile(r"\.(txt|jsonl)(\.gz|\.xz)?$")
 
@@ -148,11 +147,11 @@ def _locate(name: str, data: Path | None) -> Callable[[], Iterable[str]]:
     if match := _FILE.search(name):
         read = _json_texts if match[1] == "jsonl" else _whole
         return _reader(Path(name), read, f"text source {name}: no such file")
-    check_name("text source", name, [*_SOURCES, *_EMBEDDED])
+    check_name("text source", name, [*_KNOWN, *_EMBEDDED])
     if name in _EMBEDDED:
         path = _EMBEDDED[name]
         return _reader(path, _json_texts, f"text source {name}: {path} is missing: reinstall the package")
-    source = _SOURCES[name]
+    source = _KNOWN[name]
     if data is not None:
         path = data / source.local
         return _reader(path, source.read, f"text source {name}: the data directory has no file {path}")

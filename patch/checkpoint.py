@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 from patch.mask import GROUP, HybridMask, TileShape, check_tile, infer, tile_grid, tile_sums
 from patch.prunable import prunable_linears
 
@@ -180,7 +180,7 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
     try:
         _check_info(info)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / INFO_FILE}: damaged: {_one_line(error)}") from error
+        raise UserError(f"{folder / INFO_FILE}: damaged: {one_line(error)}") from error
     for name, expected in info["files"].items():
         if masks_alone and name != MASKS_FILE:
             continue
@@ -219,7 +219,7 @@ def content_hash(path: str | Path) -> str:
                     readers[file] = opened.enter_context(safe_open(file, framework="pt"))
                 tensor: Tensor = readers[file].get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: {name}: {_one_line(error)}") from error
+                raise UserError(f"{file}: {name}: {one_line(error)}") from error
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             digest.update(content)
@@ -478,7 +478,7 @@ def _load_tensors(path: str | Path, masks_alone: bool = False) -> tuple[dict[str
     try:
         return info, load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: {_one_line(error)}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
 
 
 def _fitting(
@@ -505,7 +505,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {_one_line(error)}") from error
+        raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")
     return content
@@ -541,7 +541,7 @@ def _tensor_names(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or damaged: {_one_line(error)}") from error
+        raise UserError(f"{file}: truncated or damaged: {one_line(error)}") from error
 
 
 def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -554,7 +554,7 @@ def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a causal language model: {_one_line(error)}") from error
+        raise UserError(f"{folder / 'config.json'}: not a causal language model: {one_line(error)}") from error
     return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(model).items()}
 
 
@@ -565,7 +565,7 @@ def _read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tupl
         with safe_open(files[name], framework="pt") as tensors:
             weight: Tensor = tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[name]}: {name}: {_one_line(error)}") from error
+        raise UserError(f"{files[name]}: {name}: {one_line(error)}") from error
     if tuple(weight.shape) != shape:
         raise UserError(f"{files[name]}: {name} is {tuple(weight.shape)}, the configuration says {shape}")
     return weight
@@ -592,7 +592,3 @@ def _audit_weight(name: str, weight: Tensor, mask: HybridMask | None, tile: Tile
         dense = inferred.mask.dense & ~violating
     tiles, bad, kept = dense.numel(), int(violating.sum()), int(dense.sum())
     return AuditRow(name, shape, tiles, kept, tiles - kept - bad, bad, sparsity)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

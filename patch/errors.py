@@ -1,5 +1,30 @@
 """The one exception that means "the input is wrong": the command line prints its message as a single line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Raised for anything a user can cause and mend; the message names the thing, the value and what to do."""
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """``name``, if it is among ``known``.
+
+    Args:
+        kind: what it is the name of, for the message.
+
+    Raises:
+        UserError: if it is not, suggesting the nearest ones.
+    """
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    raise UserError(f"unknown {kind} '{name}': {hint}")
+
+
+def one_line(error: BaseException) -> str:
+    """The whole message on one line; the class's name if there is none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -26,8 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from experiments.definitions import check_name
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 EXECUTORS = ("slurm", "local", "debug")
 STAGES = ("prune", "learn", "evaluate", "report")

@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.definitions import Trial, check_name, key
+from experiments.definitions import Trial, key
 from experiments.store import Store
 from experiments.studies import STUDIES
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 from slurm import batches, checks, plan, progress, queue
 from slurm.cluster import Cluster
 from slurm.progress import STATES, Progress

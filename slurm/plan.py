@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments import pipeline
-from experiments.definitions import LEARNED, Pruning, Trial, describe, key
+from experiments.definitions import LEARNED, Pruning, Trial, describe, key, lineage
 from experiments.store import Store
 
 Kind = Literal["prune", "learn", "evaluate"]
@@ -71,7 +71,7 @@ def steps(trials: Iterable[Trial]) -> dict[str, Step]:
     waiting: dict[str, list[Trial]] = {}
     for trial in trials:
         needs: tuple[str, ...] = ()
-        for pruning in pipeline.lineage(trial.pruning):
+        for pruning in lineage(trial.pruning):
             if pruning.method == "dense":
                 continue
             kind: Kind = "learn" if pruning.method in LEARNED else "prune"

@@ -58,6 +58,7 @@ def main() -> None:
     import torch
 
     from experiments import cli, pipeline
+    from experiments.machine import Machine
     from experiments.store import Store
     from experiments.studies import STUDIES, Study
 
@@ -65,7 +66,7 @@ def main() -> None:
     trials = forty_trials(Path(text))
     if arguments == ["run"]:
         torch.set_num_threads(1)
-        machine = pipeline.Machine("cpu", None, lambda *_: None)
+        machine = Machine("cpu", None, lambda *_: None)
         pipeline.run_trials(trials, Store(Path(results)), machine, lambda trial, error: print(trial.label, error))
         return
     STUDIES["forty"] = Study("a test", lambda: trials)

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from experiments.pipeline import Machine
+from experiments.machine import Machine
 
 
 def cpu(processes: int) -> Machine:

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis.lines import SCHEMA, to_lines
 from analysis.rows import COLUMNS, load_rows
-from experiments.lines import SCHEMA, to_lines
 from patch.errors import UserError
 
 Row = dict[str, Any]

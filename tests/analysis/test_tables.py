@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from analysis import published
-from analysis.accuracy import accuracy_table, published_table
+from analysis.accuracy import accuracy_table
 from analysis.tables import Table, render, rich_table, significant
 from patch.errors import UserError
 
@@ -227,12 +227,11 @@ def test_unknown_formats_and_empty_studies_are_refused(demo: pd.DataFrame) -> No
 
 
 def test_published_numbers() -> None:
-    rows = cells(render(published_table(["LLaMA-2-7B"]), "md"))
-    assert len(published.RESULTS) == 40 and len(rows) == 8
-    shown = [(row["Method"], *list(row.values())[-2:]) for row in rows]
-    assert shown[0] == ("Dense", "5.12", "54.61") and shown[1] == ("Magnitude", "54.39", "43.44")
-    assert shown[-1] == ("PATCH tile", "5.86", "51.58")
-    assert "as published" in render(published_table(), "md")
+    results = [result for result in published.RESULTS if result.model == "LLaMA-2-7B"]
+    assert len(published.RESULTS) == 40 and len(results) == 8
+    shown = [(result.method, result.perplexity, round(result.mean_accuracy, 4)) for result in results]
+    assert shown[0] == ("dense", 5.12, 0.5461) and shown[1] == ("magnitude", 54.39, 0.4344)
+    assert shown[-1] == ("patch-tile", 5.86, 0.5158)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.lines import SCHEMA, from_lines
 from experiments import bench_relax
 from experiments.bench_relax import Bench, Fact, bytes_moved, draw
-from experiments.lines import SCHEMA, from_lines
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis.lines import SCHEMA
 from experiments.definitions import key
-from experiments.lines import SCHEMA
 from experiments.store import Store
 from experiments.studies import STUDIES
 from patch.checkpoint import audit

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from analysis.lines import from_lines
 from experiments import cost, guide
 from experiments.cli import app
 from experiments.definitions import key
-from experiments.lines import from_lines
 from experiments.studies import STUDIES
 
 ROOT = Path(__file__).parents[2]

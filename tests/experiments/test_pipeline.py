@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
+from analysis.lines import from_lines
 from experiments import pipeline
 from experiments.definitions import Trial
-from experiments.lines import from_lines
+from experiments.machine import Machine
 from experiments.store import Store
 from patch.checkpoint import audit, load_info
 from patch.errors import UserError
@@ -27,12 +28,13 @@ import torch
 torch.set_num_threads(1)
 from tiny_study import tiny_trials
 from experiments import pipeline
+from experiments.machine import Machine
 from experiments.store import Store
 model, text, root = map(Path, sys.argv[1:4])
 def done(trial, error):
     print(trial.label, error, flush=True)
     assert error is None, error
-pipeline.run_trials(tiny_trials(model, text), Store(root), pipeline.Machine("cpu", None, lambda *_: None), done)
+pipeline.run_trials(tiny_trials(model, text), Store(root), Machine("cpu", None, lambda *_: None), done)
 """
 
 
@@ -149,7 +151,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text
     broken = tiny_trials(tiny_model, tmp_path / "absent.jsonl")[2]
     good = tiny_trials(tiny_model, tiny_text)[0]
     outcome: dict[str, Exception | None] = {}
-    machine = pipeline.Machine("cpu", None, lambda *_: None)
+    machine = Machine("cpu", None, lambda *_: None)
     pipeline.run_trials(
         [broken, good], Store(tmp_path), machine, lambda trial, error: outcome.update({trial.pruning.method: error})
     )
@@ -159,7 +161,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text
 
 
 def test_stages_of_two_checkpoints_are_not_mixed(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    store, machine = Store(tmp_path), pipeline.Machine("cpu", None, lambda *_: None)
+    store, machine = Store(tmp_path), Machine("cpu", None, lambda *_: None)
     trial = tiny_trials(tiny_model, tiny_text)[1]
     pipeline.run_trial(trial, store, machine)
     last = pipeline.stages(trial)[-1]

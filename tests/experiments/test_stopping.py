@@ -82,6 +82,7 @@ def test_in_another_thread_there_is_nothing_to_defer() -> None:
 LEARN = """
 import os, signal, sys
 from experiments import pipeline, studies
+from experiments.machine import Machine
 from experiments.store import Store
 from pathlib import Path
 
@@ -93,7 +94,7 @@ pruning = studies.learned(
     "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64),
     start=None, steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
 )
-print(pipeline.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), pipeline.Machine("cpu", None, progress)))
+print(pipeline.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), Machine("cpu", None, progress)))
 """
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.lines import SCHEMA, from_lines, to_lines
 from experiments.definitions import Calibration, Evaluation, Pruning, Trial, definition, key
-from experiments.lines import SCHEMA, from_lines, to_lines
 from experiments.store import Fact, Store, write_atomic
 
 TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments.tasks import EMBEDDED_TASK, PAPER_TASKS, TASKS, TaskResult, check_tasks, evaluate_tasks, prepare_tasks
+from analysis.names import PAPER_TASKS
+from experiments.tasks import EMBEDDED_TASK, TASKS, TaskResult, check_tasks, evaluate_tasks, prepare_tasks
 from patch.errors import UserError
 
 ALL = tuple(TASKS)

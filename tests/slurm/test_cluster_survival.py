@@ -14,8 +14,8 @@ import pytest
 from dev_cluster import REPOSITORY, DevCluster, Forty, wait_until
 from forty_study import forty_trials
 
+from analysis.lines import from_lines
 from experiments.definitions import key
-from experiments.lines import from_lines
 from experiments.store import FAILURE, Store
 from slurm import batches, plan, progress
 
