@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from experiments.cost import H200_TFLOPS
 from patch.errors import UserError, check_name
 
 EXECUTORS = ("slurm", "local", "debug")
@@ -97,7 +98,7 @@ class Cluster:
         timeouts: how often one task may reach its time limit and be requeued.
         shared_results: the results directory is on every node, though it does not look so from here.
         gpu_memory: GiB of one GPU; None does not check estimates against it.
-        gpu_tflops: what one GPU sustains on this work, for the estimate of GPU hours.
+        gpu_tflops: what one GPU sustains on this work, for the estimate of GPU hours; an H200's by default.
         stages: resources of each of `STAGES`.
     """
 
@@ -112,7 +113,7 @@ class Cluster:
     timeouts: int = 100
     shared_results: bool = False
     gpu_memory: float | None = None
-    gpu_tflops: float = 300.0
+    gpu_tflops: float = H200_TFLOPS
     stages: Mapping[str, Resources] = field(default_factory=lambda: dict(_DEFAULTS))
 
 

@@ -56,7 +56,6 @@ class Wave:
     """Steps of one kind that may run at the same time."""
 
     kind: Kind
-    depth: int
     steps: tuple[Step, ...]
 
     @property
@@ -105,4 +104,4 @@ def waves(known: dict[str, Step], wanted: Collection[str]) -> list[Wave]:
         if id in wanted:
             # Slurm takes earlier jobs first: what others wait for goes before evaluations, which nobody waits for.
             groups.setdefault((len(step.needs), step.kind == "evaluate", step.kind), []).append(step)
-    return [Wave(kind, depth, tuple(steps)) for (depth, _, kind), steps in sorted(groups.items())]
+    return [Wave(kind, tuple(steps)) for (_, _, kind), steps in sorted(groups.items())]

@@ -102,7 +102,7 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
         chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
         failure = store.failure(trial) if evaluate.hash in started else None
         states.append(_state(chain, attempts, claimed, failure))
-    return Progress(tuple(states), problem, _seconds_left(states, relevant, store))
+    return Progress(tuple(states), problem, _seconds_left(states, store))
 
 
 def _state(
@@ -135,7 +135,7 @@ def _how(task: Task | None) -> str:
     return task.state if task and task.state != "COMPLETED" else "without a result"
 
 
-def _seconds_left(states: Sequence[TrialState], relevant: Sequence[Batch], store: Store) -> float | None:
+def _seconds_left(states: Sequence[TrialState], store: Store) -> float | None:
     """Trials that are under way, at the pace at which trials were completed since the sweep began."""
     ahead = sum(state.state in ("running", "pending", "requeued") for state in states)
     open_ = {state.attempt.batch.submitted for state in states if state.attempt and state.state != "missing"}

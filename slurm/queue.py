@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.store import Store
 from patch.errors import UserError
@@ -34,26 +35,27 @@ class Task:
         job: of the array.
         state: Slurm's word, such as ``PENDING`` or ``OUT_OF_MEMORY``.
         restarts: how often it was requeued.
-        name: of the job.
         reason: why it waits, such as ``Dependency`` or ``Resources``.
     """
 
     job: str
     state: str
     restarts: int = 0
-    name: str = ""
     reason: str = ""
 
     @property
     def waits(self) -> bool:
+        """Whether it is in the queue and has not begun."""
         return self.state in _WAITING
 
     @property
     def runs(self) -> bool:
+        """Whether it holds its node."""
         return self.state in _RUNNING
 
     @property
     def is_over(self) -> bool:
+        """Whether it has left the queue, however it ended."""
         return not (self.waits or self.runs)
 
 
@@ -82,14 +84,14 @@ def tasks(asked: Collection[Batch]) -> dict[tuple[str, int], Task]:
         job, index, state, restarts, name, *reason = line.split()
         if name in mine and (index.isdecimal() or index == "N/A"):
             place = (mine[name].id, int(index) if index.isdecimal() else 0)
-            found[place] = Task(job, state, int(restarts), name, " ".join(reason))
+            found[place] = Task(job, state, int(restarts), " ".join(reason))
     left = {
         batch.job: batch
         for batch in mine.values()
         if batch.job is not None and any((batch.id, index) not in found for index in range(len(batch.steps)))
     }
     for job, position, state in _accounted(list(left)):
-        found.setdefault((left[job].id, position), Task(job, state, name=left[job].name))
+        found.setdefault((left[job].id, position), Task(job, state))
     return found
 
 
@@ -192,18 +194,23 @@ def other_nodes(cluster: Cluster) -> str | None:
 
 def options(cluster: Cluster, resources: Resources) -> list[str]:
     """The options of sbatch that ask for these resources on this cluster."""
-    values = {
+    values = parameters(cluster, resources)
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+
+
+def parameters(cluster: Cluster, resources: Resources) -> dict[str, Any]:
+    """What asks for these resources on this cluster, by submitit's names; None leaves it to Slurm."""
+    return {
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "gpus-per-node": resources.gpus or None,
-        "cpus-per-task": resources.cpus or None,
+        "gpus_per_node": resources.gpus or None,
+        "cpus_per_task": resources.cpus or None,
         "mem": f"{round(1024 * resources.memory)}M" if resources.memory else None,
         "time": resources.minutes,
         "nodes": resources.nodes,
     }
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
 def _partition(cluster: Cluster) -> tuple[int, str]:

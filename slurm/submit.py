@@ -211,13 +211,7 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
     resources: Resources = cluster.stages[stage]
     python = shlex.join([sys.executable, "-I", "-S", "-c", LAUNCHER])
     executor = submitit.SlurmExecutor(folder, max_num_timeout=cluster.timeouts, python=python)
-    parameters = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "gpus_per_node": resources.gpus or None,
-        "mem": f"{round(1024 * resources.memory)}M" if resources.memory else None,
+    parameters = queue.parameters(cluster, resources) | {
         # However the jobs before it ended: those that failed have rows that say so.
         "dependency": f"afterany:{':'.join(sorted(after))}" if after else None,
         # submitit's own default is 256.
@@ -225,10 +219,7 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
     }
     executor.update_parameters(
         job_name=name,
-        nodes=resources.nodes,
         ntasks_per_node=1,
-        cpus_per_task=resources.cpus,
-        time=resources.minutes,
         signal_delay_s=cluster.signal,
         # Of several nodes the first one decides when the job is over.
         srun_args=["--kill-on-bad-exit=1", "--wait=30"] if resources.nodes > 1 else [],

@@ -6,7 +6,6 @@
 A method is one module here that ends in a `patch.oneshot.method.Method`, and one line in `METHODS`.
 """
 
-import difflib
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from patch.budget import UniformBudget
 from patch.calibration import Block, blocks_on, calibrate
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
 from patch.oneshot import magnitude, sparsegpt, wanda
 from patch.oneshot.method import Method
@@ -59,7 +58,6 @@ def prune_model(
     windows: Tensor | None,
     device: torch.device | str,
     *,
-    tile_maps: Mapping[str, Tensor] | None = None,
     batch: int = 8,
     on_block: Callable[[int, int], None] | None = None,
 ) -> dict[str, PrunedLayer]:
@@ -72,12 +70,10 @@ def prune_model(
     Args:
         method: one of `METHODS`.
         structure: one of `STRUCTURES`.
-        sparsity: zeros over elements: 0.5 for 2:4, in [0, 1) for unstructured, in [0, 0.5] for hybrid, where it is not
-            used if ``tile_maps`` are given.
+        sparsity: zeros over elements: 0.5 for 2:4, in [0, 1) for unstructured, in [0, 0.5] for hybrid.
         tile: rows x columns; not used for unstructured pruning.
         windows: calibration token ids, integer ``[n, length]``; not used by magnitude.
         device: where blocks are run and pruned, one at a time.
-        tile_maps: for hybrid, per full weight name bool ``[R, C]``, True where the tile stays dense.
         batch: calibration windows per forward pass.
         on_block: called after each block with the number of blocks done and of all blocks.
 
@@ -87,15 +83,13 @@ def prune_model(
     Raises:
         UserError: if an argument does not fit (before any weight changes), or weights or activations are not finite.
     """
-    rule = METHODS[_known("method", method, METHODS)]
-    _known("structure", structure, STRUCTURES)
+    rule = METHODS[check_name("one-shot method", method, METHODS)]
+    check_name("one-shot structure", structure, STRUCTURES)
     linears = prunable_linears(model)
-    tile = _check_structure(structure, sparsity, tile, linears, tile_maps)
-    budget = UniformBudget(sparsity) if structure == "hybrid" and tile_maps is None else None
+    tile = _check_structure(structure, sparsity, tile, linears)
+    budget = UniformBudget(sparsity) if structure == "hybrid" else None
 
     def tile_map(name: str, losses: Tensor) -> Tensor:
-        if tile_maps is not None:
-            return tile_maps[name]
         if budget is not None:
             assert tile is not None
             return budget.cut(losses, tile_sizes(linears[name].weight.shape, tile))
@@ -164,24 +158,10 @@ def _blocks(
     return calibrate(model, windows, device, batch, rule.statistic)
 
 
-def _known(kind: str, name: str, known: Iterable[str]) -> str:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"unknown one-shot {kind} '{name}': {hint}")
-    return name
-
-
 def _check_structure(
-    structure: str,
-    sparsity: float,
-    tile: TileShape | None,
-    linears: Mapping[str, nn.Linear],
-    tile_maps: Mapping[str, Tensor] | None,
+    structure: str, sparsity: float, tile: TileShape | None, linears: Mapping[str, nn.Linear]
 ) -> TileShape | None:
     """The tile shape to use, None for unstructured; raises UserError for whatever does not fit together."""
-    if tile_maps is not None and structure != "hybrid":
-        raise UserError(f"tile maps are for structure 'hybrid', not '{structure}'")
     if structure == "unstructured":
         check_unstructured(sparsity)
         return None
@@ -191,15 +171,7 @@ def _check_structure(
         raise UserError(f"structure {structure} needs a tile shape, such as 64x64")
     for name, linear in linears.items():
         try:
-            grid = tile_grid(linear.weight.shape, tile)
+            tile_grid(linear.weight.shape, tile)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        if tile_maps is None:
-            continue
-        if name not in tile_maps:
-            raise UserError(f"{name}: no tile map given")
-        if tile_maps[name].dtype != torch.bool or tuple(tile_maps[name].shape) != grid:
-            raise UserError(
-                f"{name}: tile map is {tile_maps[name].dtype} {tuple(tile_maps[name].shape)}, needs bool {grid}"
-            )
     return check_tile(tile)

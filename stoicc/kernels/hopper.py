@@ -277,8 +277,7 @@ def hopper_linear(
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
         leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
-        group is
-            only one of its bands, whose panels turn together.
+            group is only one of its bands, whose panels turn together.
         order: int32 ``[groups]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
         STAGES: tiles of activations in the ring, at least three.
         CLUSTER: thread blocks that share activations, one or two.

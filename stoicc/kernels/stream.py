@@ -1,8 +1,8 @@
 """Any GPU since Ampere, and few tokens on all of them: ``mma`` and ``mma.sp`` on records streamed into registers.
 
 A thread block computes 16, 32 or 64 features of one panel, or 128 of two that have one block map (weights whose band
-is 2). Its warps are split along K (each takes every n-th record; they add up at the end in a fixed order, so there
-are no atomics, no workspace, and the same bits on every run), along features, and along tokens. With few tokens all
+is 2). Its warps are split along K (each takes every n-th record; they add up at the end in a fixed order, without
+atomics, so the bits are the same on every run), along features, and along tokens. With few tokens all
 that matters is to keep many loads in flight: records go straight from global memory into the registers of the tensor
 core's A operand, as 16-byte vectors, in two alternating sets of which one is consumed while the other is on its way,
 and the first dense records are asked for before the first 2:4 record is used.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch.errors import UserError
-from patch.mask import infer, tile_grid, tile_sizes
+from patch.mask import infer, tile_grid
 from patch.oneshot import METHODS, STRUCTURES, PrunedLayer, prune_model
 from patch.prunable import decoder_blocks, prunable_linears
 
@@ -210,21 +210,6 @@ def test_tile_scores_are_what_two_four_loses_of_the_original_weights(method: str
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_given_tile_maps_are_followed(method: str) -> None:
-    model = make_model()
-    generator = torch.Generator().manual_seed(3)
-    maps = {
-        name: torch.rand(tile_grid(weight.shape, TILE), generator=generator) < 0.5
-        for name, weight in weights(model).items()
-    }
-    layers = prune(model, method, "hybrid", tile_maps=maps)
-    for name, weight in weights(model).items():
-        mask = layers[name].mask
-        assert mask is not None and torch.equal(mask.dense, maps[name])
-        assert layers[name].zeros == int(tile_sizes(weight.shape, TILE)[~maps[name]].sum()) // 2
-
-
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.77])
 def test_unstructured_counts_are_exact(method: str, sparsity: float) -> None:
     model = make_model()
@@ -278,8 +263,6 @@ def test_progress_is_told_after_every_block(method: str) -> None:
         pytest.param({"tile": (16, 30)}, "multiple of 4", id="tile-cuts-a-group"),
         pytest.param({"tile": (48, 32)}, r"k_proj: tile 48x32 is larger than the weight 32x64", id="tile-too-large"),
         pytest.param({"batch": 0}, "batch 0", id="batch"),
-        pytest.param({"tile_maps": {}}, r"layers\.0\.self_attn\.q_proj: no tile map", id="maps-missing"),
-        pytest.param({"structure": "2:4", "sparsity": 0.5, "tile_maps": {}}, "tile maps are for", id="maps-of-2:4"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_weight_changes(arguments: dict[str, Any], message: str) -> None:
@@ -289,18 +272,6 @@ def test_bad_arguments_are_refused_before_any_weight_changes(arguments: dict[str
     with pytest.raises(UserError, match=message):
         prune_model(model, device="cpu", **{**good, **arguments})
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
-
-
-@pytest.mark.parametrize("broken", ["shape", "dtype"])
-def test_a_tile_map_that_does_not_fit_is_named(broken: str) -> None:
-    model = make_model()
-    maps = {
-        name: torch.ones(tile_grid(weight.shape, TILE), dtype=torch.bool) for name, weight in weights(model).items()
-    }
-    name = "model.layers.1.mlp.up_proj"
-    maps[name] = maps[name].T if broken == "shape" else maps[name].float()
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj: tile map is .*, needs bool \(9, 2\)"):
-        prune(model, "magnitude", "hybrid", tile_maps=maps)
 
 
 @pytest.mark.parametrize("method", METHODS)
