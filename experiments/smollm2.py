@@ -15,7 +15,6 @@ On a machine without a network, convert a file that was brought there::
 import argparse
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from patch.cache import cache_directory
 from patch.checkpoint import new_directory
 from patch.errors import UserError, one_line
 
@@ -39,14 +39,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 
 _BY_HAND = f"or put {FILE} into a data directory, under models/"
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: ``HTS_CACHE``, or ``hybrid-tile-sparsity`` in the user's cache directory."""
-    if os.environ.get("HTS_CACHE"):
-        return Path(os.environ["HTS_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hybrid-tile-sparsity"
 
 
 def converted(data: Path | None = None) -> Path:

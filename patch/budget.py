@@ -49,6 +49,9 @@ def cut_globally(scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], spar
 
     Returns:
         Per weight a bool tile map ``[R, C]`` on the CPU; off the target by at most half of the last tile's zeros.
+
+    Raises:
+        UserError: if ``sparsity`` is out of range or a score is not finite.
     """
     check_sparsity(sparsity)
     flat_scores = torch.cat([scores[name].detach().double().cpu().flatten() for name in scores])
@@ -66,7 +69,15 @@ class UniformBudget:
         self._owed = 0.0
 
     def cut(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        """The next weight's tile map, bool ``[R, C]`` on the CPU, from its tile scores (higher = rather dense)."""
+        """The next weight's tile map, bool ``[R, C]`` on the CPU.
+
+        Args:
+            scores: ``[R, C]``, higher = rather dense.
+            sizes: int64 ``[R, C]`` from `patch.mask.tile_sizes`.
+
+        Raises:
+            UserError: if a score is not finite.
+        """
         wanted = 2 * self.sparsity * int(sizes.sum()) + self._owed
         dense = _densest_cut(scores.detach().double().cpu().flatten(), sizes.flatten(), wanted).reshape(sizes.shape)
         self._owed = wanted - int(sizes[~dense].sum())

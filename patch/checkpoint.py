@@ -545,7 +545,11 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name and shape of every prunable weight, from the configuration alone: the model is built without memory."""
+    """Name and shape of every prunable weight, from the configuration alone: the model is built without memory.
+
+    Raises:
+        UserError: if the configuration is missing or is not that of a causal language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _existing(folder, "config.json")

@@ -4,13 +4,15 @@ The loss of one step, averaged over its micro-batches, each with noise of its ow
 
     cross entropy + lambda_s * |density - target| - lambda_w(step) * size of the kept weights
 
+The first two terms are PATCH's (Hourri et al., arXiv:2509.23410), the third is MaskLLM's (Fang et al.,
+arXiv:2409.17481).
 Density is over all prunable weights, so tiles compete across layers. In the end the patterns are those of the highest
 logits, and the tiles of the whole model are ranked by logit and cut exactly at the budget.
 
 Instead of the text's cross entropy, or beside it, a recipe may ask for the divergence from the dense model's
-predictions. What a model with masked weights is, and that nothing about it stays changed, is the matter of
-`patch.masked_model`; how several processes share the work, of `patch.ranks`. On a GPU masks are drawn by fused kernels,
-blocks are compiled, and the passes of a micro-batch are replayed as one CUDA graph (`Implementation`).
+predictions, which neither paper does. What a model with masked weights is, and that nothing about it stays changed, is
+the matter of `patch.masked_model`; how several processes share the work, of `patch.ranks`. On a GPU masks are drawn by
+fused kernels, blocks are compiled, and the passes of a micro-batch are replayed as one CUDA graph (`Implementation`).
 
 A run that is killed continues from ``learner.pt``, written every few steps. All noise is derived from the seed and the
 step, so on a CPU with the same number of threads the resumed run ends with the same bits as an undisturbed one; CUDA

@@ -88,7 +88,8 @@ def tile_sums(values: Tensor, tile: Sequence[int]) -> Tensor:
 def best_patterns(scores: Tensor) -> Tensor:
     """The pattern that keeps the two largest scores of each group, uint8 ``[N, K/4]``; ties keep the earlier input.
 
-    What is not a number counts as larger than any.
+    Args:
+        scores: ``[N, K]`` of any dtype that compares; what is not a number counts as larger than any.
     """
     if scores.is_floating_point():
         scores = scores.masked_fill(scores.isnan(), math.inf)
@@ -162,7 +163,11 @@ class HybridMask:
         return decode_patterns(self.patterns) | expand_tiles(self.dense, self.shape, self.tile)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """``weight`` ``[N, K]`` with dropped elements set to +0 (also where they were NaN or infinite)."""
+        """``weight`` ``[N, K]`` with dropped elements set to +0 (also where they were NaN or infinite).
+
+        Raises:
+            UserError: if the weight has another shape.
+        """
         if tuple(weight.shape) != self.shape:
             raise UserError(f"mask is for a weight of {self.shape}, got {tuple(weight.shape)}")
         return weight.masked_fill(~self.keep(), 0)
@@ -178,6 +183,7 @@ class HybridMask:
         return self.zeros / (self.shape[0] * self.shape[1])
 
     def to(self, device: torch.device | str) -> "HybridMask":
+        """The same mask on a device."""
         return HybridMask(self.shape, self.tile, self.dense.to(device), self.patterns.to(device))
 
     def equal(self, other: "HybridMask") -> bool:

@@ -20,7 +20,7 @@ _LOW = 0xFFFFFFFF
 
 
 def words(key: int, counters: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = ROUNDS) -> tuple[Tensor, ...]:
-    """Philox4x32: four words of 32 bits for each counter.
+    """Philox4x32 (Salmon et al. 2011): four words of 32 bits for each counter, int64 like the counters.
 
     Args:
         key: 64 bits.

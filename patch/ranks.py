@@ -75,14 +75,14 @@ class Ranks:
         return gathered
 
     def total(self, part: Tensor) -> Tensor:
-        """Sum over ranks; backward, each rank gets the gradient of its own part."""
+        """Sum over ranks of ``part``, of one shape on all; backward, each rank gets the gradient of its own part."""
         if self.size == 1:
             return part
         summed: Tensor = _Total.apply(part)
         return summed
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks; no gradient."""
+        """Mean over ranks of ``values``, of one shape on all; no gradient."""
         if self.size == 1:
             return values
         values = values.detach().clone()

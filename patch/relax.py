@@ -1,6 +1,8 @@
 """The soft mask of one weight, eager: logits, noise and temperature -> a mask in [0, 1] that gradients flow through.
 
-PATCH (and, with ``t = 0``, MaskLLM): ``M = t + (1 - t) * m24``, ``t`` per tile (1 = dense) and ``m24`` per element::
+The soft mask of PATCH (Hourri et al., arXiv:2509.23410) and, with ``t = 0``, of MaskLLM (Fang et al.,
+arXiv:2409.17481), by the Gumbel-softmax (Jang et al., arXiv:1611.01144): ``M = t + (1 - t) * m24``, ``t`` per tile
+(1 = dense) and ``m24`` per element::
 
     m24 = softmax((pattern_scale * logits + gumbel) / tau) @ table     table: [6, 4], the six ways to keep two of four
     t   = sigmoid((tile_scale * logit + logistic) / tau)               the two-way Gumbel-softmax over {0, logit}
@@ -245,6 +247,8 @@ def sampled_weight(
 def pattern_prior(patterns: Tensor) -> Tensor:
     """How many elements each pattern shares with a one-shot mask's, less one: -1, 0 or 1; int8 ``[6, N, K/4]``.
 
+    MaskLLM's mask prior, which lifts the initial logits.
+
     Args:
         patterns: uint8 ``[N, K/4]``.
     """
@@ -257,7 +261,7 @@ def pattern_prior(patterns: Tensor) -> Tensor:
 def tile_prior(scores: Tensor, sparsity: float) -> Tensor:
     """+1 for the best ``round(2 * tiles * (density - 0.5))`` tiles of one weight, -1 for the rest; int8 ``[R, C]``.
 
-    Every weight starts at the same density. Ties go to the earlier tile.
+    PATCH's prior of the tile logits: every weight starts at the same density. Ties go to the earlier tile.
 
     Args:
         scores: ``[R, C]``, higher = rather dense.

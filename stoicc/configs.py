@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from patch.cache import cache_directory
 from patch.errors import UserError
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
@@ -26,7 +27,6 @@ from stoicc.kernels.stream import StreamConfig
 
 Config = HopperConfig | StreamConfig | PortableConfig
 KERNELS: dict[str, type[Config]] = {"hopper": HopperConfig, "stream": StreamConfig, "portable": PortableConfig}
-CACHE_VARIABLE = "HTS_CACHE"
 
 # Token counts that tables are made for; others use the nearest.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -141,9 +141,8 @@ def committed_table(device_name: str) -> Path:
 
 
 def user_table(device_name: str) -> Path:
-    """Where a GPU's own table is kept: under ``$HTS_CACHE``, or ``~/.cache/hybrid-tile-sparsity``."""
-    root = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hybrid-tile-sparsity"
-    return Path(root) / "tuning" / f"{gpu_slug(device_name)}.json"
+    """Where a GPU's own table is kept, in the user's cache directory."""
+    return cache_directory() / "tuning" / f"{gpu_slug(device_name)}.json"
 
 
 def read_table(path: Path) -> tuple[Entry, ...]:

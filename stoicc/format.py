@@ -103,6 +103,7 @@ class HybridWeight:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.records.device
 
     @property
@@ -151,6 +152,7 @@ class HybridWeight:
         return HybridWeight.trusted(self.shape, self.tile, self.dtype, *copied.values(), self.band)
 
     def to(self, device: torch.device | str) -> "HybridWeight":
+        """The same weight on a device, every invariant checked."""
         moved = {name: part.to(device) for name, part in self.parts().items()}
         return HybridWeight(self.shape, self.tile, self.dtype, **moved, band=self.band)
 
@@ -212,6 +214,9 @@ def pack(weight: Tensor, mask: HybridMask) -> HybridWeight:
 
 def pack_masked(weight: Tensor, tile: TileShape) -> HybridWeight:
     """Pack a weight that is already masked, such as one of a published checkpoint, by the pattern of its zeros.
+
+    Args:
+        weight: ``[N, K]``, as `pack` takes it; tiles of ``tile`` are 2:4 where every group of four has two zeros.
 
     Raises:
         UserError: as ``pack``.

@@ -108,13 +108,14 @@ class HybridLinear(nn.Module):
             raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to the first fused linear's ``[..., N]``."""
         everything = self.all_parts(x)
         if len(everything) > 1:
             self._results = (x, _version(x), everything)
         return everything[0]
 
     def all_parts(self, x: Tensor) -> Sequence[Tensor]:
-        """The outputs of all fused linears."""
+        """The outputs of all fused linears for ``x`` ``[..., K]``, each ``[..., its features]``."""
         y = linear_op(
             x, self.records, self.starts, self.columns, self.sparse_blocks, self.leads, self.orders, self.bias,
             self._dtype, self._shape, self._tile, self.spec.band,
@@ -154,6 +155,7 @@ class HybridPart(nn.Module):
         self._owner = (owner,)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to this linear's ``[..., N]``."""
         return self._owner[0].part(x, self.index)
 
     def extra_repr(self) -> str:

@@ -56,7 +56,11 @@ def linear_op(
     tile: list[int],
     band: int,
 ) -> Tensor:
-    """``linear`` on the parts of a ``HybridWeight`` and its ``orders()``."""
+    """``linear`` on the parts of a ``HybridWeight`` and its ``orders()``: ``[..., K]`` to ``[..., N]``.
+
+    Raises:
+        UserError: if dtype, device or shape of ``x`` or ``bias`` do not fit.
+    """
     hybrid = HybridWeight.trusted(
         tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band
     )
@@ -88,8 +92,10 @@ def _(
 
 
 def check_operands(x: Tensor, hybrid: HybridWeight, bias: Tensor | None) -> None:
-    """Raises:
-    UserError: if ``x`` or ``bias`` do not fit the weight.
+    """Check activations ``[..., K]`` and bias ``[N]`` against a packed weight.
+
+    Raises:
+        UserError: if dtype, device or shape do not fit.
     """
     n, k = hybrid.shape
     if x.dim() == 0 or x.shape[-1] != k:

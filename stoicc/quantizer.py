@@ -39,8 +39,10 @@ class StoiccConfig(QuantizationConfigMixin):
         self.modules = [dict(module) for module in modules]
 
     def specs(self) -> list[Spec]:
-        """Raises:
-        UserError: if the format is newer than this code or a spec is not one.
+        """What must be known of each packed module.
+
+        Raises:
+            UserError: if the format is newer than this code or a spec is not one.
         """
         if self.format != FORMAT:
             raise UserError(f"packed checkpoint has format {self.format}, this version reads {FORMAT}: update it")

@@ -6,7 +6,7 @@
 A method is one module here that ends in a `patch.oneshot.method.Method`, and one line in `METHODS`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any

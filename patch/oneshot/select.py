@@ -30,18 +30,26 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def unstructured_per_row(scores: Tensor, sparsity: float) -> Tensor:
-    """Bool ``[N, K]`` that drops the ``round(sparsity * K)`` lowest of every row."""
+    """Bool ``[N, K]`` that drops the ``round(sparsity * K)`` lowest of every row of ``scores`` ``[N, K]``.
+
+    Raises:
+        UserError: if ``sparsity`` is not in [0, 1).
+    """
     return drop_lowest(scores, round(check_unstructured(sparsity) * scores.shape[1]))
 
 
 def unstructured_per_weight(scores: Tensor, sparsity: float) -> Tensor:
-    """Bool ``[N, K]`` that drops the ``round(sparsity * N * K)`` lowest of the whole weight."""
+    """Bool ``[N, K]`` that drops the ``round(sparsity * N * K)`` lowest of all ``scores`` ``[N, K]``.
+
+    Raises:
+        UserError: if ``sparsity`` is not in [0, 1).
+    """
     count = round(check_unstructured(sparsity) * scores.numel())
     return drop_lowest(scores.flatten(), count).reshape(scores.shape)
 
 
 def hybrid_mask(scores: Tensor, tile: Sequence[int], dense: Tensor) -> HybridMask:
-    """The two best of each group, except in the tiles that ``dense``, bool ``[R, C]``, keeps whole."""
+    """The two best of each group of ``scores`` ``[N, K]``, but for the tiles that ``dense``, bool ``[R, C]``, keeps."""
     return HybridMask((scores.shape[0], scores.shape[1]), check_tile(tile), dense, best_patterns(scores))
 
 

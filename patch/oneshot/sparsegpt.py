@@ -1,4 +1,6 @@
-"""SparseGPT (Frantar & Alistarh 2023): drop by optimal brain surgeon, and let the remaining weights make up for it.
+"""SparseGPT: drop by optimal brain surgeon, and let the remaining weights make up for it.
+
+Frantar and Alistarh, arXiv:2301.00774.
 
 For one weight ``W`` ``[N, K]`` with inputs ``X`` ``[K, tokens]`` of ``n`` calibration windows, the squared
 error of the outputs has the Hessian ``H = 2/n X X^T``, the same for every row. Columns are settled from left to right.
@@ -56,6 +58,7 @@ class InputHessian:
         self._windows += windows
 
     def finite(self) -> bool:
+        """Whether all inputs so far were finite."""
         return bool(self._products.diagonal().isfinite().all())
 
     def hessian(self) -> Tensor:

@@ -26,6 +26,7 @@ class InputNorm:
         self._tokens += len(inputs)
 
     def finite(self) -> bool:
+        """Whether all inputs so far were finite."""
         return bool(self._squares.isfinite().all())
 
     def norm(self) -> Tensor:
@@ -34,7 +35,7 @@ class InputNorm:
 
 
 def scores(weight: Tensor, norm: Tensor) -> Tensor:
-    """``|w| * norm``, float32 ``[N, K]``, for the ``norm`` ``[K]`` of the inputs."""
+    """``|w| * norm``, float32 ``[N, K]``, of a weight ``[N, K]`` for the ``norm``, float32 ``[K]``, of its inputs."""
     return weight.float().abs() * norm
 
 

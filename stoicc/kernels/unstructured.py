@@ -160,7 +160,11 @@ def unstructured_linear(x: Tensor, packed: UnstructuredWeight, bias: Tensor | No
 def unstructured_op(
     x: Tensor, bits: Tensor, values: Tensor, rows: Tensor, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
-    """``unstructured_linear`` on the parts of an ``UnstructuredWeight``."""
+    """``unstructured_linear`` on the parts of an ``UnstructuredWeight``: ``[..., K]`` to ``[..., N]``.
+
+    Raises:
+        UserError: if dtype, device or shape of ``x`` do not fit.
+    """
     n, k = shape
     packed = UnstructuredWeight((n, k), bits, values, rows)
     if x.dim() == 0 or x.shape[-1] != k:

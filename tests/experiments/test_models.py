@@ -31,6 +31,7 @@ from transformers import (
 from experiments import models, smollm2
 from experiments.embedded import MODEL as EMBEDDED
 from experiments.models import REGISTRY, ModelSpec, fingerprint, load_model, resolve
+from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.prunable import prunable_linears
 
@@ -418,7 +419,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_tried_again(
         patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
             smollm2.converted(local)
-    assert [item for item in smollm2.cache_directory().iterdir() if item.suffix != ".lock"] == []
+    assert [item for item in cache_directory().iterdir() if item.suffix != ".lock"] == []
     assert (smollm2.converted(local) / "model.safetensors").exists()
 
 
@@ -469,7 +470,7 @@ def test_a_download_that_fails_says_what_to_do(
     with pytest.raises(UserError, match=message) as caught:
         smollm2.converted()
     assert "\n" not in str(caught.value)
-    assert not list(smollm2.cache_directory().glob("smollm2*[0-9]"))
+    assert not list(cache_directory().glob("smollm2*[0-9]"))
 
 
 def test_no_installer(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
