@@ -56,6 +56,7 @@ def folder(store: Store, batch: Batch) -> Path:
 
 
 def save(store: Store, batch: Batch) -> None:
+    """Write the record of a batch, in place of an earlier one."""
     write_atomic(folder(store, batch).with_suffix(".json"), json.dumps(asdict(batch)) + "\n")
 
 

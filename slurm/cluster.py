@@ -42,6 +42,7 @@ class Launch:
 
     @property
     def size(self) -> int:
+        """How many processes that is."""
         return self.nodes * self.per_node
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from experiments.definitions import Trial, key
 from experiments.store import Store
 from experiments.studies import STUDIES
-from patch.errors import UserError, check_name
+from patch.errors import UserError, check_name, one_line
 from slurm import batches, checks, plan, progress, queue
 from slurm.cluster import Cluster
 from slurm.progress import STATES, Progress
@@ -83,7 +83,7 @@ def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
             for job in jobs:
                 if error := job.exception():
                     failed += 1
-                    console.print(f"[red]failed[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+                    console.print(f"[red]failed[/red] {one_line(error)}", highlight=False, soft_wrap=True)
             batches.close(sweep.store, batch)
     console.print(_summary(progress.examine(sweep.trials, sweep.store)), highlight=False)
     if failed:

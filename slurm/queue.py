@@ -156,13 +156,21 @@ def held(store: Store) -> set[str]:
 
 
 def max_array_size() -> int:
-    """How many tasks one array may have."""
+    """How many tasks one array may have.
+
+    Raises:
+        UserError: with Slurm's message, if it cannot be asked.
+    """
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
     return int(match.group(1)) if match else 1001
 
 
 def cancel(jobs: Collection[str]) -> None:
-    """Cancel jobs and arrays, waiting and running."""
+    """Cancel jobs and arrays, waiting and running.
+
+    Raises:
+        UserError: with Slurm's message, if it refuses.
+    """
     if jobs:
         _ask("scancel", *jobs)
 
@@ -185,7 +193,11 @@ def check(cluster: Cluster, stage: str, resources: Resources) -> None:
 
 
 def other_nodes(cluster: Cluster) -> str | None:
-    """The partition's nodes, as Slurm writes them, if there are others than this machine."""
+    """The partition's nodes, as Slurm writes them, if there are others than this machine.
+
+    Raises:
+        UserError: with Slurm's message, if it cannot be asked.
+    """
     import socket
 
     nodes = _partition(cluster)[1]

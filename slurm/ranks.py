@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments import pipeline
+from experiments.machine import Machine
 from experiments.stopping import deferred_signals
 from patch.learner import Stopped
 from slurm.cluster import Launch
@@ -37,7 +37,7 @@ class RankFailed(RuntimeError):
     """The first error of one of the processes; its traceback there is a note of this one."""
 
 
-Learn = Callable[[pipeline.Machine], object]
+Learn = Callable[[Machine], object]
 
 
 def command(launch: Launch, environment: Mapping[str, str]) -> list[str]:
@@ -61,7 +61,7 @@ def command(launch: Launch, environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def run(launch: Launch, learn: Learn, machine: Callable[[int], pipeline.Machine]) -> None:
+def run(launch: Launch, learn: Learn, machine: Callable[[int], Machine]) -> None:
     """Call ``learn`` in every process, each with its own machine, and wait until all have ended.
 
     Args:
@@ -136,9 +136,9 @@ def main() -> None:
     try:
         with _noted(folder, rank):
             learn, machine, per_node = pickle.loads((folder / "call").read_bytes())
-            here: pipeline.Machine = machine(per_node)
+            here: Machine = machine(per_node)
         with _noted(folder, rank), joined(here.device) as ranks, _noted(folder, rank):
-            learn(pipeline.Machine(here.device, here.data, here.progress if rank == 0 else _quiet, ranks))
+            learn(Machine(here.device, here.data, here.progress if rank == 0 else _quiet, ranks))
     except Stopped as stopped:
         raise SystemExit(str(stopped)) from stopped
 

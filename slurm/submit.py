@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from experiments import claims
 from experiments.definitions import Trial, key
 from experiments.store import Store
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 from slurm import batches, plan, queue
 from slurm.batches import Batch
 from slurm.cluster import ALONE, Cluster, Launch, Resources
@@ -51,6 +51,7 @@ class Sweep:
 
     @property
     def store(self) -> Store:
+        """The results directory, where all is recorded."""
         return Store(self.work.results)
 
 
@@ -198,7 +199,7 @@ def _submit(
         batches.forget(store, batch)
         with suppress(OSError):
             folder.rmdir()
-        raise UserError(f"Slurm would not take the {stage} stage: {' '.join(str(error).split())}") from error
+        raise UserError(f"Slurm would not take the {stage} stage: {one_line(error)}") from error
     if executor == "slurm":
         batch = dataclasses.replace(batch, job=jobs[0].job_id.partition("_")[0])
         batches.save(store, batch)

@@ -17,6 +17,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 
 from experiments import pipeline, reports
 from experiments.definitions import Trial, key
+from experiments.machine import Machine
 from experiments.store import Store
 from patch.errors import UserError
 from patch.learner import Stopped
@@ -58,7 +59,7 @@ class Work:
     data: Path | None = None
     device: str | None = None
 
-    def machine(self, processes: int = 1) -> pipeline.Machine:
+    def machine(self, processes: int = 1) -> Machine:
         """The machine that this job runs on, for each of so many processes that share it."""
         import torch
 
@@ -66,7 +67,7 @@ class Work:
             # torch counts the cores of the node, of which this job may have been given few.
             torch.set_num_threads(max(1, min(int(cores) // processes, torch.get_num_threads())))
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return pipeline.Machine(device, self.data, _log_progress())
+        return Machine(device, self.data, _log_progress())
 
 
 @dataclass(frozen=True)
