@@ -6,13 +6,14 @@ words).
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from patch.modes import evaluating
 
 # Positions whose float32 logits exist at a time: 0.5 GiB at a vocabulary of 128k.
 _CHUNK = 1024
@@ -38,18 +39,6 @@ class PerplexityResult:
     stderr: float | None
     tokens: int
     windows: int
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, until the block ends."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
 
 
 def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -110,7 +99,7 @@ def perplexity(
     model.to(device)
     count, length = windows.shape
     losses = []
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for start in range(0, count, batch):
             tokens = windows[start : start + batch].to(device)
             size = len(tokens)

@@ -40,6 +40,7 @@ from experiments.machine import Machine
 from experiments.provenance import provenance
 from experiments.store import SKIPPED, Fact, Store
 from patch.checkpoint import TILED, load_masks
+from patch.modes import evaluating
 from patch.prunable import prunable_linears
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def distance(found: Tensor, reference: Tensor) -> float:
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """float32 ``[batch, length, vocab]``."""
-    with evaluation.evaluating(model):
+    with evaluating(model), torch.inference_mode():
         return model(input_ids=tokens, use_cache=False).logits.float()
 
 

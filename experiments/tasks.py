@@ -35,9 +35,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from experiments import embedded
-from experiments.evaluation import evaluating, target_log_probs
+from experiments.evaluation import target_log_probs
 from experiments.text import tokenizer_fingerprint
 from patch.errors import UserError, check_name
+from patch.modes import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -465,7 +466,7 @@ def _score(
     if too_long:
         logger.warning("%d of %d prompts are cut from the left to %d tokens", too_long, len(encoded.inputs), longest)
     per_token = []
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for start, stop in _batches(encoded.inputs, longest, batch, torch.device(device).type):
             inputs = [tokens[-longest:] for tokens in encoded.inputs[start:stop]]
             padded = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)

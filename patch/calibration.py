@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.errors import UserError
+from patch.modes import evaluating
 from patch.prunable import decoder_blocks, prunable_linears
 
 Device = torch.device | str
@@ -107,7 +108,7 @@ def _stream(
 ) -> Generator[Block[S], None, None]:
     blocks = decoder_blocks(model)
     linears = prunable_linears(model)
-    with _evaluating(model):
+    with evaluating(model), _without_cache(model):
         states, calls = _record(model, blocks, windows.split(batch), device)
         for index, block in enumerate(blocks):
             with _placed(block, device):
@@ -156,18 +157,14 @@ def _placed(block: nn.Module, device: Device) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+def _without_cache(model: nn.Module) -> Iterator[None]:
     configs: list[Any] = [getattr(module, "config", None) for module in (model, _decoder(model))]
     caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    model.eval()
     for config, _ in caches:
         config.use_cache = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
         # Backwards: the decoder's configuration may be the model's own, noted twice.
         for config, use_cache in reversed(caches):
             config.use_cache = use_cache

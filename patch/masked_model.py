@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from patch.mask import TileShape, tile_sizes
+from patch.modes import evaluating, full_float32
 from patch.prunable import decoder_blocks
 from patch.ranks import Ranks
 from patch.recipe import Recipe, Settings
@@ -209,20 +210,14 @@ def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: f
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model without gradients or dropout, in full float32 precision; on leaving, as it was."""
-    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    precision = torch.get_float32_matmul_precision()
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+    with evaluating(model), full_float32():
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Entry:
 
 
 def kernel_name(config: Config) -> str:
-    """``hopper``, ``stream`` or ``portable``."""
+    """Its key in ``KERNELS``."""
     return next(name for name, kind in KERNELS.items() if isinstance(config, kind))
 
 
@@ -66,7 +66,7 @@ def runs(config: Config, capability: tuple[int, int], band: int) -> bool:
     if isinstance(config, StreamConfig):
         clusters = config.blocks == 1 or capability[0] == 9
         return capability[0] >= 8 and clusters and (config.rows <= 64 or band == 2)
-    return True
+    return isinstance(config, PortableConfig)
 
 
 def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Config]:
@@ -112,10 +112,8 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
     if tokens > 128:
         wide = [HopperConfig(256, 5, together, cluster) for cluster in (2, 1) for together in (8, 4, 16)]
         found = [*wide, *found]
-    found.append(PortableConfig(min(64, max(16, tokens))))
-    allowed = [config for config in found if runs(config, capability, band)]
     # The portable kernel is for GPUs that can run nothing else.
-    return allowed if len(allowed) == 1 else allowed[:-1]
+    return [config for config in found if runs(config, capability, band)] or [PortableConfig(min(64, max(16, tokens)))]
 
 
 def nearest(

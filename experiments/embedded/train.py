@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from experiments.embedded import MODEL
 from experiments.embedded.files import replacing
 from patch.errors import UserError
+from patch.modes import full_float32
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -180,10 +181,8 @@ def stream_loss(model: Model, tokens: Tokens, device: torch.device, batch: int =
     ``math.exp`` of it is the perplexity.
     """
     rows = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT].reshape(-1, CONTEXT))
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    total = sum(float(window_loss(model, part.to(device))) * len(part) for part in rows.split(batch))
-    torch.set_float32_matmul_precision(precision)
+    with full_float32():
+        total = sum(float(window_loss(model, part.to(device))) * len(part) for part in rows.split(batch))
     return total / len(rows)
 
 

@@ -13,8 +13,7 @@ block of 128 columns at a time, over all rows, at the target sparsity. In a hybr
 and so correct nothing, but still take the corrections of dropped weights to their left.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +21,12 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.mask import GROUP, HybridMask, TileShape, best_patterns, decode_patterns, tile_grid
+from patch.modes import full_float32
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest
 
 COLUMNS = 128
 DAMPING = 0.01
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Matrix products without TF32, which loses the small eigenvalues of ``H``."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class InputHessian:
@@ -53,7 +42,8 @@ class InputHessian:
 
     def add(self, inputs: Tensor, windows: int) -> None:
         """Take in ``inputs``, float32 ``[tokens, K]``, of ``windows`` windows."""
-        with _full_float32():
+        # TF32 would lose the small eigenvalues of H.
+        with full_float32():
             self._products.addmm_(inputs.T, inputs)
         self._windows += windows
 
@@ -96,7 +86,7 @@ def inverse_factor(hessian: Tensor, name: str = "weight", damping: float = DAMPI
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += damping * diagonal.mean()
-    with _full_float32():
+    with full_float32():
         backwards, failed = torch.linalg.cholesky_ex(backwards)
         if failed:
             raise UserError(
@@ -162,7 +152,7 @@ def _sweep(
     left = weight.float().T.contiguous().masked_fill_(factor.dead[:, None], 0)
     keep = torch.empty_like(left, dtype=torch.bool)
     inputs = len(left)
-    with _full_float32():
+    with full_float32():
         for start in range(0, inputs, COLUMNS):
             stop = min(start + COLUMNS, inputs)
             block, kept = left[start:stop], keep[start:stop]

@@ -60,10 +60,8 @@ def test_every_gpu_has_candidates_that_it_can_run(capability: tuple[int, int], b
         found = configs.candidates(tokens, capability, band)
         assert found and all(configs.runs(config, capability, band) for config in found)
         assert len(set(found)) == len(found)
-    if capability < (8, 0):
-        assert isinstance(found[0], PortableConfig)
-    if capability == (9, 0):
-        assert any(isinstance(config, HopperConfig) for config in found)
+        assert all(isinstance(config, PortableConfig) for config in found) == (capability < (8, 0))
+        assert any(isinstance(config, HopperConfig) for config in found) == (capability == (9, 0) and tokens > 32)
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
