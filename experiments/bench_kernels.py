@@ -163,11 +163,10 @@ def _bench_tokens(
         if not faster_packed(x.device, hybrid, [tokens]):
             calls[name], about[name]["fallback"] = calls["cublas"], "predicted slower than dense"
             continue
-        orders = hybrid.orders()
         own = max(copies, 1 if long else -(-3 * CACHE_BYTES // (2 * hybrid.nbytes)))
         held = [hybrid, *(hybrid.copy() for _ in range(own - 1))]
-        calls[name] = [partial(run, x, one, orders, None, config) for one in held]
-        error, cublas = _errors(x, masked, run(x, hybrid, orders, None, config))
+        calls[name] = [partial(run, x, one, None, config) for one in held]
+        error, cublas = _errors(x, masked, run(x, hybrid, None, config))
         about[name] |= {"error": error, "cublas_error": cublas, "status": "ok" if error <= 1.1 * cublas else "wrong"}
     times = time_in_turns(calls, rounds, flush=long)
     for name in ("cublas", "compiled"):

@@ -32,7 +32,7 @@ k-steps of a record, chosen by the instruction's selector.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class HybridWeight:
         sparse_blocks: int32 ``[panels]``, how many of a panel's records are 2:4.
         leads: int32 ``[panels]``, how many steps of the group's walk come before the panel's first dense block.
         band: panels of a band, one or two.
+        orders: int32 ``[..., 4]``, made from the others: ``order(1)``, ``order(2)`` and ``order(4)``, concatenated.
 
     Raises:
         UserError: if any invariant does not hold, naming the part and the first place where it fails. Kernels trust a
@@ -82,6 +83,7 @@ class HybridWeight:
     sparse_blocks: Tensor
     leads: Tensor
     band: int
+    orders: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
@@ -90,6 +92,7 @@ class HybridWeight:
         if not self.records.is_meta:
             _check_schedule(self)
             _check_metadata(self)
+        object.__setattr__(self, "orders", torch.cat([self.order(1), self.order(2), self.order(4)]))
 
     @property
     def panels(self) -> int:
@@ -108,7 +111,7 @@ class HybridWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Bytes of its parts together."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
     @property
@@ -129,27 +132,31 @@ class HybridWeight:
     def trusted(cls, *values: object) -> "HybridWeight":
         """A weight of parts that were checked before, without checking them again: for the path of every call."""
         weight = object.__new__(cls)
-        for field, value in zip(fields(cls), values, strict=True):
-            object.__setattr__(weight, field.name, value)
+        for part, value in zip(fields(cls), values, strict=True):
+            object.__setattr__(weight, part.name, value)
         return weight
 
-    def orders(self) -> Tensor:
-        """int32: ``order(1)``, ``order(2)`` and ``order(4)`` one after the other."""
-        return torch.cat([self.order(1), self.order(2), self.order(4)])
-
     def order(self, group: int) -> Tensor:
-        """int32 ``[ceil(panels / group)]``: groups of panels by falling bytes."""
+        """int32 ``[ceil(panels / group), 4]``: groups of panels by falling bytes, and where their records are.
+
+        Of each group its index, the units at which its first and its second panel start (the first's again where there
+        is no second), and how many records of the first are 2:4: one load tells a thread block where to begin.
+        """
         units = _padded((self.starts[1:] - self.starts[:-1])[:, None], group).reshape(-1, group).sum(1)
-        return units.argsort(descending=True, stable=True).to(torch.int32)
+        index = units.argsort(descending=True, stable=True)
+        first = index * group
+        second = (first + min(1, group - 1)).clamp(max=self.panels - 1)
+        entries = (index, self.starts[first], self.starts[second], self.sparse_blocks[first])
+        return torch.stack([entry.to(torch.int32) for entry in entries], dim=1)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """The tensors that are stored, by name."""
         return {name: getattr(self, name) for name in ("records", "starts", "columns", "sparse_blocks", "leads")}
 
     def copy(self) -> "HybridWeight":
         """The same weight in memory of its own."""
         copied = {name: part.clone() for name, part in self.parts().items()}
-        return HybridWeight.trusted(self.shape, self.tile, self.dtype, *copied.values(), self.band)
+        return HybridWeight.trusted(self.shape, self.tile, self.dtype, *copied.values(), self.band, self.orders.clone())
 
     def to(self, device: torch.device | str) -> "HybridWeight":
         """The same weight on a device, every invariant checked."""

@@ -63,14 +63,15 @@ class HybridLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.parts[0][1]
         for name, part in hybrid.parts().items():
             self.register_buffer(name, part)
+        self.register_buffer("orders", hybrid.orders, persistent=False)
         self.register_buffer("bias", bias)
         self.records: Tensor
         self.starts: Tensor
         self.columns: Tensor
         self.sparse_blocks: Tensor
         self.leads: Tensor
+        self.orders: Tensor
         self.bias: Tensor | None
-        self.register_buffer("orders", None if hybrid.records.is_meta else hybrid.orders(), persistent=False)
         self._sizes = [rows for _, rows in spec.parts]
         self._dtype, self._shape, self._tile = hybrid.dtype, list(spec.shape), list(spec.tile)
         self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
@@ -81,10 +82,16 @@ class HybridLinear(nn.Module):
         n, k = spec.shape
         dtype: torch.dtype = getattr(torch, spec.dtype)
         panels, steps = -(-n // 64), -(-k // 64)
-        sizes = ((spec.units, 128), (panels + 1,), (panels, steps), (panels,), (panels,))
-        parts = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
+        sizes = {
+            "records": (spec.units, 128),
+            "starts": (panels + 1,),
+            "columns": (panels, steps),
+            "sparse_blocks": (panels,),
+            "leads": (panels,),
+        }
+        parts = {name: torch.empty(size, dtype=torch.int32, device="meta") for name, size in sizes.items()}
         bias = torch.empty(n, dtype=dtype, device="meta") if spec.bias else None
-        return cls(spec, HybridWeight.trusted(spec.shape, spec.tile, dtype, *parts, spec.band), bias)
+        return cls(spec, HybridWeight(spec.shape, spec.tile, dtype, **parts, band=spec.band), bias)
 
     def checked(self) -> HybridWeight:
         """The packed weight, every invariant checked: what was loaded from a file goes through here before it is used.

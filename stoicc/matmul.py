@@ -1,7 +1,7 @@
 """The product of activations with a hybrid weight: ``torch.ops.stoicc.linear`` and what chooses its kernel.
 
-    >>> y = linear(x, hybrid, bias)                     # chooses kernel and configuration
-    >>> y = run(x, hybrid, hybrid.orders(), bias, config)   # a certain one
+    >>> y = linear(x, hybrid, bias)        # chooses kernel and configuration
+    >>> y = run(x, hybrid, bias, config)   # a certain one
 
 The custom operator takes the weight's tensors one by one, so that it can stand in a graph of ``torch.compile``; it
 enqueues on the current stream, keeps no state between calls, and computes the same bits every time.
@@ -37,7 +37,7 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         UserError: if dtype, device or shape do not fit.
     """
-    parts = (*hybrid.parts().values(), hybrid.orders())
+    parts = (*hybrid.parts().values(), hybrid.orders)
     return linear_op(x, *parts, bias, hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
 
 
@@ -56,13 +56,13 @@ def linear_op(
     tile: list[int],
     band: int,
 ) -> Tensor:
-    """``linear`` on the parts of a ``HybridWeight`` and its ``orders()``: ``[..., K]`` to ``[..., N]``.
+    """``linear`` on the parts of a ``HybridWeight`` and its ``orders``: ``[..., K]`` to ``[..., N]``.
 
     Raises:
         UserError: if dtype, device or shape of ``x`` or ``bias`` do not fit.
     """
     hybrid = HybridWeight.trusted(
-        tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band
+        tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band, orders
     )
     check_operands(x, hybrid, bias)
     if x.numel() == 0:
@@ -70,7 +70,7 @@ def linear_op(
     if x.device.type == "cpu":
         return reference.linear(x, hybrid, bias)
     tokens = x.numel() // shape[1]
-    return run(x, hybrid, orders, bias, choose(x.device, shape[0], shape[1], band, configs.token_bucket(tokens)))
+    return run(x, hybrid, bias, choose(x.device, shape[0], shape[1], band, configs.token_bucket(tokens)))
 
 
 @linear_op.register_fake
@@ -110,18 +110,14 @@ def check_operands(x: Tensor, hybrid: HybridWeight, bias: Tensor | None) -> None
         )
 
 
-def run(x: Tensor, hybrid: HybridWeight, orders: Tensor, bias: Tensor | None, config: Config) -> Tensor:
-    """``linear`` with a given configuration, on a GPU and with at least one token.
-
-    Args:
-        orders: ``hybrid.orders()``.
-    """
+def run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: Config) -> Tensor:
+    """``linear`` with a given configuration, on a GPU and with at least one token."""
     n, k = hybrid.shape
     x2d = _aligned(x.reshape(-1, k))
     # Bulk copies need rows of 16 bytes: compute into wider rows where N does not give them.
     y = x.new_empty(x2d.shape[0], n + -n % 8)[:, :n]
     pairs, quads = -(-hybrid.panels // 2), -(-hybrid.panels // 4)
-    by_group = dict(zip((1, 2, 4), orders.split([hybrid.panels, pairs, quads]), strict=True))
+    by_group = dict(zip((1, 2, 4), hybrid.orders.split([hybrid.panels, pairs, quads]), strict=True))
     with torch.cuda.device(x.device), lowering():
         if isinstance(config, HopperConfig):
             hopper.launch(x2d, hybrid, by_group[2 * config.cluster], bias, y, config)

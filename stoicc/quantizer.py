@@ -82,7 +82,7 @@ class StoiccQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in packed_modules(model):
-            module.orders = module.checked().orders()
+            module.orders = module.checked().orders
         return model
 
     def is_serializable(self) -> bool:

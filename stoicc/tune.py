@@ -47,7 +47,7 @@ def _compile(work: tuple[Any, ...]) -> None:
     device, *wanted = work
     for config, tokens, band in wanted:
         hybrid = random_weights(device, 512, 512, band, tokens=8192)[0]
-        run(torch.zeros(tokens, 512, device=device, dtype=torch.bfloat16), hybrid, hybrid.orders(), None, config)
+        run(torch.zeros(tokens, 512, device=device, dtype=torch.bfloat16), hybrid, None, config)
 
 
 def tune_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> Entry:
@@ -101,8 +101,7 @@ def _time(calls: Sequence[Call]) -> float:
 
 
 def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Call]:
-    orders = weights[0].orders()
-    return [partial(run, x, weight, orders, None, config) for weight in weights]
+    return [partial(run, x, weight, None, config) for weight in weights]
 
 
 def random_weights(device: torch.device, n: int, k: int, band: int, tokens: int) -> list[HybridWeight]:

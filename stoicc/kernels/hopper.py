@@ -64,7 +64,7 @@ def _output_tile(index, groups, token_tiles, order, TILES_TOGETHER: gl.constexpr
     width = TILES_TOGETHER * groups
     first = index // width * TILES_TOGETHER
     together = gl.minimum(token_tiles - first, TILES_TOGETHER)
-    return gl.load(order + index % width // together), first + index % width % together
+    return gl.load(order + index % width // together * 4), first + index % width % together
 
 
 @gluon.jit
@@ -278,7 +278,7 @@ def hopper_linear(
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
         leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
             group is only one of its bands, whose panels turn together.
-        order: int32 ``[groups]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
+        order: int32 ``[groups, 4]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
         STAGES: tiles of activations in the ring, at least three.
         CLUSTER: thread blocks that share activations, one or two.
         TILES_TOGETHER: token tiles that are walked together.
@@ -324,7 +324,7 @@ def launch(
 
     Args:
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
-        order: int32 ``[groups]`` for ``2 * config.cluster`` panels.
+        order: int32 ``[groups, 4]`` for ``2 * config.cluster`` panels.
         y: ``[tokens, N]``, 16-byte aligned rows.
     """
     groups = len(order)

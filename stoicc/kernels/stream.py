@@ -13,6 +13,9 @@ a fixed order.
 
 Activations of up to eight tokens go the same way (``stages`` 0). More of them are copied asynchronously to a ring in
 shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
+
+A product of few tokens takes microseconds, of which the way to the first record is a good part: so one load tells where
+the records are.
 """
 
 from dataclasses import dataclass
@@ -103,15 +106,20 @@ def _index(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
 
 
 @gluon.jit
-def _load_x(x, columns, step, count, x_words, token_offsets, k_words, tokens_inside):
+def _load_x(x, column, x_words, token_offsets, k_words, inside):
     """Both halves of a block's activations as registers: words ``4t + p`` of 32, ``t`` below four and from four on."""
-    inside = step < count
-    word = gl.load(columns + step, mask=inside, other=0) * 32 + x_words
-    inside = inside & tokens_inside
+    word = column * 32 + x_words
     return (
         gl.load(x + token_offsets + word, mask=inside & (word < k_words), other=0),
         gl.load(x + token_offsets + word + 16, mask=inside & (word + 16 < k_words), other=0),
     )
+
+
+@gluon.jit
+def _next_x(x, columns, step, count, x_words, token_offsets, k_words, tokens_inside):
+    inside = step < count
+    column = gl.load(columns + step, mask=inside, other=0)
+    return _load_x(x, column, x_words, token_offsets, k_words, inside & tokens_inside)
 
 
 @gluon.jit
@@ -225,10 +233,9 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 
 
 # Sizes are not specialised on, but for those that the width of the copies of activations depends on.
-@gluon.jit(do_not_specialize=["steps", "panels", "tokens", "out_features"])
+@gluon.jit(do_not_specialize=["steps", "tokens", "out_features"])
 def stream_linear(
-    x, y, words, bias, workspace, starts, columns, sparse_blocks, order, steps, panels, tokens, k_words, x_stride,
-    out_features, y_stride,
+    x, y, words, bias, workspace, columns, order, steps, tokens, k_words, x_stride, out_features, y_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
     RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -237,10 +244,10 @@ def stream_linear(
     Args:
         x: int32, activations ``[tokens, K]`` as pairs, rows ``x_stride`` words apart.
         y: output ``[tokens, N]``, rows ``y_stride`` elements apart.
-        words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``; words as int32.
+        words, columns: parts of the ``HybridWeight``; words are its records.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
         workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
-        order: int32, panels (with 128 ``ROWS``, pairs of panels), most expensive first.
+        order: int32 ``[panels, 4]`` (with 128 ``ROWS``, of pairs of panels), most expensive first.
         k_words: ``K / 2``.
         ROWS to BLOCKS: as in ``StreamConfig``.
     """
@@ -255,16 +262,18 @@ def stream_linear(
 
     block = gl.program_id(0) % BLOCKS
     part = gl.program_id(0) // BLOCKS
-    panel = gl.load(order + part // PARTS) * PANELS
+    order += part // PARTS * 4
+    panel = gl.load(order) * PANELS
+    start = gl.load(order + 1)
+    sparse = gl.load(order + 3)
+    dense = steps - sparse
     first_row = part % PARTS * R
     row = first_row + _index(R, layout, 2)
-    sparse = gl.load(sparse_blocks + panel)
-    dense = steps - sparse
     if PANELS == 1:
-        record = words + gl.load(starts + panel).to(gl.int64) * 128
+        record = words + start.to(gl.int64) * 128
     else:
-        # Beyond the last panel, compute it again: those output rows are outside and not stored.
-        record = words + gl.load(starts + gl.minimum(panel + row // 4, panels - 1)).to(gl.int64) * 128
+        # Where there is no second panel, the first is computed again: those output rows are outside and not stored.
+        record = words + gl.where(row < 4, start, gl.load(order + 2)).to(gl.int64) * 128
         row = row % 4
     record_dense = record + sparse * RECORD_24
     columns += panel * steps
@@ -279,22 +288,26 @@ def stream_linear(
     step = block * OWN + _index(RECORDS, layout, 1) * K_WARPS + _index(K_WARPS, layout, 0)
     turns_24 = (sparse + 2 * SET - 1) // (2 * SET) * 2
     acc = gl.zeros([K_WARPS, RECORDS, R, TOKENS // 8, 32, 4], gl.float32, layout)
+    a0, a1, am = _load_24(record, step, sparse, lane_24, lane_metadata)
+    b0, b1, bm = _load_24(record, step + SET, sparse, lane_24, lane_metadata)
+    c0, c1, c2, c3 = _load_dense(record_dense, step, dense, lane_dense)
+    if STAGES == 0:
+        a_column = gl.load(columns + step, mask=step < sparse, other=0)
+        b_column = gl.load(columns + step + SET, mask=step + SET < sparse, other=0)
+        c_column = gl.load(columns_dense + step, mask=step < dense, other=0)
     if STAGES == 0:
         token = gl.program_id(1) * TOKENS + _index(TOKENS // 8, layout, 3) * 8 + lane // 4
         inside = token < tokens
         offsets = token.to(gl.int64) * x_stride
         x_words = register * 4 + lane % 4
-        ax, ay = _load_x(x, columns, step, sparse, x_words, offsets, k_words, inside)
-        bx, by = _load_x(x, columns, step + SET, sparse, x_words, offsets, k_words, inside)
-        cx, cy = _load_x(x, columns_dense, step, dense, x_words, offsets, k_words, inside)
+        ax, ay = _load_x(x, a_column, x_words, offsets, k_words, inside & (step < sparse))
+        bx, by = _load_x(x, b_column, x_words, offsets, k_words, inside & (step + SET < sparse))
+        cx, cy = _load_x(x, c_column, x_words, offsets, k_words, inside & (step < dense))
     else:
         swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
         ring = gl.allocate_shared_memory(gl.int32, [STAGES, OWN, TOKENS, 32], swizzled)
         for turn in gl.static_range(STAGES - 1):
             _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
-    a0, a1, am = _load_24(record, step, sparse, lane_24, lane_metadata)
-    b0, b1, bm = _load_24(record, step + SET, sparse, lane_24, lane_metadata)
-    c0, c1, c2, c3 = _load_dense(record_dense, step, dense, lane_dense)
     for turn in range(0, turns_24, 2):
         ahead = step + (turn + 2) * SET
         if STAGES > 0:
@@ -312,14 +325,14 @@ def stream_linear(
             bx, by = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:
-            ax, ay = _load_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
+            ax, ay = _next_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
         acc = _multiply_24(b0, b1, bm, bx, by, acc, dtype)
         b0, b1, bm = _load_24(record, ahead + SET, sparse, lane_24, lane_metadata)
         if STAGES == 0:
-            bx, by = _load_x(x, columns, ahead + SET, sparse, x_words, offsets, k_words, inside)
+            bx, by = _next_x(x, columns, ahead + SET, sparse, x_words, offsets, k_words, inside)
     d0, d1, d2, d3 = _load_dense(record_dense, step + SET, dense, lane_dense)
     if STAGES == 0:
-        dx, dy = _load_x(x, columns_dense, step + SET, dense, x_words, offsets, k_words, inside)
+        dx, dy = _next_x(x, columns_dense, step + SET, dense, x_words, offsets, k_words, inside)
     for done in range(0, dense, 2 * SET):
         ahead = step + (done + 2 * SET)
         turn = turns_24 + done // SET
@@ -338,11 +351,11 @@ def stream_linear(
             dx, dy = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
         else:
-            cx, cy = _load_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
+            cx, cy = _next_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
         acc = _multiply_dense(d0, d1, d2, d3, dx, dy, acc, dtype)
         d0, d1, d2, d3 = _load_dense(record_dense, ahead + SET, dense, lane_dense)
         if STAGES == 0:
-            dx, dy = _load_x(x, columns_dense, ahead + SET, dense, x_words, offsets, k_words, inside)
+            dx, dy = _next_x(x, columns_dense, ahead + SET, dense, x_words, offsets, k_words, inside)
 
     total = gl.sum(gl.sum(acc, 1), 0)
     rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
@@ -360,7 +373,7 @@ def launch(
 
     Args:
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
-        order: int32, of the panels, or with 128 ``rows`` of pairs of panels.
+        order: int32 ``[panels, 4]``, or with 128 ``rows`` of pairs of panels.
         y: ``[tokens, N]``.
     """
     tokens = x.shape[0]
@@ -377,12 +390,9 @@ def launch(
         hybrid.records,
         y if bias is None else bias,
         workspace,
-        hybrid.starts,
         hybrid.columns,
-        hybrid.sparse_blocks,
         order,
         hybrid.steps,
-        hybrid.panels,
         tokens,
         pairs.shape[1],
         pairs.stride(0),

@@ -290,18 +290,24 @@ def test_columns_follow_the_walk_of_their_group(panels: int, rows: int) -> None:
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_order_is_by_falling_bytes(group: int) -> None:
     packed = random_hybrid(64 * 11, 512, (64, 64), 0.5, uneven=True)
-    order = packed.order(group).tolist()
+    entries = packed.order(group).tolist()
+    order = [index for index, *_ in entries]
     units = (packed.starts[1:] - packed.starts[:-1]).tolist()
     units += [units[-1]] * (-len(units) % group)
     sizes = [sum(units[i : i + group]) for i in range(0, len(units), group)]
     assert sorted(order) == list(range(len(sizes)))
     assert [sizes[i] for i in order] == sorted(sizes, reverse=True)
+    for index, start, second, sparse in entries:
+        last = packed.panels - 1
+        assert start == packed.starts[index * group]
+        assert second == packed.starts[min(index * group + min(group - 1, 1), last)]
+        assert sparse == packed.sparse_blocks[index * group]
 
 
 def test_orders_are_those_of_one_two_and_four_panels() -> None:
     packed = random_hybrid(64 * 5, 128, (64, 64), 0.5)
-    assert packed.orders().tolist() == [*packed.order(1).tolist(), *packed.order(2).tolist(), *packed.order(4).tolist()]
-    assert len(packed.orders()) == 5 + 3 + 2
+    assert packed.orders.tolist() == [*packed.order(1).tolist(), *packed.order(2).tolist(), *packed.order(4).tolist()]
+    assert packed.orders.shape == (5 + 3 + 2, 4)
 
 
 def test_copy_shares_no_memory() -> None:
@@ -330,7 +336,7 @@ def test_without_data_only_kinds_are_checked() -> None:
 
 
 def rebuilt(hybrid: HybridWeight, **changes: Any) -> HybridWeight:
-    values = {field.name: getattr(hybrid, field.name) for field in fields(hybrid)}
+    values = {field.name: getattr(hybrid, field.name) for field in fields(hybrid) if field.init}
     return HybridWeight(**{**values, **changes})
 
 

@@ -29,7 +29,7 @@ def assert_right(y: Tensor, x: Tensor, hybrid: HybridWeight, bias: Tensor | None
 def poisoned_run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: Config) -> Tensor:
     """``run`` right after memory of the output's size was filled with NaN, so that elements left out show."""
     torch.full((x.shape[0], hybrid.shape[0] + 8), float("nan"), device="cuda", dtype=x.dtype)
-    return run(x, hybrid, hybrid.orders(), bias, config)
+    return run(x, hybrid, bias, config)
 
 
 def shipped() -> list[tuple[Config, int, int]]:
@@ -96,9 +96,9 @@ def test_float16(config: Config) -> None:
 def test_same_bits_every_time(config: Config) -> None:
     hybrid = random_hybrid(2048, 2048, (128, 128), 0.6, uneven=True, device="cuda")
     x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
-    first = run(x, hybrid, hybrid.orders(), None, config)
+    first = run(x, hybrid, None, config)
     for _ in range(20):
-        assert torch.equal(run(x, hybrid, hybrid.orders(), None, config), first)
+        assert torch.equal(run(x, hybrid, None, config), first)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 127, 300, 1000, 8192])
@@ -126,7 +126,7 @@ def test_graph_capture_and_replay() -> None:
     for tokens in (1, 16, 512):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
         linear(x, hybrid)
-        parts = (*hybrid.parts().values(), hybrid.orders())
+        parts = (*hybrid.parts().values(), hybrid.orders)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = linear_op(x, *parts, None, x.dtype, [1024, 1024], [128, 128], hybrid.band)
@@ -155,7 +155,7 @@ def test_many_streams_at_once() -> None:
 
 def test_fullgraph_compile() -> None:
     hybrid = random_hybrid(512, 512, (128, 128), 0.5, device="cuda")
-    parts = (*hybrid.parts().values(), hybrid.orders())
+    parts = (*hybrid.parts().values(), hybrid.orders)
 
     @torch.compile(fullgraph=True)
     def layer(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
 
 @cache
 def stream(config: StreamConfig, arch: int, dtype: str = "bf16") -> Any:
-    pointers = ("x", "words", "starts", "columns", "sparse_blocks", "order")
+    pointers = ("x", "words", "columns", "order")
     types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{dtype}", "y": f"*{dtype}", "workspace": "*fp32"}
     k_warps, row_warps, token_warps = config.warps
     constants = {
