@@ -91,6 +91,15 @@ def cluster_barrier(SIZE: gl.constexpr, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def wait_for_previous():
+    """Go on when the kernel before on the stream is done and what it wrote can be seen.
+
+    For kernels that are launched with ``launch_pdl``, which begin before that. Hopper and newer.
+    """
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def multicast_next(MASK: gl.constexpr):
     """The bulk copy that follows lands in the shared memory of every block of the cluster whose bit is set."""
     gl.inline_asm_elementwise(_multicast(MASK), "=r", [], gl.int32, False, 1)

@@ -14,8 +14,9 @@ a fixed order.
 Activations of up to eight tokens go the same way (``stages`` 0). More of them are copied asynchronously to a ring in
 shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
 
-A product of few tokens takes microseconds, of which the way to the first record is a good part: so one load tells where
-the records are.
+A product of few tokens takes microseconds, of which the way to the first record is a good part. So one load tells where
+the records are, and on Hopper the kernel begins before the one before it on the stream is done: within a captured
+graph, where weights do not change, it asks for its first records and only then waits.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from stoicc.compat import barrier
 from stoicc.format import HybridWeight
-from stoicc.language import METADATA, RECORD_24, RECORD_DENSE, cluster_barrier, mma_24, mma_dense
+from stoicc.language import METADATA, RECORD_24, RECORD_DENSE, cluster_barrier, mma_24, mma_dense, wait_for_previous
 
 
 @dataclass(frozen=True)
@@ -233,11 +234,11 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 
 
 # Sizes are not specialised on, but for those that the width of the copies of activations depends on.
-@gluon.jit(do_not_specialize=["steps", "tokens", "out_features"])
+@gluon.jit(do_not_specialize=["steps", "tokens", "out_features", "early"])
 def stream_linear(
-    x, y, words, bias, workspace, columns, order, steps, tokens, k_words, x_stride, out_features, y_stride,
+    x, y, words, bias, workspace, columns, order, steps, tokens, k_words, x_stride, out_features, y_stride, early,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
-    RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias``, a thread block per ``ROWS`` features and ``TOKENS`` tokens.
 
@@ -249,7 +250,9 @@ def stream_linear(
         workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
         order: int32 ``[panels, 4]`` (with 128 ``ROWS``, of pairs of panels), most expensive first.
         k_words: ``K / 2``.
+        early: whether the first records may be read before the kernel before on the stream is done.
         ROWS to BLOCKS: as in ``StreamConfig``.
+        PDL: whether it is launched with ``launch_pdl``.
     """
     dtype: gl.constexpr = y.dtype.element_ty
     PARTS: gl.constexpr = 1 if ROWS > 64 else 64 // ROWS
@@ -260,6 +263,9 @@ def stream_linear(
     lane = _index(32, layout, 4)
     register = _index(4, layout, 5)
 
+    if PDL:  # noqa: SIM102 a condition at compile time, then one at run time
+        if early == 0:
+            wait_for_previous()
     block = gl.program_id(0) % BLOCKS
     part = gl.program_id(0) // BLOCKS
     order += part // PARTS * 4
@@ -295,6 +301,9 @@ def stream_linear(
         a_column = gl.load(columns + step, mask=step < sparse, other=0)
         b_column = gl.load(columns + step + SET, mask=step + SET < sparse, other=0)
         c_column = gl.load(columns_dense + step, mask=step < dense, other=0)
+    if PDL:
+        # Weights do not depend on what runs before; activations do, and so does the memory that is written.
+        wait_for_previous()
     if STAGES == 0:
         token = gl.program_id(1) * TOKENS + _index(TOKENS // 8, layout, 3) * 8 + lane // 4
         inside = token < tokens
@@ -381,6 +390,7 @@ def launch(
     k_warps, row_warps, token_warps = config.warps
     grid = (triton.cdiv(hybrid.panels * 64, config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
     # A new workspace for every call: the allocator keeps streams and captured graphs apart.
+    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
     workspace = y
     if config.blocks > 1:
         workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
@@ -398,6 +408,8 @@ def launch(
         pairs.stride(0),
         hybrid.shape[0],
         y.stride(0),
+        # In a captured graph weights are constants; elsewhere the kernel before may have written them.
+        int(torch.cuda.is_current_stream_capturing()),
         ROWS=config.rows,
         TOKENS=config.tokens,
         K_WARPS=k_warps,
@@ -407,5 +419,7 @@ def launch(
         STAGES=config.stages,
         BLOCKS=config.blocks,
         HAS_BIAS=bias is not None,
+        PDL=pdl,
         num_warps=k_warps * row_warps * token_warps,
+        launch_pdl=pdl,
     )

@@ -137,6 +137,30 @@ def test_graph_capture_and_replay() -> None:
             assert_right(y, x, hybrid)
 
 
+@pytest.mark.parametrize("config", FAMILIES, ids=str)
+def test_a_captured_chain_of_products_waits_for_each(config: Config) -> None:
+    # In a graph a kernel may begin before the one before it is done: right after another product, or one of torch.
+    hybrids = [random_hybrid(1024, 1024, (128, 64), 0.6, uneven=True, seed=seed, device="cuda") for seed in range(6)]
+    assert all(hybrid.band == 2 for hybrid in hybrids)
+
+    def chain(x: Tensor) -> Tensor:
+        for number, hybrid in enumerate(hybrids):
+            x = run(x, hybrid, None, config)
+            x = x.relu() if number % 3 == 2 else x
+        return x
+
+    x = torch.randn(24, 1024, device="cuda", dtype=torch.bfloat16)
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        expected = chain(x)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 def test_many_streams_at_once() -> None:
     hybrid = random_hybrid(2048, 2048, (128, 128), 0.6, device="cuda")
     xs = [torch.randn(16, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
