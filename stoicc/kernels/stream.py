@@ -15,8 +15,8 @@ Activations of up to eight tokens go the same way (``stages`` 0). More of them a
 shared memory, from which each warp takes its fragments: as registers they would need many narrow loads.
 
 A product of few tokens takes microseconds, of which the way to the first record is a good part. So one load tells where
-the records are, and on Hopper the kernel begins before the one before it on the stream is done: within a captured
-graph, where weights do not change, it asks for its first records and only then waits.
+the records are, and on Hopper the kernel begins before the one before it on the stream is done (programmatic dependent
+launch): within a captured graph, where weights do not change, it asks for its first records and only then waits.
 """
 
 from dataclasses import dataclass
@@ -389,10 +389,11 @@ def launch(
     pairs = x.view(torch.int32)
     k_warps, row_warps, token_warps = config.warps
     grid = (triton.cdiv(hybrid.panels * 64, config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
-    # A new workspace for every call: the allocator keeps streams and captured graphs apart.
-    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    # Early clusters of eight crowd onto the multiprocessors that are free first: half as slow again on an H200.
+    pdl = config.blocks < 8 and torch.cuda.get_device_capability(x.device) >= (9, 0)
     workspace = y
     if config.blocks > 1:
+        # A new one for every call: the allocator keeps streams and captured graphs apart.
         workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
     stream_linear[grid](
         pairs,

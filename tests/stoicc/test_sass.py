@@ -77,7 +77,7 @@ def stream(config: StreamConfig, arch: int, dtype: str = "bf16") -> Any:
         "STAGES": config.stages,
         "BLOCKS": config.blocks,
         "HAS_BIAS": True,
-        "PDL": arch >= 90,
+        "PDL": arch >= 90 and config.blocks < 8,
     }
     return compile_for(arch, stream_linear, constants, types, k_warps * row_warps * token_warps)
 
@@ -115,7 +115,7 @@ def test_stream_configurations(arch: int, config: StreamConfig) -> None:
     assert sass.count("HMMA.SP.") == 2 * 2 * products  # two sets, two k-steps
     assert sass.count("HMMA.16816.") == 2 * 4 * products
     # The first records of every set are asked for before the kernel waits for the one before it.
-    if arch == 90:
+    if arch == 90 and config.blocks < 8:
         _, before, _ = sass.split("ACQBULK")
         assert before.count("LDG.E.EF.128") >= 8
     else:
