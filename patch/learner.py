@@ -301,6 +301,9 @@ class _Run:
 
     def backward(self, losses: Losses, tokens: Tensor, weight_penalty: Tensor, tile_scale: Tensor) -> Tensor:
         """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density, ``[3]``."""
+        for masked in self._linears.values():
+            # What a failed capture left there was never computed.
+            masked.sums = None
         loss, cross_entropy = losses(tokens)
         kept, squares = self._sums()
         density = kept.sum() / self._elements

@@ -65,7 +65,6 @@ class MaskedLinear:
         self._softness = settings.softness
         self._stream = stream
         self._packed = packed
-        self.sums = None
 
     def draw(self) -> Tensor:
         """The masked weight ``[N, K]``; called again in this micro-batch, the same."""

@@ -4,8 +4,10 @@ A step of learning on a small model is a few thousand short kernels, which Pytho
 them.
 """
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ class Replayed:
     def _capture(self) -> None:
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            with _uncollected(), torch.cuda.graph(self._graph, stream=self._stream):
                 result = self._function()
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
@@ -64,3 +66,16 @@ class Replayed:
         else:
             self._result = result
             self.captured = True
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, after a last one: it may free an earlier graph, which ends a capture under way."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -25,9 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from patch import relax
+from patch import learner, relax
 from patch.errors import UserError
-from patch.learner import CHECKPOINT, Learned, LearningDiverged, Prior, Stopped, learn
+from patch.learner import CHECKPOINT, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 from patch.prunable import prunable_linears
 from patch.recipe import Recipe
@@ -64,6 +64,7 @@ def run(
     tile: tuple[int, int] = RAGGED,
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
+    implementation: Implementation | None = None,
 ) -> Learned:
     return learn(
         model,
@@ -77,6 +78,7 @@ def run(
         device="cpu",
         on_step=on_step,
         stop=stop,
+        implementation=implementation,
     )
 
 
@@ -220,6 +222,37 @@ def test_activation_checkpointing_changes_nothing(mode: str, dtype: torch.dtype,
     outcomes = [
         run(tiny_model(dtype), dataclasses.replace(recipe, activation_checkpointing=on), tmp_path / str(on))
         for on in (False, True)
+    ]
+    assert same(*outcomes)
+
+
+@every_mode
+def test_what_a_failed_capture_leaves_behind_is_not_used(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        captured = False
+
+        def __init__(self, function: Callable[[], Tensor], after_failure: Any) -> None:
+            self.function, self.after_failure = function, after_failure
+
+        def __call__(self) -> Tensor:
+            self.function()
+            for masked in self.after_failure.__self__._run._linears.values():
+                masked.sums = tuple(torch.full_like(total, torch.nan) for total in masked.sums)
+            self.after_failure()
+            return self.function()
+
+    monkeypatch.setattr(learner, "Replayed", Failing)
+    recipe = dataclasses.replace(SHORT[mode], batch=2)
+    outcomes = [
+        run(
+            tiny_model(),
+            recipe,
+            tmp_path / str(captured),
+            implementation=Implementation(relax.sampled_weight, captured=captured),
+        )
+        for captured in (False, True)
     ]
     assert same(*outcomes)
 

@@ -5,7 +5,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,27 @@ def test_a_replayed_run_is_a_plain_one(mode: str, microbatch: int, checkpointing
     )
     assert plain.history == replayed.history
     assert_same_bits(*(logits_in(tmp_path / str(captured)) for captured in (False, True)))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@every_mode
+def test_a_run_that_cannot_be_captured_is_a_plain_one(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures = torch.cuda.graph
+
+    @contextmanager
+    def failing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+        with captures(graph, stream=stream):
+            yield
+        raise RuntimeError("the capture was ended")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    implementation = Implementation(relax_triton.sampled_weight, captured=True)
+    plain = run(mode, tmp_path / "plain", recipe={"steps": 8})
+    with pytest.warns(UserWarning, match="the capture was ended"):
+        failed = run(mode, tmp_path / "failed", recipe={"steps": 8}, implementation=implementation)
+    assert plain.history == failed.history
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
