@@ -15,7 +15,7 @@ from typing import Any
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.mask import TileShape, check_tile
-from patch.recipe import RECIPES, Recipe
+from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
@@ -263,12 +263,8 @@ def describe(pruning: Pruning) -> str:
 def _changes(recipe: Recipe, published: Recipe) -> list[str]:
     """How a recipe differs from the published one, but for how long and on how much it learns."""
     size = {"steps", "batch", "microbatch", "length", "warmup"}
-    running = {"activation_checkpointing", "checkpoint_every", "log_every"}
-    changed = {
-        field.name: getattr(recipe, field.name)
-        for field in dataclasses.fields(recipe)
-        if field.name not in size | running and getattr(recipe, field.name) != getattr(published, field.name)
-    }
+    usual = published.substance()
+    changed = {k: value for k, value in recipe.substance().items() if k not in size and value != usual[k]}
     return [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in changed.items()]
 
 
@@ -291,6 +287,14 @@ def definition(value: Any) -> Any:
 
 
 def key(value: Any) -> str:
-    """The 12 hex digits that name a definition: SHA-256 of its canonical JSON."""
-    canonical = json.dumps(definition(value), sort_keys=True, separators=(",", ":"))
+    """The 12 hex digits that name a definition: SHA-256 of its canonical JSON, but for how a recipe runs."""
+    canonical = json.dumps(_substance(definition(value)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _substance(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _substance(part) for name, part in value.items() if name not in HOW_IT_RUNS}
+    if isinstance(value, list | tuple):
+        return [_substance(part) for part in value]
+    return value

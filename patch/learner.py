@@ -19,7 +19,6 @@ step, so on a CPU with the same number of threads the resumed run ends with the 
 kernels that add in any order may differ in the last bits.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -258,7 +257,7 @@ class _Run:
         )
         self._logged = self._best()
         self._fingerprint: dict[str, Any] = {
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": recipe.substance(),
             "sparsity": sparsity,
             "tile": next(iter(linears.values())).tile,
             "seed": seed,

@@ -11,7 +11,7 @@ A recipe is plain JSON data, because it is part of a trial's definition and so o
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from patch.errors import UserError
 from patch.relax import Softness
@@ -25,6 +25,8 @@ Span = tuple[float, float]
 # Marks fields younger than published rows: where they hold their default, a recipe's definition leaves them out, so
 # that what was defined before keeps its hash.
 ADDED = {"added": True}
+# Marks fields that say how learning runs. What is learned does not depend on them, and so no hash does.
+RUNNING = {"running": True}
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ class Recipe:
     sparsity_penalty: float
     weight_penalty: float
     weight_penalty_kind: WeightPenalty
-    activation_checkpointing: bool = True
-    checkpoint_every: int = 100
-    log_every: int = 10
+    activation_checkpointing: bool = field(default=True, metadata=RUNNING)
+    checkpoint_every: int = field(default=100, metadata=RUNNING)
+    log_every: int = field(default=10, metadata=RUNNING)
     distillation: float = field(default=0.0, metadata=ADDED)
     density: Density = field(default="sampled", metadata=ADDED)
     logit_dtype: LogitDtype = field(default="float32", metadata=ADDED)
@@ -160,6 +162,10 @@ class Recipe:
         # One spelling for equal values, since a recipe is hashed: 1 becomes 1.0, a list from JSON a tuple.
         object.__setattr__(self, name, value)
 
+    def substance(self) -> dict[str, Any]:
+        """Everything that what is learned depends on, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW_IT_RUNS}
+
     def at(self, step: int) -> Settings:
         """The settings of step 0, 1, ... ``steps - 1``."""
         progress = step / max(1, self.steps)
@@ -176,6 +182,9 @@ class Recipe:
             return self.lr * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+HOW_IT_RUNS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("running"))
 
 
 def _linear(span: Span, progress: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiments import studies
 from experiments.definitions import (
     Calibration,
     Evaluation,
@@ -81,6 +82,22 @@ def test_whatever_changes_in_a_definition_changes_its_hash(other: Pruning) -> No
     assert key(other) != key(joint())
     evaluation = Evaluation()
     assert key(Trial(other, evaluation)) != key(Trial(joint(), evaluation))
+
+
+def test_how_a_recipe_runs_changes_no_hash() -> None:
+    other = dataclasses.replace(RECIPE, activation_checkpointing=False, checkpoint_every=7, log_every=3)
+    pruning = joint(learning=Learning("c4", other))
+    assert key(pruning) == key(joint())
+    assert key(Trial(pruning, Evaluation())) == key(Trial(joint(), Evaluation()))
+    assert key(definition(pruning)) == key(pruning)
+    assert definition(pruning) != definition(joint())
+
+
+def test_tiles_are_learned_over_the_masks_that_are_reported() -> None:
+    prunings = [trial.pruning for trial in studies.smollm2_learned()]
+    reported = {key(pruning) for pruning in prunings if pruning.method == "maskllm"}
+    over = {key(p.prior) for p in prunings if p.method == "patch-tile" and p.prior and p.prior.method == "maskllm"}
+    assert over == reported
 
 
 def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:

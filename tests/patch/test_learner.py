@@ -614,6 +614,15 @@ def test_a_killed_process_is_continued_bit_by_bit(moment: str, tmp_path: Path) -
     assert sorted(os.listdir(tmp_path / "killed")) == [CHECKPOINT, "tensorboard"]
 
 
+def test_a_run_is_continued_whatever_changes_in_how_it_runs(tmp_path: Path) -> None:
+    whole = run(tiny_model(), SHORT["joint"], tmp_path / "whole")
+    seen: list[Any] = []
+    with pytest.raises(Stopped):
+        run(tiny_model(), SHORT["joint"], tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 4)
+    other = dataclasses.replace(SHORT["joint"], checkpoint_every=1, activation_checkpointing=True)
+    assert same(run(tiny_model(), other, tmp_path / "part"), whole)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     finished = run(tiny_model(), SHORT["joint"], tmp_path)
 
