@@ -3,10 +3,7 @@
 No figure goes through pyplot, and settings hold only inside `paper_style`: drawing leaves no global state behind.
 """
 
-import io
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+
+from patch.files import replacing
 
 Width = Literal["single", "double"]
 WIDTHS: Mapping[Width, float] = {"single": 3.35, "double": 7.0}
@@ -133,21 +132,10 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
         "png": {"Software": None},
         "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, metadata in nameless.items():
-        content = io.BytesIO()
-        figure.savefig(content, format=suffix, metadata=metadata)
         target = path.with_name(f"{path.name}.{suffix}")
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(target) as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata)
         written.append(target)
     return written

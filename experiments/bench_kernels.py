@@ -22,7 +22,7 @@ from torch.nn.functional import linear as dense_linear
 
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
-from experiments.store import write_atomic
+from patch.files import write_atomic
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from stoicc import configs
 from stoicc.format import HybridWeight, pack

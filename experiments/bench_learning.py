@@ -28,7 +28,7 @@ from experiments.bench_model import build
 from experiments.definitions import definition, key
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
-from experiments.store import write_atomic
+from patch.files import write_atomic
 from patch.learner import Prior, learn
 from patch.ranks import Ranks, joined
 from patch.recipe import RECIPES, Recipe

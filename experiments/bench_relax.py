@@ -36,9 +36,9 @@ from experiments import bench_model
 from experiments.definitions import definition, key
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
-from experiments.store import write_atomic
 from patch import philox, relax, relax_triton
 from patch.errors import UserError
+from patch.files import write_atomic
 from patch.learner import Implementation, Prior, learn
 from patch.mask import GROUP, TileShape, tile_grid
 from patch.masked_model import with_usual_mask

@@ -450,7 +450,8 @@ def report(
 ) -> None:
     """Write one HTML file of studies and speeds: tables that sort, figures, and the row behind every number."""
     from experiments import reports
-    from experiments.store import Store, write_atomic
+    from experiments.store import Store
+    from patch.files import write_atomic
 
     write_atomic(out, reports.page(studies or (), Store(results)))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -16,8 +16,9 @@ from analysis.speed import kernel_table, load_bench, model_table
 from analysis.study_tables import study_tables
 from analysis.tables import Table, markdown, only
 from experiments import reports
-from experiments.store import Store, write_atomic
+from experiments.store import Store
 from experiments.studies import STUDIES, TARGETS
+from patch.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

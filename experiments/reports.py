@@ -17,9 +17,10 @@ from analysis.study_tables import study_tables, title
 from analysis.tables import Table, render
 from experiments.definitions import Trial, key
 from experiments.provenance import revision
-from experiments.store import FAILURE, Store, write_atomic
+from experiments.store import FAILURE, Store
 from experiments.studies import STUDIES
 from patch.errors import UserError, check_name
+from patch.files import write_atomic
 
 
 def frame(trials: Iterable[Trial], store: Store) -> DataFrame:

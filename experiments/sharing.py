@@ -19,6 +19,7 @@ from experiments.machine import Machine
 from experiments.store import Store
 from patch.checkpoint import INFO_FILE, MASKS_FILE, load_info, load_masks, restore_checkpoint
 from patch.errors import UserError
+from patch.files import replacing
 
 CONFIG_FILE = "config.json"
 FILES = (INFO_FILE, MASKS_FILE, CONFIG_FILE)
@@ -41,14 +42,9 @@ def export(checkpoint: Path, archive: Path) -> None:
         raise UserError(f"{checkpoint} does not say what defines it: only what hts made can be restored by name")
     if archive.exists():
         raise UserError(f"{archive} is already there: choose another place, or remove it first")
-    partial = archive.with_name(f".{archive.name}.partial")
-    try:
-        with tarfile.open(partial, "w:xz") as packed:
-            for name in FILES:
-                packed.add(checkpoint / name, f"{key(info['definition'])}/{name}")
-        partial.rename(archive)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as packed:
+        for name in FILES:
+            packed.add(checkpoint / name, f"{key(info['definition'])}/{name}")
 
 
 def restore(archive: Path, store: Store, machine: Machine) -> Path:

@@ -17,7 +17,6 @@ that a later one could mistake for a result.
 import json
 import os
 import re
-import secrets
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,29 +29,11 @@ from experiments import claims
 from experiments.claims import Holder
 from experiments.definitions import Pruning, Trial, definition, key
 from patch.errors import one_line
+from patch.files import write_atomic
 
 FAILURE = "failure"
 # The metric of the one row of a stage that the machine could not measure; it says why.
 SKIPPED = "skipped"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file that is either there in full or not at all.
-
-    Raises:
-        OSError: if the disk is full or the place cannot be written; no partial file stays behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)

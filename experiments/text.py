@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiments.embedded import TEXT
-from experiments.embedded.files import replacing
 from patch.errors import UserError, check_name
+from patch.files import replacing
 
 # Enough for 128 calibration windows of 2048 tokens, which about one C4 document in thirty can hold.
 C4_DOCUMENTS = 50_000
@@ -356,8 +356,8 @@ def token_stream(
     path = cache / f"{documents.sha256[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}.npy"
     if not path.exists():
         tokens = _tokenise(documents, tokenizer)
-        with replacing(path) as temporary:
-            np.save(temporary, tokens)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, tokens)
     tokens = np.load(path, mmap_mode="r")
     if len(tokens) < length:
         raise UserError(f"learning needs windows of {length} tokens, but the text has {len(tokens)} tokens in all")

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiments import claims
-from experiments.store import Store, write_atomic
+from experiments.store import Store
+from patch.files import write_atomic
 
 
 @dataclass(frozen=True)

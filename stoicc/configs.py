@@ -7,9 +7,7 @@ or the first time a shape is used.
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,6 +19,7 @@ import torch
 
 from patch.cache import cache_directory
 from patch.errors import UserError
+from patch.files import write_atomic
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.kernels.stream import StreamConfig
@@ -162,10 +161,7 @@ def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]
     ordered = sorted(entries, key=lambda e: (e.n, e.k, e.band, e.tokens))
     lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
     text = f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as temporary:
-        temporary.write(text)
-    os.replace(temporary.name, path)
+    write_atomic(path, text)
 
 
 @cache

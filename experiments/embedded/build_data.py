@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.embedded import MODEL, TASKS, TEXT
-from experiments.embedded.files import replacing
 from patch.errors import UserError
+from patch.files import replacing, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -279,9 +279,9 @@ def build(data: Path, tokens_out: Path | None) -> None:
     # As much of the novels as there is of Wikipedia: 70 kB from inside each, past the front matter.
     tokenizer = train_tokenizer([*wiki, *(novel[10_000:80_000] for novel in novels)])
     save_tokenizer(tokenizer, MODEL)
-    with replacing(TASKS / "wiki_continuation.jsonl") as temporary:
-        items = continuation_items(splits.test)
-        temporary.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    items = continuation_items(splits.test)
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    write_atomic(TASKS / "wiki_continuation.jsonl", lines)
     print(f"{TASKS / 'wiki_continuation.jsonl'}: {len(items)} items")
     if tokens_out is not None:
         write_tokens(tokens_out, tokenizer, splits, wiki, novels)

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.embedded import MODEL
-from experiments.embedded.files import replacing
 from patch.errors import UserError
+from patch.files import replacing, write_atomic
 from patch.modes import full_float32
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
@@ -301,8 +301,7 @@ def separator_tokens() -> tuple[int, int]:
 
 
 def write_log(out: Path, log: list[dict[str, float]]) -> None:
-    with replacing(out / "training_log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    write_atomic(out / "training_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
 
 def model_card(
@@ -448,8 +447,7 @@ def finish(
         f"one {torch.cuda.get_device_name()}" if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with replacing(out / "README.md") as temporary:
-        temporary.write_text(model_card(training, log, parameters, perplexity, hardware))
+    write_atomic(out / "README.md", model_card(training, log, parameters, perplexity, hardware))
     prompt = tokenizer("The city of", return_tensors="pt").to(device)
     sample = saved.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
     print(json.dumps(perplexity | {"sample": tokenizer.decode(sample[0])}), flush=True)

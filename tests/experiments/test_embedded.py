@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from experiments.embedded import DIRECTORY, MODEL, TASKS, TEXT, build_data, train
 from experiments.embedded.build_data import Article, continuation_items, position, read_articles, sentences, split
-from experiments.embedded.files import replacing
 from patch.errors import UserError
 
 PARTS = ("train", "validation", "test")
@@ -308,14 +307,3 @@ class TestTraining:
         perplexity = math.exp(train.stream_loss(loaded.float(), corpus.test, cpu))
         assert f"**{perplexity:.2f}**" in (out / "README.md").read_text()
         assert not [file for file in out.iterdir() if file.name.startswith(".")]
-
-
-class TestReplacing:
-    def test_failure_leaves_what_was_there(self, tmp_path: Path) -> None:
-        path = tmp_path / "file.txt"
-        path.write_text("before")
-        with pytest.raises(RuntimeError), replacing(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
-        assert path.read_text() == "before"
-        assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]

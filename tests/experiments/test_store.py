@@ -1,9 +1,6 @@
 """The results directory: whole files or none, and locks that die with their process."""
 
-import errno
 import json
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -16,41 +13,9 @@ from hypothesis import strategies as st
 
 from analysis.lines import SCHEMA, from_lines, to_lines
 from experiments.definitions import Calibration, Evaluation, Pruning, Trial, definition, key
-from experiments.store import Fact, Store, write_atomic
+from experiments.store import Fact, Store
 
 TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())
-
-
-def no_space(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows" / "a.jsonl"
-    write_atomic(path, "old")
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(path.parent) == ["a.jsonl"]
-
-
-def _write_many(path: Path, letter: str) -> None:
-    for _ in range(50):
-        write_atomic(path, letter * 10_000)
-
-
-def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(path, letter)) for letter in "xyz"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert path.read_text() in {letter * 10_000 for letter in "xyz"}
-    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_rows_carry_definition_and_provenance(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import lzma
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -385,8 +385,8 @@ def test_stream_tokenises_once_per_text_and_tokenizer(tokenizer: PreTrainedToken
 def test_stream_leaves_nothing_behind_when_it_cannot_be_saved(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(path: Path, array: np.ndarray) -> None:
-        path.write_bytes(b"half")
+    def save(file: BinaryIO, array: np.ndarray) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
