@@ -12,18 +12,24 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.mask import TileShape, check_tile
 from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe
 
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+ONE_SHOT = tuple(oneshot.METHODS)
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
 METHODS = ("dense", *ONE_SHOT, *LEARNED)
 # The method whose mask a learned one starts from, if nothing else is said.
 USUAL_PRIOR = {"maskllm": "sparsegpt", "patch-joint": "sparsegpt", "patch-tile": "maskllm"}
 STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
 _MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
+
+
+def needs_calibration(method: str) -> bool:
+    """Whether a method looks at activations."""
+    return method in ONE_SHOT and oneshot.METHODS[method].statistic is not None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Pruning:
             if self.tile is None:
                 raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
             object.__setattr__(self, "tile", check_tile(self.tile))
-        if self.method in ("wanda", "sparsegpt") and self.calibration is None:
+        if needs_calibration(self.method) and self.calibration is None:
             raise UserError(f"{self.method} needs calibration text")
         if self.method in LEARNED:
             if self.learning is None:

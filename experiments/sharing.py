@@ -17,13 +17,13 @@ from experiments import models
 from experiments.definitions import key
 from experiments.machine import Machine
 from experiments.store import Store
+from patch import oneshot
 from patch.checkpoint import INFO_FILE, MASKS_FILE, load_info, load_masks, restore_checkpoint
 from patch.errors import UserError
 from patch.files import replacing
 
 CONFIG_FILE = "config.json"
 FILES = (INFO_FILE, MASKS_FILE, CONFIG_FILE)
-CHANGES_WEIGHTS = ("sparsegpt",)
 
 
 def export(checkpoint: Path, archive: Path) -> None:
@@ -34,7 +34,8 @@ def export(checkpoint: Path, archive: Path) -> None:
             ``archive`` is there.
     """
     info = load_info(checkpoint)
-    if info.get("method") in CHANGES_WEIGHTS:
+    method = oneshot.METHODS.get(info.get("method", ""))
+    if method and method.changes_weights:
         raise UserError(f"{checkpoint}: {info['method']} changes the weights that survive: share the whole checkpoint")
     if not load_masks(checkpoint):
         raise UserError(f"{checkpoint} has no masks to share: its structure is {info['structure']}")

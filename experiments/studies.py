@@ -25,6 +25,7 @@ from experiments.definitions import (
     Perplexity,
     Pruning,
     Trial,
+    needs_calibration,
 )
 from experiments.tasks import EMBEDDED_TASK
 from patch.errors import check_name
@@ -59,7 +60,7 @@ def one_shot(
         structure,
         sparsity,
         None if structure == "unstructured" else tile,
-        calibration=None if method == "magnitude" else calibration,
+        calibration=calibration if needs_calibration(method) else None,
         revision=models.local_revision(model),
     )
 

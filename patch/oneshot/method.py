@@ -22,8 +22,9 @@ class Method:
             from dropping that element alone, in the unit in which the method's tiles are compared.
         hybrid: ``(weight, prepared, tile, dense) -> (float32 weight, mask)`` for a bool tile map ``dense``.
         unstructured: ``(weight, prepared, sparsity) -> (float32 weight, bool keep)``.
+        changes_weights: whether weights that are kept may differ from the given ones.
 
-    Weights are ``[N, K]`` of any floating dtype; those returned may differ from the given ones where they are kept.
+    Weights are ``[N, K]`` of any floating dtype.
     """
 
     statistic: Callable[[int, torch.device], Statistic] | None
@@ -31,3 +32,4 @@ class Method:
     scores: Callable[[Tensor, Any], Tensor]
     hybrid: Callable[[Tensor, Any, TileShape, Tensor], tuple[Tensor, HybridMask]]
     unstructured: Callable[[Tensor, Any, float], tuple[Tensor, Tensor]]
+    changes_weights: bool = False

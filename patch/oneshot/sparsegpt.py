@@ -175,4 +175,5 @@ METHOD = Method(
     scores=scores,
     hybrid=prune_hybrid,
     unstructured=prune_unstructured,
+    changes_weights=True,
 )
