@@ -41,3 +41,23 @@ def check_one_artefact(rows: pd.DataFrame, trials: Sequence[str]) -> None:
             f"rows of {names}: {packed.iloc[0].origin} was measured of a packed checkpoint, but which one "
             f"{unknown.iloc[0].origin} was measured of is unknown: select one of them"
         )
+
+
+def timed_on(frame: pd.DataFrame) -> str | None:
+    """The kind of GPU that everything was timed on; None if nothing was timed.
+
+    Args:
+        frame: as from `analysis.rows.load_rows`.
+
+    Raises:
+        UserError: if it was two kinds, which no table or figure may mix.
+    """
+    timed = frame[frame.metric == "speedup"]
+    kinds = timed.drop_duplicates("gpu")
+    if len(kinds) > 1:
+        first, second = kinds.iloc[0], kinds.iloc[1]
+        raise UserError(
+            f"speeds are of different GPUs: {first.gpu} at {first.origin}, {second.gpu} at {second.origin}: remove the "
+            "rows of one and time these trials on the other"
+        )
+    return None if kinds.empty else str(kinds.iloc[0].gpu)

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from analysis.accuracy import Field, heading, identity_fields
+from analysis.artefacts import timed_on
 from analysis.names import workload_name, workload_of
 from analysis.points import Measured, Point, Text, gather, texts
 from analysis.tables import Column, Table, Value
 from patch.errors import UserError
 
 _CARRIED = "carried:"
+_TIMED = "x: dense time over packed time, end to end, both with compiled blocks and CUDA graphs, on one {}."
 
 
 def workloads(frame: pd.DataFrame) -> list[str]:
@@ -38,7 +40,7 @@ def speed_table(frame: pd.DataFrame) -> Table:
         frame: as from `analysis.rows.load_rows`.
 
     Raises:
-        UserError: if nothing was packed, or rows of one point are of different checkpoints.
+        UserError: if nothing was packed, rows of one point are of different checkpoints, or speeds of different GPUs.
     """
     points = [point for point in gather(frame) if _any(frame, point, "pack")]
     if not points:
@@ -60,7 +62,7 @@ def speed_table(frame: pd.DataFrame) -> Table:
         fields.append((column, _of(frame, f"speed:{work}", "speedup")))
     notes = ["Perplexity (PPL): lower is better; packed, it is that of the same weights through the kernels."]
     if timed:
-        notes.append("x: dense time over packed time, end to end, both with compiled blocks and CUDA graphs.")
+        notes.append(_TIMED.format(timed_on(frame)))
     else:
         notes.append("Nothing was timed: speed is measured on a CUDA GPU.")
     bad = wrong(frame)
@@ -79,7 +81,7 @@ def carried_table(frame: pd.DataFrame, shape: str) -> Table:
         shape: one of `carried_shapes`.
 
     Raises:
-        UserError: if nothing was timed on that model's shapes.
+        UserError: if nothing was timed on that model's shapes, or not all of it on one kind of GPU.
     """
     stage = _CARRIED + shape
     points = [point for point in gather(frame) if _any(frame, point, stage)]
@@ -102,7 +104,7 @@ def carried_table(frame: pd.DataFrame, shape: str) -> Table:
     notes = [
         f"Shapes of {shape} with random weights: each linear has the share of dense tiles that the checkpoint's linear "
         f"of the same kind and relative depth has, on a random map of {', '.join(sorted(tiles))} tiles.",
-        "x: dense time over packed time, end to end, both with compiled blocks and CUDA graphs.",
+        _TIMED.format(timed_on(frame)),
     ]
     return _table(points, fields, notes)
 

@@ -344,6 +344,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
             rank(STRUCTURES, trials.structure[trial]),
             -trials.sparsity[trial],
             tile_order(None if pd.isna(trials.tile[trial]) else trials.tile[trial]),
+            variants[trial],
             trials.seed[trial],
         ),
     )

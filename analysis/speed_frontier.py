@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from analysis.artefacts import timed_on
 from analysis.frontier import (
     FillStyle,
     accuracy_label,
@@ -99,7 +100,7 @@ def plot_speed_frontier(
         shape: as `placed`.
 
     Raises:
-        UserError: if nothing was timed.
+        UserError: if nothing was timed, or not all of it on one kind of GPU.
     """
     with paper_style():
         return save_figure(draw_speed_frontier(frame, width, shape), path)
@@ -110,6 +111,7 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     timed = workloads(frame)
     if not timed:
         raise UserError("no speed to plot: run a frontier study on a GPU first")
+    timed_on(frame)
     by_workload = {workload: placed(frame, workload, shape) for workload in timed}
     with_accuracy = any(each.point.mean_accuracy for each in by_workload[timed[0]])
     rows = 2 if with_accuracy else 1

@@ -68,7 +68,7 @@ def frame(study: Make, make_pruning: Make, make_trial: Make) -> pd.DataFrame:
     for trial, (method, structure, sparsity, perplexity) in TRIALS.items():
         rows = make_trial(trial, make_pruning("m", method, structure, sparsity), perplexity)
         more = [rows[-1] | fact for fact in facts(trial, method, structure, wrong=trial == "3" * 12)]
-        measured = {"provenance": rows[-1]["provenance"] | {"checkpoint": trial * 4}}
+        measured = {"provenance": rows[-1]["provenance"] | {"checkpoint": trial * 4, "gpu": "NVIDIA H200"}}
         trials[trial] = [row | measured for row in (*rows, *more)]
     return study(trials)
 
@@ -106,6 +106,14 @@ def test_tile_statistics_on_other_shapes_are_labelled_as_such(frame: pd.DataFram
     assert any("random weights" in note and "64x64" in note for note in table.notes)
     with pytest.raises(UserError, match="shapes of llama-3"):
         carried_table(frame, "llama-3.1-8b")
+
+
+def test_speeds_of_two_kinds_of_gpu_do_not_stand_in_one_table(frame: pd.DataFrame) -> None:
+    assert speed_table(frame).notes[-2].endswith("on one NVIDIA H200.")
+    frame.loc[(frame.trial == "2" * 12) & (frame.stage == "speed:decode@1x1"), "gpu"] = "NVIDIA A100"
+    for show in (speed_table, lambda frame: carried_table(frame, "llama-2-7b"), draw_speed_frontier):
+        with pytest.raises(UserError, match=r"NVIDIA H200 at .*, NVIDIA A100 at .*: remove the rows of one"):
+            show(frame)
 
 
 def test_a_study_has_the_tables_that_its_rows_allow(frame: pd.DataFrame) -> None:
