@@ -8,6 +8,7 @@ rows give the same bytes. Each ``draw_*`` returns the figure, or draws on given 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +18,14 @@ from analysis.frontier import plot_frontier
 from analysis.joined import carried_shapes, workloads
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
-from analysis.points import gather, texts, trial_labels
+from analysis.points import Point, gather, texts, trial_labels
 from analysis.speed import from_rows
 from analysis.speed_figures import plot_roof, plot_speedup
 from analysis.speed_frontier import plot_speed_frontier
 from analysis.style import Width
 from analysis.tile_shapes import plot_tile_shapes, swept
+
+_MOST_LINES = 8
 
 
 def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> list[Path]:
@@ -56,14 +59,25 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
     for trial in trials:
         written += plot_tile_maps(frame, trial, folder / f"tiles-{_file_name(labels[trial])}")
     for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
-        members = [point.trials[0] for point in hybrid if (point.model, point.method) == (model, method)]
+        members = [point for point in hybrid if (point.model, point.method) == (model, method)]
         several = len({point.model for point in hybrid}) > 1
-        name = _file_name(f"{model} {method}" if several else method)
-        written += plot_layer_sparsity(frame, members, folder / f"layer-sparsity-{name}", width)
-    if not crowded and (frame.step.notna() & (frame.metric == "cross_entropy")).any():
-        first = [point.trials[0] for point in points]
-        written += plot_learning_curves(frame, folder / "learning-curves", width, first)
+        name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
+        for part, shown in _readable(name, members).items():
+            written += plot_layer_sparsity(frame, shown, folder / part, width)
+    learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
+    curves = [] if crowded else [point for point in points if point.trials[0] in learned]
+    for part, shown in _readable("learning-curves", curves).items():
+        written += plot_learning_curves(frame, folder / part, width, shown)
     return written
+
+
+def _readable(name: str, points: Sequence[Point]) -> dict[str, list[str]]:
+    """The first trials of points by the file that shows them: one, or where lines are too many one for each variant."""
+    files: dict[str, list[str]] = {}
+    for point in points:
+        own = f"{name} {point.variant}" if len(points) > _MOST_LINES else name
+        files.setdefault(_file_name(own), []).append(point.trials[0])
+    return files
 
 
 def _file_name(label: str) -> str:

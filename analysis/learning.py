@@ -41,7 +41,8 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     figure = new_figure(WIDTHS[width], 2.5 if beside else 4.2)
     axes = figure.subplots(1 if beside else 2, 2 if beside else 1, sharex=not beside, squeeze=False)
     upper, lower = axes.flat
-    labels = trial_labels(rows)
+    shown = set(rows.trial)
+    labels = {trial: label for trial, label in trial_labels(frame).items() if trial in shown}
     looks = trial_looks(rows, labels)
     for trial in labels:
         of_trial = rows[rows.trial == trial].sort_values("step")

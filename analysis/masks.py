@@ -239,7 +239,9 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
     for axis in vacant:
         axis.set_axis_off()
     if len(vacant) and len(handles) <= 7:
-        vacant[0].legend(handles=handles, loc="center", handlelength=2.4)
-    else:
-        add_legend(figure, handles, columns)
+        legend = vacant[0].legend(handles=handles, loc="center", handlelength=2.4)
+        if legend.get_window_extent().width <= figure.bbox.width / columns:
+            return figure
+        legend.remove()
+    add_legend(figure, handles, columns)
     return figure

@@ -291,6 +291,8 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
     if name not in fields:
         return "no prior" if name == "prior.method" else ""
     value = fields[name]
+    if name == "prior.method":
+        return f"from {METHODS.get(value, value)}"
     return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
 
 

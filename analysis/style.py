@@ -121,9 +121,13 @@ def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
-    """A legend below the panels, in as few rows as ``columns`` allows, these of equal length."""
-    rows = math.ceil(len(handles) / columns)
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+    """A legend below the panels, in as few rows as ``columns`` and the figure's width allow, these of equal length."""
+    for most in range(columns, 0, -1):
+        rows = math.ceil(len(handles) / most)
+        legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+        if legend.get_window_extent().width <= figure.bbox.width or most == 1:
+            return
+        legend.remove()
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Figures draw every measured point once, say what their axes are, and are the same bytes for the same rows."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from analysis.figures import plot_study
+from analysis.figures import _readable, plot_study
 from analysis.frontier import draw_frontier, plot_frontier
 from analysis.learning import draw_learning_curves, plot_learning_curves
 from analysis.masks import TileMap, draw_layer_sparsity, draw_tile_map, draw_tile_maps
 from analysis.points import Text, gather
-from analysis.style import WIDTHS, Width
+from analysis.style import WIDTHS, Width, add_legend, new_figure
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -203,6 +205,24 @@ def test_layer_sparsity(smollm: pd.DataFrame) -> None:
     assert [text.get_text() for text in key.get_texts()] == ["Wanda 45%", "Wanda 35%", "Wanda 25%"]
     with pytest.raises(UserError, match="no sparsity per layer"):
         draw_layer_sparsity(smollm, [gather(smollm)[0].trials[0]])
+
+
+def test_a_legend_is_as_wide_as_its_figure_allows() -> None:
+    figure = new_figure(3.35, 2.0)
+    figure.subplots()
+    add_legend(figure, [Line2D([], [], label=f"a rather long label, number {number}") for number in range(4)], 4)
+    (found,) = figure.legends
+    assert found.get_window_extent().width <= figure.bbox.width
+    assert len(legend(figure)) == 4
+
+
+def test_more_lines_than_can_be_told_apart_are_a_figure_for_each_variant(demo: pd.DataFrame) -> None:
+    points = [point for point in gather(demo) if point.method != "dense"]
+    assert list(_readable("curves", points[:8])) == ["curves"]
+    variants = [dataclasses.replace(points[0], variant=name) for name in ("", "lr=0.1", "lr=0.1")] * 3
+    files = _readable("curves", variants)
+    assert set(files) == {"curves", "curves-lr-0.1"}
+    assert sum(map(len, files.values())) == 9
 
 
 def test_learning_curves(demo: pd.DataFrame) -> None:

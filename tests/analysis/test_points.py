@@ -147,7 +147,7 @@ def test_priors_are_named_by_their_method_alone(study: Study, make_pruning: Make
     priors = [make_pruning("m", method, "2:4", 0.5, calibration=text) for method, text in PRIORS.items()]
     about = [make_pruning("m", "patch-joint", "hybrid", 0.25, prior=prior) for prior in (None, *priors)]
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
-    variants = {"no prior", "prior.method=magnitude", "prior.method=wanda"}
+    variants = {"no prior", "from Magnitude", "from Wanda"}
     assert {point.variant for point in gather(frame)} == variants
 
 
