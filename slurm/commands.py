@@ -165,6 +165,8 @@ def _view(found: Progress, each: bool) -> Group:
     notes = [trial for trial in found.trials if trial.state in ("failed", "missing") and trial.note]
     if notes:
         parts.append(Text(f"last error: {notes[-1].trial.label}: {notes[-1].note}"))
+    if untimed := sum(trial.state == "done" and bool(trial.note) for trial in found.trials):
+        parts.append(Text(f"{untimed} of those done are not timed: run them again on a GPU", style="yellow"))
     if found.problem:
         parts.append(Text(f"what waits and runs is not known: {found.problem}", style="yellow"))
     return Group(*parts)

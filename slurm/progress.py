@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import pipeline
 from experiments.definitions import Trial, key
 from experiments.store import Store
 from patch.errors import UserError
@@ -39,7 +40,7 @@ class TrialState:
         step: the first of its steps that is not done; None if all are.
         attempt: the last submission of that step.
         restarts: how often Slurm requeued that step.
-        note: why it waits or failed, or how its last attempt ended.
+        note: why it waits or failed, how its last attempt ended, or what is not timed though it is done.
     """
 
     trial: Trial
@@ -97,7 +98,7 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
     for evaluate in (step for step in known.values() if step.kind == "evaluate"):
         [trial] = evaluate.trials
         if evaluate.id in done:
-            states.append(TrialState(trial, "done"))
+            states.append(TrialState(trial, "done", note=_untimed(trial, store)))
             continue
         chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
         failure = store.failure(trial) if evaluate.hash in started else None
@@ -129,6 +130,14 @@ def _state(
     if attempt:
         return TrialState(trial, "missing", step, attempt, restarts, f"{step.label} ended {_how(task)}")
     return TrialState(trial, "missing", step)
+
+
+def _untimed(trial: Trial, store: Store) -> str:
+    """What is left of a trial that is done as far as a machine without a GPU could."""
+    if not trial.evaluation.packed and not trial.evaluation.grid:
+        return ""
+    left = len(pipeline.missing_stages(trial, store, can_time=True))
+    return f"{left} of {len(pipeline.stages(trial))} stages are not timed: run it again on a GPU" if left else ""
 
 
 def _how(task: Task | None) -> str:

@@ -1,8 +1,10 @@
 """Plans: what trials share runs once, after what it stands on and before what stands on it."""
 
+import io
 from pathlib import Path
 
 from forty_study import forty_trials
+from rich.console import Console
 from tiny_study import tiny_trials
 
 from experiments import pipeline
@@ -10,7 +12,7 @@ from experiments.definitions import Evaluation, Perplexity, Trial, key
 from experiments.machine import Machine
 from experiments.store import Fact, Store
 from experiments.studies import STUDIES
-from slurm import plan
+from slurm import commands, plan, progress
 from slurm.cluster import Cluster, Resources
 from slurm.submit import Sweep, todo
 from slurm.task import Work
@@ -98,3 +100,14 @@ def test_times_that_a_machine_without_a_gpu_skipped_are_wanted_where_there_is_on
         sweep = Sweep("test", trials, Cluster(stages=stages), Work(tmp_path, device=device))
         found = [step.id for wave in todo(sweep, (), False) for step in wave.steps]
         assert found == ([f"evaluate-{key(trials[0])}"] if missing else [])
+
+
+def test_status_says_which_times_a_machine_without_a_gpu_skipped(tmp_path: Path) -> None:
+    trials, store = STUDIES["speed-models"].trials()[:1], Store(tmp_path)
+    assert progress.examine(trials, store).trials[0].state == "missing"
+    pipeline.run_trial(trials[0], store, Machine("cpu", None, lambda *_: None))
+    (found,) = progress.examine(trials, store).trials
+    assert found.state == "done" and "not timed: run it again on a GPU" in found.note
+    shown = io.StringIO()
+    commands.status(trials, store, Console(file=shown, width=120), watch=False, each=False)
+    assert "1 of those done are not timed" in shown.getvalue()
