@@ -25,7 +25,7 @@ from torch import Tensor
 
 from analysis.lines import SCHEMA, to_lines
 from experiments.bench_model import build
-from experiments.definitions import definition, key
+from experiments.definitions import definition, digest
 from experiments.models import REGISTRY
 from experiments.provenance import provenance
 from patch.files import write_atomic
@@ -127,7 +127,9 @@ def write(
     """Rows in the format of `experiments.store`, and a line for the terminal."""
     spread = timing([1e3 * value for value in seconds])
     tokens = bench.recipe.batch * bench.recipe.length
-    common = {"schema": SCHEMA, "trial": key(bench), "definition": definition(bench), "stage": "bench:learning"}
+    # Unlike what is learned, how long it takes depends on how a recipe runs.
+    name = digest(definition(bench))
+    common = {"schema": SCHEMA, "trial": name, "definition": definition(bench), "stage": "bench:learning"}
     common |= {"stderr": None, "p20": None, "p80": None, "runs": 1, "provenance": provenance(time.time() - started)}
 
     def row(metric: str, value: float, unit: str, **changes: Any) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def write(
     for entry in seen:
         for metric in ("loss", "cross_entropy", "density", "grad_norm"):
             rows.append(row(metric, entry[metric], "1", labels={"step": int(entry["step"])}))
-    path = results / "bench" / gpu_slug(gpu) / "learning" / f"{bench.model}-{key(bench)}.jsonl"
+    path = results / "bench" / gpu_slug(gpu) / "learning" / f"{bench.model}-{name}.jsonl"
     write_atomic(path, to_lines(rows))
     print(
         f"{bench.model}, {bench.blocks} blocks, {bench.processes} processes, logits {bench.recipe.logit_dtype}: "

@@ -293,8 +293,13 @@ def definition(value: Any) -> Any:
 
 
 def key(value: Any) -> str:
-    """The 12 hex digits that name a definition: SHA-256 of its canonical JSON, but for how a recipe runs."""
-    canonical = json.dumps(_substance(definition(value)), sort_keys=True, separators=(",", ":"))
+    """The 12 hex digits that name a definition: its digest, but for how a recipe runs."""
+    return digest(_substance(definition(value)))
+
+
+def digest(plain: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of plain data's canonical JSON."""
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
