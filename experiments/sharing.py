@@ -7,9 +7,10 @@ pruning, so that the studies that need this checkpoint find it restored instead 
 """
 
 import json
+import shutil
 import tarfile
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -72,16 +73,22 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
 
 
 def _unpack(archive: Path, target: Path) -> Path:
-    """The only folder of an archive, unpacked; nothing of an archive is written outside ``target``."""
+    """``target``, with the files of an archive's only folder in it; of anything else nothing is written."""
     try:
         with tarfile.open(archive) as packed:
-            packed.extractall(target, filter="data")
+            files = {PurePosixPath(member.name): member for member in packed if not member.isdir()}
+            if strange := [path for path, member in files.items() if path.name not in FILES or not member.isfile()]:
+                raise UserError(f"{archive}: not an archive of masks: {strange[0]} in it is no part of one")
+            if len(folders := {path.parent for path in files}) != 1:
+                raise UserError(f"{archive}: not an archive of masks: {len(folders)} folders in it instead of one")
+            for path, member in files.items():
+                content = packed.extractfile(member)
+                assert content is not None
+                with open(target / path.name, "wb") as file:
+                    shutil.copyfileobj(content, file)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{archive}: not an archive of masks: {error}") from error
-    folders = [item for item in target.iterdir() if item.is_dir()]
-    if len(folders) != 1:
-        raise UserError(f"{archive}: not an archive of masks: {len(folders)} folders in it instead of one")
-    return folders[0]
+    return target
 
 
 def _dtype(config: Path) -> torch.dtype:

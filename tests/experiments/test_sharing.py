@@ -78,7 +78,7 @@ def test_another_model_is_refused(tiny_model: Path, tmp_path: Path, archive: Pat
 def repacked(archive: Path, target: Path, change: str) -> Path:
     """The archive with one of its files changed."""
     with tarfile.open(archive) as packed:
-        packed.extractall(target, filter="data")
+        packed.extractall(target)
     folder = next(target.iterdir())
     if change == "masks":
         tensors = load_file(folder / MASKS_FILE)
@@ -109,6 +109,28 @@ def repacked(archive: Path, target: Path, change: str) -> Path:
 def test_damaged_archives_are_refused(tmp_path: Path, archive: Path, change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sharing.restore(repacked(archive, tmp_path / "unpacked", change), Store(tmp_path / "other"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("masks/run.sh", tarfile.REGTYPE, "masks/run.sh in it is no part"),
+        (f"masks/{INFO_FILE}", tarfile.SYMTYPE, "in it is no part"),
+        (f"other/{INFO_FILE}", tarfile.REGTYPE, "2 folders"),
+        (f"masks/../../{INFO_FILE}", tarfile.REGTYPE, "2 folders"),
+    ],
+    ids=["another-file", "link", "second-folder", "outside"],
+)
+def test_archives_with_anything_else_are_refused(tmp_path: Path, name: str, kind: bytes, message: str) -> None:
+    strange = tmp_path / "strange.tar"
+    with tarfile.open(strange, "w") as packed:
+        for path, form in ((f"masks/{MASKS_FILE}", tarfile.REGTYPE), (name, kind)):
+            member = tarfile.TarInfo(path)
+            member.type, member.linkname = form, "/etc/passwd"
+            packed.addfile(member)
+    with pytest.raises(UserError, match=message):
+        sharing.restore(strange, Store(tmp_path / "other"), CPU)
+    assert not (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
