@@ -22,6 +22,8 @@ from patch.errors import UserError
 
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
+# Settings of a recipe that what is learned does not depend on.
+RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
 # Settings that no published recipe has; a definition leaves them out where they are as published.
 DEPARTURES = ("learning.recipe.distillation", "learning.recipe.density", "learning.recipe.logit_dtype")
 
@@ -226,7 +228,10 @@ def _canonical(value: Any) -> str:
 
 
 def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-    """A definition without its seeds (its own, of calibration, of the prior), and the seeds by dotted name."""
+    """A definition without its seeds (its own, of calibration, of the prior), and the seeds by dotted name.
+
+    How learning ran is in neither.
+    """
     seedless: dict[str, Any] = {}
     seeds: dict[str, Any] = {}
     for name, value in pruning.items():
@@ -235,7 +240,7 @@ def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str
         elif isinstance(value, dict):
             seedless[name], inner = _split_seeds(value, f"{prefix}{name}.")
             seeds |= inner
-        else:
+        elif name not in RUNNING:
             seedless[name] = value
     return seedless, seeds
 

@@ -30,7 +30,7 @@ from experiments.definitions import (
 from experiments.tasks import EMBEDDED_TASK
 from patch.errors import check_name
 from patch.mask import TileShape
-from patch.recipe import RECIPES, Recipe
+from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe
 
 Trials = tuple[Trial, ...]
 TARGETS = (0.45, 0.35, 0.25)
@@ -91,8 +91,8 @@ def learned(
     if start is None:
         prior = None
     elif start == "maskllm":
-        # Both stages take the same steps, batches, text and objective; rates and penalties stay their own.
-        common = ("steps", "batch", "microbatch", "length", "distillation")
+        # Both stages run alike, on the same steps, batches, text and objective; rates and penalties stay their own.
+        common = ("steps", "batch", "microbatch", "length", "distillation", *HOW_IT_RUNS)
         shared = {name: getattr(chosen, name) for name in common}
         prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.points import DEPARTURES, Task, Text, gather, mean_tasks, tasks, texts, trial_labels
+from analysis.points import DEPARTURES, RUNNING, Task, Text, gather, mean_tasks, tasks, texts, trial_labels
 from patch.errors import UserError
 
 RECIPE = {"mode": "joint", "steps": 200, "lr": 1e-3}
@@ -177,9 +177,21 @@ def test_what_no_published_recipe_does_is_always_said(study: Study, make_pruning
     assert [point.variant for point in gather(frame)] == ["distillation=1"]
 
 
-def test_every_departure_of_the_recipe_is_known() -> None:
-    from patch.recipe import Recipe
+def test_how_learning_ran_is_no_variant(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    recipes = [RECIPE | {"log_every": 10, "checkpoint_every": 100}, RECIPE | {"log_every": 50, "checkpoint_every": 7}]
+    about = [
+        make_pruning("m", "patch-joint", "hybrid", 0.25, seed=seed, learning={"source": "train", "recipe": recipe})
+        for seed, recipe in enumerate(recipes)
+    ]
+    frame = study({name: make_trial(name, part, 30.0) for name, part in zip("ab", about, strict=True)})
+    (point,) = gather(frame)
+    assert point.variant == "" and point.trials == ("a", "b")
 
+
+def test_every_departure_of_the_recipe_is_known() -> None:
+    from patch.recipe import HOW_IT_RUNS, Recipe
+
+    assert set(RUNNING) == HOW_IT_RUNS
     added = {field.name for field in dataclasses.fields(Recipe) if field.metadata.get("added")}
     assert added == {name.rpartition(".")[2] for name in DEPARTURES}
 
