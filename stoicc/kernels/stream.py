@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from stoicc.compat import barrier
+from stoicc.compat import barrier, copy_to_shared
 from stoicc.format import HybridWeight
 from stoicc.language import METADATA, RECORD_24, RECORD_DENSE, cluster_barrier, mma_24, mma_dense, wait_for_previous
 
@@ -141,7 +141,7 @@ def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_
     word = gl.load(columns + step, mask=inside, other=0) * 32 + word
     pointer = x + token.to(gl.int64) * x_stride + word
     mask = inside & (token < tokens) & (word < k_words)
-    async_copy.async_copy_global_to_shared(ring.index(turn % STAGES), pointer, mask=mask)
+    copy_to_shared(ring.index(turn % STAGES), pointer, mask=mask)
     async_copy.commit_group()
 
 
