@@ -1,7 +1,4 @@
-"""What it takes to reproduce each published table and figure: the table in ``experiments/README.md``.
-
-python -m experiments.guide        prints it
-"""
+"""What it takes to reproduce each published table and figure: the table in ``experiments/README.md``."""
 
 from collections.abc import Iterable
 
@@ -61,7 +58,3 @@ def table() -> str:
 def _rounded(value: float) -> str:
     """To two digits: these are estimates."""
     return f"{float(f'{value:.2g}'):g}"
-
-
-if __name__ == "__main__":
-    print(table())

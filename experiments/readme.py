@@ -1,11 +1,11 @@
-"""The tables and the measured numbers of ``README.md``, made from the committed rows.
+"""The tables and numbers of the README, made from the committed rows, and the table of ``experiments/README.md``.
 
 python -m experiments.readme        rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->``,
                                     and within a line between ``<!-- value NAME -->`` and ``<!-- end -->``
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pandas import DataFrame
@@ -15,12 +15,13 @@ from analysis.points import Measured, Point, gather
 from analysis.speed import kernel_table, load_bench, model_table
 from analysis.study_tables import study_tables
 from analysis.tables import Table, markdown, only
-from experiments import reports
+from experiments import guide, reports
 from experiments.store import Store
 from experiments.studies import STUDIES, TARGETS
 from patch.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
+README, GUIDE = ROOT / "README.md", ROOT / "experiments" / "README.md"
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench" / "nvidia-h200"
 
@@ -51,7 +52,7 @@ _VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -
 
 
 def blocks() -> dict[str, str]:
-    """Every table by the name of its block, as Markdown without notes."""
+    """Every table of the README by the name of its block, as Markdown without notes."""
     found: dict[str, Table] = {}
     for name, (study, table, columns) in _STUDIES.items():
         tables = study_tables(reports.frame(STUDIES[study].trials(), Store(RESULTS)))
@@ -63,7 +64,7 @@ def blocks() -> dict[str, str]:
 
 
 def values() -> dict[str, str]:
-    """Every number of the text by its name."""
+    """Every number of the README's text by its name."""
     store = Store(RESULTS)
     learned = gather(reports.frame(STUDIES["smollm2-learned"].trials(), store))
     kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
@@ -107,13 +108,20 @@ def _hours(rates: Table, model: str, tokens: float) -> str:
     return f"{tokens / rate.value / 3600:.1f}"
 
 
-def filled(text: str) -> str:
-    """A README with its tables and numbers as the rows have them."""
-    tables, numbers = blocks(), values()
+def filled() -> dict[Path, str]:
+    """Both files as they should be."""
+    return {
+        README: fill(README.read_text(), blocks(), values()),
+        GUIDE: fill(GUIDE.read_text(), {"published": guide.table()}, {}),
+    }
+
+
+def fill(text: str, tables: Mapping[str, str], numbers: Mapping[str, str]) -> str:
+    """A text with these tables and numbers in their places."""
     text = _BLOCK.sub(lambda block: f"{block[1]}\n{tables[block['name']]}\n\n{block[4]}", text)
     return _VALUE.sub(lambda value: f"{value[1]}{numbers[value['name']]}{value[4]}", text)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    write_atomic(path, filled(path.read_text()))
+    for path, text in filled().items():
+        write_atomic(path, text)
