@@ -108,12 +108,9 @@ def _hours(rates: Table, model: str, tokens: float) -> str:
     return f"{tokens / rate.value / 3600:.1f}"
 
 
-def filled() -> dict[Path, str]:
-    """Both files as they should be."""
-    return {
-        README: fill(README.read_text(), blocks(), values()),
-        GUIDE: fill(GUIDE.read_text(), {"published": guide.table()}, {}),
-    }
+def contents() -> dict[Path, tuple[dict[str, str], dict[str, str]]]:
+    """The tables and the numbers of each file, by name."""
+    return {README: (blocks(), values()), GUIDE: ({"published": guide.table()}, {})}
 
 
 def fill(text: str, tables: Mapping[str, str], numbers: Mapping[str, str]) -> str:
@@ -123,5 +120,5 @@ def fill(text: str, tables: Mapping[str, str], numbers: Mapping[str, str]) -> st
 
 
 if __name__ == "__main__":
-    for path, text in filled().items():
-        write_atomic(path, text)
+    for path, (tables, numbers) in contents().items():
+        write_atomic(path, fill(path.read_text(), tables, numbers))
