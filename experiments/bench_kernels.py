@@ -109,9 +109,8 @@ def bench_linear(
     weight = torch.randn(linear.n, linear.k, device="cuda", dtype=torch.bfloat16, generator=generator) / linear.k**0.5
     packed = {}
     for variant in variants(tiles, sparsities):
-        if variant.sparsity > 0:
-            mask = random_mask(linear.n, linear.k, variant, weight.abs(), generator)
-            packed[variant] = (pack(weight, mask), mask.apply(weight))
+        mask = random_mask(linear.n, linear.k, variant, weight.abs(), generator)
+        packed[variant] = (pack(weight, mask), mask.apply(weight))
     rows = []
     for count in tokens:
         x = torch.randn(count, linear.k, device="cuda", dtype=torch.bfloat16, generator=generator)
@@ -154,9 +153,6 @@ def _bench_tokens(
                 )
     for variant in wanted:
         name = f"{variant}"
-        if variant.sparsity == 0:
-            calls[name], about[name] = calls["cublas"], {"fallback": "all tiles are dense"}
-            continue
         hybrid, masked = packed[variant]
         config = choose(x.device, linear.n, linear.k, hybrid.band, configs.token_bucket(tokens))
         about[name] = {"kernel": configs.kernel_name(config), "config": asdict(config), "bytes": hybrid.nbytes}

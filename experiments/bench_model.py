@@ -2,8 +2,9 @@
 
 Any model of LLaMA's form can be timed (`measure`), as it was loaded; ``hts bench model`` makes its own, of a model of
 the registry with random weights, which time does not mind, and random uneven tile maps. All models run the same way,
-the strongest that a user has: every decoder block through ``torch.compile``, the whole pass replayed as a CUDA graph,
-the cache of keys and values preallocated, logits of the last token only.
+the strongest that a user has: every decoder block through ``torch.compile``, whose kernels begin while the one before
+them ends (``TORCHINDUCTOR_ENABLE_PDL=1`` sets the same), the whole pass replayed as a CUDA graph, the cache of keys and
+values preallocated, logits of the last token only.
 
     decode   one step for a batch of sequences that are ``CONTEXT`` tokens long
     prefill  a batch of prompts
@@ -186,12 +187,16 @@ def compiling(limit: int) -> Iterator[None]:
     Args:
         limit: how often a block may be compiled; beyond it dynamo raises, where it would silently run it as it is.
     """
-    with torch._dynamo.config.patch(
-        recompile_limit=limit,
-        accumulated_recompile_limit=16 * limit,
-        fail_on_recompile_limit_hit=True,
-        force_nn_module_property_static_shapes=False,
-        force_parameter_static_shapes=False,
+    with (
+        torch._dynamo.config.patch(
+            recompile_limit=limit,
+            accumulated_recompile_limit=16 * limit,
+            fail_on_recompile_limit_hit=True,
+            force_nn_module_property_static_shapes=False,
+            force_parameter_static_shapes=False,
+        ),
+        # For the dense model too: the baseline is the strongest that there is.
+        torch._inductor.config.patch({"triton.enable_pdl": True}),
     ):
         yield
 

@@ -78,11 +78,13 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
         for warps, records, blocks in product(((1, 1, 1), (2, 1, 1), (4, 1, 1)), (2, 1), (4, 2, 1)):
             found.append(StreamConfig(16, 8, warps, records, 0, blocks))
         found += [StreamConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1)]
+        found.append(StreamConfig(32, 8, (2, 1, 1), 1, 0))
     elif tokens <= 16:
         for rows, warps, records, blocks in (
             *((64, (1, 2, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
             *((32, (1, 1, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
             *((64, (1, 4, 1), 4, blocks) for blocks in (4, 2)),
+            *((64, (1, 4, 1), 2, blocks) for blocks in (4, 2, 1)),
             (32, (2, 1, 1), 2, 1),
             (128, (1, 4, 1), 2, 8),
             (128, (1, 4, 1), 2, 4),

@@ -100,6 +100,16 @@ def wait_for_previous():
 
 
 @gluon.jit
+def let_next_begin():
+    """The next kernel on the stream may begin, once every block of this one has said so or ended.
+
+    It begins early only if it was launched with ``launch_pdl``, and must wait itself for what this kernel writes.
+    Hopper and newer.
+    """
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def multicast_next(MASK: gl.constexpr):
     """The bulk copy that follows lands in the shared memory of every block of the cluster whose bit is set."""
     gl.inline_asm_elementwise(_multicast(MASK), "=r", [], gl.int32, False, 1)

@@ -204,11 +204,11 @@ def compile_model(
 
     Args:
         model: on any device; its masked linears in bfloat16 or float16.
-        masks: by full name of the linear. One whose tiles are all dense stays a ``torch.nn.Linear``.
+        masks: by full name of the linear.
         fuse: pack siblings as one where their maps allow.
-        tokens: how many tokens a pass will have, one or more typical numbers. A linear that this GPU's tuning table
-            says would be slower packed, in the geometric mean over them, stays dense. None packs whatever the mask
-            allows, to save memory.
+        tokens: how many tokens a pass will have, one or more typical numbers. On a GPU that has a tuning table, linears
+            are packed if it says that this is faster, in the geometric mean over them: with one token, that may be
+            those whose tiles are all dense too. Otherwise all are packed but these, to save memory.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
@@ -225,13 +225,16 @@ def compile_model(
         size = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
         before += size
         mask = _stack([masks[name] for name in names])
-        if bool(mask.dense.all()):
+        device = linears[0].weight.device
+        choose = bool(tokens) and device.type == "cuda"
+        all_dense = bool(mask.dense.all())
+        if all_dense and not choose:
             dense += names
             after += size
             continue
         module, hybrid = _pack_linears(names, linears, mask)
-        if tokens and hybrid.device.type == "cuda" and not faster_packed(hybrid.device, hybrid, tokens):
-            slower += names
+        if choose and not faster_packed(device, hybrid, tokens):
+            (dense if all_dense else slower).extend(names)
             after += size
             continue
         install(model, module)

@@ -75,12 +75,12 @@ def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) 
 def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[int]) -> bool:
     """Whether the tables expect a hybrid weight to beat dense, in the geometric mean over these numbers of tokens.
 
-    True if nothing is known of the GPU.
+    If nothing is known of the GPU, whether it has fewer bytes.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
     known = [configs.nearest(configs.tables(name), *hybrid.shape, hybrid.band, count, capability) for count in tokens]
     speedups = [expected_speedup(entry, hybrid.sparse_share) for entry in known if entry]
-    return not speedups or statistics.geometric_mean(speedups) >= MARGIN
+    return statistics.geometric_mean(speedups) >= MARGIN if speedups else hybrid.sparse_share > 0
 
 
 def expected_speedup(entry: Entry, share: float) -> float:

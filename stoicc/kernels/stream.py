@@ -16,7 +16,9 @@ shared memory, from which each warp takes its fragments: as registers they would
 
 A product of few tokens takes microseconds, of which the way to the first record is a good part. So one load tells where
 the records are, and on Hopper the kernel begins before the one before it on the stream is done (programmatic dependent
-launch): within a captured graph, where weights do not change, it asks for its first records and only then waits.
+launch): within a captured graph, where weights do not change, it asks for its first records and only then waits. In
+turn it lets the next kernel begin: with activations in registers as soon as it has waited itself, else when its last
+records are used, since blocks of the next kernel would take shared memory that its own are still to come for.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from stoicc.compat import barrier, copy_to_shared
 from stoicc.format import HybridWeight
-from stoicc.language import METADATA, RECORD_24, RECORD_DENSE, cluster_barrier, mma_24, mma_dense, wait_for_previous
+from stoicc.language import (
+    METADATA,
+    RECORD_24,
+    RECORD_DENSE,
+    cluster_barrier,
+    let_next_begin,
+    mma_24,
+    mma_dense,
+    wait_for_previous,
+)
 
 
 @dataclass(frozen=True)
@@ -124,23 +135,27 @@ def _next_x(x, columns, step, count, x_words, token_offsets, k_words, tokens_ins
 
 
 @gluon.jit
-def _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS: gl.constexpr):
-    """Start to copy the activations of all records of one turn into its stage."""
-    STAGES: gl.constexpr = ring.shape[0]
-    RECORDS: gl.constexpr = ring.shape[1]
-    TOKENS: gl.constexpr = ring.shape[2]
+def _column(columns, turn, turns_24, sparse, steps, block, RECORDS: gl.constexpr, BLOCKS: gl.constexpr):
+    """The block columns of all records of one turn, ``-1`` where there is none."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [1, gl.num_warps(), 1], [2, 1, 0])
     record = gl.arange(0, RECORDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    first = turn * BLOCKS * RECORDS + gl.where(turn < turns_24, 0, sparse - turns_24 * BLOCKS * RECORDS)
+    step = first + block * RECORDS + record
+    return gl.load(columns + step, mask=step < gl.where(turn < turns_24, sparse, steps), other=-1)
+
+
+@gluon.jit
+def _copy_x(x, column, ring, turn, tokens, k_words, x_stride):
+    """Start to copy the activations of all records of one turn into its stage."""
+    STAGES: gl.constexpr = ring.shape[0]
+    TOKENS: gl.constexpr = ring.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [1, gl.num_warps(), 1], [2, 1, 0])
     token = (
         gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + gl.program_id(1) * TOKENS
     )
-    word = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    first = gl.where(turn < turns_24, turn * BLOCKS * RECORDS, sparse + (turn - turns_24) * BLOCKS * RECORDS)
-    step = first + block * RECORDS + record
-    inside = step < gl.where(turn < turns_24, sparse, steps)
-    word = gl.load(columns + step, mask=inside, other=0) * 32 + word
+    word = column * 32 + gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     pointer = x + token.to(gl.int64) * x_stride + word
-    mask = inside & (token < tokens) & (word < k_words)
+    mask = (column >= 0) & (token < tokens) & (word < k_words)
     copy_to_shared(ring.index(turn % STAGES), pointer, mask=mask)
     async_copy.commit_group()
 
@@ -304,6 +319,9 @@ def stream_linear(
     if PDL:
         # Weights do not depend on what runs before; activations do, and so does the memory that is written.
         wait_for_previous()
+        # Not before the wait: the next kernel may read at once what an earlier one wrote and this one does not.
+        if STAGES == 0:
+            let_next_begin()
     if STAGES == 0:
         token = gl.program_id(1) * TOKENS + _index(TOKENS // 8, layout, 3) * 8 + lane // 4
         inside = token < tokens
@@ -316,23 +334,26 @@ def stream_linear(
         swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
         ring = gl.allocate_shared_memory(gl.int32, [STAGES, OWN, TOKENS, 32], swizzled)
         for turn in gl.static_range(STAGES - 1):
-            _copy_x(x, columns, ring, turn, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+            column = _column(columns, turn, turns_24, sparse, steps, block, OWN, BLOCKS)
+            _copy_x(x, column, ring, turn, tokens, k_words, x_stride)
+        # The columns of a turn are asked for a turn before its copies.
+        column = _column(columns, STAGES - 1, turns_24, sparse, steps, block, OWN, BLOCKS)
     for turn in range(0, turns_24, 2):
         ahead = step + (turn + 2) * SET
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             barrier()
             ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(
-                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
-            )
+            _copy_x(x, column, ring, turn + STAGES - 1, tokens, k_words, x_stride)
+            column = _column(columns, turn + STAGES, turns_24, sparse, steps, block, OWN, BLOCKS)
         acc = _multiply_24(a0, a1, am, ax, ay, acc, dtype)
         a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             barrier()
             bx, by = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+            _copy_x(x, column, ring, turn + STAGES, tokens, k_words, x_stride)
+            column = _column(columns, turn + STAGES + 1, turns_24, sparse, steps, block, OWN, BLOCKS)
         else:
             ax, ay = _next_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
         acc = _multiply_24(b0, b1, bm, bx, by, acc, dtype)
@@ -349,16 +370,16 @@ def stream_linear(
             async_copy.wait_group(STAGES - 2)
             barrier()
             cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
-            _copy_x(
-                x, columns, ring, turn + STAGES - 1, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS
-            )
+            _copy_x(x, column, ring, turn + STAGES - 1, tokens, k_words, x_stride)
+            column = _column(columns, turn + STAGES, turns_24, sparse, steps, block, OWN, BLOCKS)
         acc = _multiply_dense(c0, c1, c2, c3, cx, cy, acc, dtype)
         c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             barrier()
             dx, dy = _staged_x(ring, turn + 1, staged, layout, K_WARPS, RECORDS)
-            _copy_x(x, columns, ring, turn + STAGES, turns_24, sparse, steps, tokens, k_words, x_stride, block, BLOCKS)
+            _copy_x(x, column, ring, turn + STAGES, tokens, k_words, x_stride)
+            column = _column(columns, turn + STAGES + 1, turns_24, sparse, steps, block, OWN, BLOCKS)
         else:
             cx, cy = _next_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
         acc = _multiply_dense(d0, d1, d2, d3, dx, dy, acc, dtype)
@@ -366,6 +387,8 @@ def stream_linear(
         if STAGES == 0:
             dx, dy = _next_x(x, columns_dense, ahead + SET, dense, x_words, offsets, k_words, inside)
 
+    if PDL and STAGES > 0:
+        let_next_begin()
     total = gl.sum(gl.sum(acc, 1), 0)
     rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
     if BLOCKS > 1:

@@ -11,6 +11,7 @@ from stoicc.format import HybridWeight, pack, unpack
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.kernels.stream import StreamConfig
+from stoicc.linear import compile_model
 from stoicc.matmul import linear, linear_op, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -188,6 +189,47 @@ def test_fullgraph_compile() -> None:
     x = torch.randn(40, 512, device="cuda", dtype=torch.bfloat16)
     expected = torch.nn.functional.silu(linear(x, hybrid)) + 1
     torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_between_kernels_that_begin_early(tokens: int) -> None:
+    # Inductor's kernels, as the products, can begin before the one before them is done: the bits stay the same.
+    hybrids = [random_hybrid(1024, 1024, (128, 64), 0.6, uneven=True, seed=seed, device="cuda") for seed in range(4)]
+
+    def blocks(x: Tensor) -> Tensor:
+        for hybrid in hybrids:
+            parts = (*hybrid.parts().values(), hybrid.orders)
+            y = linear_op(torch.nn.functional.silu(x), *parts, None, x.dtype, [1024, 1024], [128, 64], hybrid.band)
+            x = x + torch.nn.functional.rms_norm(y, (1024,))
+        return x
+
+    def captured(x: Tensor, early: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        torch.compiler.reset()
+        with torch._inductor.config.patch({"triton.enable_pdl": early}):
+            compiled = torch.compile(blocks, fullgraph=True)
+            compiled(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = compiled(x)
+        return graph, y
+
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    (late, expected), (early, y) = captured(x, False), captured(x, True)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        late.replay()
+        early.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("faster", [True, False], ids=["faster", "slower"])
+def test_linears_are_packed_where_the_tuning_table_says_so(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stoicc.linear.faster_packed", lambda *_: faster)
+    masks = {name: random_mask(256, 256, (64, 64), share, device="cuda") for name, share in (("0", 0.0), ("1", 0.5))}
+    layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in masks)).to("cuda", torch.bfloat16)
+    report = compile_model(layers, masks, tokens=(1,))
+    assert [name for spec in report.packed for name, _ in spec.parts] == (["0", "1"] if faster else [])
+    assert (report.dense, report.slower) == (((), ()) if faster else (("0",), ("1",)))
 
 
 @pytest.mark.parametrize("tile", [(64, 64), (64, 256), (256, 64), (256, 256)], ids=lambda t: f"{t[0]}x{t[1]}")

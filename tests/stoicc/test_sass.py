@@ -116,10 +116,16 @@ def test_stream_configurations(arch: int, config: StreamConfig) -> None:
     assert sass.count("HMMA.16816.") == 2 * 4 * products
     # The first records of every set are asked for before the kernel waits for the one before it.
     if arch == 90 and config.blocks < 8:
-        _, before, _ = sass.split("ACQBULK")
+        _, before, after = sass.split("ACQBULK")
         assert before.count("LDG.E.EF.128") >= 8
+        # The next kernel begins once this one has waited, or read its last records.
+        assert "PREEXIT" not in before
+        _, late, rest = after.partition("PREEXIT")
+        assert late
+        assert ("HMMA" in rest) == (config.stages == 0)
     else:
         assert "ACQBULK" not in sass
+        assert "PREEXIT" not in sass
     assert_sound(kernel, arch)
 
 
