@@ -24,8 +24,15 @@ from patch.errors import UserError
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings of a recipe that what is learned does not depend on.
 RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
-# Settings that no published recipe has; a definition leaves them out where they are as published.
-DEPARTURES = ("learning.recipe.distillation", "learning.recipe.density", "learning.recipe.logit_dtype")
+# Settings that no published method has; a definition leaves them out where they are as published.
+DEPARTURES = (
+    "learning.recipe.distillation",
+    "learning.recipe.density",
+    "learning.recipe.logit_dtype",
+    "refit.source",
+)
+# The one setting that is said of a part of a definition, where it tells that part from others.
+_SAID_OF_PARTS = {"prior": "prior.method", "refit": "refit.source"}
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
             name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in DEPARTURES
         ]
         # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
-        brief = [name for name in differing if not name.startswith("prior.") or name == "prior.method"]
+        brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
         if _distinct(flat, brief) == _distinct(flat, differing):
             differing = brief
         usual = {name: _usual([_canonical(fields.get(name)) for fields in flat]) for name in differing}
@@ -298,6 +305,8 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
     value = fields[name]
     if name == "prior.method":
         return f"from {METHODS.get(value, value)}"
+    if name == "refit.source":
+        return f"refitted on {value}"
     return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
 
 

@@ -50,6 +50,9 @@ PerStage = Annotated[
 ]
 Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
 Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
+Refit = Annotated[
+    bool, typer.Option("--refit", help="Fit the kept weights to the dense outputs on the calibration text.")
+]
 
 DEFAULT_RESULTS = Path("runs")
 
@@ -221,10 +224,11 @@ def prune(
     structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights.")] = 0.5,
     tile: Tile = "128x128",
-    calibration: Annotated[str, typer.Option(help="Text that Wanda and SparseGPT see.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT and --refit see.")] = "c4",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    refit: Refit = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
@@ -233,14 +237,10 @@ def prune(
     """Prune a model in one shot and write a hybrid checkpoint that plain transformers loads."""
     from experiments import studies
 
-    pruning = studies.one_shot(
-        model,
-        method,
-        structure,
-        sparsity,
-        _tile(tile),
-        studies.Calibration(calibration, windows, length, seed),
-    )
+    seen = studies.Calibration(calibration, windows, length, seed)
+    pruning = studies.one_shot(model, method, structure, sparsity, _tile(tile), seen)
+    if refit:
+        pruning = studies.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -251,7 +251,7 @@ def learn(
     sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5.")] = 0.45,
     tile: Tile = "128x128",
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
-    calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior, and of --refit.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the published recipe's by default.")] = None,
@@ -263,6 +263,7 @@ def learn(
         float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
+    refit: Refit = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
@@ -276,16 +277,11 @@ def learn(
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
     given["distillation"] = distillation
-    pruning = studies.learned(
-        model,
-        method,
-        sparsity,
-        _tile(tile),
-        text,
-        studies.Calibration(calibration, calibration_windows, calibration_length),
-        seed,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    seen = studies.Calibration(calibration, calibration_windows, calibration_length)
+    changes = {name: value for name, value in given.items() if value is not None}
+    pruning = studies.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)
+    if refit:
+        pruning = studies.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
 
 

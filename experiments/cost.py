@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments import models
-from experiments.definitions import LEARNED, Evaluation, KernelGrid, ModelGrid, Pruning, lineage
+from experiments.definitions import Evaluation, KernelGrid, ModelGrid, Pruning, lineage
 from experiments.models import ModelSpec
 from patch.checkpoint import prunable_shapes
 from patch.mask import GROUP
@@ -30,6 +30,7 @@ _TASK_TOKENS = {
     "wiki_continuation": 250 * 4 * 100,
 }
 _TEXT_TOKENS = 300_000
+_REFIT_STEPS = 50
 
 
 def pruning_flops(pruning: Pruning) -> float | None:
@@ -38,6 +39,11 @@ def pruning_flops(pruning: Pruning) -> float | None:
     if shapes is None or pruning.method == "dense":
         return None if shapes is None else 0.0
     weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if pruning.refit:
+        tokens = pruning.refit.windows * pruning.refit.length
+        # X X^T of every input, and as many products with it as the embedded model's fits take steps.
+        products = sum(count * cols**2 * (tokens + rows * _REFIT_STEPS) for (rows, cols), count in shapes.items())
+        return 4.0 * weights * tokens + 2.0 * products
     if pruning.learning:
         recipe = pruning.learning.recipe
         # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
@@ -120,11 +126,12 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         # With packed stages also the dense and the packed model, and one in float32 to compare logits with.
         models_ = 2 if evaluation.packed is None else 10
         return (models_ * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
-    if pruning.method not in LEARNED or pruning.learning is None:
+    if not pruning.learns or pruning.learning is None:
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)
         squares = sum(4 * cols**2 for _, cols in shapes)
-        tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
+        calibration = pruning.refit or pruning.calibration
+        tokens = calibration.windows * calibration.length if calibration else 0
         return (12 * block + 2 * squares + 4 * tokens * spec.hidden) / GIB
     weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
     recipe = pruning.learning.recipe

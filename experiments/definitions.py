@@ -65,6 +65,8 @@ class Pruning:
         calibration: text for one-shot methods that need activations.
         learning: text and recipe for learned methods.
         prior: the pruning whose mask a learned method starts from (patterns and tile scores) or, in tile mode, keeps.
+        refit: text on which the weights that the mask keeps are fitted to the dense outputs (`patch.refit`), once the
+            mask is found without it; None leaves them as they are.
     """
 
     model: str
@@ -77,6 +79,8 @@ class Pruning:
     learning: Learning | None = None
     prior: "Pruning | None" = None
     revision: str | None = None
+    # Younger than published rows: their prunings keep their names.
+    refit: Calibration | None = field(default=None, metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
@@ -111,6 +115,18 @@ class Pruning:
                 )
             if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
                 raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
+        if self.refit is not None and self.structure not in ("2:4", "hybrid"):
+            raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
+
+    @property
+    def base(self) -> "Pruning | None":
+        """The pruning that must be there before: the same without refit, or else the prior."""
+        return self.prior if self.refit is None else dataclasses.replace(self, refit=None)
+
+    @property
+    def learns(self) -> bool:
+        """Whether making the checkpoint is learning, which several GPUs may share."""
+        return self.method in LEARNED and self.refit is None
 
 
 @dataclass(frozen=True)
@@ -244,8 +260,8 @@ class Trial:
 
 
 def lineage(pruning: Pruning) -> list[Pruning]:
-    """A pruning and the priors it stands on, itself last."""
-    return [*(lineage(pruning.prior) if pruning.prior else []), pruning]
+    """A pruning and all that it stands on, itself last."""
+    return [*(lineage(pruning.base) if pruning.base else []), pruning]
 
 
 def describe(pruning: Pruning) -> str:
@@ -263,6 +279,8 @@ def describe(pruning: Pruning) -> str:
         parts += _changes(pruning.learning.recipe, RECIPES[pruning.method])
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
+    if pruning.refit:
+        parts.append("refitted")
     return " ".join(parts)
 
 

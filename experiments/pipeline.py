@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from experiments import evaluation, grids, models, packed, tasks, text
-from experiments.definitions import LEARNED, Perplexity, Pruning, Trial, definition, describe, key, lineage
+from experiments.definitions import Calibration, Perplexity, Pruning, Trial, definition, describe, key, lineage
 from experiments.machine import Machine
 from experiments.provenance import provenance
 from experiments.stopping import deferred_signals
@@ -31,6 +31,7 @@ from patch.learner import Learned, Prior, Stopped, learn
 from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
+from patch.refit import refit_model
 
 
 def stages(trial: Trial) -> list[str]:
@@ -71,8 +72,8 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
     for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
         text.check_source(source, data)
     for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
-        if pruning.calibration:
-            text.check_source(pruning.calibration.source, data)
+        for calibration in filter(None, (pruning.calibration, pruning.refit)):
+            text.check_source(calibration.source, data)
         if pruning.learning:
             text.check_source(pruning.learning.source, data)
 
@@ -264,32 +265,35 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
     if ranks.agree(first and path.exists(), machine.device):
         return path
-    if pruning.prior:
-        ensure_checkpoint(pruning.prior, store, machine)
+    if pruning.base:
+        ensure_checkpoint(pruning.base, store, machine)
     with store.claim(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
         # Another process may have finished it while this one waited.
         missing = ranks.agree(first and not path.exists(), machine.device)
-        if missing and (first or pruning.method in LEARNED):
+        if missing and (first or pruning.learns):
             _make_checkpoint(pruning, store, machine)
     return path
 
 
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     started = time.monotonic()
-    learned = pruning.method in LEARNED
-    # One-shot methods bring one block at a time to the device, whatever the depth of the model.
+    # All but learning brings one block at a time to the device, whatever the depth of the model.
     model, tokenizer = models.load_model(
-        pruning.model, device=machine.device if learned else "cpu", dtype=machine.dtype, data=machine.data
+        pruning.model, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     if machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     sources: dict[str, str] = {}
     tile_scores: Mapping[str, Tensor] = {}
-    if learned:
+    masks: Mapping[str, HybridMask]
+    if pruning.refit:
+        masks, tile_scores, facts = _refit(pruning, model, tokenizer, store, machine, sources)
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+    elif pruning.learns:
         outcome = _learn(pruning, model, tokenizer, store, machine, sources)
         if machine.ranks.rank:
             return
-        masks: Mapping[str, HybridMask] = outcome.masks
+        masks = outcome.masks
         zeros = {name: mask.zeros for name, mask in masks.items()}
         facts = [
             Fact(metric, value, "1", {"step": int(entry["step"])})
@@ -304,7 +308,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
             pruning.structure,
             pruning.sparsity,
             pruning.tile,
-            _calibration_windows(pruning, tokenizer, machine, sources),
+            _calibration_windows(pruning.calibration, tokenizer, machine, sources),
             machine.device,
             on_block=lambda done, total: machine.progress(describe(pruning), done, total),
         )
@@ -344,14 +348,46 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
 
 
 def _calibration_windows(
-    pruning: Pruning, tokenizer: PreTrainedTokenizerBase, machine: Machine, sources: dict[str, str]
+    wanted: Calibration | None, tokenizer: PreTrainedTokenizerBase, machine: Machine, sources: dict[str, str]
 ) -> Tensor | None:
-    if pruning.calibration is None:
+    if wanted is None:
         return None
-    wanted = pruning.calibration
     documents = text.load_documents(wanted.source, machine.data)
     sources[wanted.source] = documents.sha256
     return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+def _refit(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> tuple[dict[str, HybridMask], dict[str, Tensor], list[Fact]]:
+    """Mask the dense model's weights as the pruning without refit does, and fit what is kept; the masks, and facts."""
+    assert pruning.base is not None
+    windows = _calibration_windows(pruning.refit, tokenizer, machine, sources)
+    assert windows is not None
+    found = store.checkpoint_path(pruning.base)
+    masks = load_masks(found)
+    fits = refit_model(
+        model,
+        masks,
+        windows,
+        machine.device,
+        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+    )
+    facts = [
+        Fact(metric, value, unit, {"layer": name})
+        for name, fit in fits.items()
+        for metric, value, unit in (
+            ("masked_output_error", fit.masked_error, "1"),
+            ("refitted_output_error", fit.error, "1"),
+            ("refit_steps", fit.steps, "1"),
+        )
+    ]
+    return masks, load_tile_scores(found), facts
 
 
 def _learn(

@@ -1,6 +1,6 @@
 """Masks to share: a hybrid checkpoint without its weights, a few per cent of its size, made whole again.
 
-Only of methods that leave the surviving weights as they were: SparseGPT changes them.
+Only of methods that leave the surviving weights as they were: SparseGPT and refitting change them.
 
 An archive holds a checkpoint's ``hybrid.json``, ``hybrid.safetensors`` and ``config.json``. It says what defines the
 pruning, so that the studies that need this checkpoint find it restored instead of learning it anew.
@@ -36,8 +36,10 @@ def export(checkpoint: Path, archive: Path) -> None:
     """
     info = load_info(checkpoint)
     method = oneshot.METHODS.get(info.get("method", ""))
-    if method and method.changes_weights:
-        raise UserError(f"{checkpoint}: {info['method']} changes the weights that survive: share the whole checkpoint")
+    refitted = bool(info.get("definition", {}).get("refit"))
+    if refitted or (method and method.changes_weights):
+        what = "refit" if refitted else info["method"]
+        raise UserError(f"{checkpoint}: {what} changes the weights that survive: share the whole checkpoint")
     if not load_masks(checkpoint):
         raise UserError(f"{checkpoint} has no masks to share: its structure is {info['structure']}")
     if "definition" not in info:

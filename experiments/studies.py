@@ -158,6 +158,18 @@ def embedded_tiles() -> Trials:
     return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
 
 
+def refitted(pruning: Pruning, text: Calibration) -> Pruning:
+    """The same mask, and what it keeps fitted to the dense outputs on ``text``."""
+    return dataclasses.replace(pruning, refit=text)
+
+
+def embedded_refit() -> Trials:
+    """What fitting the kept weights adds to every mask of the demo."""
+    prunings = _embedded()
+    fitted = [refitted(pruning, _EMBEDDED_CALIBRATION) for pruning in prunings if pruning.method != "dense"]
+    return _trials([*prunings, *fitted], _EMBEDDED_EVALUATION)
+
+
 # Where the tile statistics that small models learned are timed.
 CARRIED = ("llama-2-7b", "llama-3.1-8b")
 
@@ -276,6 +288,22 @@ def smollm2_tiles() -> Trials:
     shapes = ((32, 32), (64, 64), (128, 128), (192, 192), (64, 128), (128, 64))
     prunings = [_smollm2("patch-joint", 0.35, tile, distillation=1.0) for tile in shapes]
     return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/test", 2048),), batch=8))
+
+
+def smollm2_refit() -> Trials:
+    """What fitting the kept weights adds to masks of SmolLM2-135M: one-shot and learned, 2:4 and hybrid."""
+    calibration = Calibration("novels", 128, 2048)
+    prunings = [
+        *(
+            one_shot("smollm2-135m", method, structure, target, (64, 64), calibration)
+            for method in ("wanda", "sparsegpt")
+            for structure, target in (("2:4", 0.5), ("hybrid", 0.45))
+        ),
+        _smollm2("maskllm", 0.5, distillation=1.0),
+        *(_smollm2("patch-joint", target, distillation=1.0) for target in TARGETS),
+    ]
+    fitted = [refitted(pruning, calibration) for pruning in prunings]
+    return _trials([dense("smollm2-135m"), *prunings, *fitted], _SMOLLM2_EVALUATION)
 
 
 def recipe_ablation() -> Trials:
@@ -403,6 +431,7 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
     "embedded-tiles": Study("perplexity of the embedded model against tile shape at 35%", embedded_tiles),
+    "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded_refit),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),
     "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", frontier_smollm2),
     **{
@@ -419,6 +448,7 @@ STUDIES = {
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
     "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2_tiles),
+    "smollm2-refit": Study("what fitting the kept weights adds to masks of SmolLM2-135M", smollm2_refit),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
     "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed_kernels),
     "speed-models": Study("end-to-end speed of LLaMA-2-7B and LLaMA-3.1-8B shapes", speed_models),

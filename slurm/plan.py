@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments import pipeline
-from experiments.definitions import LEARNED, Pruning, Trial, describe, key, lineage
+from experiments.definitions import Pruning, Trial, describe, key, lineage
 from experiments.store import Store
 
 Kind = Literal["prune", "learn", "evaluate"]
@@ -73,7 +73,7 @@ def steps(trials: Iterable[Trial]) -> dict[str, Step]:
         for pruning in lineage(trial.pruning):
             if pruning.method == "dense":
                 continue
-            kind: Kind = "learn" if pruning.method in LEARNED else "prune"
+            kind: Kind = "learn" if pruning.learns else "prune"
             id = f"{kind}-{key(pruning)}"
             found.setdefault(id, Step(id, kind, (), pruning, needs))
             waiting.setdefault(id, []).append(trial)
