@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/hts report demo --results runs --out runs/report.html
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Needs root on a Debian: it installs Slurm's packages and runs a cluster of one node in a folder of its own.
 test-slurm: $(INSTALLED)

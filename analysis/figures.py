@@ -19,6 +19,7 @@ from analysis.joined import carried_shapes, workloads
 from analysis.learning import plot_learning_curves
 from analysis.masks import plot_layer_sparsity, plot_tile_maps
 from analysis.points import Point, gather, texts, trial_labels
+from analysis.rows import records
 from analysis.speed import from_rows
 from analysis.speed_figures import plot_roof, plot_speedup
 from analysis.speed_frontier import plot_speed_frontier
@@ -53,7 +54,9 @@ def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> li
     if len(kernels):
         written += plot_roof(kernels, folder / "roof")
     # The masks of an ablation's many variants are not what it is about.
-    hybrid = [] if crowded else [point for point in points if point.structure == "hybrid"]
+    # What was refitted has the masks of what it stands on.
+    refitted = {row.trial for row in records(frame.drop_duplicates("trial")) if "refit" in row.definition["pruning"]}
+    hybrid = [] if crowded else [p for p in points if p.structure == "hybrid" and p.trials[0] not in refitted]
     trials = [point.trials[0] for point in hybrid]
     labels = trial_labels(frame[frame.trial.isin(trials)])
     for trial in trials:

@@ -1,11 +1,16 @@
 """A model, a text and a study small enough to run whole in seconds, and the command that runs them."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
 
 import pytest
+
+# As many processes as cores run tests: threads of their own, which wait for each other spinning, would only slow them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = (
     "the",

@@ -14,7 +14,7 @@ from analysis.lines import SCHEMA
 from experiments.definitions import key
 from experiments.store import Store
 from experiments.studies import STUDIES
-from patch.checkpoint import audit
+from patch.checkpoint import audit, load_info
 
 
 def files(folder: Path) -> list[str]:
@@ -113,13 +113,30 @@ def test_a_checkpoint_passes_its_audit_and_is_not_overwritten(hts, tiny_model: P
     assert_refused(hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16", "--out", pruned), "already")
 
 
-@pytest.mark.parametrize("method", ["patch-joint", "patch-tile", "maskllm"])
+@pytest.mark.parametrize("refit", [[], ["--refit"]], ids=["as-is", "refit"])
+def test_a_model_is_pruned_and_audited(
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, refit: list[str]
+) -> None:  # type: ignore[no-untyped-def]
+    seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16, "--tile", "16x16", *refit]
+    out = tmp_path / "made"
+    code, _, err = hts("prune", tiny_model, "--method", "wanda", *seen, "--out", out)
+    assert code == 0, err
+    assert bool(load_info(out)["definition"].get("refit")) == bool(refit)
+    code, printed, _ = hts("audit", out)
+    assert code == 0 and "sparsity 0.500000" in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "refit"),
+    [("patch-joint", []), ("patch-tile", []), ("maskllm", []), ("maskllm", ["--refit"])],
+    ids=["patch-joint", "patch-tile", "maskllm", "maskllm-refit"],
+)
 def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
-    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, refit: list[str]
 ) -> None:
     sparsity = 0.5 if method == "maskllm" else 0.25
     small = ["--steps", 2, "--batch", 2, "--microbatch", 1, "--length", 16, "--tile", "16x16", "--sparsity", sparsity]
-    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16]
+    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16, *refit]
     out = tmp_path / "learned"
     code, printed, err = hts("learn", tiny_model, "--method", method, "--text", tiny_text, *small, *prior, "--out", out)
     assert code == 0, err

@@ -19,6 +19,7 @@ from experiments.definitions import (
     definition,
     describe,
     key,
+    lineage,
 )
 from patch.errors import UserError
 from patch.recipe import RECIPES
@@ -75,6 +76,7 @@ RECIPE = RECIPES["patch-joint"]
         pytest.param(joint(prior=None), id="no-prior"),
         pytest.param(joint(prior=sparsegpt(calibration=Calibration(seed=1))), id="calibration-of-the-prior"),
         pytest.param(joint(learning=Learning("novels", RECIPE)), id="text"),
+        pytest.param(joint(refit=Calibration()), id="refit"),
         pytest.param(joint(learning=Learning("c4", dataclasses.replace(RECIPE, lr=2e-3))), id="rate"),
     ],
 )
@@ -100,6 +102,13 @@ def test_tiles_are_learned_over_the_masks_that_are_reported() -> None:
     assert over == reported
 
 
+def test_a_refit_stands_on_the_same_pruning_without_it() -> None:
+    plain, fitted = joint(), joint(refit=Calibration())
+    assert "refit" not in definition(plain)
+    assert lineage(fitted) == [sparsegpt(), plain, fitted]
+    assert plain.learns and not fitted.learns and not sparsegpt().learns
+
+
 def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
     one, other = (Trial(joint(), Evaluation((Perplexity(length=length),))) for length in (512, 1024))
     assert key(one) != key(other) and key(one.pruning) == key(other.pruning)
@@ -120,6 +129,9 @@ def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
         pytest.param(sparsegpt, {"calibration": None}, "needs calibration text", id="uncalibrated"),
         pytest.param(sparsegpt, {"method": "dense"}, "cannot have structure 2:4", id="dense-2:4"),
         pytest.param(sparsegpt, {"structure": "unstructured", "sparsity": 1.0}, "not including, 1", id="all-dropped"),
+        pytest.param(
+            sparsegpt, {"structure": "unstructured", "tile": None, "refit": Calibration()}, "refit", id="refit-untiled"
+        ),
     ],
 )
 def test_definitions_that_make_no_sense_are_refused(make: Any, changes: dict, message: str) -> None:
@@ -144,6 +156,7 @@ def test_descriptions_tell_prunings_apart() -> None:
         joint(),
         joint(seed=1),
         joint(tile=(32, 64), prior=None),
+        joint(refit=Calibration()),
     ]
     assert len({describe(pruning) for pruning in prunings}) == len(prunings)
     assert describe(joint()) == "embedded patch-joint hybrid 45% 64x64"

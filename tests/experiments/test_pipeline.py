@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
 from analysis.lines import from_lines
-from experiments import pipeline
-from experiments.definitions import Trial
+from experiments import pipeline, studies
+from experiments.definitions import Calibration, Trial
 from experiments.machine import Machine
 from experiments.store import Store
-from patch.checkpoint import audit, load_info
+from patch.checkpoint import audit, load_info, load_masks
 from patch.errors import UserError
 
 DRIVER = """
@@ -145,6 +147,32 @@ def test_two_processes_share_a_study(undisturbed: tuple, tiny_model: Path, tiny_
     assert measured(tmp_path) == measured(undisturbed[0])
     assert sorted(os.listdir(tmp_path / "rows")) == sorted(os.listdir(undisturbed[0] / "rows"))
     assert litter(tmp_path) == []
+
+
+def test_a_refit_keeps_the_masks_and_stands_on_their_checkpoint(
+    undisturbed: tuple, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(undisturbed[0], root)
+    store, machine = Store(root), Machine("cpu", None, lambda *_: None)
+    learned = tiny_trials(tiny_model, tiny_text)[2]
+    base = store.checkpoint_path(learned.pruning)
+    made = base.stat().st_mtime_ns
+    fitted = Trial(studies.refitted(learned.pruning, Calibration(str(tiny_text), 8, 16)), learned.evaluation)
+    pipeline.validate([fitted], None)
+    pipeline.run_trial(fitted, store, machine)
+    assert pipeline.missing_stages(fitted, store) == []
+    path = store.checkpoint_path(fitted.pruning)
+    assert base.stat().st_mtime_ns == made
+    masks, before = load_masks(path), load_masks(base)
+    assert all(masks[name].equal(before[name]) for name in before)
+    assert not any(layer.violating for layer in audit(path))
+    weights, kept = (load_file(folder / "model.safetensors") for folder in (path, base))
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.equal(weights[f"{name}.weight"], kept[f"{name}.weight"])
+    rows = {row["metric"]: row for row in store.read_rows(fitted, "prune") if row["labels"].get("layer") == name}
+    assert rows["refitted_output_error"]["value"] < rows["masked_output_error"]["value"]
+    assert litter(root) == []
 
 
 def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:

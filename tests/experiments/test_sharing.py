@@ -145,6 +145,10 @@ def test_what_masks_alone_cannot_restore_is_not_exported(tiny_model: Path, tiny_
     _, changed = pruned(tiny_model, tiny_text, store, "sparsegpt")
     with pytest.raises(UserError, match="sparsegpt changes the weights"):
         sharing.export(changed, tmp_path / "masks.tar.xz")
+    pruning, _ = pruned(tiny_model, tiny_text, store, "wanda")
+    fitted = pipeline.ensure_checkpoint(studies.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
+    with pytest.raises(UserError, match="refit changes the weights"):
+        sharing.export(fitted, tmp_path / "masks.tar.xz")
     _, unstructured = pruned(tiny_model, tiny_text, store, "wanda", "unstructured")
     with pytest.raises(UserError, match="has no masks to share"):
         sharing.export(unstructured, tmp_path / "masks.tar.xz")
