@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test triton-versions test-slurm lint clean
+.PHONY: demo test test-gpu triton-versions test-slurm lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/hts run demo
@@ -12,6 +12,10 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+# What the tests above skip on a machine without a GPU.
+test-gpu: $(INSTALLED)
+	$(BIN)/python tests/gpu.py
 
 # Needs root on a Debian: it installs Slurm's packages and runs a cluster of one node in a folder of its own.
 test-slurm: $(INSTALLED)

@@ -29,6 +29,7 @@ DEPARTURES = (
     "learning.recipe.distillation",
     "learning.recipe.density",
     "learning.recipe.logit_dtype",
+    "learning.recipe.tile_ranking",
     "refit.source",
 )
 # The one setting that is said of a part of a definition, where it tells that part from others.

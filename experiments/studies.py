@@ -114,7 +114,7 @@ _EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 _EMBEDDED_TILE = (64, 64)
 
 
-def _embedded_learned(method: str, sparsity: float, tile: TileShape = _EMBEDDED_TILE) -> Pruning:
+def _embedded_learned(method: str, sparsity: float, tile: TileShape = _EMBEDDED_TILE, **changes: Any) -> Pruning:
     """A learned mask of the embedded model.
 
     Recipes are the published ones, cut short: steps and batch by what two cores do in minutes, the learning rates,
@@ -130,7 +130,7 @@ def _embedded_learned(method: str, sparsity: float, tile: TileShape = _EMBEDDED_
         "log_every": 5,
         "lr": {"maskllm": 2e-3, "patch-joint": 3e-3}[method],
     }
-    return learned("embedded", method, sparsity, tile, "embedded/train", _EMBEDDED_CALIBRATION, **short)
+    return learned("embedded", method, sparsity, tile, "embedded/train", _EMBEDDED_CALIBRATION, **(short | changes))
 
 
 def _embedded() -> list[Pruning]:
@@ -156,6 +156,19 @@ def embedded_tiles() -> Trials:
     shapes = ((16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (64, 32), (64, 128), (128, 64))
     prunings = [_embedded_learned("patch-joint", 0.35, tile) for tile in shapes]
     return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
+
+
+def embedded_priors() -> Trials:
+    """Which tiles should start as dense: PATCH joint at 45% on the embedded model, two seeds, on validation text."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"tile_prior": 0.0},
+        {"tile_ranking": "model"},
+        {"tile_ranking": "model", "tile_prior": 30.0},
+        {"tile_prior": 30.0},
+    ]
+    prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
+    return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
 
 
 def refitted(pruning: Pruning, text: Calibration) -> Pruning:
@@ -330,6 +343,8 @@ def recipe_ablation() -> Trials:
         distilled | {"density": "expected"},
         distilled | {"pattern_prior": 9.0},
         distilled | {"logit_dtype": "bfloat16"},
+        distilled | {"tile_ranking": "model"},
+        distilled | {"tile_ranking": "model", "tile_prior": 30.0},
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
@@ -431,6 +446,7 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
     "embedded-tiles": Study("perplexity of the embedded model against tile shape at 35%", embedded_tiles),
+    "embedded-priors": Study("which tiles of the embedded model should start as dense, at 45%", embedded_priors),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded_refit),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),
     "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", frontier_smollm2),

@@ -26,7 +26,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +37,22 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from patch import relax
 from patch.budget import check_sparsity, cut_globally
 from patch.errors import UserError
-from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, tile_sizes
+from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, best_patterns, check_tile, tile_sizes
 from patch.masked_model import Losses, MaskedLinear, frozen
 from patch.prunable import prunable_linears
 from patch.ranks import ALONE, Ranks
 from patch.recipe import Recipe, Settings
 from patch.relax import SampledWeight
 from patch.replay import Replayed
+from patch.sensitivity import tile_sensitivity
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "learner.pt"
 FORMAT = 2
+# Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
+RANKED_BY = 128
 
 # Of AdamW, a tensor like the logits each.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,10 +68,13 @@ class Prior:
         patterns: per weight, by its dotted name, the patterns of a 2:4 mask, uint8 ``[N, K/4]``; `Recipe.mode` ``tile``
             keeps them.
         tile_scores: per weight ``[R, C]``, higher = rather dense; compared within a weight.
+        dense_tiles: per weight bool ``[R, C]``, the tiles that start as dense, whatever their scores; `learn` finds
+            them where the recipe ranks the tiles of the whole model.
     """
 
     patterns: Mapping[str, Tensor] | None = None
     tile_scores: Mapping[str, Tensor] | None = None
+    dense_tiles: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,10 @@ def learn(
     """
     device = torch.device(device)
     implementation = implementation or Implementation.of(device, ranks)
-    linears = _prepare(
-        model, recipe, sparsity, check_tile(tile), seed, prior, device, implementation.sampled_weight, ranks
-    )
+    start, tile = prior, check_tile(tile)
+    if _ranks_the_model(recipe, prior) and not ranks.agree((work / CHECKPOINT).exists(), device):
+        start = replace(prior, dense_tiles=_dearest_tiles(model, recipe, batches, sparsity, tile, seed, prior, ranks))
+    linears = _prepare(model, recipe, sparsity, tile, seed, start, device, implementation.sampled_weight, ranks)
     run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior), ranks)
     run.resume()
     if run.step < recipe.steps:
@@ -214,6 +221,30 @@ def learn(
                 if on_step:
                     on_step(metrics | speed)
     return Learned(run.harden(), run.history)
+
+
+def _ranks_the_model(recipe: Recipe, prior: Prior) -> bool:
+    return recipe.tile_ranking == "model" and recipe.mode != "maskllm" and prior.dense_tiles is None
+
+
+def _dearest_tiles(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Callable[[int], Tensor],
+    sparsity: float,
+    tile: TileShape,
+    seed: int,
+    prior: Prior,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """The tiles that cost the model most, as many as stay dense at the target; by the first sequences of the text."""
+    check_sparsity(sparsity)
+    linears = prunable_linears(model)
+    patterns = prior.patterns or {name: best_patterns(linear.weight.abs()) for name, linear in linears.items()}
+    steps = range(-(-RANKED_BY // recipe.batch))
+    tokens = torch.cat([_check_tokens(batches(step), recipe, model) for step in steps])[:RANKED_BY]
+    cost = tile_sensitivity(model, patterns, tile, tokens, seed, ranks)
+    return cut_globally(cost, {name: tile_sizes(linears[name].weight.shape, tile) for name in cost}, sparsity)
 
 
 class _Run:
@@ -590,8 +621,9 @@ def _prepare(
     prepared = {}
     for index, (name, linear) in enumerate(linears.items()):
         try:
-            known = _of(prior, name)
-            patterns, tiles, fixed = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
+            patterns, tiles, fixed = _prepare_linear(
+                linear, recipe, sparsity, tile, (seed, index), _of(prior, name), device
+            )
             masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks)
             dtype = getattr(torch, recipe.logit_dtype)
             if patterns is not None:
@@ -621,13 +653,19 @@ def _check_used(model: Any, linears: Mapping[str, nn.Linear]) -> None:
         raise UserError(f"{unused[0]} takes no part in the model's forward pass: its mask cannot be learned")
 
 
-def _of(prior: Prior, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """The prior's patterns and tile scores of one weight."""
-    for kind, known in (("patterns", prior.patterns), ("tile scores", prior.tile_scores)):
-        if known is not None and name not in known:
-            raise UserError(f"the prior has no {kind} for it")
-    patterns = None if prior.patterns is None else prior.patterns[name].cpu()
-    return patterns, None if prior.tile_scores is None else prior.tile_scores[name].cpu()
+def _kinds(prior: Prior) -> dict[str, Mapping[str, Tensor] | None]:
+    return {"patterns": prior.patterns, "tile scores": prior.tile_scores, "dense tiles": prior.dense_tiles}
+
+
+def _of(prior: Prior, name: str) -> dict[str, Tensor]:
+    """What the prior knows of one weight, by its kind, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for kind, known in _kinds(prior).items():
+        if known is not None:
+            if name not in known:
+                raise UserError(f"the prior has no {kind} for it")
+            found[kind] = known[name].cpu()
+    return found
 
 
 def _prepare_linear(
@@ -636,12 +674,12 @@ def _prepare_linear(
     sparsity: float,
     tile: TileShape,
     stream: tuple[int, int],
-    prior: tuple[Tensor | None, Tensor | None],
+    prior: Mapping[str, Tensor],
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Check one weight's part; returns its initial pattern logits and tile logits, and its fixed patterns."""
     weight = linear.weight
-    patterns, scores = prior
+    patterns, scores, dense = (prior.get(kind) for kind in ("patterns", "tile scores", "dense tiles"))
     if weight.device.type != device.type or (device.index is not None and weight.device != device):
         raise UserError(f"the weight is on {weight.device}, learning on {device}: move the model there first")
     if not weight.is_floating_point():
@@ -660,13 +698,18 @@ def _prepare_linear(
             )
         if not torch.isfinite(scores).all():
             raise UserError("a tile score of the prior is not finite")
+    if dense is not None and (dense.dtype != torch.bool or tuple(dense.shape) != grid):
+        raise UserError(f"the prior's dense tiles are {dense.dtype} {tuple(dense.shape)}, need bool {grid}")
     learned_patterns = learned_tiles = None
     if recipe.mode != "tile":
         lift = None if patterns is None else recipe.pattern_prior * relax.pattern_prior(patterns)
         seed_of_init = relax.stream_seed("initial patterns", *stream)
         learned_patterns = _initial((len(KEPT_PAIRS), *groups), lift, recipe.logit_std, seed_of_init, weight.device)
     if recipe.mode != "maskllm":
-        lift = None if scores is None else recipe.tile_prior * relax.tile_prior(scores, sparsity)
+        if dense is not None:
+            lift = recipe.tile_prior * (2.0 * dense - 1)
+        else:
+            lift = None if scores is None else recipe.tile_prior * relax.tile_prior(scores, sparsity)
         seed_of_init = relax.stream_seed("initial tiles", *stream)
         learned_tiles = _initial(grid, lift, recipe.logit_std, seed_of_init, weight.device)
     fixed = patterns if recipe.mode == "tile" else None
@@ -684,10 +727,10 @@ def _initial(shape: Sequence[int], lift: Tensor | None, std: float, seed: int, d
 def _digest(prior: Prior) -> str:
     """Identifies a prior's content."""
     digest = hashlib.sha256()
-    for kind, known in (("patterns", prior.patterns), ("tile scores", prior.tile_scores)):
+    for kind, known in _kinds(prior).items():
         for name in sorted(known or {}):
             tensor = known[name].detach().cpu()  # type: ignore[index]
-            values = tensor if kind == "patterns" else tensor.double()
+            values = tensor.double() if kind == "tile scores" else tensor
             digest.update(f"{kind} {name} {tuple(values.shape)}".encode())
             digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from patch.relax import Softness
 Mode = Literal["joint", "tile", "maskllm"]
 WeightPenalty = Literal["norm", "square"]
 Density = Literal["sampled", "expected"]
+TileRanking = Literal["weight", "model"]
 LogitDtype = Literal["float32", "bfloat16"]
 Span = tuple[float, float]
 
@@ -58,7 +59,8 @@ class Recipe:
     """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
 
     Penalties, priors and schedules are those of PATCH (Hourri et al., arXiv:2509.23410) and MaskLLM (Fang et al.,
-    arXiv:2409.17481); ``distillation``, ``density`` and ``logit_dtype`` are in neither.
+    arXiv:2409.17481); ``distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are in
+    neither.
 
     Attributes:
         mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.
@@ -91,6 +93,9 @@ class Recipe:
         density: what the sparsity penalty acts on: ``sampled``, that of the soft masks of the step; ``expected``, that
             of the masks which the tile logits would draw at temperature zero, ``sigmoid(tile_scale * logit)`` a tile.
         logit_dtype: of logits, their gradients and both moments; ``bfloat16`` takes half the memory.
+        tile_ranking: which tiles start as dense: ``weight``, of every weight the same share, the best by the prior's
+            scores; ``model``, the dearest of all weights by what making each 2:4 would cost the model
+            (`patch.sensitivity`), exactly at the target.
 
     Raises:
         UserError: naming the first value that does not fit.
@@ -123,12 +128,14 @@ class Recipe:
     distillation: float = field(default=0.0, metadata=ADDED)
     density: Density = field(default="sampled", metadata=ADDED)
     logit_dtype: LogitDtype = field(default="float32", metadata=ADDED)
+    tile_ranking: TileRanking = field(default="weight", metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("weight_penalty_kind", self.weight_penalty_kind, get_args(WeightPenalty))
         _check_choice("density", self.density, get_args(Density))
         _check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
+        _check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):

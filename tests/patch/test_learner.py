@@ -26,11 +26,13 @@ from transformers import (
 )
 
 from patch import learner, relax
+from patch.budget import cut_globally
 from patch.errors import UserError
-from patch.learner import CHECKPOINT, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
+from patch.learner import CHECKPOINT, RANKED_BY, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 from patch.prunable import prunable_linears
 from patch.recipe import Recipe
+from patch.sensitivity import tile_sensitivity
 
 MODES = ["joint", "tile", "maskllm"]
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -437,6 +439,34 @@ def test_without_steps_the_prior_is_hardened(mode: str, tmp_path: Path) -> None:
         assert torch.equal(mask.dense, scores > scores.median() if sparsity < 0.5 else scores < 0)
 
 
+@pytest.mark.parametrize(
+    ("mode", "prior"),
+    [("joint", "magnitude"), ("tile", "magnitude"), ("joint", None)],
+    ids=["joint", "tile", "joint-without-prior"],
+)
+def test_the_dearest_tiles_of_the_whole_model_start_as_dense(mode: str, prior: str | None, tmp_path: Path) -> None:
+    model = tiny_model()
+    recipe = dataclasses.replace(SHORT[mode], steps=0, tile_prior=100, tile_ranking="model")
+    learned = run(model, recipe, tmp_path, prior=magnitude_prior(model) if prior else Prior(), seed=2)
+    tokens = torch.cat([words(step) for step in range(RANKED_BY // recipe.batch)])
+    cost = tile_sensitivity(model, magnitude_prior(model).patterns or {}, RAGGED, tokens, 2)
+    dense = cut_globally(cost, {name: tile_sizes(mask.shape, RAGGED) for name, mask in learned.masks.items()}, 0.35)
+    shares = {round(float(tiles.float().mean()), 3) for tiles in dense.values()}
+    assert len(shares) > 3, "ranked over the model, weights get different shares"
+    for name, mask in learned.masks.items():
+        assert torch.equal(mask.dense, dense[name])
+
+
+def test_tiles_are_ranked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(SHORT["joint"], tile_ranking="model")
+    whole = run(tiny_model(), recipe, tmp_path / "whole")
+    seen: list[Any] = []
+    with pytest.raises(Stopped):
+        run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 3)
+    monkeypatch.setattr(learner, "tile_sensitivity", lambda *_: pytest.fail("ranked again"))
+    assert same(run(tiny_model(), recipe, tmp_path / "part"), whole)
+
+
 def test_the_published_prior_strength_leaves_patterns_open(tmp_path: Path) -> None:
     model = tiny_model()
     prior = magnitude_prior(model)
@@ -757,6 +787,8 @@ BAD = {
     "scores-missing": ({"prior": Prior(None, without(PRIOR.tile_scores))}, f"{FIRST}: the prior has no tile scores"),
     "scores-shape": ({"prior": Prior(None, changed(PRIOR.tile_scores, lambda s: s[:1]))}, "tiles of 24x20 need"),
     "scores-nan": ({"prior": Prior(None, changed(PRIOR.tile_scores, lambda s: s * torch.nan))}, "not finite"),
+    "dense-tiles-missing": ({"prior": Prior(dense_tiles={})}, f"{FIRST}: the prior has no dense tiles"),
+    "dense-tiles-dtype": ({"prior": Prior(dense_tiles=PRIOR.tile_scores)}, f"{FIRST}.*dense tiles are torch.float32"),
     "tokens-shape": ({"batches": lambda step: words(step, 3)}, r"\(3, 16\)"),
     "tokens-dtype": ({"batches": lambda step: words(step).int()}, "int32"),
     "tokens-vocabulary": ({"batches": lambda step: words(step) + 1}, "vocabulary of 32"),

@@ -1,0 +1,122 @@
+"""Runs the tests that need a GPU, in several processes beside each other, and writes down what came of them.
+
+    python tests/gpu.py --out results/bench/nvidia-h200/tests.jsonl
+
+Needs no more than pytest and what the tests import; where pytest-xdist is not to be had, this deals the tests out. The
+first line of the file says where its rows come from; then one row a test file: passed, failed, skipped, seconds. What
+failed is printed in full.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Files of tests that run kernels, or the same computation on both devices.
+FILES = (
+    "tests/stoicc/test_gpu.py",
+    "tests/stoicc/test_unstructured.py",
+    "tests/stoicc/test_format.py",
+    "tests/patch/test_relax_triton.py",
+    "tests/patch/test_calibration.py",
+    "tests/patch/test_oneshot.py",
+    "tests/patch/test_refit.py",
+)
+OUTCOMES = ("passed", "failed", "skipped")
+
+
+def collected(files: tuple[str, ...]) -> list[str]:
+    """The ids of all tests in some files."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"cannot collect the tests:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[str]]:
+    """One process a share; each leaves ``<number>.xml`` in ``folder``."""
+    processes = []
+    for number, ids in enumerate(shares):
+        listed = folder / f"{number}.txt"
+        listed.write_text("\n".join(ids) + "\n")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={folder / str(number)}.xml",
+        ]
+        processes.append(
+            subprocess.Popen(
+                [*command, f"@{listed}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    return processes
+
+
+def outcomes(folder: Path) -> dict[str, Counter[str]]:
+    """By test file what its tests came to, and the seconds that they took together."""
+    found: dict[str, Counter[str]] = {}
+    for file in folder.glob("*.xml"):
+        for case in ElementTree.parse(file).iter("testcase"):
+            kinds = {child.tag for child in case}
+            outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            name = case.get("classname", "").replace(".", "/") + ".py"
+            found.setdefault(name, Counter()).update(
+                {outcome: 1, "milliseconds": round(1e3 * float(case.get("time", 0)))}
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the rows")
+    parser.add_argument("--processes", type=int, default=3, help="that run tests at a time, on one GPU or several")
+    parser.add_argument("files", nargs="*", default=FILES, help="test files; all that need a GPU by default")
+    options = parser.parse_args()
+
+    import torch
+
+    from experiments.provenance import provenance
+    from patch.files import write_atomic
+
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU that torch can use: `make test` runs what needs none")
+    started = time.time()
+    ids = collected(tuple(options.files))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # In turns, so that no process has all of the slow ones.
+        processes = run([ids[first :: options.processes] for first in range(options.processes)], folder)
+        printed = [process.communicate()[0] for process in processes]
+        found = outcomes(folder)
+    seconds = time.time() - started
+    total = sum((counts for counts in found.values()), Counter())
+    if total["failed"] or any(process.returncode for process in processes):
+        print("\n".join(printed))
+    header = {"schema": 1, "gpus": torch.cuda.device_count(), "provenance": provenance(seconds)}
+    rows = [
+        {"file": name, **{outcome: counts[outcome] for outcome in OUTCOMES}, "seconds": counts["milliseconds"] / 1e3}
+        for name, counts in sorted(found.items())
+    ]
+    if options.out:
+        write_atomic(options.out, "".join(json.dumps(line) + "\n" for line in (header, *rows)))
+    print(", ".join(f"{total[outcome]} {outcome}" for outcome in OUTCOMES), f"in {seconds:.0f} s")
+    # A process that died left no list of what it ran.
+    if total["failed"] or sum(total[outcome] for outcome in OUTCOMES) < len(ids):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
