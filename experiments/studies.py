@@ -165,6 +165,7 @@ def embedded_priors() -> Trials:
         {"tile_prior": 0.0},
         {"tile_ranking": "model"},
         {"tile_ranking": "model", "tile_prior": 30.0},
+        {"tile_ranking": "model", "tile_prior": 100.0},
         {"tile_prior": 30.0},
     ]
     prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
@@ -345,6 +346,7 @@ def recipe_ablation() -> Trials:
         distilled | {"logit_dtype": "bfloat16"},
         distilled | {"tile_ranking": "model"},
         distilled | {"tile_ranking": "model", "tile_prior": 30.0},
+        distilled | {"tile_ranking": "model", "tile_prior": 100.0},
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
