@@ -1,6 +1,7 @@
 """What masks look like: which tiles are dense, and how sparse each linear is across the depth of the model."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,8 @@ def _draw_maps(maps: Sequence[TileMap], label: str, width: Width) -> Figure:
     kinds, blocks = _kinds(maps), sorted({weight.block for weight in maps})
     wide = {kind: max(weight.shape[1] for weight in maps if weight.kind == kind) for kind in kinds}
     tall = {block: max(weight.shape[0] for weight in maps if weight.block == block) for block in blocks}
-    left, right, gap, line, head, foot = 0.42, 0.03, 0.07, 0.13, 0.31, 0.26
+    title, lines = _title(label, maps, width)
+    left, right, gap, line, head, foot = 0.42, 0.03, 0.07, 0.13, 0.19 + 0.12 * lines, 0.26
     scale = (WIDTHS[width] - left - right - gap * (len(kinds) - 1)) / sum(wide.values())
     height = head + foot + sum(tall[block] * scale + line for block in blocks) + gap * (len(blocks) - 1)
     figure = new_figure(WIDTHS[width], height, constrained=False)
@@ -124,7 +126,7 @@ def _draw_maps(maps: Sequence[TileMap], label: str, width: Width) -> Figure:
             x += wide[kind] * scale + gap
         figure.text(*inches(0.02, y + line, 0, 0)[:2], f"block {block}", ha="left", va="top", size=7)
         y += line + tall[block] * scale + gap
-    figure.text(*inches(0.02, 0.02, 0, 0)[:2], f"{label}: {_overall(maps)}", ha="left", va="top", size=7.5)
+    figure.text(*inches(0.02, 0.02, 0, 0)[:2], title, ha="left", va="top", size=7.5)
     rows, cols = maps[0].tile
     handles = [
         Patch(color=_DENSE_TILE, label=f"dense {rows}x{cols} tile"),
@@ -134,12 +136,19 @@ def _draw_maps(maps: Sequence[TileMap], label: str, width: Width) -> Figure:
     return figure
 
 
+def _title(label: str, maps: Sequence[TileMap], width: Width) -> tuple[str, int]:
+    """What the maps are of, in as many lines as the figure's width needs, and their number."""
+    lines = textwrap.wrap(f"{label}: {_overall(maps)}", round(15 * WIDTHS[width]))
+    return "\n".join(lines), len(lines)
+
+
 def _draw_shares(maps: Sequence[TileMap], label: str, width: Width) -> Figure:
     kinds, blocks = _kinds(maps), sorted({weight.block for weight in maps})
     shares = pd.DataFrame(np.nan, index=blocks, columns=kinds)
     for weight in maps:
         shares.loc[weight.block, weight.kind] = 100 * weight.dense.mean()
-    figure = new_figure(WIDTHS[width], 0.8 + 0.145 * len(blocks))
+    title, lines = _title(label, maps, width)
+    figure = new_figure(WIDTHS[width], 0.68 + 0.12 * lines + 0.145 * len(blocks))
     axis = figure.subplots()
     sns.heatmap(
         shares,
@@ -161,7 +170,7 @@ def _draw_shares(maps: Sequence[TileMap], label: str, width: Width) -> Figure:
     axis.tick_params(length=0)
     axis.set_xlabel("")
     axis.set_ylabel("Block")
-    axis.set_title(f"{label}: {_overall(maps)}", loc="left", size=7.5)
+    axis.set_title(title, loc="left", size=7.5)
     axis.xaxis.set_ticks_position("top")
     return figure
 

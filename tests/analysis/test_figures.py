@@ -21,7 +21,7 @@ from analysis.frontier import draw_frontier, plot_frontier
 from analysis.learning import draw_learning_curves, plot_learning_curves
 from analysis.masks import TileMap, draw_layer_sparsity, draw_tile_map, draw_tile_maps
 from analysis.points import Text, gather
-from analysis.style import WIDTHS, Width, add_legend, new_figure
+from analysis.style import WIDTHS, Width, add_legend, new_figure, paper_style
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -183,6 +183,23 @@ def test_deep_models_show_the_share_of_dense_tiles(smollm: pd.DataFrame) -> None
     assert [label.get_text() for label in heat.get_xticklabels()] == ["q", "k", "v", "o", "gate", "up", "down"]
     assert heat.get_ylabel() == "Block" and bar.get_ylabel() == "Dense tiles (%)"
     assert heat.get_title("left").startswith("Wanda 45%: ")
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["tiles", "shares"])
+def test_long_titles_stay_inside_the_figure(
+    deep: bool, demo: pd.DataFrame, smollm: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = smollm if deep else demo
+    trial = hybrid_trial(frame)
+    name = "PATCH joint 45% seed 0 (distillation=1, tile_prior=30, tile_ranking=model, from Wanda)"
+    monkeypatch.setattr("analysis.masks.trial_labels", lambda _: {trial: name})
+    with paper_style():
+        figure = draw_tile_maps(frame, trial)
+        figure.draw_without_rendering()
+    (title,) = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().startswith("PATCH joint")]
+    assert " ".join(title.get_text().split()).startswith(name)
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 def test_trials_without_tile_maps_are_named(demo: pd.DataFrame) -> None:
