@@ -58,7 +58,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
             axis.errorbar([measured.value], [height], xerr=measured.spread, elinewidth=0.7, capsize=1.5, **look)
             axis.annotate(
                 significant(measured.value),
-                (measured.value, height),
+                (measured.value + (measured.spread or 0), height),
                 (5, 0),
                 textcoords="offset points",
                 va="center",
