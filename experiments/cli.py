@@ -262,6 +262,12 @@ def learn(
     distillation: Annotated[
         float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
     ] = None,
+    tile_ranking: Annotated[
+        str | None, typer.Option(help="Which tiles start as dense: ranked within each weight, or over the model.")
+    ] = None,
+    tile_prior: Annotated[
+        float | None, typer.Option(help="How far their logits start from zero, in standard deviations.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     refit: Refit = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
@@ -276,7 +282,7 @@ def learn(
     from experiments import studies
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
-    given["distillation"] = distillation
+    given |= {"distillation": distillation, "tile_ranking": tile_ranking, "tile_prior": tile_prior}
     seen = studies.Calibration(calibration, calibration_windows, calibration_length)
     changes = {name: value for name, value in given.items() if value is not None}
     pruning = studies.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)

@@ -127,16 +127,22 @@ def test_a_model_is_pruned_and_audited(
 
 
 @pytest.mark.parametrize(
-    ("method", "refit"),
-    [("patch-joint", []), ("patch-tile", []), ("maskllm", []), ("maskllm", ["--refit"])],
-    ids=["patch-joint", "patch-tile", "maskllm", "maskllm-refit"],
+    ("method", "options"),
+    [
+        ("patch-joint", []),
+        ("patch-joint", ["--tile-ranking", "model", "--tile-prior", 30]),
+        ("patch-tile", []),
+        ("maskllm", []),
+        ("maskllm", ["--refit"]),
+    ],
+    ids=["patch-joint", "patch-joint-ranked", "patch-tile", "maskllm", "maskllm-refit"],
 )
 def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
-    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, refit: list[str]
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, options: list[object]
 ) -> None:
     sparsity = 0.5 if method == "maskllm" else 0.25
     small = ["--steps", 2, "--batch", 2, "--microbatch", 1, "--length", 16, "--tile", "16x16", "--sparsity", sparsity]
-    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16, *refit]
+    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16, *options]
     out = tmp_path / "learned"
     code, printed, err = hts("learn", tiny_model, "--method", method, "--text", tiny_text, *small, *prior, "--out", out)
     assert code == 0, err
