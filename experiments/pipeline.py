@@ -379,12 +379,12 @@ def _refit(
         on_block=lambda done, total: machine.progress(describe(pruning), done, total),
     )
     facts = [
-        Fact(metric, value, unit, {"layer": name})
+        Fact(metric, value, "1", {"layer": name})
         for name, fit in fits.items()
-        for metric, value, unit in (
-            ("masked_output_error", fit.masked_error, "1"),
-            ("refitted_output_error", fit.error, "1"),
-            ("refit_steps", fit.steps, "1"),
+        for metric, value in (
+            ("masked_output_error", fit.masked_error),
+            ("refitted_output_error", fit.error),
+            ("refit_steps", fit.steps),
         )
     ]
     return masks, load_tile_scores(found), facts

@@ -621,9 +621,8 @@ def _prepare(
     prepared = {}
     for index, (name, linear) in enumerate(linears.items()):
         try:
-            patterns, tiles, fixed = _prepare_linear(
-                linear, recipe, sparsity, tile, (seed, index), _of(prior, name), device
-            )
+            known = _of(prior, name)
+            patterns, tiles, fixed = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
             masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks)
             dtype = getattr(torch, recipe.logit_dtype)
             if patterns is not None:

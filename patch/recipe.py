@@ -59,8 +59,7 @@ class Recipe:
     """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
 
     Penalties, priors and schedules are those of PATCH (Hourri et al., arXiv:2509.23410) and MaskLLM (Fang et al.,
-    arXiv:2409.17481); ``distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are in
-    neither.
+    arXiv:2409.17481); ``distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are in neither.
 
     Attributes:
         mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.

@@ -132,10 +132,13 @@ def refit_model(
     with closing(calibrate(model, windows, device, batch, InputHessian)) as stream:
         for block in stream:
             # Weights that read the same tensor share its Hessian.
-            hessians = {id(statistic): statistic.hessian() for statistic in block.statistics.values()}
+            hessians: dict[int, Tensor] = {}
             for name, linear in block.linears.items():
+                statistic = block.statistics[name]
+                if id(statistic) not in hessians:
+                    hessians[id(statistic)] = statistic.hessian()
                 keep = masks[name].to(linear.weight.device).keep()
-                fitted, fits[name] = refit(linear.weight, keep, hessians[id(block.statistics[name])])
+                fitted, fits[name] = refit(linear.weight, keep, hessians[id(statistic)])
                 if not fitted.isfinite().all():
                     raise UserError(f"{name}: the fitted weight is not finite: the checkpoint is damaged")
                 linear.weight.copy_(fitted)

@@ -42,26 +42,17 @@ def collected(files: tuple[str, ...]) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[str]]:
-    """One process a share; each leaves ``<number>.xml`` in ``folder``."""
+def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """One process a share; each leaves ``<number>.xml`` and what it prints, ``<number>.log``, in ``folder``."""
     processes = []
     for number, ids in enumerate(shares):
         listed = folder / f"{number}.txt"
         listed.write_text("\n".join(ids) + "\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={folder / str(number)}.xml",
-        ]
-        processes.append(
-            subprocess.Popen(
-                [*command, f"@{listed}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        quiet = ["-q", "-p", "no:cacheprovider", f"--junitxml={folder / str(number)}.xml"]
+        # To a file: one that fails much must not wait until its pipe is read.
+        with open(folder / f"{number}.log", "w") as log:
+            command = [sys.executable, "-m", "pytest", *quiet, f"@{listed}"]
+            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     return processes
 
 
@@ -99,12 +90,12 @@ def main() -> None:
         folder = Path(temporary)
         # In turns, so that no process has all of the slow ones.
         processes = run([ids[first :: options.processes] for first in range(options.processes)], folder)
-        printed = [process.communicate()[0] for process in processes]
+        failed = any([process.wait() for process in processes])
         found = outcomes(folder)
+        if failed:
+            print("\n".join(log.read_text() for log in sorted(folder.glob("*.log"))))
     seconds = time.time() - started
     total = sum((counts for counts in found.values()), Counter())
-    if total["failed"] or any(process.returncode for process in processes):
-        print("\n".join(printed))
     header = {"schema": 1, "gpus": torch.cuda.device_count(), "provenance": provenance(seconds)}
     rows = [
         {"file": name, **{outcome: counts[outcome] for outcome in OUTCOMES}, "seconds": counts["milliseconds"] / 1e3}

@@ -114,9 +114,9 @@ def test_a_checkpoint_passes_its_audit_and_is_not_overwritten(hts, tiny_model: P
 
 
 @pytest.mark.parametrize("refit", [[], ["--refit"]], ids=["as-is", "refit"])
-def test_a_model_is_pruned_and_audited(
+def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
     hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, refit: list[str]
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16, "--tile", "16x16", *refit]
     out = tmp_path / "made"
     code, _, err = hts("prune", tiny_model, "--method", "wanda", *seen, "--out", out)

@@ -168,10 +168,9 @@ def test_masks_that_do_not_fit_are_refused_before_anything_changes(change: Any, 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_gpu_fits_as_the_cpu_does(dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     weight, mask, inputs = case(200, 256, 0.3)
     weight, hessian = weight.to(dtype), hessian_of(inputs)
     here, fit = refit(weight, mask.keep(), hessian)
