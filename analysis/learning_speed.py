@@ -1,6 +1,6 @@
 """What learning costs, from the rows of `experiments.bench_relax` and `experiments.bench_learning`, as tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def learning_tables(folder: Path) -> dict[str, Table]:
         found["Soft masks of LLaMA-3.2-1B, forward and backward pass"] = masks_table(rows)
         if any(row["metric"] == "step" for row in rows):
             found["A step on 1 x 4096 tokens, LLaMA-3.2-1B"] = steps_table(rows)
-    learning = [_read(path) for path in sorted((folder / "learning").glob("*.jsonl"))]
+    learning = sorted((folder / "learning").glob("*.jsonl"))
     if learning:
         found["Learning, PATCH joint"] = rates_table(learning)
     return found
@@ -103,12 +103,16 @@ def steps_table(rows: Sequence[Row]) -> Table:
     return Table(columns, tuple(lines), ("",) * len(lines), frozenset(), notes)
 
 
-def rates_table(files: Sequence[Sequence[Row]]) -> Table:
-    """Tokens a second and peak memory of learning, a line per bench file."""
+def rates_table(paths: Iterable[Path]) -> Table:
+    """Tokens a second and peak memory of learning, a line per bench file.
+
+    Raises:
+        UserError: if one is damaged.
+    """
     columns = (
         Column("model", "Shapes of", "text"),
         Column("blocks", "Blocks", "count"),
-        Column("processes", "GPUs", "count"),
+        Column("gpus", "GPUs", "text"),
         Column("logits", "Logits", "text"),
         Column("checkpointing", "Activation checkpointing", "text"),
         Column("tokens", "Tokens a step", "count"),
@@ -117,7 +121,7 @@ def rates_table(files: Sequence[Sequence[Row]]) -> Table:
         Column("memory", "Peak memory (GiB a GPU)", "number"),
     )
     lines: list[tuple[Value, ...]] = []
-    for rows in files:
+    for rows in map(_read, paths):
         about = rows[0]["definition"]
         recipe = about["recipe"]
         numbers = (_value(rows, "step", {}), _value(rows, "tokens_per_second", {}))
@@ -126,7 +130,7 @@ def rates_table(files: Sequence[Sequence[Row]]) -> Table:
             (
                 about["model"],
                 Measured(about["blocks"]),
-                Measured(about["processes"]),
+                f"{about['processes']} x {rows[0]['provenance']['gpu']}",
                 recipe.get("logit_dtype", "float32"),
                 "yes" if recipe["activation_checkpointing"] else "no",
                 Measured(recipe["batch"] * recipe["length"]),

@@ -37,12 +37,8 @@ def plot_speedup(frame: pd.DataFrame, path: Path, model: str = "llama-2-7b", wid
         figure = new_figure(WIDTHS[width], 2.6)
         axes = figure.subplots()
         grid = np.linspace(0, 0.5, 51)
-        axes.plot(100 * grid, compute_limit(grid), color=INK, lw=0.8, ls="--")
-        axes.plot(100 * grid, memory_limit(grid), color=INK, lw=0.8, ls=":")
-        axes.annotate(
-            "compute limit", (36, compute_limit(0.36)), (-4, 2), textcoords="offset points", ha="right", size=6
-        )
-        axes.annotate("memory limit", (37, memory_limit(0.37)), (4, -8), textcoords="offset points", size=6)
+        axes.plot(100 * grid, compute_limit(grid), color=INK, lw=0.8, ls="--", label="compute limit")
+        axes.plot(100 * grid, memory_limit(grid), color=INK, lw=0.8, ls=":", label="memory limit")
         shown = [tokens for tokens in (1, 16, 64, 512, 4096) if tokens in means.index.get_level_values("tokens")]
         for color, marker, tokens in zip(PALETTE, MARKERS, shown, strict=False):
             line = means[tokens]
@@ -72,7 +68,10 @@ def plot_roof(frame: pd.DataFrame, path: Path, width: Width = "double") -> list[
 def _roof(axes: Axes, height: float, label: str) -> None:
     axes.axhline(height, color=INK, lw=0.8, ls="--")
     place = ("axes fraction", "data")
-    axes.annotate(label, (1, height), (0, 2), xycoords=place, textcoords="offset points", ha="right", size=6)
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+    axes.annotate(
+        label, (1, height), (0, 2), xycoords=place, textcoords="offset points", ha="right", size=6, bbox=behind
+    )
 
 
 def _bars(axes: Axes, frame: pd.DataFrame, ylabel: str, measure: Any, title: str) -> None:

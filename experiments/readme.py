@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from analysis.learning_speed import learning_tables
+from analysis.learning_speed import learning_tables, rates_table
 from analysis.points import Measured, Point, gather
 from analysis.speed import kernel_table, load_bench, model_table
 from analysis.study_tables import study_tables
@@ -23,7 +23,9 @@ from patch.files import write_atomic
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "experiments" / "README.md"
 RESULTS = ROOT / "results"
-BENCH = RESULTS / "bench" / "nvidia-h200"
+# The GPU whose speed is shown; what learning costs is shown of all.
+BENCH = RESULTS / "bench" / "nvidia-h100-80gb-hbm3"
+LEARNING = sorted((RESULTS / "bench").glob("*/learning/*.jsonl"))
 
 _ABOUT = ("method", "structure", "achieved_sparsity")
 # For each block a study, one of its tables, and the columns that are shown, by the beginning of their names.
@@ -61,7 +63,8 @@ def blocks() -> dict[str, str]:
         found[name] = only(tables[table], columns)
     found["kernels"] = kernel_table(load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl"))))
     found["model"] = model_table(load_bench([BENCH / "model" / "llama-2-7b.jsonl"]))
-    found |= dict(zip(("masks", "steps", "rates"), learning_tables(BENCH).values(), strict=True))
+    found["masks"], found["steps"], *_ = learning_tables(BENCH).values()
+    found["rates"] = rates_table(LEARNING)
     return {name: markdown(table, notes=False) for name, table in found.items()}
 
 
@@ -70,14 +73,13 @@ def values() -> dict[str, str]:
     store = Store(RESULTS)
     learned = gather(reports.frame(STUDIES["smollm2-learned"].trials(), store))
     kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
-    (rates,) = (table for name, table in learning_tables(BENCH).items() if table.columns[0].name == "model")
     tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
     by_tile = {point.tile: next(iter(point.perplexity.values())).value for point in tiles if point.tile}
     return {
         "closed": _closed(learned, ""),
         "closed-distilled": _closed(learned, "distillation=1"),
         "max-autotune": _max_autotune_gain(kernels),
-        "hours-8b": _hours(rates, "llama-3.1-8b", 90e6),
+        "hours-8b": _hours(rates_table(LEARNING), "llama-3.1-8b", 90e6),
         "smallest-tile": f"{by_tile['16x16']:.1f}",
         "largest-tile": f"{by_tile['128x128']:.1f}",
     }

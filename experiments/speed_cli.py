@@ -134,18 +134,24 @@ def whole_model(
 
 @bench.command()
 def report(
-    gpu: Annotated[str, typer.Option(help="A folder of <results>/bench, such as nvidia-h200.")] = "nvidia-h200",
+    gpu: Annotated[
+        str | None, typer.Option(help="A folder of <results>/bench, such as nvidia-h200; all by default.")
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
-    """Print the tables of a GPU's measured rows, and draw their figures."""
+    """Print the tables of what was measured, GPU by GPU, and draw their figures."""
     from analysis.tables import markdown
     from experiments import reports
 
-    measured = reports.speed(results / "bench" / gpu, results / "reports" / f"speed-{gpu}")
-    for title, table in measured.tables:
-        console.print(f"{title}\n\n{markdown(table)}\n", highlight=False, soft_wrap=True)
-    for path in measured.figures:
-        console.print(str(path), highlight=False)
+    folders = sorted(path.name for path in (results / "bench").glob("*") if path.is_dir())
+    for name in [gpu] if gpu else folders:
+        measured = reports.speed(results / "bench" / name, results / "reports" / f"speed-{name}")
+        for title, table in measured.tables:
+            console.print(f"{name}: {title}\n\n{markdown(table)}\n", highlight=False, soft_wrap=True)
+        for path in measured.figures:
+            console.print(str(path), highlight=False)
+    if not gpu and not folders:
+        raise UserError(f"{results / 'bench'} has no rows of any GPU: run `hts bench kernels` on one")
 
 
 def _gpu() -> "torch.device":  # type: ignore[name-defined]  # noqa: F821

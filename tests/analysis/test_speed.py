@@ -12,7 +12,7 @@ from analysis.tables import shown_cells
 from patch.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "results/bench/nvidia-h200/kernels").glob("*.jsonl"))
+GPUS = ("nvidia-h200", "nvidia-h100-80gb-hbm3")
 HEADER: dict[str, Any] = {
     "schema": 1,
     "roof": {"copy": 4.0, "matmul": 700.0},
@@ -20,8 +20,13 @@ HEADER: dict[str, Any] = {
 }
 
 
-def test_every_committed_product_was_right() -> None:
-    frame = load_bench(KERNELS)
+def kernels(gpu: str) -> list[Path]:
+    return sorted((ROOT / "results" / "bench" / gpu / "kernels").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_committed_product_was_right(gpu: str) -> None:
+    frame = load_bench(kernels(gpu))
     hybrid = frame[frame.implementation == "hybrid"]
     measured = hybrid[hybrid.fallback.isna()]
     assert len(measured) > 900
@@ -67,6 +72,6 @@ def test_limits_of_the_hardware() -> None:
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
-    frame = load_bench(KERNELS)
+    frame = load_bench(kernels(GPUS[0]))
     for path in (*plot_speedup(frame, tmp_path / "speedup"), *plot_roof(frame, tmp_path / "roof")):
         assert path.stat().st_size > 5000

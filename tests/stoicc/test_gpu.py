@@ -1,5 +1,7 @@
 """The kernels on a GPU: as right as cuBLAS, for every shipped configuration, and always the same bits."""
 
+import sys
+
 import pytest
 import torch
 from stoicc_hybrids import random_hybrid, random_mask, random_weight
@@ -11,7 +13,7 @@ from stoicc.format import HybridWeight, pack, unpack
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.kernels.stream import StreamConfig
-from stoicc.linear import compile_model
+from stoicc.linear import HybridLinear, compile_model
 from stoicc.matmul import linear, linear_op, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -224,7 +226,8 @@ def test_between_kernels_that_begin_early(tokens: int) -> None:
 
 @pytest.mark.parametrize("faster", [True, False], ids=["faster", "slower"])
 def test_linears_are_packed_where_the_tuning_table_says_so(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stoicc.linear.faster_packed", lambda *_: faster)
+    # By its module: the package exports a function of the same name.
+    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_: faster)
     masks = {name: random_mask(256, 256, (64, 64), share, device="cuda") for name, share in (("0", 0.0), ("1", 0.5))}
     layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in masks)).to("cuda", torch.bfloat16)
     report = compile_model(layers, masks, tokens=(1,))

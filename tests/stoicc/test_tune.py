@@ -13,7 +13,7 @@ from stoicc.kernels.stream import StreamConfig
 from stoicc.tune import MARGIN, SPARSE_SHARE, expected_speedup
 
 ROOT = Path(__file__).parent.parent.parent
-H200 = configs.committed_table("NVIDIA H200")
+GPUS = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 128, 8192])
@@ -25,10 +25,10 @@ def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) 
     assert speedups[-1] / speedups[0] < (16 / 9 if tokens <= 64 else 2)
 
 
-def measured() -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Cells of the committed grid that ran packed: the cell, its speedup over cuBLAS, and what the table expects."""
-    table = configs.read_table(H200)
-    for path in sorted((ROOT / "results" / "bench" / "nvidia-h200" / "kernels").glob("*.jsonl")):
+def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Cells of a GPU's committed grid that ran packed: the cell, its speedup over cuBLAS, what the table expects."""
+    table = configs.read_table(configs.committed_table(gpu))
+    for path in sorted((ROOT / "results" / "bench" / configs.gpu_slug(gpu) / "kernels").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
         dense = {row["cell"]["tokens"]: row["value"] for row in rows if row["implementation"] == "cublas"}
         for row in rows:
@@ -41,7 +41,8 @@ def measured() -> Iterator[tuple[dict[str, Any], float, float]]:
                 yield cell, dense[tokens] / row["value"], expected_speedup(entry, 2 * cell["sparsity"])
 
 
-def test_nothing_measured_that_is_expected_to_be_faster_is_slower_than_dense() -> None:
-    chosen = [(cell, speedup) for cell, speedup, expected in measured() if expected >= MARGIN]
+@pytest.mark.parametrize("gpu", GPUS, ids=configs.gpu_slug)
+def test_nothing_measured_that_is_expected_to_be_faster_is_slower_than_dense(gpu: str) -> None:
+    chosen = [(cell, speedup) for cell, speedup, expected in measured(gpu) if expected >= MARGIN]
     assert len(chosen) > 500
     assert [cell for cell, speedup in chosen if speedup < 0.95] == []
