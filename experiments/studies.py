@@ -294,6 +294,8 @@ def smollm2_learned() -> Trials:
                 for target in TARGETS
             ),
         ]
+    ranked = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
+    prunings += [_smollm2("patch-joint", target, **ranked) for target in TARGETS]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
@@ -301,7 +303,7 @@ def smollm2_tiles() -> Trials:
     """Perplexity against the tile shape at 35% sparsity, SmolLM2-135M on equal tokens, distilled."""
     shapes = ((32, 32), (64, 64), (128, 128), (192, 192), (64, 128), (128, 64))
     prunings = [_smollm2("patch-joint", 0.35, tile, distillation=1.0) for tile in shapes]
-    return _trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/test", 2048),), batch=8))
+    return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
 def smollm2_refit() -> Trials:
