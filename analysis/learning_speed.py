@@ -115,6 +115,7 @@ def rates_table(paths: Iterable[Path]) -> Table:
         Column("gpus", "GPUs", "text"),
         Column("logits", "Logits", "text"),
         Column("checkpointing", "Activation checkpointing", "text"),
+        Column("microbatch", "Sequences a pass", "count"),
         Column("tokens", "Tokens a step", "count"),
         Column("step", "Step (ms)", "number"),
         Column("rate", "Tokens/s", "number"),
@@ -133,11 +134,14 @@ def rates_table(paths: Iterable[Path]) -> Table:
                 f"{about['processes']} x {rows[0]['provenance']['gpu']}",
                 recipe.get("logit_dtype", "float32"),
                 "yes" if recipe["activation_checkpointing"] else "no",
+                Measured(recipe["microbatch"]),
                 Measured(recipe["batch"] * recipe["length"]),
                 *map(Measured, (*numbers, memory)),
             )
         )
-    return Table(columns, tuple(lines), ("",) * len(lines), frozenset(), ("Random weights, tiles of 128x128, 45%.",))
+    lines.sort(key=lambda line: (line[0], line[2]))
+    notes = ("Random weights, tiles of 128x128, 45%. Sequences a pass are those of all GPUs together.",)
+    return Table(columns, tuple(lines), ("",) * len(lines), frozenset(), notes)
 
 
 def _read(path: Path) -> list[Row]:
