@@ -294,7 +294,7 @@ def smollm2_learned() -> Trials:
                 for target in TARGETS
             ),
         ]
-    ranked = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
+    ranked: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
     prunings += [_smollm2("patch-joint", target, **ranked) for target in TARGETS]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
