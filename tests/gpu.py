@@ -28,6 +28,7 @@ FILES = (
     "tests/patch/test_relax_triton.py",
     "tests/patch/test_calibration.py",
     "tests/patch/test_oneshot.py",
+    "tests/patch/test_sparsegpt_triton.py",
     "tests/patch/test_refit.py",
 )
 OUTCOMES = ("passed", "failed", "skipped")

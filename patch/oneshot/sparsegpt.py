@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import GROUP, HybridMask, TileShape, best_patterns, decode_patterns, tile_grid
+from patch.mask import (
+    GROUP,
+    HybridMask,
+    TileShape,
+    best_patterns,
+    decode_patterns,
+    encode_patterns,
+    expand_tiles,
+    tile_grid,
+)
 from patch.modes import full_float32
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest
@@ -112,16 +121,11 @@ def scores(weight: Tensor, factor: InverseFactor) -> Tensor:
 def prune_hybrid(weight: Tensor, factor: InverseFactor, tile: TileShape, dense: Tensor) -> tuple[Tensor, HybridMask]:
     """``weight`` ``[N, K]`` 2:4 outside the tiles in ``dense``, bool ``[R, C]``, and updated; float32, and its mask."""
     tile_grid(weight.shape, tile)
-    dense_rows = dense.repeat_interleave(tile[0], 0)[: weight.shape[0]]
-    patterns: list[Tensor] = []
-
-    def choose(group: Tensor, column: int) -> Tensor:
-        patterns.append(best_patterns(group))
-        return decode_patterns(patterns[-1]) | dense_rows[:, column // tile[1], None]
-
-    updated, _ = _sweep(weight, factor, GROUP, choose)
-    mask = HybridMask((weight.shape[0], weight.shape[1]), tile, dense, torch.cat(patterns, 1))
-    return updated, mask
+    keep = expand_tiles(dense.T, weight.T.shape, tile[::-1]).T
+    chosen = torch.empty_like(keep)
+    updated = _sweep(weight, factor, keep, chosen)
+    mask = HybridMask((weight.shape[0], weight.shape[1]), tile, dense, encode_patterns(chosen))
+    return updated.masked_fill_(~(keep | chosen), 0), mask
 
 
 def prune_unstructured(weight: Tensor, factor: InverseFactor, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -130,43 +134,80 @@ def prune_unstructured(weight: Tensor, factor: InverseFactor, sparsity: float) -
     Every block of 128 columns has the target sparsity; what rounding leaves over goes to the next block.
     """
     check_unstructured(sparsity)
-    rows = weight.shape[0]
+    rows, columns = weight.shape
+    keep = torch.empty((columns, rows), dtype=torch.bool, device=weight.device).T
 
-    def choose(block: Tensor, column: int) -> Tensor:
-        before, after = (round(sparsity * rows * columns) for columns in (column, column + block.shape[1]))
-        return drop_lowest(block.flatten(), after - before).reshape(block.shape)
+    def choose(scores: Tensor, start: int) -> None:
+        stop = start + scores.shape[1]
+        before, after = (round(sparsity * rows * column) for column in (start, stop))
+        keep[:, start:stop] = drop_lowest(scores.flatten(), after - before).reshape(scores.shape)
 
-    return _sweep(weight, factor, COLUMNS, choose)
+    updated = _sweep(weight, factor, keep, choose=choose)
+    return updated.masked_fill_(~keep, 0), keep.contiguous()
 
 
 def _sweep(
-    weight: Tensor, factor: InverseFactor, width: int, choose: Callable[[Tensor, int], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Settle all columns from left to right: the updated weight, float32 with dropped elements 0, and what was kept.
+    weight: Tensor,
+    factor: InverseFactor,
+    keep: Tensor,
+    chosen: Tensor | None = None,
+    choose: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
+    """Settle all columns from left to right: the updated weight, float32 ``[N, K]``, dropped elements as they come.
 
     Args:
-        width: how many columns are chosen at a time; divides 128.
-        choose: from the scores ``[N, width]`` of updated weights and their first column to what is kept, bool.
+        keep, chosen: of the whole weight, see `settle`.
+        choose: called before each block with the scores ``[N, columns]`` of updated weights and their first column.
     """
-    # Transposed, so that a column is contiguous.
-    left = weight.float().T.contiguous().masked_fill_(factor.dead[:, None], 0)
-    keep = torch.empty_like(left, dtype=torch.bool)
-    inputs = len(left)
+    settled = _fastest(weight.device)
+    # Columns are contiguous.
+    left = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format).T
+    left.masked_fill_(factor.dead, 0)
+    inputs = left.shape[1]
     with full_float32():
         for start in range(0, inputs, COLUMNS):
             stop = min(start + COLUMNS, inputs)
-            block, kept = left[start:stop], keep[start:stop]
-            upper = factor.upper[start:stop, start:stop]
-            steps = upper.diagonal()[:, None]
-            errors = torch.empty_like(block)
-            for column in range(stop - start):
-                if column % width == 0:
-                    ahead = slice(column, column + width)
-                    kept[ahead] = choose((block[ahead].abs() / steps[ahead]).T, start + column).T
-                errors[column] = (block[column] / steps[column]).masked_fill_(kept[column], 0)
-                block[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
-            left[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
-    return left.masked_fill_(~keep, 0).T.contiguous(), keep.T.contiguous()
+            here = slice(start, stop)
+            block, upper = left[:, here], factor.upper[here, here]
+            if choose:
+                choose(block.abs() / upper.diagonal(), start)
+            errors = settled(block, upper, keep[:, here], None if chosen is None else chosen[:, here])
+            left[:, stop:].addmm_(errors, factor.upper[here, stop:], alpha=-1)
+    return left.contiguous()
+
+
+def settle(block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None) -> Tensor:
+    """Settle a block's columns from left to right, in place; dropped elements are left as they come.
+
+    Args:
+        block: updated weights, float32 ``[N, columns]``.
+        upper: float32 ``[columns, columns]``, the block's part of `InverseFactor.upper`.
+        keep: bool ``[N, columns]``, what is kept.
+        chosen: bool ``[N, columns]`` to be filled with the best two of each four, chosen when the first is reached,
+            which are kept too; None if ``keep`` says it all.
+
+    Returns:
+        What columns to the right have to make up for, in units of their rows of the factor, float32 ``[N, columns]``.
+    """
+    steps = upper.diagonal()
+    errors = torch.empty_like(block)
+    for column in range(block.shape[1]):
+        if chosen is not None and column % GROUP == 0:
+            group = slice(column, column + GROUP)
+            chosen[:, group] = decode_patterns(best_patterns(block[:, group].abs() / steps[group]))
+        kept = keep[:, column] if chosen is None else keep[:, column] | chosen[:, column]
+        errors[:, column] = (block[:, column] / steps[column]).masked_fill_(kept, 0)
+        block[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+    return errors
+
+
+def _fastest(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    if device.type != "cuda":
+        return settle
+    # Triton is there on Linux alone.
+    from patch.oneshot import sparsegpt_triton
+
+    return sparsegpt_triton.settle
 
 
 METHOD = Method(
