@@ -27,6 +27,7 @@ RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
 # Settings that no published method has; a definition leaves them out where they are as published.
 DEPARTURES = (
     "learning.recipe.distillation",
+    "learning.recipe.block_distillation",
     "learning.recipe.density",
     "learning.recipe.logit_dtype",
     "learning.recipe.tile_ranking",

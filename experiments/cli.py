@@ -262,6 +262,9 @@ def learn(
     distillation: Annotated[
         float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
     ] = None,
+    block_distillation: Annotated[
+        float | None, typer.Option(help="Factor of the distance of each block's outputs from the dense model's.")
+    ] = None,
     tile_ranking: Annotated[
         str | None, typer.Option(help="Which tiles start as dense: ranked within each weight, or over the model.")
     ] = None,
@@ -282,7 +285,8 @@ def learn(
     from experiments import studies
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
-    given |= {"distillation": distillation, "tile_ranking": tile_ranking, "tile_prior": tile_prior}
+    given |= {"distillation": distillation, "block_distillation": block_distillation}
+    given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
     seen = studies.Calibration(calibration, calibration_windows, calibration_length)
     changes = {name: value for name, value in given.items() if value is not None}
     pruning = studies.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)

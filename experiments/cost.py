@@ -49,7 +49,7 @@ def pruning_flops(pruning: Pruning) -> float | None:
         # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
         passes = 8 if recipe.activation_checkpointing else 6
         # The dense model's predictions too.
-        passes += 2 if recipe.distillation else 0
+        passes += 2 if recipe.distillation or recipe.block_distillation else 0
         return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
     tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
     total = 4.0 * weights * tokens

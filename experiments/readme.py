@@ -38,6 +38,7 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
     ),
     "oneshot": ("smollm2-oneshot", "accuracy", (*_ABOUT, "perplexity", "accuracy lambada", "mean_accuracy")),
     "ablation": ("recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
+    "distillation": ("embedded-distillation", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "priors": ("embedded-priors", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "refit": ("embedded-refit", "accuracy", ("method", "structure", "variant", "achieved_sparsity", "perplexity")),
     "joined": (

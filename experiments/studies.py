@@ -92,7 +92,7 @@ def learned(
         prior = None
     elif start == "maskllm":
         # Both stages run alike, on the same steps, batches, text and objective; rates and penalties stay their own.
-        common = ("steps", "batch", "microbatch", "length", "distillation", *HOW_IT_RUNS)
+        common = ("steps", "batch", "microbatch", "length", "distillation", "block_distillation", *HOW_IT_RUNS)
         shared = {name: getattr(chosen, name) for name in common}
         prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
     else:
@@ -167,6 +167,19 @@ def embedded_priors() -> Trials:
         {"tile_ranking": "model", "tile_prior": 30.0},
         {"tile_ranking": "model", "tile_prior": 100.0},
         {"tile_prior": 30.0},
+    ]
+    prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
+    return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
+
+
+def embedded_distillation() -> Trials:
+    """What learning from the dense model adds: PATCH joint at 45% on the embedded model, two seeds, validation text."""
+    ranked: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"distillation": 1.0},
+        ranked,
+        *(ranked | {"block_distillation": factor} for factor in (1.0, 10.0, 100.0)),
     ]
     prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
     return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
@@ -450,6 +463,9 @@ def _trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
 STUDIES = {
     "demo": Study("the whole path on the embedded model, in minutes on a CPU", demo),
     "embedded-tiles": Study("perplexity of the embedded model against tile shape at 35%", embedded_tiles),
+    "embedded-distillation": Study(
+        "what learning from the dense model adds on the embedded model, at 45%", embedded_distillation
+    ),
     "embedded-priors": Study("which tiles of the embedded model should start as dense, at 45%", embedded_priors),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded_refit),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),

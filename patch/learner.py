@@ -10,9 +10,10 @@ Density is over all prunable weights, so tiles compete across layers. In the end
 logits, and the tiles of the whole model are ranked by logit and cut exactly at the budget.
 
 Instead of the text's cross entropy, or beside it, a recipe may ask for the divergence from the dense model's
-predictions, which neither paper does. What a model with masked weights is, and that nothing about it stays changed, is
-the matter of `patch.masked_model`; how several processes share the work, of `patch.ranks`. On a GPU masks are drawn by
-fused kernels, blocks are compiled, and the passes of a micro-batch are replayed as one CUDA graph (`Implementation`).
+predictions, or for its hidden states, which neither paper does. What a model with masked weights is, and that nothing
+about it stays changed, is the matter of `patch.masked_model`; how several processes share the work, of `patch.ranks`.
+On a GPU masks are drawn by fused kernels, blocks are compiled, and the passes of a micro-batch are replayed as one CUDA
+graph (`Implementation`).
 
 A run that is killed continues from ``learner.pt``, written every few steps. All noise is derived from the seed and the
 step, so on a CPU with the same number of threads the resumed run ends with the same bits as an undisturbed one; CUDA

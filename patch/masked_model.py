@@ -160,7 +160,9 @@ class Losses:
     def __init__(self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool) -> None:
         self._model = model
         self._distillation = recipe.distillation
+        self._block_distillation = recipe.block_distillation
         self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
+        self._distance: Callable[..., Tensor] = torch.compile(_distance) if compiled else _distance
         self._plain: dict[nn.Module, Callable[..., Any]] = {}
         self._masked: dict[nn.Module, Callable[..., Any]] = {}
         by_module = {m.linear: m for m in linears.values()}
@@ -175,17 +177,24 @@ class Losses:
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""
+        run = functools.partial(
+            self._model, input_ids=tokens, use_cache=False, output_hidden_states=bool(self._block_distillation)
+        )
         dense = None
-        if self._distillation:
+        if self._distillation or self._block_distillation:
             with torch.no_grad(), _forwards(self._plain):
-                dense = self._model(input_ids=tokens, use_cache=False).logits
+                dense = run()
         with _forwards(self._masked):
-            logits = self._model(input_ids=tokens, use_cache=False).logits
+            ours = run()
         # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
-        return self._loss(
-            logits.flatten(0, 1), targets, None if dense is None else dense.flatten(0, 1), self._distillation
-        )
+        wanted = dense.logits.flatten(0, 1) if dense and self._distillation else None
+        loss, cross_entropy = self._loss(ours.logits.flatten(0, 1), targets, wanted, self._distillation)
+        if dense and self._block_distillation:
+            # The first are the embeddings.
+            pairs = zip(ours.hidden_states[1:], dense.hidden_states[1:], strict=True)
+            loss = loss + self._block_distillation * torch.stack([self._distance(*pair) for pair in pairs]).mean()
+        return loss, cross_entropy
 
 
 def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: float) -> tuple[Tensor, Tensor]:
@@ -204,6 +213,15 @@ def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: f
     divergence = (wanted.exp() * (wanted - torch.log_softmax(logits.float(), -1))).sum(-1)
     divergence = torch.where(targets >= 0, divergence, 0.0).sum() / (targets >= 0).sum()
     return (1 - distillation) * cross_entropy + distillation * divergence, cross_entropy
+
+
+def _distance(ours: Tensor, dense: Tensor) -> Tensor:
+    """Squared distance of hidden states ``[sequences, length, features]`` over the dense ones' square, a token's mean.
+
+    Token by token, since a few, such as the first, have states that are larger than all others together.
+    """
+    off, square = (ours.float() - dense.float()).square().sum(-1), dense.float().square().sum(-1)
+    return (off / square.clamp_min(torch.finfo(square.dtype).tiny)).mean()
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Recipe:
     """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
 
     Penalties, priors and schedules are those of PATCH (Hourri et al., arXiv:2509.23410) and MaskLLM (Fang et al.,
-    arXiv:2409.17481); ``distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are in neither.
+    arXiv:2409.17481); ``distillation``, ``block_distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are
+    in neither.
 
     Attributes:
         mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.
@@ -89,6 +90,9 @@ class Recipe:
         log_every: steps between entries of the history.
         distillation: share of the loss that is the Kullback-Leibler divergence from the dense model's next-token
             distribution instead of the cross entropy of the text; 0 to 1.
+        block_distillation: factor of what is added to the loss: the squared distance of the hidden state after a block
+            from the dense model's, over that one's square; the mean over blocks and tokens. Holds the dense model's
+            hidden states of a micro-batch in memory.
         density: what the sparsity penalty acts on: ``sampled``, that of the soft masks of the step; ``expected``, that
             of the masks which the tile logits would draw at temperature zero, ``sigmoid(tile_scale * logit)`` a tile.
         logit_dtype: of logits, their gradients and both moments; ``bfloat16`` takes half the memory.
@@ -128,6 +132,7 @@ class Recipe:
     density: Density = field(default="sampled", metadata=ADDED)
     logit_dtype: LogitDtype = field(default="float32", metadata=ADDED)
     tile_ranking: TileRanking = field(default="weight", metadata=ADDED)
+    block_distillation: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
@@ -149,7 +154,8 @@ class Recipe:
             self._set(name, _number(name, getattr(self, name), positive=True))
         for name in ("lr_end", "weight_decay", "pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"):
             self._set(name, _number(name, getattr(self, name), positive=False))
-        self._set("distillation", _number("distillation", self.distillation, positive=False))
+        for name in ("distillation", "block_distillation"):
+            self._set(name, _number(name, getattr(self, name), positive=False))
         if self.clip is not None:
             self._set("clip", _number("clip", self.clip, positive=True))
         for name in ("tau", "pattern_scale", "tile_scale"):

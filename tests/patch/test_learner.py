@@ -30,7 +30,7 @@ from patch.budget import cut_globally
 from patch.errors import UserError
 from patch.learner import CHECKPOINT, RANKED_BY, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
-from patch.prunable import prunable_linears
+from patch.prunable import decoder_blocks, prunable_linears
 from patch.recipe import Recipe
 from patch.sensitivity import tile_sensitivity
 
@@ -281,6 +281,31 @@ def test_distillation_is_the_divergence_from_the_dense_model(share: float, tmp_p
         losses.append(F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True))
     expected = torch.stack([part.sum(-1).mean() for part in losses]).mean().item()
     assert divergence == pytest.approx(expected, rel=1e-3)
+
+
+def test_block_distillation_is_the_distance_from_the_dense_model_s_hidden_states(tmp_path: Path) -> None:
+    """Of one step, against masked weights laid over the model by hand."""
+    plain = dataclasses.replace(SHORT["joint"], steps=1, sparsity_penalty=0, weight_penalty=0)
+    model, seen = tiny_model(), []
+    for factor in (0.0, 3.0):
+        recipe = dataclasses.replace(plain, block_distillation=factor)
+        run(model, recipe, tmp_path / str(factor), on_step=seen.append)
+    assert seen[1]["cross_entropy"] == seen[0]["cross_entropy"] == seen[0]["loss"]
+    distances = []
+    for index, tokens in enumerate(words(0).split(plain.microbatch)):
+        weights = {
+            f"{name}.weight": drawn_weight(linear, name, plain, model, (0, 0, index, number))
+            for number, (name, linear) in enumerate(prunable_linears(model).items())
+        }
+        inputs = {"input_ids": tokens, "output_hidden_states": True}
+        with torch.no_grad():
+            ours = torch.func.functional_call(model, weights, kwargs=inputs).hidden_states[1:]
+            dense = model(**inputs).hidden_states[1:]
+        assert len(ours) == len(decoder_blocks(model))
+        for mine, other in zip(ours, dense, strict=True):
+            for token, wanted in zip(mine.flatten(0, 1).double(), other.flatten(0, 1).double(), strict=True):
+                distances.append(float((token - wanted) @ (token - wanted) / (wanted @ wanted)))
+    assert (seen[1]["loss"] - seen[0]["loss"]) / 3 == pytest.approx(sum(distances) / len(distances), rel=1e-3)
 
 
 def drawn_weight(linear: nn.Linear, name: str, recipe: Recipe, model: nn.Module, stream: tuple[int, ...]) -> Tensor:

@@ -400,7 +400,8 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("microbatch", [2, 1], ids=["one-microbatch", "several"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_a_replayed_run_is_a_plain_one(mode: str, microbatch: int, checkpointing: bool, tmp_path: Path) -> None:
-    recipe = {"steps": 8, "microbatch": microbatch, "distillation": 0.5, "activation_checkpointing": checkpointing}
+    recipe = {"steps": 8, "microbatch": microbatch, "distillation": 0.5, "block_distillation": 1.0}
+    recipe["activation_checkpointing"] = checkpointing
     plain, replayed = (
         run(
             mode,
@@ -441,7 +442,7 @@ def test_a_compiled_run_is_as_a_plain_one(tmp_path: Path) -> None:
         run(
             "joint",
             tmp_path / str(on),
-            recipe={"steps": 8, "distillation": 0.5},
+            recipe={"steps": 8, "distillation": 0.5, "block_distillation": 1.0},
             implementation=Implementation(relax_triton.sampled_weight, compiled=on, captured=on),
         )
         for on in (False, True)
