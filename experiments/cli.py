@@ -51,7 +51,10 @@ PerStage = Annotated[
 Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
 Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
 Refit = Annotated[
-    bool, typer.Option("--refit", help="Fit the kept weights to the dense outputs on the calibration text.")
+    bool,
+    typer.Option(
+        "--refit", help="Fit the kept weights to the dense outputs on the calibration text; for one-shot masks."
+    ),
 ]
 
 DEFAULT_RESULTS = Path("runs")

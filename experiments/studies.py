@@ -362,6 +362,10 @@ def recipe_ablation() -> Trials:
         distilled | {"tile_ranking": "model"},
         distilled | {"tile_ranking": "model", "tile_prior": 30.0},
         distilled | {"tile_ranking": "model", "tile_prior": 100.0},
+        *(
+            distilled | {"tile_ranking": "model", "tile_prior": 30.0, "block_distillation": factor}
+            for factor in (1.0, 10.0)
+        ),
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]

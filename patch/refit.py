@@ -11,6 +11,9 @@ row, with as many unknowns as the row keeps (Boža, arXiv:2401.02938, solves the
 once by conjugate gradients (Hestenes and Stiefel, 1952) with the diagonal as preconditioner: a step is one product with
 ``H``, whatever the masks, and nothing is factorised.
 
+Outputs of single weights are no measure of what a mask learned by distillation loses: fitting such a mask can make the
+model worse, though every output is nearer the dense one.
+
     >>> fitted = refit_model(model, load_masks("learned"), windows, "cuda")   # in place, of the dense model
     >>> fitted["model.layers.0.mlp.up_proj"].error
 """
