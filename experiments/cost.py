@@ -48,8 +48,8 @@ def pruning_flops(pruning: Pruning) -> float | None:
         recipe = pruning.learning.recipe
         # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
         passes = 8 if recipe.activation_checkpointing else 6
-        # The dense model's predictions too.
-        passes += 2 if recipe.distillation or recipe.block_distillation else 0
+        # The dense model too.
+        passes += 2 if recipe.follows_dense else 0
         return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
     tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
     total = 4.0 * weights * tokens

@@ -75,30 +75,34 @@ def values() -> dict[str, str]:
     learned = gather(reports.frame(STUDIES["smollm2-learned"].trials(), store))
     kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
     tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
-    refitted = gather(reports.frame(STUDIES["smollm2-refit"].trials(), store))
-    by_variant = {
-        point.variant: next(iter(point.perplexity.values())).value
-        for point in refitted
+    refitted = {
+        point.variant: _perplexity(point)
+        for point in gather(reports.frame(STUDIES["smollm2-refit"].trials(), store))
         if (point.method, point.sparsity) == ("patch-joint", 0.45)
     }
-    by_tile = {point.tile: next(iter(point.perplexity.values())).value for point in tiles if point.tile}
+    by_tile = {point.tile: _perplexity(point) for point in tiles if point.tile}
     return {
         "closed": _closed(learned, ""),
         "closed-distilled": _closed(learned, "distillation=1"),
         "max-autotune": _max_autotune_gain(kernels),
         "hours-8b": _hours(rates_table(LEARNING), "llama-3.1-8b", 90e6),
-        "refit-before": f"{by_variant['distillation=1']:.1f}",
-        "refit-after": f"{by_variant['distillation=1, refitted on novels']:.1f}",
+        "refit-before": f"{refitted['distillation=1']:.1f}",
+        "refit-after": f"{refitted['distillation=1, refitted on novels']:.1f}",
         "smallest-tile": f"{by_tile['16x16']:.1f}",
         "largest-tile": f"{by_tile['128x128']:.1f}",
     }
+
+
+def _perplexity(point: Point) -> float:
+    """Of a point that has been measured on one text."""
+    return next(iter(point.perplexity.values())).value
 
 
 def _closed(points: Sequence[Point], variant: str) -> str:
     """How much of MaskLLM's distance to dense PATCH joint closes, in percent, by falling sparsity."""
     found = [point for point in points if point.method == "dense" or point.variant == variant]
     (dense,), (maskllm,), *patch = (
-        [next(iter(point.perplexity.values())).value for point in found if (point.method, point.sparsity) == about]
+        [_perplexity(point) for point in found if (point.method, point.sparsity) == about]
         for about in (("dense", 0.0), ("maskllm", 0.5), *(("patch-joint", target) for target in TARGETS))
     )
     *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for (value,) in patch)

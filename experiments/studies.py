@@ -110,6 +110,9 @@ def learned(
     )
 
 
+# Learned from the dense model's predictions, with the tiles of the whole model ranked by what each costs it.
+_RANKED: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
+
 _EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 _EMBEDDED_TILE = (64, 64)
 
@@ -158,31 +161,32 @@ def embedded_tiles() -> Trials:
     return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
 
 
+def _embedded_ablation(*changes: dict[str, Any]) -> Trials:
+    """PATCH joint at 45% on the embedded model with each of some changes of the recipe, two seeds, validation text."""
+    prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
+    return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
+
+
 def embedded_priors() -> Trials:
     """Which tiles should start as dense: PATCH joint at 45% on the embedded model, two seeds, on validation text."""
-    changes: list[dict[str, Any]] = [
+    return _embedded_ablation(
         {},
         {"tile_prior": 0.0},
         {"tile_ranking": "model"},
         {"tile_ranking": "model", "tile_prior": 30.0},
         {"tile_ranking": "model", "tile_prior": 100.0},
         {"tile_prior": 30.0},
-    ]
-    prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
-    return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
+    )
 
 
 def embedded_distillation() -> Trials:
     """What learning from the dense model adds: PATCH joint at 45% on the embedded model, two seeds, validation text."""
-    ranked: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
-    changes: list[dict[str, Any]] = [
+    return _embedded_ablation(
         {},
         {"distillation": 1.0},
-        ranked,
-        *(ranked | {"block_distillation": factor} for factor in (1.0, 10.0, 100.0)),
-    ]
-    prunings = [_embedded_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
-    return _trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
+        _RANKED,
+        *(_RANKED | {"block_distillation": factor} for factor in (1.0, 10.0, 100.0)),
+    )
 
 
 def refitted(pruning: Pruning, text: Calibration) -> Pruning:
@@ -307,8 +311,7 @@ def smollm2_learned() -> Trials:
                 for target in TARGETS
             ),
         ]
-    ranked: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
-    prunings += [_smollm2("patch-joint", target, **ranked) for target in TARGETS]
+    prunings += [_smollm2("patch-joint", target, **_RANKED) for target in TARGETS]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
@@ -360,12 +363,9 @@ def recipe_ablation() -> Trials:
         distilled | {"pattern_prior": 9.0},
         distilled | {"logit_dtype": "bfloat16"},
         distilled | {"tile_ranking": "model"},
-        distilled | {"tile_ranking": "model", "tile_prior": 30.0},
-        distilled | {"tile_ranking": "model", "tile_prior": 100.0},
-        *(
-            distilled | {"tile_ranking": "model", "tile_prior": 30.0, "block_distillation": factor}
-            for factor in (1.0, 10.0)
-        ),
+        _RANKED,
+        _RANKED | {"tile_prior": 100.0},
+        *(_RANKED | {"block_distillation": factor} for factor in (1.0, 10.0)),
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]

@@ -159,8 +159,7 @@ class Losses:
 
     def __init__(self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool) -> None:
         self._model = model
-        self._distillation = recipe.distillation
-        self._block_distillation = recipe.block_distillation
+        self._recipe = recipe
         self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
         self._distance: Callable[..., Tensor] = torch.compile(_distance) if compiled else _distance
         self._plain: dict[nn.Module, Callable[..., Any]] = {}
@@ -177,23 +176,22 @@ class Losses:
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of ``tokens`` ``[sequences, length]``, before penalties, and the cross entropy that is in it."""
-        run = functools.partial(
-            self._model, input_ids=tokens, use_cache=False, output_hidden_states=bool(self._block_distillation)
-        )
+        share, factor = self._recipe.distillation, self._recipe.block_distillation
+        run = functools.partial(self._model, input_ids=tokens, use_cache=False, output_hidden_states=factor > 0)
         dense = None
-        if self._distillation or self._block_distillation:
+        if self._recipe.follows_dense:
             with torch.no_grad(), _forwards(self._plain):
                 dense = run()
         with _forwards(self._masked):
             ours = run()
         # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
-        wanted = dense.logits.flatten(0, 1) if dense and self._distillation else None
-        loss, cross_entropy = self._loss(ours.logits.flatten(0, 1), targets, wanted, self._distillation)
-        if dense and self._block_distillation:
+        wanted = dense.logits.flatten(0, 1) if dense and share else None
+        loss, cross_entropy = self._loss(ours.logits.flatten(0, 1), targets, wanted, share)
+        if dense and factor:
             # The first are the embeddings.
             pairs = zip(ours.hidden_states[1:], dense.hidden_states[1:], strict=True)
-            loss = loss + self._block_distillation * torch.stack([self._distance(*pair) for pair in pairs]).mean()
+            loss = loss + factor * torch.stack([self._distance(*pair) for pair in pairs]).mean()
         return loss, cross_entropy
 
 

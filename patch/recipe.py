@@ -174,6 +174,11 @@ class Recipe:
         # One spelling for equal values, since a recipe is hashed: 1 becomes 1.0, a list from JSON a tuple.
         object.__setattr__(self, name, value)
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model runs beside the masked one, to be learned from."""
+        return self.distillation > 0 or self.block_distillation > 0
+
     def substance(self) -> dict[str, Any]:
         """Everything that what is learned depends on, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW_IT_RUNS}

@@ -272,9 +272,7 @@ def test_distillation_is_the_divergence_from_the_dense_model(share: float, tmp_p
     assert seen[1]["cross_entropy"] == seen[0]["cross_entropy"] == seen[0]["loss"]
     losses = []
     for index, tokens in enumerate(words(0).split(plain.microbatch)):
-        weights = {}
-        for number, (name, linear) in enumerate(prunable_linears(model).items()):
-            weights[f"{name}.weight"] = drawn_weight(linear, name, plain, model, (0, 0, index, number))
+        weights = drawn_weights(plain, model, index)
         with torch.no_grad():
             ours = torch.func.functional_call(model, weights, kwargs={"input_ids": tokens}).logits[:, :-1]
             dense = model(input_ids=tokens).logits[:, :-1]
@@ -293,10 +291,7 @@ def test_block_distillation_is_the_distance_from_the_dense_model_s_hidden_states
     assert seen[1]["cross_entropy"] == seen[0]["cross_entropy"] == seen[0]["loss"]
     distances = []
     for index, tokens in enumerate(words(0).split(plain.microbatch)):
-        weights = {
-            f"{name}.weight": drawn_weight(linear, name, plain, model, (0, 0, index, number))
-            for number, (name, linear) in enumerate(prunable_linears(model).items())
-        }
+        weights = drawn_weights(plain, model, index)
         inputs = {"input_ids": tokens, "output_hidden_states": True}
         with torch.no_grad():
             ours = torch.func.functional_call(model, weights, kwargs=inputs).hidden_states[1:]
@@ -306,6 +301,14 @@ def test_block_distillation_is_the_distance_from_the_dense_model_s_hidden_states
             for token, wanted in zip(mine.flatten(0, 1).double(), other.flatten(0, 1).double(), strict=True):
                 distances.append(float((token - wanted) @ (token - wanted) / (wanted @ wanted)))
     assert (seen[1]["loss"] - seen[0]["loss"]) / 3 == pytest.approx(sum(distances) / len(distances), rel=1e-3)
+
+
+def drawn_weights(recipe: Recipe, model: nn.Module, microbatch: int) -> dict[str, Tensor]:
+    """`drawn_weight` of every linear in one micro-batch, by the name of its parameter."""
+    return {
+        f"{name}.weight": drawn_weight(linear, name, recipe, model, (0, 0, microbatch, number))
+        for number, (name, linear) in enumerate(prunable_linears(model).items())
+    }
 
 
 def drawn_weight(linear: nn.Linear, name: str, recipe: Recipe, model: nn.Module, stream: tuple[int, ...]) -> Tensor:

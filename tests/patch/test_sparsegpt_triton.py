@@ -36,8 +36,10 @@ def measured(case: str) -> dict[str, float]:
     rows, columns = SHAPES[shape]
     source = torch.Generator().manual_seed(rows + columns)
     block = torch.randn(rows, columns, generator=source)
-    # Ties, of which the earlier are kept, and a weight that is no number, which counts as large.
+    # Ties, of which the earlier are kept; where there is a choice, a weight that is no number, which counts as large.
     block[0, :4] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    if rows > 1 and chooses == "two-of-four":
+        block[1, 2] = torch.nan
     upper = torch.eye(columns) + torch.randn(columns, columns, generator=source).triu(1) / columns
     keep = torch.rand(rows, columns, generator=source) < KEPT[kept]
 
@@ -51,7 +53,8 @@ def measured(case: str) -> dict[str, float]:
         assert not whole[:, :2].any() and not whole[:, columns + 2 :].any(), "wrote outside the block"
         stays = keep.to(device) if chosen is None else keep.to(device) | chosen
         found = [here.masked_fill(~stays, 0), errors, stays if chosen is None else chosen]
-        return [tensor.double().cpu() for tensor in found]
+        # What is no number must be none on both sides.
+        return [tensor.double().cpu().nan_to_num(nan=1e9) for tensor in found]
 
     fused = settled(sparsegpt_triton.settle, torch.float32, DEVICE)
     eager = settled(sparsegpt.settle, torch.float64, "cpu")
@@ -81,7 +84,7 @@ def test_is_the_eager_one(by_case: dict[str, dict[str, float]], case: str) -> No
 @pytest.mark.parametrize("chooses", [True, False], ids=["two-of-four", "given"])
 def test_compiles_without_spills(arch: int, chooses: bool) -> None:
     kernel = sparsegpt_triton._settle
-    constants = {"CHOOSES": chooses, "ROWS": 8, "GROUPS": 32, "block_row": 1, "errors_row": 1}
+    constants = {"CHOOSES": chooses, "ROWS": sparsegpt_triton._ROWS, "GROUPS": 32, "block_row": 1, "errors_row": 1}
     constants |= {"keep_row": 1, "chosen_row": 1}
     types = dict.fromkeys(("block", "errors", "upper"), "*fp32") | dict.fromkeys(("keep", "chosen"), "*i1")
     signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
