@@ -134,21 +134,23 @@ class Implementation:
             the eager reference, or on an NVIDIA GPU `patch.relax_triton.sampled_weight`, which is fused.
         compiled: run decoder blocks and losses through ``torch.compile``.
         captured: replay forward and backward passes as a CUDA graph; for fused masks, in one process.
+        ahead: draw a block's masks, and exchange them and their gradients between processes, while other blocks run.
     """
 
     sampled_weight: SampledWeight
     compiled: bool = False
     captured: bool = False
+    ahead: bool = False
 
     @classmethod
     def of(cls, device: torch.device, ranks: Ranks = ALONE) -> "Implementation":
         """The fastest on a device."""
         if device.type != "cuda":
-            return cls(relax.sampled_weight)
+            return cls(relax.sampled_weight, ahead=ranks.size > 1)
         # Triton is there on Linux alone.
         from patch import relax_triton
 
-        return cls(relax_triton.sampled_weight, compiled=True, captured=ranks.size == 1)
+        return cls(relax_triton.sampled_weight, compiled=True, captured=ranks.size == 1, ahead=ranks.size > 1)
 
 
 def learn(
@@ -203,7 +205,7 @@ def learn(
         if ranks.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
         with torch.enable_grad(), frozen(model), _tensorboard(work, run.step, ranks) as board:
-            losses = Losses(model, linears, recipe, implementation.compiled)
+            losses = Losses(model, linears, recipe, implementation.compiled, implementation.ahead)
             step = _Step(run, losses, implementation.captured)
             while run.step < recipe.steps:
                 started = time.perf_counter()

@@ -114,6 +114,49 @@ class MaskedLinear:
         return self.ranks.collect(self.tiles, self.sizes.shape[0], 1).float().cpu()
 
 
+def _drawn(linears: Sequence[MaskedLinear]) -> list[Tensor]:
+    return [masked.draw() for masked in linears]
+
+
+class _DrawnAhead:
+    """The masked weights of each block, drawn and gathered while the block before runs, on a stream of their own.
+
+    Autograd runs backward on the stream of the forward pass: a block's gradients are exchanged, and followed through
+    its masks, while the block before it is still at its own. Blocks must run in their order, each once a micro-batch.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[MaskedLinear]], device: torch.device) -> None:
+        self._blocks = blocks
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+
+    def begin(self) -> None:
+        """Start a micro-batch."""
+        # What a failed one left there is of other noise.
+        self._ahead.clear()
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._draw(0)
+
+    def weights(self, block: int) -> list[Tensor]:
+        """Those of one block; begins to draw those of the next."""
+        self._draw(block + 1)
+        weights, drawn = self._ahead.pop(block)
+        if drawn:
+            here = torch.cuda.current_stream()
+            here.wait_event(drawn)
+            for weight in weights:
+                # Its memory may serve this object's stream again only when the stream here has done with it.
+                weight.record_stream(here)
+        return weights
+
+    def _draw(self, block: int) -> None:
+        if block < len(self._blocks):
+            with torch.cuda.stream(self._stream):
+                weights = _drawn(self._blocks[block])
+                self._ahead[block] = weights, self._stream.record_event() if self._stream else None
+
+
 class _MaskedBlock:
     """Stands in for a decoder block's forward, with the weights of its linears masked.
 
@@ -121,12 +164,15 @@ class _MaskedBlock:
     twice in a micro-batch, since checkpointed blocks are recomputed, and draws the same noise both times.
     """
 
-    def __init__(self, forward: Callable[..., Any], linears: Sequence[MaskedLinear]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], linears: Sequence[MaskedLinear], weights: Callable[[], list[Tensor]]
+    ) -> None:
         self._forward = forward
         self._linears = linears
+        self._weights = weights
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        weights = [masked.draw() for masked in self._linears]
+        weights = self._weights()
         try:
             for masked, weight in zip(self._linears, weights, strict=True):
                 vars(masked.linear)["weight"] = weight
@@ -155,9 +201,17 @@ def with_usual_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Losses:
-    """The model's loss on a micro-batch, with its weights masked."""
+    """The model's loss on a micro-batch, with its weights masked.
 
-    def __init__(self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool) -> None:
+    Args:
+        compiled: run decoder blocks and losses through ``torch.compile``.
+        ahead: draw the masks of a block while the one before it runs. Not under activation checkpointing, which draws
+            them again in the backward pass, within the block.
+    """
+
+    def __init__(
+        self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool, ahead: bool
+    ) -> None:
         self._model = model
         self._recipe = recipe
         self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
@@ -165,10 +219,15 @@ class Losses:
         self._plain: dict[nn.Module, Callable[..., Any]] = {}
         self._masked: dict[nn.Module, Callable[..., Any]] = {}
         by_module = {m.linear: m for m in linears.values()}
-        for block in decoder_blocks(model):
+        blocks = decoder_blocks(model)
+        linears_of = [[by_module[module] for module in block.modules() if module in by_module] for block in blocks]
+        self._ahead: _DrawnAhead | None = None
+        if ahead and not recipe.activation_checkpointing:
+            self._ahead = _DrawnAhead(linears_of, next(iter(by_module)).weight.device)
+        for index, (block, here) in enumerate(zip(blocks, linears_of, strict=True)):
             forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
-            here = [by_module[module] for module in block.modules() if module in by_module]
-            masked: Callable[..., Any] = _MaskedBlock(forward, here)
+            weights = functools.partial(self._ahead.weights, index) if self._ahead else functools.partial(_drawn, here)
+            masked: Callable[..., Any] = _MaskedBlock(forward, here, weights)
             if recipe.activation_checkpointing:
                 # Not transformers' own switch, which works only in training mode, where dropout is on.
                 masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
@@ -183,6 +242,8 @@ class Losses:
             with torch.no_grad(), _forwards(self._plain):
                 dense = run()
         with _forwards(self._masked):
+            if self._ahead:
+                self._ahead.begin()
             ours = run()
         # Shifting the targets instead of the logits saves a copy of the largest tensor there is.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()

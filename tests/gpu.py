@@ -26,6 +26,7 @@ FILES = (
     "tests/stoicc/test_unstructured.py",
     "tests/stoicc/test_format.py",
     "tests/patch/test_relax_triton.py",
+    "tests/patch/test_ranks.py",
     "tests/patch/test_calibration.py",
     "tests/patch/test_oneshot.py",
     "tests/patch/test_sparsegpt_triton.py",

@@ -259,6 +259,17 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
     assert same(*outcomes)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_that_are_drawn_ahead_are_the_same(mode: str, checkpointing: bool, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT[mode], activation_checkpointing=checkpointing)
+    outcomes = [
+        run(tiny_model(), recipe, tmp_path / str(on), implementation=Implementation(relax.sampled_weight, ahead=on))
+        for on in (False, True)
+    ]
+    assert same(*outcomes)
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_distillation_is_the_divergence_from_the_dense_model(share: float, tmp_path: Path) -> None:
     """Dense tiles alone, so that the masked model is the dense one at first, but for a tiny share of its weights."""

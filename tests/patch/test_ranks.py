@@ -28,11 +28,11 @@ sys.path[:0] = sys.argv[1].split(":")
 import torch
 torch.set_num_threads(1)
 from test_ranks import learn_here
-learn_here(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+learn_here(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
 """
 
 
-def learn_here(mode: str, work: Path, out: Path, stop_at: int) -> None:
+def learn_here(mode: str, work: Path, out: Path, stop_at: int, device: str) -> None:
     """Learn in this process, among those that its environment names, and write what came of it."""
     # Twelve sequences a step in micro-batches of six: for one, two and three processes.
     mode, _, wide = mode.partition("-")
@@ -40,10 +40,10 @@ def learn_here(mode: str, work: Path, out: Path, stop_at: int) -> None:
     # With tiles as high as most weights, the last of three processes holds no rows of any.
     tile = (64, 20) if wide else RAGGED
     model, seen = tiny_model(num_key_value_heads=4 if wide else 2), []
-    with joined("cpu") as ranks:
+    with joined(device) as ranks:
         try:
             learned = learn(
-                model,
+                model.to(device),
                 recipe,
                 lambda step: words(step, 12),
                 sparsity=0.5 if mode == "maskllm" else 0.35,
@@ -51,7 +51,7 @@ def learn_here(mode: str, work: Path, out: Path, stop_at: int) -> None:
                 seed=0,
                 prior=magnitude_prior(model, tile),
                 work=work,
-                device="cpu",
+                device=device,
                 ranks=ranks,
                 on_step=seen.append,
                 # Only the last process is told to stop.
@@ -65,18 +65,20 @@ def learn_here(mode: str, work: Path, out: Path, stop_at: int) -> None:
     (out / f"{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def learn_with(size: int, mode: str, work: Path, out: Path, stop_at: int = 0) -> list[dict[str, Any]]:
+def learn_with(
+    size: int, mode: str, work: Path, out: Path, stop_at: int = 0, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each of ``size`` processes ends with."""
     out.mkdir()
     if size == 1:
-        learn_here(mode, work, out, stop_at)
+        learn_here(mode, work, out, stop_at, device)
         return [json.loads((out / "0.json").read_text())]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
-    arguments = [folders, mode, str(work), str(out), str(stop_at)]
+    arguments = [folders, mode, str(work), str(out), str(stop_at), device]
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments],
@@ -109,6 +111,15 @@ def test_two_and_three_processes_learn_what_one_learns(mode: str, tmp_path: Path
     alone, *_ = learn_with(1, mode, tmp_path / "1", tmp_path / "1-out")
     together = learn_with(3 if mode == "joint" else 2, mode, tmp_path / "several", tmp_path / "several-out")
     assert all(result == together[0] for result in together), "the processes disagree"
+    assert_alike(together[0], alone)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", MODES)
+def test_two_gpus_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
+    alone, *_ = learn_with(1, mode, tmp_path / "1", tmp_path / "1-out", device="cuda")
+    together = learn_with(2, mode, tmp_path / "2", tmp_path / "2-out", device="cuda")
+    assert together[0] == together[1], "the processes disagree"
     assert_alike(together[0], alone)
 
 

@@ -357,7 +357,8 @@ def logits_in(work: Path) -> dict[str, Tensor]:
 
 
 def run(mode: str, work: Path, **changes: Any) -> Learned:
-    sizes = {"hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 36, "num_attention_heads": 2}
+    sizes["num_hidden_layers"] = changes.pop("blocks", 1)
     sizes |= {"num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
     config = LlamaConfig(attn_implementation="sdpa", **sizes)
     with torch.random.fork_rng():
@@ -434,6 +435,25 @@ def test_a_run_that_cannot_be_captured_is_a_plain_one(
     with pytest.warns(UserWarning, match="the capture was ended"):
         failed = run(mode, tmp_path / "failed", recipe={"steps": 8}, implementation=implementation)
     assert plain.history == failed.history
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="streams need a GPU")
+@every_mode
+@pytest.mark.parametrize("microbatch", [2, 1], ids=["one-microbatch", "several"])
+def test_a_run_that_draws_ahead_is_a_plain_one(mode: str, microbatch: int, tmp_path: Path) -> None:
+    recipe = {"steps": 8, "microbatch": microbatch, "activation_checkpointing": False}
+    plain, ahead = (
+        run(
+            mode,
+            tmp_path / str(on),
+            recipe=recipe,
+            blocks=4,
+            implementation=Implementation(relax_triton.sampled_weight, ahead=on),
+        )
+        for on in (False, True)
+    )
+    assert plain.history == ahead.history
+    assert_same_bits(*(logits_in(tmp_path / str(on)) for on in (False, True)))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
