@@ -23,6 +23,8 @@ _ROWS = 64 if triton.knobs.runtime.interpret else 8
 def settle(block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None) -> Tensor:
     """See `patch.oneshot.sparsegpt.settle`."""
     rows, columns = block.shape
+    # Factors come with their columns contiguous; the kernel reads row after row.
+    upper = upper.contiguous()
     errors = torch.empty_like(block)
     out = keep if chosen is None else chosen
     _settle[(triton.cdiv(rows, _ROWS),)](

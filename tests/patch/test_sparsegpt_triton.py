@@ -40,7 +40,11 @@ def measured(case: str) -> dict[str, float]:
     block[0, :4] = torch.tensor([1.0, -1.0, 1.0, 1.0])
     if rows > 1 and chooses == "two-of-four":
         block[1, 2] = torch.nan
-    upper = torch.eye(columns) + torch.randn(columns, columns, generator=source).triu(1) / columns
+    # As `inverse_factor` lays it out: columns are contiguous, and it is a part of a larger one.
+    whole_factor = torch.zeros(columns + 8, columns + 8).T
+    upper = whole_factor[4:-4, 4:-4]
+    upper.copy_(torch.eye(columns) + torch.randn(columns, columns, generator=source).triu(1) / columns)
+    assert upper.stride() == sparsegpt.inverse_factor(torch.eye(columns + 8)).upper[4:-4, 4:-4].stride()
     keep = torch.rand(rows, columns, generator=source) < KEPT[kept]
 
     def settled(settle, dtype: torch.dtype, device: str) -> list[Tensor]:  # type: ignore[no-untyped-def]
