@@ -26,7 +26,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ class Implementation:
         sampled_weight: draws the soft masks, each implementation with noise of its own: `patch.relax.sampled_weight`,
             the eager reference, or on an NVIDIA GPU `patch.relax_triton.sampled_weight`, which is fused.
         compiled: run decoder blocks and losses through ``torch.compile``.
-        captured: replay forward and backward passes as a CUDA graph; for fused masks, in one process.
+        captured: replay forward and backward passes as a CUDA graph; for fused masks.
         ahead: draw a block's masks, and exchange them and their gradients between processes, while other blocks run.
     """
 
@@ -150,7 +150,7 @@ class Implementation:
         # Triton is there on Linux alone.
         from patch import relax_triton
 
-        return cls(relax_triton.sampled_weight, compiled=True, captured=ranks.size == 1, ahead=ranks.size > 1)
+        return cls(relax_triton.sampled_weight, compiled=True, captured=True, ahead=ranks.size > 1)
 
 
 def learn(
@@ -194,19 +194,23 @@ def learn(
         OSError: if ``work`` cannot be written.
     """
     device = torch.device(device)
-    implementation = implementation or Implementation.of(device, ranks)
+    how = implementation or Implementation.of(device, ranks)
     start, tile = prior, check_tile(tile)
     if _ranks_the_model(recipe, prior) and not ranks.agree((work / CHECKPOINT).exists(), device):
         start = replace(prior, dense_tiles=_dearest_tiles(model, recipe, batches, sparsity, tile, seed, prior, ranks))
-    linears = _prepare(model, recipe, sparsity, tile, seed, start, device, implementation.sampled_weight, ranks)
+    linears = _prepare(model, recipe, sparsity, tile, seed, start, device, how.sampled_weight, ranks)
     run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior), ranks)
     run.resume()
     if run.step < recipe.steps:
         if ranks.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
-        with torch.enable_grad(), frozen(model), _tensorboard(work, run.step, ranks) as board:
-            losses = Losses(model, linears, recipe, implementation.compiled, implementation.ahead)
-            step = _Step(run, losses, implementation.captured)
+        losses = Losses(model, linears, recipe, how.compiled, how.ahead)
+        with (
+            torch.enable_grad(),
+            frozen(model),
+            _tensorboard(work, run.step, ranks) as board,
+            closing(_Step(run, losses, how.captured)) as step,
+        ):
             while run.step < recipe.steps:
                 started = time.perf_counter()
                 metrics = run.advance(step, _check_tokens(batches(run.step), recipe, model), stop)
@@ -564,6 +568,11 @@ class _Step:
             self._packed.copy_(pack(settings.softness, self._run.streams(index)))
         self._run.begin(settings, index, self._packed)
         return self._backward()
+
+    def close(self) -> None:
+        """Let go of the graph: processes that exchange something in theirs can part only when those are gone."""
+        if isinstance(self._backward, Replayed):
+            self._backward.close()
 
     def _after_failed_capture(self) -> None:
         if not self._accumulates:

@@ -67,8 +67,7 @@ class MaskedLinear:
         self._packed = packed
 
     def draw(self) -> Tensor:
-        """The masked weight ``[N, K]``; called again in this micro-batch, the same."""
-        n = self.shape[0]
+        """This rank's rows of the masked weight ``[rows here, K]``; called again in this micro-batch, the same."""
         if len(self._weight):
             part = self._sampled_weight(
                 self._weight,
@@ -78,7 +77,7 @@ class MaskedLinear:
                 self._softness,
                 self._stream,
                 first_row=self.here.start,
-                rows=n,
+                rows=self.shape[0],
                 packed=self._packed,
             )
         else:
@@ -89,7 +88,7 @@ class MaskedLinear:
         # the recomputed masks of the whole model.
         if self.sums is None:
             self.sums = part.kept, part.squares
-        return self.ranks.gather(part.weight, n, self.tile[0])
+        return part.weight
 
     def _known_patterns(self) -> Tensor:
         known = self._fixed_here if self.patterns is None else self.patterns
@@ -115,7 +114,11 @@ class MaskedLinear:
 
 
 def _drawn(linears: Sequence[MaskedLinear]) -> list[Tensor]:
-    return [masked.draw() for masked in linears]
+    """The masked weights ``[N, K]`` of a block, from all ranks."""
+    if not linears:
+        return []
+    first = linears[0]
+    return first.ranks.gather([m.draw() for m in linears], [m.shape[0] for m in linears], first.tile[0])
 
 
 class _DrawnAhead:

@@ -53,6 +53,12 @@ class Replayed:
         self._graph.replay()
         return self._result.clone()
 
+    def close(self) -> None:
+        """Let go of the capture, and of the memory that it holds; calls are plain ones from then on."""
+        if self.captured:
+            self._graph.reset()
+        self._result, self.captured, self._can_capture = None, False, False
+
     def _capture(self) -> None:
         torch.cuda.synchronize()
         try:

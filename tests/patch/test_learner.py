@@ -245,6 +245,9 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
             self.after_failure()
             return self.function()
 
+        def close(self) -> None:
+            pass
+
     monkeypatch.setattr(learner, "Replayed", Failing)
     recipe = dataclasses.replace(SHORT[mode], batch=2)
     outcomes = [
