@@ -41,6 +41,7 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
     "distillation": ("embedded-distillation", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "priors": ("embedded-priors", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "refit": ("embedded-refit", "accuracy", ("method", "structure", "variant", "achieved_sparsity", "perplexity")),
+    "tiles": ("smollm2-tiles", "accuracy", ("method", "variant", "tile", "achieved_sparsity", "perplexity")),
     "joined": (
         "frontier-smollm2",
         "speed",
@@ -76,9 +77,8 @@ def values() -> dict[str, str]:
     kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
     tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
     refitted = {
-        point.variant: _perplexity(point)
+        (point.method, point.sparsity, point.variant): _perplexity(point)
         for point in gather(reports.frame(STUDIES["smollm2-refit"].trials(), store))
-        if (point.method, point.sparsity) == ("patch-joint", 0.45)
     }
     by_tile = {point.tile: _perplexity(point) for point in tiles if point.tile}
     return {
@@ -86,8 +86,11 @@ def values() -> dict[str, str]:
         "closed-distilled": _closed(learned, "distillation=1"),
         "max-autotune": _max_autotune_gain(kernels),
         "hours-8b": _hours(rates_table(LEARNING), "llama-3.1-8b", 90e6),
-        "refit-before": f"{refitted['distillation=1']:.1f}",
-        "refit-after": f"{refitted['distillation=1, refitted on novels']:.1f}",
+        "two-gpus": _gain_of_two(rates_table(LEARNING)),
+        "refit-before": f"{refitted['patch-joint', 0.45, 'distillation=1']:.1f}",
+        "refit-after": f"{refitted['patch-joint', 0.45, 'distillation=1, refitted on novels']:.1f}",
+        "refit-wanda-before": f"{refitted['wanda', 0.5, '']:.0f}",
+        "refit-wanda-after": f"{refitted['wanda', 0.5, 'refitted on novels']:.0f}",
         "smallest-tile": f"{by_tile['16x16']:.1f}",
         "largest-tile": f"{by_tile['128x128']:.1f}",
     }
@@ -123,6 +126,16 @@ def _hours(rates: Table, model: str, tokens: float) -> str:
     (rate,) = (row[column] for row in rates.rows if row[0] == model)
     assert isinstance(rate, Measured)
     return f"{tokens / rate.value / 3600:.1f}"
+
+
+def _gain_of_two(rates: Table) -> str:
+    """How much faster two GPUs of a kind learn than one, the shapes and passes being the same."""
+    gpus, rate = ([column.name for column in rates.columns].index(name) for name in ("gpus", "rate"))
+    by_gpus = {row[gpus]: row[rate] for row in rates.rows}
+    (pair,) = (name for name in by_gpus if str(name).startswith("2 x "))
+    together, alone = by_gpus[pair], by_gpus[str(pair).replace("2 x", "1 x")]
+    assert isinstance(together, Measured) and isinstance(alone, Measured)
+    return f"{together.value / alone.value:.2f}"
 
 
 def contents() -> dict[Path, tuple[dict[str, str], dict[str, str]]]:
