@@ -344,13 +344,15 @@ class _Run:
         loss, cross_entropy = losses(tokens)
         kept, squares = self._sums()
         density = kept.sum() / self._elements
+        penalty = -weight_penalty * self._kept_size(squares)
         if self.recipe.mode != "maskllm":
             acted_on = density if self.recipe.density == "sampled" else self._expected_density(tile_scale)
-            loss = loss + self.recipe.sparsity_penalty * (acted_on - (1 - self._sparsity)).abs()
-        loss = loss - weight_penalty * self._kept_size(squares)
+            penalty = penalty + self.recipe.sparsity_penalty * (acted_on - (1 - self._sparsity)).abs()
+        # Gradients of the text's part are summed over ranks, each with its share of the text; penalties are common.
         # Divided, so that neither gradient nor penalties depend on the size of a micro-batch.
-        (loss / (self.recipe.batch // self.recipe.microbatch)).backward()
-        return torch.stack([loss.detach(), cross_entropy.detach(), density.detach()])
+        objective = loss / self.ranks.size + penalty
+        (objective / (self.recipe.batch // self.recipe.microbatch)).backward()
+        return torch.stack([(loss + penalty).detach(), cross_entropy.detach(), density.detach()])
 
     def drop_gradients(self, keep_memory: bool) -> None:
         """Gradients to nothing: zero, or gone."""

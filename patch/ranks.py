@@ -59,7 +59,7 @@ class Ranks:
         return batch.tensor_split(self.size)[self.rank]
 
     def gather(self, parts: Sequence[Tensor], rows: Sequence[int], tile_rows: int) -> list[Tensor]:
-        """Whole weights from every rank's rows; backward, each rank gets the mean over ranks of its rows' gradient.
+        """Whole weights from every rank's rows; backward, each rank gets the sum over ranks of its rows' gradients.
 
         Several at a time cross as one, which takes a fraction of the time of one after the other.
 
@@ -144,7 +144,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         padded = [_padded(grad, share * ctx.size) for grad, share in zip(grads, ctx.shares, strict=True)]
         mine = _reduce_scattered(padded, ctx.size)
-        return None, None, None, *(part[:held] / ctx.size for part, held in zip(mine, ctx.held, strict=True))
+        return None, None, None, *(part[:held] for part, held in zip(mine, ctx.held, strict=True))
 
 
 class _Total(torch.autograd.Function):
