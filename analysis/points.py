@@ -31,6 +31,7 @@ DEPARTURES = (
     "learning.recipe.density",
     "learning.recipe.logit_dtype",
     "learning.recipe.tile_ranking",
+    "tile_ranking",
     "refit.source",
 )
 # The one setting that is said of a part of a definition, where it tells that part from others.

@@ -227,9 +227,12 @@ def prune(
     structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
     sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights.")] = 0.5,
     tile: Tile = "128x128",
-    calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT and --refit see.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    tile_ranking: Annotated[
+        str, typer.Option(help="Which tiles stay dense: ranked within each weight, or over the model.")
+    ] = "weight",
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     refit: Refit = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
@@ -241,7 +244,7 @@ def prune(
     from experiments import studies
 
     seen = studies.Calibration(calibration, windows, length, seed)
-    pruning = studies.one_shot(model, method, structure, sparsity, _tile(tile), seen)
+    pruning = studies.one_shot(model, method, structure, sparsity, _tile(tile), seen, tile_ranking)
     if refit:
         pruning = studies.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)

@@ -53,6 +53,9 @@ def pruning_flops(pruning: Pruning) -> float | None:
         return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
     tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
     total = 4.0 * weights * tokens
+    if pruning.tile_ranking == "model":
+        # Forward, and backward to inputs and weights.
+        total += 6.0 * weights * tokens
     if pruning.method == "sparsegpt":
         # X X^T of every input, its inverse factor, and the update of all columns to the right of each.
         total += sum(
@@ -132,6 +135,12 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         squares = sum(4 * cols**2 for _, cols in shapes)
         calibration = pruning.refit or pruning.calibration
         tokens = calibration.windows * calibration.length if calibration else 0
+        if pruning.tile_ranking == "model" and calibration and not pruning.refit:
+            # Once the whole model, its gradients, and a window's activations and predictions.
+            states = _activations(spec, calibration.length, spec.blocks) + 10.0 * calibration.length * spec.vocab
+            return (
+                2 * parameters + 2 * sum(rows * cols * count for (rows, cols), count in shapes.items()) + states
+            ) / GIB
         return (12 * block + 2 * squares + 4 * tokens * spec.hidden) / GIB
     weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
     recipe = pruning.learning.recipe

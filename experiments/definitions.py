@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.mask import TileShape, check_tile
-from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe
+from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe, TileRanking
 
 ONE_SHOT = tuple(oneshot.METHODS)
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
@@ -27,9 +27,9 @@ STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
 _MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
 
 
-def needs_calibration(method: str) -> bool:
-    """Whether a method looks at activations."""
-    return method in ONE_SHOT and oneshot.METHODS[method].statistic is not None
+def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
+    """Whether a method looks at activations, or ranks its tiles by text."""
+    return method in ONE_SHOT and (oneshot.METHODS[method].statistic is not None or tile_ranking == "model")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class Pruning:
         calibration: text for one-shot methods that need activations.
         learning: text and recipe for learned methods.
         prior: the pruning whose mask a learned method starts from (patterns and tile scores) or, in tile mode, keeps.
+        tile_ranking: which tiles of a one-shot hybrid mask stay dense: ``weight``, of every weight one share, by the
+            method's own scores; ``model``, those that cost the whole model most, as the calibration text shows, if they
+            drop what the method's 2:4 mask drops (`patch.sensitivity`).
         refit: text on which the weights that the mask keeps are fitted to the dense outputs (`patch.refit`), once the
             mask is found without it; None leaves them as they are.
     """
@@ -81,6 +84,7 @@ class Pruning:
     revision: str | None = None
     # Younger than published rows: their prunings keep their names.
     refit: Calibration | None = field(default=None, metadata={"added": True})
+    tile_ranking: str = field(default="weight", metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
@@ -104,8 +108,18 @@ class Pruning:
             if self.tile is None:
                 raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
             object.__setattr__(self, "tile", check_tile(self.tile))
-        if needs_calibration(self.method) and self.calibration is None:
-            raise UserError(f"{self.method} needs calibration text")
+        check_name("tile ranking", self.tile_ranking, get_args(TileRanking))
+        if self.tile_ranking == "model" and (self.method not in ONE_SHOT or self.structure != "hybrid"):
+            raise UserError(
+                f"tile ranking 'model' is for hybrid masks of {', '.join(ONE_SHOT)}, not {self.method} {self.structure}"
+                + (": a recipe has its own" if self.method in LEARNED else "")
+            )
+        if needs_calibration(self.method, self.tile_ranking) and self.calibration is None:
+            raise UserError(
+                f"{self.method} with tiles ranked over the model needs calibration text"
+                if self.tile_ranking == "model"
+                else f"{self.method} needs calibration text"
+            )
         if self.method in LEARNED:
             if self.learning is None:
                 raise UserError(f"{self.method} needs text and a recipe to learn with")
@@ -120,8 +134,13 @@ class Pruning:
 
     @property
     def base(self) -> "Pruning | None":
-        """The pruning that must be there before: the same without refit, or else the prior."""
-        return self.prior if self.refit is None else dataclasses.replace(self, refit=None)
+        """The pruning that must be there before: the same without refit, the 2:4 mask that ranks tiles, the prior."""
+        if self.refit is not None:
+            return dataclasses.replace(self, refit=None)
+        if self.tile_ranking == "model":
+            seen = self.calibration if needs_calibration(self.method) else None
+            return dataclasses.replace(self, structure="2:4", sparsity=0.5, calibration=seen, tile_ranking="weight")
+        return self.prior
 
     @property
     def learns(self) -> bool:
@@ -279,6 +298,8 @@ def describe(pruning: Pruning) -> str:
         parts += _changes(pruning.learning.recipe, RECIPES[pruning.method])
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
+    if pruning.tile_ranking != "weight":
+        parts.append(f"tile_ranking {pruning.tile_ranking}")
     if pruning.refit:
         parts.append("refitted")
     return " ".join(parts)

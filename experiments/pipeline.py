@@ -24,14 +24,16 @@ from experiments.machine import Machine
 from experiments.provenance import provenance
 from experiments.stopping import deferred_signals
 from experiments.store import Fact, Store
+from patch.budget import cut_globally
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.learner import CHECKPOINT as LEARNER_STATE
 from patch.learner import Learned, Prior, Stopped, learn
-from patch.mask import HybridMask, tile_grid
+from patch.mask import HybridMask, tile_grid, tile_sizes
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
 from patch.refit import refit_model
+from patch.sensitivity import tile_sensitivity
 
 
 def stages(trial: Trial) -> list[str]:
@@ -302,14 +304,16 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
             if metric != "step"
         ]
     else:
+        windows = _calibration_windows(pruning.calibration, tokenizer, machine, sources)
         layers = prune_model(
             model,
             pruning.method,
             pruning.structure,
             pruning.sparsity,
             pruning.tile,
-            _calibration_windows(pruning.calibration, tokenizer, machine, sources),
+            windows,
             machine.device,
+            dense=_ranked_tiles(pruning, model, windows, store, machine),
             on_block=lambda done, total: machine.progress(describe(pruning), done, total),
         )
         masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
@@ -355,6 +359,29 @@ def _calibration_windows(
     documents = text.load_documents(wanted.source, machine.data)
     sources[wanted.source] = documents.sha256
     return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+def _ranked_tiles(
+    pruning: Pruning, model: nn.Module, windows: Tensor | None, store: Store, machine: Machine
+) -> dict[str, Tensor] | None:
+    """The tiles that stay dense if they are ranked over the whole model, which visits the device; else None."""
+    if pruning.tile_ranking != "model":
+        return None
+    assert pruning.base is not None and pruning.tile is not None and windows is not None
+    label = f"{describe(pruning)}: ranking tiles"
+    masks = load_masks(store.checkpoint_path(pruning.base))
+    patterns = {name: mask.patterns for name, mask in masks.items()}
+    cost = tile_sensitivity(
+        model.to(machine.device),
+        patterns,
+        pruning.tile,
+        windows,
+        pruning.seed,
+        on_sequence=lambda done, total: machine.progress(label, done, total),
+    )
+    model.to("cpu")
+    sizes = {name: tile_sizes(mask.shape, pruning.tile) for name, mask in masks.items()}
+    return cut_globally(cost, sizes, pruning.sparsity)
 
 
 def _refit(

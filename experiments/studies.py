@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from analysis.names import PAPER_TASKS
 from experiments import models
@@ -30,7 +30,7 @@ from experiments.definitions import (
 from experiments.tasks import EMBEDDED_TASK
 from patch.errors import check_name
 from patch.mask import TileShape
-from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe
+from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe, TileRanking
 
 Trials = tuple[Trial, ...]
 TARGETS = (0.45, 0.35, 0.25)
@@ -50,9 +50,15 @@ def dense(model: str) -> Pruning:
 
 
 def one_shot(
-    model: str, method: str, structure: str, sparsity: float, tile: TileShape | None, calibration: Calibration
+    model: str,
+    method: str,
+    structure: str,
+    sparsity: float,
+    tile: TileShape | None,
+    calibration: Calibration,
+    tile_ranking: str = "weight",
 ) -> Pruning:
-    """Magnitude, Wanda or SparseGPT; magnitude needs no calibration text and its hash ignores it."""
+    """Magnitude, Wanda or SparseGPT; where no calibration text is needed, the hash ignores it."""
     check_name("one-shot method", method, ONE_SHOT)
     return Pruning(
         model,
@@ -60,8 +66,9 @@ def one_shot(
         structure,
         sparsity,
         None if structure == "unstructured" else tile,
-        calibration=calibration if needs_calibration(method) else None,
+        calibration=calibration if needs_calibration(method, tile_ranking) else None,
         revision=models.local_revision(model),
+        tile_ranking=tile_ranking,
     )
 
 
@@ -179,6 +186,17 @@ def embedded_priors() -> Trials:
     )
 
 
+def embedded_rankings() -> Trials:
+    """What ranking the tiles of one-shot hybrid masks over the whole model adds, on the embedded model."""
+    prunings = [
+        one_shot("embedded", method, "hybrid", target, _EMBEDDED_TILE, _EMBEDDED_CALIBRATION, ranking)
+        for method in ONE_SHOT
+        for target in TARGETS
+        for ranking in get_args(TileRanking)
+    ]
+    return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
+
+
 def embedded_distillation() -> Trials:
     """What learning from the dense model adds: PATCH joint at 45% on the embedded model, two seeds, validation text."""
     return _embedded_ablation(
@@ -270,9 +288,10 @@ def smollm2_oneshot() -> Trials:
                 for structure in ("2:4", "unstructured")
             ),
             *(
-                one_shot(model, method, "hybrid", target, tile, calibration)
+                one_shot(model, method, "hybrid", target, tile, calibration, ranking)
                 for method in ("wanda", "sparsegpt")
                 for target in TARGETS
+                for ranking in get_args(TileRanking)
             ),
         ],
         _SMOLLM2_EVALUATION,
@@ -475,6 +494,9 @@ STUDIES = {
         "what learning from the dense model adds on the embedded model, at 45%", embedded_distillation
     ),
     "embedded-priors": Study("which tiles of the embedded model should start as dense, at 45%", embedded_priors),
+    "embedded-rankings": Study(
+        "which tiles of one-shot hybrid masks stay dense, on the embedded model", embedded_rankings
+    ),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded_refit),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", frontier),
     "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", frontier_smollm2),

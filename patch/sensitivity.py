@@ -12,7 +12,7 @@ mean, the sum over its tokens: one backward pass a sequence serves all tiles.
     >>> dense = cut_globally(cost, sizes, 0.35)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ def tile_sensitivity(
     sequences: Tensor,
     seed: int,
     ranks: Ranks = ALONE,
+    on_sequence: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Expected rise of the divergence from the dense model if one tile alone becomes 2:4.
 
@@ -45,6 +46,7 @@ def tile_sensitivity(
             prunable weights in memory at once.
         seed: of the tokens that are drawn from the model's predictions.
         ranks: each takes its share of the sequences; all get the same numbers.
+        on_sequence: called after each sequence with the number of sequences done, by all ranks, and of all.
 
     Returns:
         Per weight, in model order, float32 ``[R, C]`` on the CPU, nats a token.
@@ -73,6 +75,8 @@ def tile_sensitivity(
             for weight, grad, keep, square in zip(weights, grads, kept, squares, strict=True):
                 lost = (weight.detach().float() * grad.float()).masked_fill_(keep, 0)
                 square += tile_sums(lost, tile).square_()
+            if on_sequence:
+                on_sequence(min(index - ranks.rank + ranks.size, len(sequences)), len(sequences))
     cost = {
         name: ranks.total(square).cpu() / (2 * sequences.numel()) for name, square in zip(linears, squares, strict=True)
     }

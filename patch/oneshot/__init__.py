@@ -58,14 +58,15 @@ def prune_model(
     windows: Tensor | None,
     device: torch.device | str,
     *,
+    dense: Mapping[str, Tensor] | None = None,
     batch: int = 8,
     on_block: Callable[[int, int], None] | None = None,
 ) -> dict[str, PrunedLayer]:
     """Prune every prunable weight of ``model`` in place, block by block; the model stays on its own device.
 
     Hybrid pruning at a budget gives each weight the same sparsity, in whole tiles, and carries the rounding from one
-    weight to the next, so the model's total is off by less than one tile's zeros. If pruning fails half-way, blocks
-    already done stay pruned: load the model again.
+    weight to the next, so the model's total is off by less than one tile's zeros; with ``dense`` tiles it is theirs. If
+    pruning fails half-way, blocks already done stay pruned: load the model again.
 
     Args:
         method: one of `METHODS`.
@@ -74,6 +75,7 @@ def prune_model(
         tile: rows x columns; not used for unstructured pruning.
         windows: calibration token ids, integer ``[n, length]``; not used by magnitude.
         device: where blocks are run and pruned, one at a time.
+        dense: for hybrid pruning, per weight the tiles that stay dense, bool ``[R, C]``; then ``sparsity`` is not used.
         batch: calibration windows per forward pass.
         on_block: called after each block with the number of blocks done and of all blocks.
 
@@ -87,9 +89,13 @@ def prune_model(
     check_name("one-shot structure", structure, STRUCTURES)
     linears = prunable_linears(model)
     tile = _check_structure(structure, sparsity, tile, linears)
+    if dense is not None:
+        _check_dense(dense, structure, tile, linears)
     budget = UniformBudget(sparsity) if structure == "hybrid" else None
 
     def tile_map(name: str, losses: Tensor) -> Tensor:
+        if dense is not None:
+            return dense[name]
         if budget is not None:
             assert tile is not None
             return budget.cut(losses, tile_sizes(linears[name].weight.shape, tile))
@@ -175,3 +181,17 @@ def _check_structure(
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return check_tile(tile)
+
+
+def _check_dense(
+    dense: Mapping[str, Tensor], structure: str, tile: TileShape | None, linears: Mapping[str, nn.Linear]
+) -> None:
+    if structure != "hybrid" or tile is None:
+        raise UserError(f"dense tiles are chosen for structure hybrid, not {structure}")
+    for name, linear in linears.items():
+        if name not in dense:
+            raise UserError(f"{name}: nothing says which of its tiles stay dense")
+        grid = tile_grid(linear.weight.shape, tile)
+        if dense[name].dtype != torch.bool or tuple(dense[name].shape) != grid:
+            found = f"{dense[name].dtype} {tuple(dense[name].shape)}"
+            raise UserError(f"{name}: its dense tiles are {found}, need bool {grid}")

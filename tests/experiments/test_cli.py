@@ -113,6 +113,16 @@ def test_a_checkpoint_passes_its_audit_and_is_not_overwritten(hts, tiny_model: P
     assert_refused(hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16", "--out", pruned), "already")
 
 
+def test_tiles_of_a_hybrid_mask_are_ranked_over_the_model(
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16, "--tile", "16x16"]
+    asked = ["--structure", "hybrid", "--sparsity", 0.35, "--tile-ranking", "model", "--out", tmp_path / "made"]
+    code, _, err = hts("prune", tiny_model, "--method", "wanda", *seen, *asked)
+    assert code == 0, err
+    assert load_info(tmp_path / "made")["definition"]["tile_ranking"] == "model"
+
+
 @pytest.mark.parametrize("refit", [[], ["--refit"]], ids=["as-is", "refit"])
 def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
     hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, refit: list[str]
@@ -199,7 +209,7 @@ def test_the_demo_and_smollm2_studies_have_the_points_that_are_reported() -> Non
         "patch-joint hybrid 35% 64x64 lr 0.003",
         "patch-joint hybrid 25% 64x64 lr 0.003",
     ]
-    assert len(STUDIES["smollm2-oneshot"].trials()) == 13
+    assert len(STUDIES["smollm2-oneshot"].trials()) == 19
 
 
 @pytest.mark.parametrize("command", ["studies", "models", "doctor"])

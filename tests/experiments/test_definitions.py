@@ -109,6 +109,19 @@ def test_a_refit_stands_on_the_same_pruning_without_it() -> None:
     assert plain.learns and not fitted.learns and not sparsegpt().learns
 
 
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_tiles_that_are_ranked_over_the_model_stand_on_the_two_four_mask(method: str) -> None:
+    plain, ranked = (
+        studies.one_shot("embedded", method, "hybrid", 0.35, (64, 64), Calibration(), ranking)
+        for ranking in ("weight", "model")
+    )
+    assert "tile_ranking" not in definition(plain)
+    two_four = studies.one_shot("embedded", method, "2:4", 0.5, (64, 64), Calibration())
+    assert lineage(ranked) == [two_four, ranked] and ranked.calibration == Calibration()
+    fitted = studies.refitted(ranked, Calibration())
+    assert lineage(fitted) == [two_four, ranked, fitted]
+
+
 def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
     one, other = (Trial(joint(), Evaluation((Perplexity(length=length),))) for length in (512, 1024))
     assert key(one) != key(other) and key(one.pruning) == key(other.pruning)
@@ -127,6 +140,15 @@ def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
         pytest.param(joint, {"learning": Learning("c4", RECIPES["maskllm"])}, "recipe of mode joint", id="other-mode"),
         pytest.param(joint, {"prior": sparsegpt(tile=(32, 32))}, "same model and tile", id="prior-of-another-tile"),
         pytest.param(sparsegpt, {"calibration": None}, "needs calibration text", id="uncalibrated"),
+        pytest.param(
+            sparsegpt,
+            {"method": "magnitude", "structure": "hybrid", "tile_ranking": "model", "calibration": None},
+            "magnitude with tiles ranked over the model needs calibration text",
+            id="ranked-uncalibrated",
+        ),
+        pytest.param(sparsegpt, {"tile_ranking": "model"}, "not sparsegpt 2:4", id="ranked-2:4"),
+        pytest.param(joint, {"tile_ranking": "model"}, "a recipe has its own", id="ranked-learned"),
+        pytest.param(sparsegpt, {"tile_ranking": "modle"}, "did you mean model", id="unknown-ranking"),
         pytest.param(sparsegpt, {"method": "dense"}, "cannot have structure 2:4", id="dense-2:4"),
         pytest.param(sparsegpt, {"structure": "unstructured", "sparsity": 1.0}, "not including, 1", id="all-dropped"),
         pytest.param(
@@ -157,6 +179,7 @@ def test_descriptions_tell_prunings_apart() -> None:
         joint(seed=1),
         joint(tile=(32, 64), prior=None),
         joint(refit=Calibration()),
+        sparsegpt(structure="hybrid", sparsity=0.35, tile_ranking="model"),
     ]
     assert len({describe(pruning) for pruning in prunings}) == len(prunings)
     assert describe(joint()) == "embedded patch-joint hybrid 45% 64x64"

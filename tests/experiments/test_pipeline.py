@@ -16,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
 from analysis.lines import from_lines
-from experiments import pipeline, studies
-from experiments.definitions import Calibration, Trial
+from experiments import pipeline, studies, text
+from experiments.definitions import Calibration, Evaluation, Trial
 from experiments.machine import Machine
+from experiments.models import load_model
 from experiments.store import Store
+from patch.budget import cut_globally
 from patch.checkpoint import audit, load_info, load_masks
 from patch.errors import UserError
+from patch.mask import tile_sizes
+from patch.sensitivity import tile_sensitivity
 
 DRIVER = """
 import sys
@@ -173,6 +177,28 @@ def test_a_refit_keeps_the_masks_and_stands_on_their_checkpoint(
     rows = {row["metric"]: row for row in store.read_rows(fitted, "prune") if row["labels"].get("layer") == name}
     assert rows["refitted_output_error"]["value"] < rows["masked_output_error"]["value"]
     assert litter(root) == []
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_dense_tiles_are_those_that_cost_the_model_most(
+    method: str, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    store, told = Store(tmp_path), []
+    seen = Calibration(str(tiny_text), 8, 16)
+    pruning = studies.one_shot(str(tiny_model), method, "hybrid", 0.35, (16, 16), seen, "model")
+    pipeline.validate([Trial(pruning, Evaluation(()))], None)
+    path = pipeline.ensure_checkpoint(pruning, store, Machine("cpu", None, lambda label, *_: told.append(label)))
+    assert path is not None and any("ranking tiles" in label for label in told)
+    masks, two_four = load_masks(path), load_masks(store.checkpoint_path(pruning.base))
+    model, tokenizer = load_model(str(tiny_model), device="cpu", dtype=torch.float32)
+    windows = text.calibration_windows(text.load_documents(str(tiny_text), None), tokenizer, 8, 16, 0)
+    patterns = {name: mask.patterns for name, mask in two_four.items()}
+    cost = tile_sensitivity(model, patterns, (16, 16), windows, 0)
+    sizes = {name: tile_sizes(mask.shape, (16, 16)) for name, mask in masks.items()}
+    expected = cut_globally(cost, sizes, 0.35)
+    assert all(torch.equal(mask.dense, expected[name]) for name, mask in masks.items())
+    assert len({int(mask.dense.sum()) for mask in masks.values()}) > 2, "every weight has the same share"
+    assert litter(tmp_path) == []
 
 
 def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:

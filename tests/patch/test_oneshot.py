@@ -184,6 +184,21 @@ def test_hybrid_meets_its_budget_within_a_tile_over_the_model(method: str, targe
             assert sparse.max() <= dense.min(), "a tile was made sparse while one that loses less stayed dense"
 
 
+def some_dense_tiles() -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(3)
+    grids = {name: tile_grid(weight.weight.shape, TILE) for name, weight in prunable_linears(make_model()).items()}
+    return {name: torch.rand(grid, generator=source) < 0.3 for name, grid in grids.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiles_may_be_chosen_beforehand(method: str) -> None:
+    dense = some_dense_tiles()
+    layers = prune(model := make_model(), method, "hybrid", dense=dense)
+    for name, layer in layers.items():
+        assert layer.mask is not None and torch.equal(layer.mask.dense, dense[name])
+        assert int((prunable_linears(model)[name].weight == 0).sum()) == layer.zeros == layer.mask.zeros
+
+
 @pytest.mark.parametrize("structure", ["2:4", "hybrid"])
 @pytest.mark.parametrize("method", METHODS)
 def test_tile_scores_are_what_two_four_loses_of_the_original_weights(method: str, structure: str) -> None:
@@ -263,6 +278,13 @@ def test_progress_is_told_after_every_block(method: str) -> None:
         pytest.param({"tile": (16, 30)}, "multiple of 4", id="tile-cuts-a-group"),
         pytest.param({"tile": (48, 32)}, r"k_proj: tile 48x32 is larger than the weight 32x64", id="tile-too-large"),
         pytest.param({"batch": 0}, "batch 0", id="batch"),
+        pytest.param({"dense": {}}, "q_proj: nothing says which of its tiles", id="no-dense-tiles"),
+        pytest.param(
+            {"dense": {name: tiles[:1] for name, tiles in some_dense_tiles().items()}}, "need bool", id="other-tiles"
+        ),
+        pytest.param(
+            {"dense": some_dense_tiles(), "structure": "2:4", "sparsity": 0.5}, "for structure hybrid", id="dense-2:4"
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_weight_changes(arguments: dict[str, Any], message: str) -> None:
