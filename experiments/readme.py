@@ -36,6 +36,7 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
         "accuracy",
         ("method", "structure", "variant", "achieved_sparsity", "perplexity", "accuracy lambada", "mean_accuracy"),
     ),
+    "rankings": ("embedded-rankings", "accuracy", ("method", "variant", "achieved_sparsity", "perplexity")),
     "oneshot": ("smollm2-oneshot", "accuracy", (*_ABOUT, "perplexity", "accuracy lambada", "mean_accuracy")),
     "ablation": ("recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
     "distillation": ("embedded-distillation", "accuracy", ("method", "variant", "seeds", "perplexity")),

@@ -187,14 +187,16 @@ def embedded_priors() -> Trials:
 
 
 def embedded_rankings() -> Trials:
-    """What ranking the tiles of one-shot hybrid masks over the whole model adds, on the embedded model."""
+    """What ranking the tiles of one-shot hybrid masks over the whole model adds on the embedded model; then refitting."""
     prunings = [
         one_shot("embedded", method, "hybrid", target, _EMBEDDED_TILE, _EMBEDDED_CALIBRATION, ranking)
-        for method in ONE_SHOT
+        for method in ("wanda", "sparsegpt")
         for target in TARGETS
         for ranking in get_args(TileRanking)
     ]
-    return _trials([dense("embedded"), *prunings], _EMBEDDED_EVALUATION)
+    best = [pruning for pruning in prunings if (pruning.method, pruning.tile_ranking) == ("sparsegpt", "model")]
+    fitted = [refitted(pruning, _EMBEDDED_CALIBRATION) for pruning in best]
+    return _trials([dense("embedded"), *prunings, *fitted], _EMBEDDED_EVALUATION)
 
 
 def embedded_distillation() -> Trials:
