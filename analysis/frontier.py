@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -72,6 +73,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
     ratios = [*heights, 1][:rows]
     figure = new_figure(WIDTHS[width], 0.4 + (2.3 if beside else 1.95 * sum(ratios)))
     grid = figure.add_gridspec(rows, 2 if beside else len(models), height_ratios=ratios)
+    keyed: tuple[Axes, Legend] | None = None
     for place, (model, chosen) in enumerate(zip(models, by_model, strict=True)):
         panel = lowest = figure.add_subplot(grid[len(heights) - 1, place])
         band = figure.add_subplot(grid[0, place], sharex=panel) if steps else None
@@ -86,9 +88,24 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
         if len(models) > 1:
             (band or panel).set_title(model)
         if place == 0 and (keys := [*_structure_handles(chosen), *variant_handles(chosen)]):
-            panel.legend(handles=keys, loc="upper left", borderaxespad=0.2, labelspacing=0.3)
+            keyed = panel, panel.legend(handles=keys, loc="upper left", borderaxespad=0.2, labelspacing=0.3)
     add_legend(figure, method_handles(points), 3 if width == "single" else 7)
+    if keyed:
+        figure.draw_without_rendering()
+        _make_room(*keyed)
     return figure
+
+
+def _make_room(panel: Axes, legend: Legend) -> None:
+    """Raise the panel's upper end, on its log scale, until none of its points lies behind the legend at its top."""
+    to_panel = panel.transAxes.inverted()
+    box = legend.get_window_extent().transformed(to_panel)
+    # Not the dense line and the sign of a broken axis, which are placed on the panel.
+    drawn = [line.get_xydata() for line in panel.lines if line.get_transform() == panel.transData]
+    heights = [y for points in drawn for x, y in to_panel.transform(panel.transData.transform(points)) if x <= box.x1]
+    if heights and max(heights) > box.y0 - 0.03:
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, low * (high / low) ** (max(heights) / (box.y0 - 0.03)))
 
 
 def _measured_text(frame: pd.DataFrame, text: Text | None) -> Text:

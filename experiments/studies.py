@@ -187,7 +187,7 @@ def embedded_priors() -> Trials:
 
 
 def embedded_rankings() -> Trials:
-    """What ranking the tiles of one-shot hybrid masks over the whole model adds on the embedded model; then refitting."""
+    """What ranking the tiles of one-shot hybrid masks over the model adds, on the embedded model; refitted too."""
     prunings = [
         one_shot("embedded", method, "hybrid", target, _EMBEDDED_TILE, _EMBEDDED_CALIBRATION, ranking)
         for method in ("wanda", "sparsegpt")

@@ -111,6 +111,24 @@ def test_what_diverged_is_named_above_the_scale(
     assert str(worst) in [text.get_text() for text in band.texts]
 
 
+def test_no_point_lies_behind_the_names_of_variants(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    trials = {
+        f"{target} {ranking}": make_trial(
+            f"{target} {ranking}",
+            make_pruning("m", "wanda", "hybrid", target, tile_ranking=ranking),
+            20.0 + 100 * target,
+        )
+        for target in (0.05, 0.45)
+        for ranking in ("weight", "model")
+    }
+    figure = draw_frontier(study(trials))
+    (panel,) = figure.axes
+    figure.draw_without_rendering()
+    box = panel.get_legend().get_window_extent()
+    points = [panel.transData.transform(point) for point in drawn([panel])]
+    assert len(points) == 4 and not any(box.contains(x, y) for x, y in points)
+
+
 def test_a_wide_range_has_a_logarithmic_axis_with_plain_numbers(
     study: Study, make_pruning: Make, make_trial: Make
 ) -> None:
