@@ -116,7 +116,7 @@ def test_no_point_lies_behind_the_names_of_variants(study: Study, make_pruning: 
         f"{target} {ranking}": make_trial(
             f"{target} {ranking}",
             make_pruning("m", "wanda", "hybrid", target, tile_ranking=ranking),
-            20.0 + 100 * target,
+            120.0 - 200 * target,
         )
         for target in (0.05, 0.45)
         for ranking in ("weight", "model")
