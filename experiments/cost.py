@@ -129,20 +129,19 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         # With packed stages also the dense and the packed model, and one in float32 to compare logits with.
         models_ = 2 if evaluation.packed is None else 10
         return (models_ * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
     if not pruning.learns or pruning.learning is None:
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)
         squares = sum(4 * cols**2 for _, cols in shapes)
         calibration = pruning.refit or pruning.calibration
         tokens = calibration.windows * calibration.length if calibration else 0
+        most = 12.0 * block + 2 * squares + 4 * tokens * spec.hidden
         if pruning.tile_ranking == "model" and calibration and not pruning.refit:
-            # Once the whole model, its gradients, and a window's activations and predictions.
+            # The whole model, gradients and masks of its weights, and one window's activations and predictions.
             states = _activations(spec, calibration.length, spec.blocks) + 10.0 * calibration.length * spec.vocab
-            return (
-                2 * parameters + 2 * sum(rows * cols * count for (rows, cols), count in shapes.items()) + states
-            ) / GIB
-        return (12 * block + 2 * squares + 4 * tokens * spec.hidden) / GIB
-    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+            most = max(most, 2 * parameters + 3 * weights + states)
+        return most / GIB
     recipe = pruning.learning.recipe
     tile = pruning.tile or (1, 1)
     logits = 0.0 if recipe.mode == "tile" else 6 / 4

@@ -349,18 +349,20 @@ def smollm2_tiles() -> Trials:
 
 def smollm2_refit() -> Trials:
     """What fitting the kept weights adds to masks of SmolLM2-135M: one-shot and learned, 2:4 and hybrid."""
+    model, tile = "smollm2-135m", (64, 64)
     calibration = Calibration("novels", 128, 2048)
     prunings = [
         *(
-            one_shot("smollm2-135m", method, structure, target, (64, 64), calibration)
+            one_shot(model, method, structure, target, tile, calibration)
             for method in ("wanda", "sparsegpt")
             for structure, target in (("2:4", 0.5), ("hybrid", 0.45))
         ),
+        *(one_shot(model, "sparsegpt", "hybrid", target, tile, calibration, "model") for target in TARGETS),
         _smollm2("maskllm", 0.5, distillation=1.0),
         *(_smollm2("patch-joint", target, distillation=1.0) for target in TARGETS),
     ]
     fitted = [refitted(pruning, calibration) for pruning in prunings]
-    return _trials([dense("smollm2-135m"), *prunings, *fitted], _SMOLLM2_EVALUATION)
+    return _trials([dense(model), *prunings, *fitted], _SMOLLM2_EVALUATION)
 
 
 def recipe_ablation() -> Trials:

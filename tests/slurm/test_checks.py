@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cost, models
+from experiments import cost, models, studies
+from experiments.definitions import Calibration
 from experiments.studies import STUDIES
 from patch.errors import UserError
 from slurm import checks, plan, queue
@@ -66,6 +67,15 @@ def test_learning_a_7b_model_does_not_fit_one_gpu_of_80_gib() -> None:
         checks.check_definitions(trials, None, Cluster(gpu_memory=80))
     one_shot = [trial for trial in trials if trial.pruning.method == "sparsegpt"]
     checks.check_definitions(one_shot, None, Cluster(gpu_memory=80))
+
+
+def test_ranking_tiles_over_the_model_takes_the_whole_model() -> None:
+    needs = [
+        cost.memory(studies.one_shot("llama-2-7b", "wanda", "hybrid", 0.35, (128, 128), Calibration(), ranking)) or 0
+        for ranking in ("weight", "model")
+    ]
+    # Weights and gradients of two bytes: 25 GiB of 6.7 thousand million.
+    assert needs[0] < 10 and 25 < needs[1] < 45
 
 
 def test_memory_grows_with_what_is_kept() -> None:
