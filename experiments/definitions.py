@@ -115,11 +115,8 @@ class Pruning:
                 + (": a recipe has its own" if self.method in LEARNED else "")
             )
         if needs_calibration(self.method, self.tile_ranking) and self.calibration is None:
-            raise UserError(
-                f"{self.method} with tiles ranked over the model needs calibration text"
-                if self.tile_ranking == "model"
-                else f"{self.method} needs calibration text"
-            )
+            ranked = " with tiles ranked over the model" if self.tile_ranking == "model" else ""
+            raise UserError(f"{self.method}{ranked} needs calibration text")
         if self.method in LEARNED:
             if self.learning is None:
                 raise UserError(f"{self.method} needs text and a recipe to learn with")

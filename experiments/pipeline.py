@@ -24,16 +24,15 @@ from experiments.machine import Machine
 from experiments.provenance import provenance
 from experiments.stopping import deferred_signals
 from experiments.store import Fact, Store
-from patch.budget import cut_globally
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.learner import CHECKPOINT as LEARNER_STATE
 from patch.learner import Learned, Prior, Stopped, learn
-from patch.mask import HybridMask, tile_grid, tile_sizes
+from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.prunable import prunable_linears
 from patch.refit import refit_model
-from patch.sensitivity import tile_sensitivity
+from patch.sensitivity import dearest_tiles
 
 
 def stages(trial: Trial) -> list[str]:
@@ -370,18 +369,17 @@ def _ranked_tiles(
     assert pruning.base is not None and pruning.tile is not None and windows is not None
     label = f"{describe(pruning)}: ranking tiles"
     masks = load_masks(store.checkpoint_path(pruning.base))
-    patterns = {name: mask.patterns for name, mask in masks.items()}
-    cost = tile_sensitivity(
+    dense = dearest_tiles(
         model.to(machine.device),
-        patterns,
+        {name: mask.patterns for name, mask in masks.items()},
         pruning.tile,
         windows,
         pruning.seed,
+        pruning.sparsity,
         on_sequence=lambda done, total: machine.progress(label, done, total),
     )
     model.to("cpu")
-    sizes = {name: tile_sizes(mask.shape, pruning.tile) for name, mask in masks.items()}
-    return cut_globally(cost, sizes, pruning.sparsity)
+    return dense
 
 
 def _refit(

@@ -45,7 +45,7 @@ from patch.ranks import ALONE, Ranks
 from patch.recipe import Recipe, Settings
 from patch.relax import SampledWeight
 from patch.replay import Replayed
-from patch.sensitivity import tile_sensitivity
+from patch.sensitivity import dearest_tiles
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -197,7 +197,7 @@ def learn(
     how = implementation or Implementation.of(device, ranks)
     start, tile = prior, check_tile(tile)
     if _ranks_the_model(recipe, prior) and not ranks.agree((work / CHECKPOINT).exists(), device):
-        start = replace(prior, dense_tiles=_dearest_tiles(model, recipe, batches, sparsity, tile, seed, prior, ranks))
+        start = replace(prior, dense_tiles=_first_dense(model, recipe, batches, sparsity, tile, seed, prior, ranks))
     linears = _prepare(model, recipe, sparsity, tile, seed, start, device, how.sampled_weight, ranks)
     run = _Run(linears, recipe, sparsity, seed, work / CHECKPOINT, _digest(prior), ranks)
     run.resume()
@@ -234,7 +234,7 @@ def _ranks_the_model(recipe: Recipe, prior: Prior) -> bool:
     return recipe.tile_ranking == "model" and recipe.mode != "maskllm" and prior.dense_tiles is None
 
 
-def _dearest_tiles(
+def _first_dense(
     model: nn.Module,
     recipe: Recipe,
     batches: Callable[[int], Tensor],
@@ -244,14 +244,12 @@ def _dearest_tiles(
     prior: Prior,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """The tiles that cost the model most, as many as stay dense at the target; by the first sequences of the text."""
-    check_sparsity(sparsity)
+    """The tiles that cost the model most, by the first sequences of the text."""
     linears = prunable_linears(model)
     patterns = prior.patterns or {name: best_patterns(linear.weight.abs()) for name, linear in linears.items()}
     steps = range(-(-RANKED_BY // recipe.batch))
     tokens = torch.cat([_check_tokens(batches(step), recipe, model) for step in steps])[:RANKED_BY]
-    cost = tile_sensitivity(model, patterns, tile, tokens, seed, ranks)
-    return cut_globally(cost, {name: tile_sizes(linears[name].weight.shape, tile) for name in cost}, sparsity)
+    return dearest_tiles(model, patterns, tile, tokens, seed, sparsity, ranks)
 
 
 class _Run:

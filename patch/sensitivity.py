@@ -9,7 +9,7 @@ One draw a token is independent of the others given what came before, so the squ
 mean, the sum over its tokens: one backward pass a sequence serves all tiles.
 
     >>> cost = tile_sensitivity(model, patterns, (64, 64), tokens, seed=0)   # nats a token
-    >>> dense = cut_globally(cost, sizes, 0.35)
+    >>> dense = dearest_tiles(model, patterns, (64, 64), tokens, 0, 0.35)   # tile maps at 35% sparsity
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patch.budget import check_sparsity, cut_globally
 from patch.errors import UserError
-from patch.mask import GROUP, TileShape, decode_patterns, tile_grid, tile_sums
+from patch.mask import GROUP, TileShape, decode_patterns, tile_grid, tile_sizes, tile_sums
 from patch.modes import evaluating, full_float32
 from patch.prunable import prunable_linears
 from patch.ranks import ALONE, Ranks
@@ -83,6 +84,30 @@ def tile_sensitivity(
     if bad := next((name for name, tiles in cost.items() if not tiles.isfinite().all()), None):
         raise UserError(f"{bad}: its gradient is not finite: try the model in bfloat16 or float32")
     return cost
+
+
+def dearest_tiles(
+    model: Any,
+    patterns: Mapping[str, Tensor],
+    tile: TileShape,
+    sequences: Tensor,
+    seed: int,
+    sparsity: float,
+    ranks: Ranks = ALONE,
+    on_sequence: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """The tiles that cost the model most, as many as stay dense at ``sparsity``; see `tile_sensitivity`.
+
+    Returns:
+        Per weight a bool tile map ``[R, C]`` on the CPU.
+
+    Raises:
+        UserError: if the sparsity is out of range, or as `tile_sensitivity` does.
+    """
+    check_sparsity(sparsity)
+    cost = tile_sensitivity(model, patterns, tile, sequences, seed, ranks, on_sequence)
+    sizes = {name: tile_sizes(linear.weight.shape, tile) for name, linear in prunable_linears(model).items()}
+    return cut_globally(cost, sizes, sparsity)
 
 
 @contextmanager

@@ -505,7 +505,7 @@ def test_tiles_are_ranked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     seen: list[Any] = []
     with pytest.raises(Stopped):
         run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 3)
-    monkeypatch.setattr(learner, "tile_sensitivity", lambda *_: pytest.fail("ranked again"))
+    monkeypatch.setattr(learner, "dearest_tiles", lambda *_: pytest.fail("ranked again"))
     assert same(run(tiny_model(), recipe, tmp_path / "part"), whole)
 
 
