@@ -378,6 +378,7 @@ def recipe_ablation() -> Trials:
         distilled | {"start": "wanda"},
         distilled | {"tile_prior": 0.0},
         distilled | {"start": "wanda", "tile_prior": 0.0, "lr": 2e-3},
+        _RANKED,
     ]
     others: list[dict[str, Any]] = [
         {"lr": 3e-3},
@@ -390,8 +391,8 @@ def recipe_ablation() -> Trials:
         distilled | {"pattern_prior": 9.0},
         distilled | {"logit_dtype": "bfloat16"},
         distilled | {"tile_ranking": "model"},
-        _RANKED,
         _RANKED | {"tile_prior": 100.0},
+        _RANKED | {"start": "wanda"},
         *(_RANKED | {"block_distillation": factor} for factor in (1.0, 10.0)),
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
