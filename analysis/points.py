@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.artefacts import check_one_artefact
-from analysis.names import METHODS, PAPER_TASKS, STRUCTURES, TASKS, percent, rank
+from analysis.names import GUIDED, METHODS, PAPER_TASKS, STRUCTURES, TASKS, percent, rank
 from analysis.rows import records
 from patch.errors import UserError
 
@@ -26,6 +26,7 @@ _SHOWN_ANYHOW = ("sparsity", "tile")
 RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
 # Settings that no published method has; a definition leaves them out where they are as published.
 DEPARTURES = (
+    "recipe",
     "learning.recipe.distillation",
     "learning.recipe.block_distillation",
     "learning.recipe.density",
@@ -273,7 +274,7 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
     result = []
     for members in alike.values():
         flat = [
-            {name: value for name, value in _flatten(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
+            {name: value for name, value in _settings(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
             for member in members
         ]
         names = dict.fromkeys(name for fields in flat for name in fields)
@@ -306,6 +307,8 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
     if name not in fields:
         return "no prior" if name == "prior.method" else ""
     value = fields[name]
+    if name == "recipe":
+        return str(value)
     if name == "prior.method":
         return f"from {METHODS.get(value, value)}"
     if name == "refit.source":
@@ -316,6 +319,15 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
 def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:
     """How many of the definitions the fields of these names tell apart."""
     return len({tuple(_canonical(fields.get(name)) for name in names) for fields in flat})
+
+
+def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition's fields by dotted name; settings that together have a name go by it, as ``recipe``."""
+    fields = _flatten(about)
+    guided = {f"learning.recipe.{name}": value for name, value in GUIDED.items()}
+    if not guided.items() <= fields.items():
+        return fields
+    return {"recipe": "guided"} | {name: value for name, value in fields.items() if name not in guided}
 
 
 def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

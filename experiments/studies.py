@@ -30,7 +30,7 @@ from experiments.definitions import (
 from experiments.tasks import EMBEDDED_TASK
 from patch.errors import check_name
 from patch.mask import TileShape
-from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe, TileRanking
+from patch.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe, TileRanking
 
 Trials = tuple[Trial, ...]
 TARGETS = (0.45, 0.35, 0.25)
@@ -117,8 +117,8 @@ def learned(
     )
 
 
-# Learned from the dense model's predictions, with the tiles of the whole model ranked by what each costs it.
-_RANKED: dict[str, Any] = {"distillation": 1.0, "tile_ranking": "model", "tile_prior": 30.0}
+# Guided by the dense model, but for its hidden states.
+_RANKED: dict[str, Any] = {name: value for name, value in GUIDED.items() if name != "block_distillation"}
 
 _EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 _EMBEDDED_TILE = (64, 64)
@@ -332,23 +332,33 @@ def smollm2_learned() -> Trials:
                 for target in TARGETS
             ),
         ]
-    prunings += [_smollm2("patch-joint", target, **_RANKED) for target in TARGETS]
+    prunings += [_smollm2("patch-joint", target, **GUIDED) for target in TARGETS]
     return _trials([dense("smollm2-135m"), *prunings], _SMOLLM2_EVALUATION)
 
 
-def smollm2_tiles() -> Trials:
-    """Perplexity against the tile shape at 35% sparsity, SmolLM2-135M on equal tokens, distilled.
+def _by_perplexity(others: Iterable[Pruning], shared: Iterable[Pruning]) -> Trials:
+    """Masks of SmolLM2 that perplexity alone judges, beside trials of other studies, which have tasks too."""
+    short = Evaluation(_SMOLLM2_EVALUATION.perplexity, batch=8)
+    return _trials([dense("smollm2-135m"), *shared], _SMOLLM2_EVALUATION) + _trials(others, short)
 
-    Dense and 64x64 are the trials of ``smollm2-learned``, tasks among them.
-    """
+
+def smollm2_tiles() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity, SmolLM2-135M on equal tokens, distilled."""
     shapes = ((32, 32), (128, 128), (192, 192), (64, 128), (128, 64))
     others = [_smollm2("patch-joint", 0.35, tile, distillation=1.0) for tile in shapes]
-    shared = [dense("smollm2-135m"), _smollm2("patch-joint", 0.35, distillation=1.0)]
-    return _trials(shared, _SMOLLM2_EVALUATION) + _trials(others, Evaluation(_SMOLLM2_EVALUATION.perplexity, batch=8))
+    return _by_perplexity(others, [_smollm2("patch-joint", 0.35, distillation=1.0)])
+
+
+def smollm2_recipes() -> Trials:
+    """Published recipes and ours at 45%, SmolLM2-135M on equal tokens: PATCH joint from two seeds, tiles from one."""
+    recipes: tuple[dict[str, Any], ...] = ({}, {"distillation": 1.0}, GUIDED)
+    joint = [[_smollm2("patch-joint", 0.45, seed=seed, **recipe) for recipe in recipes] for seed in (0, 1)]
+    tile = [_smollm2("patch-tile", 0.45, start="sparsegpt", **recipe) for recipe in recipes]
+    return _by_perplexity([*joint[1], tile[-1]], [*joint[0], *tile[:-1]])
 
 
 def smollm2_refit() -> Trials:
-    """What fitting the kept weights adds to masks of SmolLM2-135M: one-shot and learned, 2:4 and hybrid."""
+    """What fitting the kept weights adds to masks of SmolLM2-135M: one-shot, 2:4 and hybrid, and learned ones."""
     model, tile = "smollm2-135m", (64, 64)
     calibration = Calibration("novels", 128, 2048)
     prunings = [
@@ -358,11 +368,10 @@ def smollm2_refit() -> Trials:
             for structure, target in (("2:4", 0.5), ("hybrid", 0.45))
         ),
         *(one_shot(model, "sparsegpt", "hybrid", target, tile, calibration, "model") for target in TARGETS),
-        _smollm2("maskllm", 0.5, distillation=1.0),
-        *(_smollm2("patch-joint", target, distillation=1.0) for target in TARGETS),
     ]
-    fitted = [refitted(pruning, calibration) for pruning in prunings]
-    return _trials([dense(model), *prunings, *fitted], _SMOLLM2_EVALUATION)
+    guided = [_smollm2("patch-joint", target, **GUIDED) for target in TARGETS]
+    fitted, fitted_guided = ([refitted(each, calibration) for each in some] for some in (prunings, guided))
+    return _by_perplexity(fitted_guided, [*prunings, *fitted, *guided])
 
 
 def recipe_ablation() -> Trials:
@@ -379,6 +388,7 @@ def recipe_ablation() -> Trials:
         distilled | {"tile_prior": 0.0},
         distilled | {"start": "wanda", "tile_prior": 0.0, "lr": 2e-3},
         _RANKED,
+        GUIDED,
     ]
     others: list[dict[str, Any]] = [
         {"lr": 3e-3},
@@ -393,7 +403,7 @@ def recipe_ablation() -> Trials:
         distilled | {"tile_ranking": "model"},
         _RANKED | {"tile_prior": 100.0},
         _RANKED | {"start": "wanda"},
-        *(_RANKED | {"block_distillation": factor} for factor in (1.0, 10.0)),
+        _RANKED | {"block_distillation": 1.0},
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_smollm2("patch-joint", 0.45, steps=400, **change) for change in changes]
@@ -519,6 +529,7 @@ STUDIES = {
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2_oneshot),
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2_learned),
     "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2_tiles),
+    "smollm2-recipes": Study("recipes and seeds of SmolLM2-135M at 45% on equal tokens", smollm2_recipes),
     "smollm2-refit": Study("what fitting the kept weights adds to masks of SmolLM2-135M", smollm2_refit),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", recipe_ablation),
     "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed_kernels),
