@@ -277,7 +277,8 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
             {name: value for name, value in _settings(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
             for member in members
         ]
-        names = dict.fromkeys(name for fields in flat for name in fields)
+        # Not as they come: fields that a definition leaves out would move when another one has them.
+        names = sorted({name for fields in flat for name in fields}, key=lambda name: (name != "recipe", name))
         differing = [
             name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in DEPARTURES
         ]

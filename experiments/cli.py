@@ -260,7 +260,10 @@ def learn(
     calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior, and of --refit.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the published recipe's by default.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="published, or guided: by the dense model, which lowers PATCH joint's perplexity.")
+    ] = "published",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; as all that follows, the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
@@ -289,12 +292,14 @@ def learn(
     On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
     """
     from experiments import studies
+    from patch.recipe import CHANGES
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
     given |= {"distillation": distillation, "block_distillation": block_distillation}
     given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
     seen = studies.Calibration(calibration, calibration_windows, calibration_length)
-    changes = {name: value for name, value in given.items() if value is not None}
+    check_name("recipe", recipe, CHANGES)
+    changes = CHANGES[recipe] | {name: value for name, value in given.items() if value is not None}
     pruning = studies.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)
     if refit:
         pruning = studies.refitted(pruning, seen)

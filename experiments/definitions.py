@@ -16,7 +16,7 @@ from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.mask import TileShape, check_tile
-from patch.recipe import HOW_IT_RUNS, RECIPES, Recipe, TileRanking
+from patch.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe, TileRanking
 
 ONE_SHOT = tuple(oneshot.METHODS)
 LEARNED = ("maskllm", "patch-tile", "patch-joint")
@@ -303,11 +303,14 @@ def describe(pruning: Pruning) -> str:
 
 
 def _changes(recipe: Recipe, published: Recipe) -> list[str]:
-    """How a recipe differs from the published one, but for how long and on how much it learns."""
+    """How a recipe, ours by its name, differs from the published one, but for how long and on how much it learns."""
     size = {"steps", "batch", "microbatch", "length", "warmup"}
     usual = published.substance()
     changed = {k: value for k, value in recipe.substance().items() if k not in size and value != usual[k]}
-    return [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in changed.items()]
+    guided = GUIDED.items() <= changed.items()
+    said = {name: value for name, value in changed.items() if not (guided and name in GUIDED)}
+    parts = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in said.items()]
+    return [*(["guided"] if guided else []), *parts]
 
 
 def definition(value: Any) -> Any:

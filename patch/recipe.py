@@ -163,6 +163,8 @@ class Recipe:
         self._set("betas", _span("betas", self.betas, positive=False))
         if max(self.betas) >= 1:
             raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
+        if self.mode == "maskllm" and self.tile_ranking == "model":
+            raise UserError("recipe: tile_ranking 'model': maskllm has no dense tiles to choose; leave it at 'weight'")
         if self.distillation > 1:
             raise UserError(f"recipe: distillation {self.distillation}: give a share of the loss, 0 to 1")
         if self.lr_end > self.lr:
@@ -277,12 +279,14 @@ MASKLLM = dataclasses.replace(
 # The published recipe of each method that learns.
 RECIPES = {"patch-joint": PATCH_JOINT, "patch-tile": PATCH_TILE, "maskllm": MASKLLM}
 
-# Ours, as changes of `PATCH_JOINT`: the dense model guides learning by its predictions, by its hidden states, and by what
-# each tile costs it. Of all that was tried it lowers perplexity most at equal sparsity and tokens (studies
-# ``recipe-ablation`` and ``embedded-distillation``, on text that is not reported).
+# Ours, as changes of a published one: the dense model guides learning, by its predictions, by its hidden states, and by
+# what each tile costs it. Of all that was tried it lowers PATCH joint's perplexity most at equal sparsity and tokens
+# (studies ``recipe-ablation`` and ``embedded-distillation``, on text that is not reported).
 GUIDED: dict[str, Any] = {
     "distillation": 1.0,
     "block_distillation": 10.0,
     "tile_ranking": "model",
     "tile_prior": 30.0,
 }
+# By name, what a recipe changes of the published one.
+CHANGES: dict[str, dict[str, Any]] = {"published": {}, "guided": GUIDED}

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis.names import GUIDED
 from analysis.points import DEPARTURES, RUNNING, Task, Text, gather, mean_tasks, tasks, texts, trial_labels
 from patch.errors import UserError
 
@@ -178,6 +179,25 @@ def test_what_no_published_recipe_does_is_always_said(study: Study, make_pruning
 
 
 @pytest.mark.parametrize(
+    ("changes", "variant"),
+    [
+        ({}, "guided"),
+        ({"steps": 400}, "guided"),
+        ({"density": "expected"}, "guided, density=expected"),
+        ({"block_distillation": 1.0}, "distillation=1, block_distillation=1, tile_ranking=model"),
+    ],
+    ids=["alone", "shorter", "changed", "another"],
+)
+def test_the_guided_recipe_goes_by_its_name(
+    changes: Row, variant: str, study: Study, make_pruning: Make, make_trial: Make
+) -> None:
+    learning = {"source": "train", "recipe": RECIPE | GUIDED | changes}
+    frame = study({"a": make_trial("a", make_pruning("m", "patch-joint", "hybrid", 0.25, learning=learning), 30.0)})
+    (point,) = gather(frame)
+    assert set(point.variant.split(", ")) == set(variant.split(", "))
+
+
+@pytest.mark.parametrize(
     ("fitted", "variants"),
     [
         ([{}], ["", "refitted on c4"]),
@@ -212,8 +232,10 @@ def test_how_learning_ran_is_no_variant(study: Study, make_pruning: Make, make_t
 
 
 def test_every_departure_of_the_recipe_is_known() -> None:
+    from patch import recipe
     from patch.recipe import HOW_IT_RUNS, Recipe
 
+    assert recipe.GUIDED == GUIDED
     assert set(RUNNING) == HOW_IT_RUNS
     added = {field.name for field in dataclasses.fields(Recipe) if field.metadata.get("added")}
     assert added == {name.rpartition(".")[2] for name in DEPARTURES if name.startswith("learning.recipe.")}

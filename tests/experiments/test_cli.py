@@ -15,6 +15,7 @@ from experiments.definitions import key
 from experiments.store import Store
 from experiments.studies import STUDIES
 from patch.checkpoint import audit, load_info
+from patch.recipe import GUIDED
 
 
 def files(folder: Path) -> list[str]:
@@ -47,6 +48,8 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["prune", "embedded", "--method", "magnitude", "--structure", "hybrid", "--sparsity", "0.6"], "sparsity 0.6"),
         (["learn", "embedded", "--sparsity", "-0.1"], "target sparsity -0.1"),
         (["learn", "embedded", "--tile", "128x512"], "larger than the weight"),
+        (["learn", "embedded", "--recipe", "guide"], "did you mean guided"),
+        (["learn", "embedded", "--recipe", "guided", "--method", "maskllm"], "maskllm has no dense tiles"),
         (["audit", "/nowhere"], "/nowhere"),
         (["table", "demo"], "run a study first"),
     ],
@@ -140,12 +143,12 @@ def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
     ("method", "options"),
     [
         ("patch-joint", []),
-        ("patch-joint", ["--tile-ranking", "model", "--tile-prior", 30]),
+        ("patch-joint", ["--recipe", "guided", "--tile-prior", 10]),
         ("patch-tile", []),
         ("maskllm", []),
         ("maskllm", ["--refit"]),
     ],
-    ids=["patch-joint", "patch-joint-ranked", "patch-tile", "maskllm", "maskllm-refit"],
+    ids=["patch-joint", "patch-joint-guided", "patch-tile", "maskllm", "maskllm-refit"],
 )
 def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
     hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, options: list[object]
@@ -159,6 +162,9 @@ def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def
     assert f"(target {sparsity})" in printed
     code, printed, _ = hts("audit", out)
     assert code == 0 and f"sparsity {sparsity:.6f}" in printed
+    recipe = load_info(out)["definition"]["learning"]["recipe"]
+    if "guided" in options:
+        assert {name: recipe[name] for name in GUIDED} == GUIDED | {"tile_prior": 10.0}, "options come first"
     code, printed, err = hts("eval", out, "--perplexity", f"{tiny_text}@32")
     assert code == 0 and "perplexity" in printed and "@32" in printed, err
 

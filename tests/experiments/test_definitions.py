@@ -22,7 +22,7 @@ from experiments.definitions import (
     lineage,
 )
 from patch.errors import UserError
-from patch.recipe import RECIPES
+from patch.recipe import GUIDED, RECIPES
 
 
 def sparsegpt(**changes: Any) -> Pruning:
@@ -170,6 +170,7 @@ def test_unknown_names_get_a_hint(given: str, hint: str) -> None:
 
 
 def test_descriptions_tell_prunings_apart() -> None:
+    guided = dataclasses.replace(RECIPES["patch-joint"], **GUIDED)
     prunings = [
         Pruning("embedded", "dense", "dense", 0.0),
         sparsegpt(),
@@ -179,7 +180,10 @@ def test_descriptions_tell_prunings_apart() -> None:
         joint(seed=1),
         joint(tile=(32, 64), prior=None),
         joint(refit=Calibration()),
+        joint(learning=Learning("c4", guided)),
+        joint(learning=Learning("c4", dataclasses.replace(guided, lr=2e-3))),
         sparsegpt(structure="hybrid", sparsity=0.35, tile_ranking="model"),
     ]
     assert len({describe(pruning) for pruning in prunings}) == len(prunings)
     assert describe(joint()) == "embedded patch-joint hybrid 45% 64x64"
+    assert describe(joint(learning=Learning("c4", guided))) == "embedded patch-joint hybrid 45% 64x64 guided"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from patch.errors import UserError
-from patch.recipe import MASKLLM, PATCH_JOINT, PATCH_TILE, RECIPES, Recipe
+from patch.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, RECIPES, Recipe
 
 NAMES = pytest.mark.parametrize("name", RECIPES)
 
@@ -50,6 +50,18 @@ def test_schedules_are_linear_between_their_ends(name: str, steps: int) -> None:
             start, end = getattr(recipe, field)
             assert getattr(settings, field) == pytest.approx(start * (1 - share) + end * share)
         assert settings.weight_penalty == pytest.approx(recipe.weight_penalty * (1 - share))
+
+
+def test_the_guided_recipe_has_no_value_of_a_published_one() -> None:
+    for name in ("patch-joint", "patch-tile"):
+        guided = dataclasses.replace(RECIPES[name], **CHANGES["guided"])
+        assert guided.follows_dense and all(getattr(guided, key) != getattr(RECIPES[name], key) for key in GUIDED)
+    assert dataclasses.replace(PATCH_JOINT, **CHANGES["published"]) == PATCH_JOINT
+
+
+def test_where_all_tiles_are_alike_none_are_ranked() -> None:
+    with pytest.raises(UserError, match="tile_ranking 'model': maskllm has no dense tiles"):
+        dataclasses.replace(MASKLLM, **GUIDED)
 
 
 def test_learning_rate_rises_linearly_then_follows_a_cosine() -> None:
