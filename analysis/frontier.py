@@ -1,7 +1,7 @@
 """The frontier of a study: perplexity and mean accuracy against achieved sparsity."""
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -214,19 +214,41 @@ def _draw_points(
 
 
 def fills_of(points: Sequence[Point]) -> dict[str, FillStyle]:
-    """How much of a marker is filled, by variant: all of those without one, halves of the others."""
-    variants = sorted({point.variant for point in points})
-    return dict(zip(variants, itertools.cycle(FILLS), strict=False))
+    """How much of a marker is filled, by variant: all of those without one or where all have it, halves of the others.
+
+    There are fewer halves than a study may have variants: those that no method has both of may share one.
+    """
+    fills: dict[str, FillStyle] = {}
+    methods = _methods_of(points)
+    for variant, its in methods.items():
+        near = {fills[other] for other, theirs in methods.items() if other in fills and its & theirs}
+        used = Counter(fills.values())
+        free = [fill for fill in FILLS if fill not in near] or list(FILLS)
+        alone = not variant or len(methods) == 1
+        fills[variant] = "full" if alone else min(free, key=lambda fill: (used[fill], fill == "full"))
+    return fills
+
+
+def _methods_of(points: Sequence[Point]) -> dict[str, set[str]]:
+    """The methods that have each variant."""
+    return {
+        variant: {point.method for point in points if point.variant == variant}
+        for variant in sorted({point.variant for point in points})
+    }
 
 
 def variant_handles(points: Sequence[Point]) -> list[Line2D]:
-    """What half-filled markers mean."""
+    """What half-filled markers mean; that of the method which alone has a variant, grey where several do."""
     fills = fills_of(points)
     if len(fills) < 2:
         return []
-    look: dict[str, Any] = {"color": "0.4", "marker": "o", "markersize": 4.2, "linestyle": "none"}
-    look |= {"markerfacecolor": "0.4", "markerfacecoloralt": "white", "markeredgecolor": "0.4"}
-    return [Line2D([], [], label=variant, fillstyle=fill, **look) for variant, fill in fills.items() if variant]
+    grey = {"color": "0.4", "marker": "o", "markersize": 4.2, "markerfacecolor": "0.4", "markeredgecolor": "0.4"}
+    handles = []
+    for variant, methods in _methods_of(points).items():
+        if variant:
+            look = marking(min(methods), "2:4", fills[variant]) | (grey if len(methods) > 1 else {})
+            handles.append(Line2D([], [], label=variant, **look))
+    return handles
 
 
 def marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str, Any]:

@@ -36,12 +36,14 @@ _STUDIES: dict[str, tuple[str, str, Sequence[str]]] = {
         "accuracy",
         ("method", "structure", "variant", "achieved_sparsity", "perplexity", "accuracy lambada", "mean_accuracy"),
     ),
-    "rankings": ("embedded-rankings", "accuracy", ("method", "variant", "achieved_sparsity", "perplexity")),
-    "oneshot": ("smollm2-oneshot", "accuracy", (*_ABOUT, "perplexity", "accuracy lambada", "mean_accuracy")),
+    "recipes": ("smollm2-recipes", "accuracy", ("method", "variant", "seeds", "perplexity")),
+    "oneshot": (
+        "smollm2-oneshot",
+        "accuracy",
+        ("method", "structure", "variant", "achieved_sparsity", "perplexity", "accuracy lambada", "mean_accuracy"),
+    ),
     "ablation": ("recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
-    "distillation": ("embedded-distillation", "accuracy", ("method", "variant", "seeds", "perplexity")),
-    "priors": ("embedded-priors", "accuracy", ("method", "variant", "seeds", "perplexity")),
-    "refit": ("embedded-refit", "accuracy", ("method", "structure", "variant", "achieved_sparsity", "perplexity")),
+    "refit": ("smollm2-refit", "accuracy", ("method", "structure", "variant", "achieved_sparsity", "perplexity")),
     "tiles": ("smollm2-tiles", "accuracy", ("method", "variant", "tile", "achieved_sparsity", "perplexity")),
     "joined": (
         "frontier-smollm2",
@@ -77,21 +79,14 @@ def values() -> dict[str, str]:
     learned = gather(reports.frame(STUDIES["smollm2-learned"].trials(), store))
     kernels = load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
     tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
-    refitted = {
-        (point.method, point.sparsity, point.variant): _perplexity(point)
-        for point in gather(reports.frame(STUDIES["smollm2-refit"].trials(), store))
-    }
     by_tile = {point.tile: _perplexity(point) for point in tiles if point.tile}
     return {
         "closed": _closed(learned, ""),
         "closed-distilled": _closed(learned, "distillation=1"),
+        "closed-guided": _closed(learned, "guided", "distillation=1"),
         "max-autotune": _max_autotune_gain(kernels),
         "hours-8b": _hours(rates_table(LEARNING), "llama-3.1-8b", 90e6),
         "two-gpus": _gain_of_two(rates_table(LEARNING)),
-        "refit-before": f"{refitted['patch-joint', 0.45, 'distillation=1']:.1f}",
-        "refit-after": f"{refitted['patch-joint', 0.45, 'distillation=1, refitted on novels']:.1f}",
-        "refit-wanda-before": f"{refitted['wanda', 0.5, '']:.0f}",
-        "refit-wanda-after": f"{refitted['wanda', 0.5, 'refitted on novels']:.0f}",
         "smallest-tile": f"{by_tile['16x16']:.1f}",
         "largest-tile": f"{by_tile['128x128']:.1f}",
     }
@@ -102,14 +97,16 @@ def _perplexity(point: Point) -> float:
     return next(iter(point.perplexity.values())).value
 
 
-def _closed(points: Sequence[Point], variant: str) -> str:
-    """How much of MaskLLM's distance to dense PATCH joint closes, in percent, by falling sparsity."""
-    found = [point for point in points if point.method == "dense" or point.variant == variant]
-    (dense,), (maskllm,), *patch = (
-        [_perplexity(point) for point in found if (point.method, point.sparsity) == about]
-        for about in (("dense", 0.0), ("maskllm", 0.5), *(("patch-joint", target) for target in TARGETS))
-    )
-    *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for (value,) in patch)
+def _closed(points: Sequence[Point], variant: str, baseline: str | None = None) -> str:
+    """How much of MaskLLM's distance to dense PATCH joint closes, in percent, by falling sparsity.
+
+    Args:
+        baseline: the variant of MaskLLM, where it is another.
+    """
+    found = {(point.method, point.sparsity, point.variant): _perplexity(point) for point in points}
+    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, variant if baseline is None else baseline]
+    patch = [found["patch-joint", target, variant] for target in TARGETS]
+    *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for value in patch)
     return f"{', '.join(first)} and {last}%"
 
 

@@ -369,7 +369,7 @@ def smollm2_refit() -> Trials:
         ),
         *(one_shot(model, "sparsegpt", "hybrid", target, tile, calibration, "model") for target in TARGETS),
     ]
-    guided = [_smollm2("patch-joint", target, **GUIDED) for target in TARGETS]
+    guided = [_smollm2("patch-joint", target, **GUIDED) for target in (0.45, 0.25)]
     fitted, fitted_guided = ([refitted(each, calibration) for each in some] for some in (prunings, guided))
     return _by_perplexity(fitted_guided, [*prunings, *fitted, *guided])
 

@@ -129,6 +129,30 @@ def test_no_point_lies_behind_the_names_of_variants(study: Study, make_pruning: 
     assert len(points) == 4 and not any(box.contains(x, y) for x, y in points)
 
 
+def test_variants_of_a_method_are_told_apart_however_many_a_study_has(
+    study: Study, make_pruning: Make, make_trial: Make
+) -> None:
+    shares = {"maskllm": (0.0, 1.0), "patch-joint": (0.0, 0.8, 1.0), "patch-tile": (0.2, 0.3, 0.4, 0.6)}
+    trials = {}
+    for method, some in shares.items():
+        structure = ("2:4", 0.5) if method == "maskllm" else ("hybrid", 0.45)
+        for share in some:
+            learning = {"source": "train", "recipe": {"steps": 9} | ({"distillation": share} if share else {})}
+            name = f"{method} {share}"
+            trials[name] = make_trial(
+                name, make_pruning("m", method, *structure, learning=learning), 20.0 + len(trials)
+            )
+    (panel,) = draw_frontier(study(trials)).axes
+    points = [line for line in panel.lines if line.get_gid() and line.get_marker() not in ("_", "|")]
+    looks = [(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in points]
+    assert len(looks) == len(set(looks)) == 9
+    keys = {key.get_label(): key for key in panel.get_legend().get_lines()}
+    assert set(keys) == {f"distillation={share:g}" for some in shares.values() for share in some if share}
+    shared, own = (keys[f"distillation={share}"] for share in (1, 0.8))
+    assert shared.get_color() not in {color for color, *_ in looks}, "of two methods, and in the colour of neither"
+    assert (own.get_color(), own.get_marker(), own.get_fillstyle()) in looks
+
+
 def test_a_wide_range_has_a_logarithmic_axis_with_plain_numbers(
     study: Study, make_pruning: Make, make_trial: Make
 ) -> None:
