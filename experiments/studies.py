@@ -421,10 +421,23 @@ def _accuracy(model: str, method: str) -> list[Pruning]:
     ]
 
 
+# Models of the published tables that learn tiles and patterns jointly.
+_SMALL = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-3-1b")
+
+
 def accuracy_small() -> Trials:
     """The published accuracy table of models up to 1B parameters, where tiles and patterns are learned jointly."""
-    names = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-3-1b")
-    return _trials([pruning for name in names for pruning in _accuracy(name, "patch-joint")], _PUBLISHED)
+    return _trials([pruning for name in _SMALL for pruning in _accuracy(name, "patch-joint")], _PUBLISHED)
+
+
+def guided_small() -> Trials:
+    """The guided recipe on the models of ``accuracy-small``, beside its trials."""
+    guided = [
+        learned(name, "patch-joint", target, (128, 128), "c4", Calibration(), **GUIDED)
+        for name in _SMALL
+        for target in TARGETS
+    ]
+    return accuracy_small() + _trials(guided, _PUBLISHED)
 
 
 def accuracy_large() -> Trials:
@@ -535,6 +548,7 @@ STUDIES = {
     "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed_kernels),
     "speed-models": Study("end-to-end speed of LLaMA-2-7B and LLaMA-3.1-8B shapes", speed_models),
     "accuracy-small": Study("published accuracy table, models up to 1B", accuracy_small),
+    "guided-small": Study("the guided recipe beside the published one, models up to 1B", guided_small),
     "accuracy-large": Study("published accuracy table, LLaMA-2-7B and LLaMA-3.1-8B", accuracy_large),
     "tile-shapes": Study("perplexity against tile shape at 35%", tile_shapes),
     "priors": Study("perplexity and accuracy against the mask that learning starts from", priors),
