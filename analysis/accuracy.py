@@ -1,12 +1,12 @@
 """The accuracy table of a study, as in the pruning papers: a line per pruned model, a column per text and task."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
 from analysis import published
-from analysis.names import METHODS, SOURCES, TASKS
+from analysis.names import METHODS, SOURCES, TASKS, percent
 from analysis.points import Measured, Point, Task, Text, gather, mean_tasks, tasks, texts
 from analysis.tables import MEASURED, Column, Table, Value
 from patch.errors import UserError
@@ -19,7 +19,8 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
 
     Args:
         frame: as from `analysis.rows.load_rows`.
-        beside_published: add what the PATCH paper reports for the same models, labelled so.
+        beside_published: add what the PATCH paper reports, labelled so: for the same models, or where it has none of
+            them, of its models the factors over dense, and in which order the methods come.
 
     Raises:
         UserError: if there are no rows, or they contradict each other.
@@ -38,9 +39,12 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
         mean = Column("mean_accuracy", f"Mean of {len(over)} (%)", "mean")
         fields.append((mean, lambda point: point.mean_accuracy))
     notes = _notes(points, found, over)
-    if beside_published:
+    if beside_published and any(_reported(point) for point in points):
         fields += _published_fields()
-        notes.append(_published_note(points))
+        notes.append(f"Published: {published.CITATION}. Not measured here; windows of {published.WINDOW} tokens.")
+    elif beside_published and (text := next(iter(texts(frame)), None)):
+        fields += _other_models_fields(points, text)
+        notes += _other_models_notes(points, text)
     columns = tuple(column for column, _ in fields)
     rows = tuple(tuple(value(point) for _, value in fields) for point in points)
     best, second = _best(columns, rows, points)
@@ -93,15 +97,16 @@ def _accuracy_field(task: Task) -> Field:
     return Column(f"accuracy {task}", f"{task_heading(task)} (%)", "accuracy"), lambda point: point.accuracy.get(task)
 
 
-def _published_fields() -> list[Field]:
-    def reported(point: Point) -> published.Published | None:
-        return published.find(point.model, point.method, point.structure, point.sparsity)
+def _reported(point: Point) -> published.Published | None:
+    return published.find(point.model, point.method, point.structure, point.sparsity)
 
+
+def _published_fields() -> list[Field]:
     def perplexity(point: Point) -> Value:
-        return Measured(found.perplexity) if (found := reported(point)) else None
+        return Measured(found.perplexity) if (found := _reported(point)) else None
 
     def accuracy(point: Point) -> Value:
-        return Measured(found.mean_accuracy) if (found := reported(point)) else None
+        return Measured(found.mean_accuracy) if (found := _reported(point)) else None
 
     text = Text("wikitext2/test", published.WINDOW)
     return [
@@ -110,10 +115,50 @@ def _published_fields() -> list[Field]:
     ]
 
 
-def _published_note(points: Iterable[Point]) -> str:
-    if any(published.find(point.model, point.method, point.structure, point.sparsity) for point in points):
-        return f"Published: {published.CITATION}. Not measured here; windows of {published.WINDOW} tokens."
-    return f"No numbers are published for these models and sparsities; there are for {', '.join(published.MODELS)}."
+def _other_models_fields(points: Sequence[Point], text: Text) -> list[Field]:
+    measured = [point for point in points if text in point.perplexity]
+    dense = {point.model: point.perplexity[text].value for point in measured if point.method == "dense"}
+
+    def factor(point: Point) -> Value:
+        found = point.perplexity.get(text)
+        return Measured(found.value / dense[point.model]) if found and point.model in dense else None
+
+    def reported(point: Point) -> Value:
+        found = published.over_dense(point.method, point.structure, point.sparsity)
+        return "{:.2f} to {:.2f}".format(*found) if found and point.method != "dense" else None
+
+    return [
+        (Column(f"perplexity_over_dense {text}", f"{heading(text)} (x dense)", "ratio"), factor),
+        (Column("published perplexity_over_dense", "Published, other models (x dense)", "text"), reported),
+    ]
+
+
+def _other_models_notes(points: Sequence[Point], text: Text) -> list[str]:
+    """What is published, of which models, and whether what was measured by the published recipes is ordered alike."""
+    order = [_placed("PATCH" if method == "patch" else METHODS[method], at) for method, _, at in published.ORDER]
+    notes = [
+        f"Published: {published.CITATION}. Of other models, {', '.join(published.MODELS)}, whose masks learned on two "
+        f"thousand million tokens; windows of {published.WINDOW}.",
+        f"Published order of perplexity, on each of them: {' > '.join(order)}.",
+    ]
+    for model in dict.fromkeys(point.model for point in points):
+        plain = [point for point in points if point.model == model and not point.variant and text in point.perplexity]
+        learners = {point.method for point in plain} & {"patch-joint", "patch-tile"}
+        for patch in sorted(learners) or ["patch-joint"]:
+            names = [(patch if about[0] == "patch" else about[0], *about[1:]) for about in published.ORDER]
+            found = {(point.method, point.structure, point.sparsity): point for point in plain}
+            same = [found[about] for about in names if about in found]
+            measured = sorted(same, key=lambda point: -point.perplexity[text].value)
+            if len(same) > 1:
+                said = " > ".join(_placed(METHODS[point.method], point.sparsity) for point in measured)
+                verdict = "as published" if measured == same else "not as published"
+                notes.append(f"Of {model}, by the published recipes: {said}, {verdict}.")
+    return notes
+
+
+def _placed(method: str, sparsity: float) -> str:
+    """What a method is called in an order; only PATCH is in it at several sparsities."""
+    return f"{method} {percent(sparsity)}" if method.startswith("PATCH") else method
 
 
 def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task]) -> list[str]:

@@ -265,6 +265,41 @@ def test_published_numbers_beside_ours_are_labelled(study: Study, make_pruning: 
     assert "Published" not in render(accuracy_table(frame), "md")
 
 
+def test_the_published_order_is_that_of_each_model() -> None:
+    for model in published.MODELS:
+        of_model = [result for result in published.RESULTS if result.model == model]
+        by_perplexity = sorted(of_model, key=lambda result: -result.perplexity)
+        order = [(result.method.partition("-")[0], result.structure, result.sparsity) for result in by_perplexity]
+        assert tuple(about for about in order if about[0] != "dense") == published.ORDER
+
+
+@pytest.mark.parametrize(("worst", "verdict"), [(30.0, "not as published"), (60.0, "as published")])
+def test_models_that_nothing_is_published_of_are_compared_by_order(
+    worst: float, verdict: str, study: Study, make_pruning: Make, make_trial: Make
+) -> None:
+    plain, distilled = ({"source": "train", "recipe": {"steps": 9} | part} for part in ({}, {"distillation": 1.0}))
+    about = {
+        "dense": (make_pruning("m", "dense", "dense", 0.0), 20.0),
+        "sparsegpt": (make_pruning("m", "sparsegpt", "2:4", 0.5), worst),
+        "patch": (make_pruning("m", "patch-joint", "hybrid", 0.45, learning=plain), 40.0),
+        "distilled": (make_pruning("m", "patch-joint", "hybrid", 0.45, learning=distilled), 25.0),
+        "wanda": (make_pruning("m", "wanda", "hybrid", 0.45), 50.0),
+    }
+    text = render(accuracy_table(study({k: make_trial(k, *v) for k, v in about.items()}), beside_published=True), "md")
+    factor, reported = "WikiText-2 PPL @2048 (x dense)", "Published, other models (x dense)"
+    rows = {(row["Method"], row["Variant"]): (row[factor], row[reported]) for row in cells(text)}
+    assert rows == {
+        ("Dense", "—"): ("1.00", "—"),
+        ("SparseGPT", "—"): (f"{worst / 20:.2f}", "1.98 to 3.82"),
+        ("Wanda", "—"): ("2.50", "—"),
+        ("PATCH joint", "—"): ("2.00", "1.02 to 1.35"),
+        ("PATCH joint", "distillation=1"): ("1.25", "1.02 to 1.35"),
+    }
+    assert "Of other models, Qwen2.5-0.5B" in text and "MaskLLM > PATCH 45% > PATCH 35%" in text
+    chain = ["SparseGPT", "PATCH joint 45%"] if worst > 40 else ["PATCH joint 45%", "SparseGPT"]
+    assert f"Of m, by the published recipes: {' > '.join(chain)}, {verdict}." in text
+
+
 def has_latex() -> bool:
     if not shutil.which("pdflatex") or not shutil.which("kpsewhich"):
         return False
