@@ -155,9 +155,10 @@ def _draw(
     lower_is_better: bool,
 ) -> None:
     """Points with their errors, and the frontier of those that are results."""
-    results = []
+    results: list[tuple[float, float]] = []
+    ends: list[float] = []
     for each, quality, factor in measured:
-        value, error = factor * quality.value, quality.error
+        value, bar = factor * quality.value, None if quality.error is None else factor * quality.error
         look = marking(each.point.method, each.point.structure, fills.get(each.point.variant, "full"))
         look |= {"linestyle": "none"}
         if each.point.method == "dense":
@@ -167,13 +168,14 @@ def _draw(
             axis.annotate("wrong", (each.speedup, value), (3, 3), textcoords="offset points", color=INK)
         elif math.isfinite(value):
             results.append((each.speedup, value))
-        bar = None if error is None else factor * error
+            # On a logarithmic scale no bar may reach zero.
+            ends += [max(value - (bar or 0.0), value / 2), value + (bar or 0.0)]
         axis.errorbar([each.speedup], [value], yerr=bar, elinewidth=0.7, capsize=1.5, zorder=3, **look)
     edge = pareto(results, lower_is_better)
     axis.step(
         [x for x, _ in edge], [y for _, y in edge], where="pre", color="0.6", linewidth=0.8, zorder=1, gid="pareto"
     )
     axis.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
-    if lower_is_better and results:
-        scale_perplexity(axis, min(y for _, y in results), max(y for _, y in results))
+    if lower_is_better and ends:
+        scale_perplexity(axis, min(ends), max(ends))
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))

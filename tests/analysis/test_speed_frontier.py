@@ -71,6 +71,16 @@ def test_a_point_that_does_not_agree_is_marked_and_not_on_the_frontier(frame: pd
     ]
 
 
+def test_error_bars_end_within_the_panels(frame: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(frame.assign(stderr=20 * frame.stderr))
+    for panel in figure.axes[:2]:
+        low, high = panel.get_ylim()
+        ends = [y for bars in panel.collections for bar in bars.get_segments() for _, y in bar]
+        assert len(ends) == 2 * len(POINTS)
+        # One that does not agree is no result and does not decide what is seen.
+        assert all(low < y < high for y in ends if y not in (0.8 * 33.0, 1.2 * 33.0))
+
+
 def test_it_is_written(frame: pd.DataFrame, tmp_path: Path) -> None:
     assert [path.suffix for path in plot_speed_frontier(frame, tmp_path / "speed")] == [".png", ".pdf"]
 
