@@ -143,10 +143,10 @@ def _other_models_notes(points: Sequence[Point], text: Text) -> list[str]:
     ]
     for model in dict.fromkeys(point.model for point in points):
         plain = [point for point in points if point.model == model and not point.variant and text in point.perplexity]
+        found = {(point.method, point.structure, point.sparsity): point for point in plain}
         learners = {point.method for point in plain} & {"patch-joint", "patch-tile"}
         for patch in sorted(learners) or ["patch-joint"]:
             names = [(patch if about[0] == "patch" else about[0], *about[1:]) for about in published.ORDER]
-            found = {(point.method, point.structure, point.sparsity): point for point in plain}
             same = [found[about] for about in names if about in found]
             measured = sorted(same, key=lambda point: -point.perplexity[text].value)
             if len(same) > 1:

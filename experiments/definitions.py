@@ -307,10 +307,11 @@ def _changes(recipe: Recipe, published: Recipe) -> list[str]:
     size = {"steps", "batch", "microbatch", "length", "warmup"}
     usual = published.substance()
     changed = {k: value for k, value in recipe.substance().items() if k not in size and value != usual[k]}
-    guided = GUIDED.items() <= changed.items()
-    said = {name: value for name, value in changed.items() if not (guided and name in GUIDED)}
-    parts = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in said.items()]
-    return [*(["guided"] if guided else []), *parts]
+    parts = []
+    if GUIDED.items() <= changed.items():
+        parts = ["guided"]
+        changed = {name: value for name, value in changed.items() if name not in GUIDED}
+    return parts + [f"{k} {value:g}" if isinstance(value, float) else f"{k} {value}" for k, value in changed.items()]
 
 
 def definition(value: Any) -> Any:

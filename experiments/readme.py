@@ -81,8 +81,8 @@ def values() -> dict[str, str]:
     tiles = gather(reports.frame(STUDIES["embedded-tiles"].trials(), store))
     by_tile = {point.tile: _perplexity(point) for point in tiles if point.tile}
     return {
-        "closed": _closed(learned, ""),
-        "closed-distilled": _closed(learned, "distillation=1"),
+        "closed": _closed(learned, "", ""),
+        "closed-distilled": _closed(learned, "distillation=1", "distillation=1"),
         "closed-guided": _closed(learned, "guided", "distillation=1"),
         "max-autotune": _max_autotune_gain(kernels),
         "hours-8b": _hours(rates_table(LEARNING), "llama-3.1-8b", 90e6),
@@ -97,14 +97,10 @@ def _perplexity(point: Point) -> float:
     return next(iter(point.perplexity.values())).value
 
 
-def _closed(points: Sequence[Point], variant: str, baseline: str | None = None) -> str:
-    """How much of MaskLLM's distance to dense PATCH joint closes, in percent, by falling sparsity.
-
-    Args:
-        baseline: the variant of MaskLLM, where it is another.
-    """
+def _closed(points: Sequence[Point], variant: str, baseline: str) -> str:
+    """How much a variant of PATCH joint closes of the distance of one of MaskLLM to dense, in percent, by sparsity."""
     found = {(point.method, point.sparsity, point.variant): _perplexity(point) for point in points}
-    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, variant if baseline is None else baseline]
+    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, baseline]
     patch = [found["patch-joint", target, variant] for target in TARGETS]
     *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for value in patch)
     return f"{', '.join(first)} and {last}%"

@@ -118,7 +118,7 @@ def learned(
 
 
 # Guided by the dense model, but for its hidden states.
-_RANKED: dict[str, Any] = {name: value for name, value in GUIDED.items() if name != "block_distillation"}
+_RANKED = GUIDED | {"block_distillation": 0.0}
 
 _EMBEDDED_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 _EMBEDDED_TILE = (64, 64)

@@ -231,7 +231,7 @@ def learn(
 
 
 def _ranks_the_model(recipe: Recipe, prior: Prior) -> bool:
-    return recipe.tile_ranking == "model" and recipe.mode != "maskllm" and prior.dense_tiles is None
+    return recipe.tile_ranking == "model" and prior.dense_tiles is None
 
 
 def _first_dense(
