@@ -33,7 +33,7 @@ TASKS = {
     "wiki_continuation": "Continuation",
 }
 
-# The settings that together go by a name of their own, `patch.recipe.GUIDED`.
+# The settings that together go by a name of their own, `patch.learn.recipe.GUIDED`.
 GUIDED = {"distillation": 1.0, "block_distillation": 10.0, "tile_ranking": "model", "tile_prior": 30.0}
 
 # Over these the published means are taken; RACE may be a subset, called so where it is shown.

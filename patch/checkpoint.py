@@ -37,8 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patch.errors import UserError, one_line
+from patch.layers import prunable_linears
 from patch.mask import GROUP, HybridMask, TileShape, check_tile, infer, tile_grid, tile_sums
-from patch.prunable import prunable_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments import claims
-from experiments.store import Store
+from experiments.run import leases
+from experiments.run.store import Store
 from patch.files import write_atomic
 
 
@@ -34,8 +34,8 @@ class Batch:
         submitted: seconds since the epoch.
         job: Slurm's number of the job or array, or the process id; None until it is known.
         over: none of its tasks waits or runs, or ever will.
-        host: for local processes, where ``job`` means something (see `experiments.claims`).
-        started: for local processes, the process's start (see `experiments.claims`).
+        host: for local processes, where ``job`` means something (see `experiments.run.leases`).
+        started: for local processes, the process's start (see `experiments.run.leases`).
     """
 
     id: str
@@ -77,7 +77,7 @@ def load_all(store: Store) -> Iterator[Batch]:
 
 def runs_here(batch: Batch) -> bool:
     """Whether the process of a batch runs on this machine."""
-    return batch.job is not None and bool(claims.is_alive(batch.host, int(batch.job), batch.started))
+    return batch.job is not None and bool(leases.is_alive(batch.host, int(batch.job), batch.started))
 
 
 def log_path(store: Store, batch: Batch, index: int) -> Path:

@@ -5,8 +5,10 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments import cost, models, pipeline
-from experiments.definitions import Trial
+from experiments.data import models
+from experiments.run import pipeline
+from experiments.studies import cost
+from experiments.studies.trial import Trial
 from patch.errors import UserError
 from slurm import plan, queue
 from slurm.cluster import Cluster

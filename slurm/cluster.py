@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from experiments.cost import H200_TFLOPS
+from experiments.studies.cost import H200_TFLOPS
 from patch.errors import UserError, check_name
 
 EXECUTORS = ("slurm", "local", "debug")

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.definitions import Trial, key
-from experiments.store import Store
-from experiments.studies import STUDIES
+from experiments.run.store import Store
+from experiments.studies.registry import STUDIES
+from experiments.studies.trial import Trial, key
 from patch.errors import UserError, check_name, one_line
 from slurm import batches, checks, plan, progress, queue
 from slurm.cluster import Cluster

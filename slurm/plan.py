@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments import pipeline
-from experiments.definitions import Pruning, Trial, describe, key, lineage
-from experiments.store import Store
+from experiments.run import pipeline
+from experiments.run.store import Store
+from experiments.studies.trial import Pruning, Trial, describe, key, lineage
 
 Kind = Literal["prune", "learn", "evaluate"]
 
@@ -42,7 +42,7 @@ class Step:
 
     @property
     def claim(self) -> str:
-        """The name under which a process that does this step claims it (see `experiments.store`)."""
+        """The name under which a process that does this step claims it (see `experiments.run.store`)."""
         return f"{'trial' if self.kind == 'evaluate' else 'pruning'}-{self.hash}"
 
     @property

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import pipeline
-from experiments.definitions import Trial, key
-from experiments.store import Store
+from experiments.run import pipeline
+from experiments.run.store import Store
+from experiments.studies.trial import Trial, key
 from patch.errors import UserError
 from slurm import batches, plan, queue
 from slurm.batches import Batch

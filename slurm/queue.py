@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.store import Store
+from experiments.run.store import Store
 from patch.errors import UserError
 from slurm import batches
 from slurm.batches import Batch

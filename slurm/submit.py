@@ -18,9 +18,9 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from experiments import claims
-from experiments.definitions import Trial, key
-from experiments.store import Store
+from experiments.run import leases
+from experiments.run.store import Store
+from experiments.studies.trial import Trial, key
 from patch.errors import UserError, one_line
 from slurm import batches, plan, queue
 from slurm.batches import Batch
@@ -262,4 +262,4 @@ def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, li
 
 
 def _here(pid: int) -> dict[str, Any]:
-    return {"host": claims.here(), "started": claims.start_ticks(pid)}
+    return {"host": leases.here(), "started": leases.start_ticks(pid)}

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from submitit.helpers import Checkpointable, DelayedSubmission
 
-from experiments import pipeline, reports
-from experiments.definitions import Trial, key
-from experiments.machine import Machine
-from experiments.store import Store
+from experiments.publish import reports
+from experiments.run import pipeline
+from experiments.run.runtime import Machine
+from experiments.run.store import Store
+from experiments.studies.trial import Trial, key
 from patch.errors import UserError
-from patch.learner import Stopped
-from slurm import plan, queue, ranks
+from patch.learn.learner import Stopped
+from slurm import plan, queue, torchrun
 from slurm.cluster import ALONE, Launch
 from slurm.plan import Step
 
@@ -96,7 +97,7 @@ class RunStep(Checkpointable):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
                 make_checkpoint(step, self.work, self.launch)
-        except (Stopped, ranks.Interrupted) as stopped:
+        except (Stopped, torchrun.Interrupted) as stopped:
             # Told to, and not by the signal that submitit answers: no failure.
             _leave_the_end_to_slurm()
             raise SystemExit(f"{step.id}: {stopped}") from stopped
@@ -169,7 +170,7 @@ def make_checkpoint(step: Step, work: Work, launch: Launch) -> None:
     """What a pruning or learning step does, in one process or, if it learns, in as many as `launch` says."""
     store = Store(work.results)
     if step.kind == "learn" and launch.size > 1:
-        ranks.run(launch, partial(pipeline.ensure_checkpoint, step.pruning, store), work.machine)
+        torchrun.run(launch, partial(pipeline.ensure_checkpoint, step.pruning, store), work.machine)
     else:
         pipeline.ensure_checkpoint(step.pruning, store, work.machine())
 

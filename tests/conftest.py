@@ -37,7 +37,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from experiments.models import EMBEDDED
+    from experiments.data.models import EMBEDDED
 
     path = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
@@ -73,12 +73,12 @@ def hts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
     monkeypatch.delenv("HTS_DATA", raising=False)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        from experiments import cli
+        from experiments.cli import app
 
         monkeypatch.setattr(sys, "argv", ["hts", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()
@@ -92,7 +92,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_text: Path) -> 
     """A study of the name ``tiny``."""
     from tiny_study import tiny_trials
 
-    from experiments.studies import STUDIES, Study
+    from experiments.studies.registry import STUDIES, Study
 
     trials = tiny_trials(tiny_model, tiny_text)
     monkeypatch.setitem(STUDIES, "tiny", Study("a test", lambda: trials))

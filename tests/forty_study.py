@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import studies
-from experiments.definitions import Calibration, Evaluation, Perplexity, Pruning, Trial
+from experiments.studies import registry
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning, Trial
 
 TILE = (64, 64)
 # Seconds of learning on one core: longer than the test's time limit of a job.
@@ -30,13 +30,13 @@ def forty_trials(text: Path) -> tuple[Trial, ...]:
     }
 
     def one_shot(method: str, structure: str, sparsity: float) -> Pruning:
-        return studies.one_shot("embedded", method, structure, sparsity, TILE, calibration)
+        return registry.one_shot("embedded", method, structure, sparsity, TILE, calibration)
 
     def learned(method: str, sparsity: float, **changes: Any) -> Pruning:
-        return studies.learned("embedded", method, sparsity, TILE, str(text), calibration, **(short | changes))
+        return registry.learned("embedded", method, sparsity, TILE, str(text), calibration, **(short | changes))
 
     prunings = [
-        studies.dense("embedded"),
+        registry.dense("embedded"),
         *(one_shot("magnitude", "hybrid", step / 100) for step in range(2, 26, 2)),
         *(one_shot("wanda", "hybrid", step / 100) for step in range(3, 27, 2)),
         *(one_shot("sparsegpt", "hybrid", step / 100) for step in range(10, 40, 5)),
@@ -57,10 +57,11 @@ def forty_trials(text: Path) -> tuple[Trial, ...]:
 def main() -> None:
     import torch
 
-    from experiments import cli, pipeline
-    from experiments.machine import Machine
-    from experiments.store import Store
-    from experiments.studies import STUDIES, Study
+    from experiments.cli import app
+    from experiments.run import pipeline
+    from experiments.run.runtime import Machine
+    from experiments.run.store import Store
+    from experiments.studies.registry import STUDIES, Study
 
     results, text, *arguments = sys.argv[1:]
     trials = forty_trials(Path(text))
@@ -71,7 +72,7 @@ def main() -> None:
         return
     STUDIES["forty"] = Study("a test", lambda: trials)
     sys.argv = ["hts", *arguments, "--results", results]
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

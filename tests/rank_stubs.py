@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from experiments.machine import Machine
+from experiments.run.runtime import Machine
 
 
 def cpu(processes: int) -> Machine:

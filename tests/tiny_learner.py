@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from patch.learner import Prior
+from patch.layers import prunable_linears
+from patch.learn.learner import Prior
+from patch.learn.recipe import RECIPES
 from patch.mask import best_patterns, tile_sums
-from patch.prunable import prunable_linears
-from patch.recipe import RECIPES
 
 VOCABULARY = 32
 RAGGED = (24, 20)

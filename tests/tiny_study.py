@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import studies
-from experiments.definitions import Calibration, Evaluation, Perplexity, Trial
-from patch.recipe import RECIPES
+from experiments.studies import registry
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Trial
+from patch.learn.recipe import RECIPES
 
 
 def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
@@ -14,7 +14,7 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
     calibration = Calibration(str(text), windows=8, length=16)
     short: dict[str, Any] = {"steps": 12, "batch": 2, "microbatch": 2, "length": 16}
     short |= {"checkpoint_every": 2, "log_every": 3} | recipe
-    learned = studies.learned(
+    learned = registry.learned(
         str(model),
         "patch-joint",
         0.35,
@@ -24,8 +24,8 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
         recipe=dataclasses.replace(RECIPES["patch-joint"], **short),
     )
     prunings = [
-        studies.dense(str(model)),
-        studies.one_shot(str(model), "magnitude", "2:4", 0.5, (16, 16), calibration),
+        registry.dense(str(model)),
+        registry.one_shot(str(model), "magnitude", "2:4", 0.5, (16, 16), calibration),
         learned,
     ]
     evaluation = Evaluation((Perplexity(str(text), 32),))

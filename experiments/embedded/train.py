@@ -40,9 +40,9 @@ import torch
 import torch.nn.functional as F
 
 from experiments.embedded import MODEL
+from patch.contexts import full_float32
 from patch.errors import UserError
 from patch.files import replacing, write_atomic
-from patch.modes import full_float32
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 

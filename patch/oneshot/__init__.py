@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from patch.budget import UniformBudget
-from patch.calibration import Block, blocks_on, calibrate
 from patch.errors import UserError, check_name
+from patch.layers import decoder_blocks, prunable_linears
 from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
 from patch.oneshot import magnitude, sparsegpt, wanda
+from patch.oneshot.calibration import Block, blocks_on, calibrate
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, tile_losses
-from patch.prunable import decoder_blocks, prunable_linears
 
 METHODS: dict[str, Method] = {
     "magnitude": magnitude.METHOD,

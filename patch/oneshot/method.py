@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch.calibration import Statistic
 from patch.mask import HybridMask, TileShape
+from patch.oneshot.calibration import Statistic
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patch.contexts import full_float32
 from patch.errors import UserError
 from patch.mask import (
     GROUP,
@@ -30,7 +31,6 @@ from patch.mask import (
     expand_tiles,
     tile_grid,
 )
-from patch.modes import full_float32
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.rows import load_rows
+from analysis.rows.load import load_rows
 
 Row = dict[str, Any]
 Trials = dict[str, list[Row]]

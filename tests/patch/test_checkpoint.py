@@ -33,8 +33,8 @@ from patch.checkpoint import (
     save_checkpoint,
 )
 from patch.errors import UserError
+from patch.layers import prunable_linears
 from patch.mask import HybridMask, tile_grid
-from patch.prunable import prunable_linears
 
 TILE = (16, 16)
 UP = "model.layers.0.mlp.up_proj"

@@ -14,9 +14,9 @@ import pytest
 from dev_cluster import REPOSITORY, DevCluster, Forty, wait_until
 from forty_study import forty_trials
 
-from analysis.lines import from_lines
-from experiments.definitions import key
-from experiments.store import FAILURE, Store
+from analysis.rows.jsonl import from_lines
+from experiments.run.store import FAILURE, Store
+from experiments.studies.trial import key
 from slurm import batches, plan, progress
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]

@@ -14,10 +14,10 @@ import rank_stubs
 from dev_cluster import REPOSITORY, wait_until
 from tiny_study import tiny_trials
 
-from experiments.store import Store
+from experiments.run.store import Store
 from patch.checkpoint import load_masks
-from patch.learner import CHECKPOINT
-from slurm import plan, ranks
+from patch.learn.learner import CHECKPOINT
+from slurm import plan, torchrun
 from slurm.cluster import Launch
 from slurm.plan import Step
 from slurm.task import RunStep, RunTrials, Work
@@ -42,7 +42,7 @@ def learning(tiny_model: Path, tiny_text: Path) -> Step:
 
 
 def test_processes_meet_and_the_first_one_reports(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    ranks.run(TWO, partial(rank_stubs.introduce, tmp_path), rank_stubs.cpu)
+    torchrun.run(TWO, partial(rank_stubs.introduce, tmp_path), rank_stubs.cpu)
     met = introductions(tmp_path)
     assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "1")}
     assert capfd.readouterr().out.count("progress met 0 2") == 1
@@ -73,8 +73,8 @@ def test_two_nodes_meet_at_the_first(tmp_path: Path) -> None:
 
 
 def test_the_first_error_is_told_with_its_traceback() -> None:
-    with pytest.raises(ranks.RankFailed, match="rank 1: ValueError: no such thing") as caught:
-        ranks.run(TWO, rank_stubs.fail_on_the_second, rank_stubs.cpu)
+    with pytest.raises(torchrun.RankFailed, match="rank 1: ValueError: no such thing") as caught:
+        torchrun.run(TWO, rank_stubs.fail_on_the_second, rank_stubs.cpu)
     assert "fail_on_the_second" in caught.value.__notes__[0]
 
 
@@ -85,7 +85,7 @@ def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path:
     for id in step.needs:
         RunStep(work)(plan.steps(step.trials)[id])
     text.unlink()
-    with pytest.raises(ranks.RankFailed):
+    with pytest.raises(torchrun.RankFailed):
         RunStep(work, TWO)(step)
     failure = store.failure(step.trials[0])
     assert failure and "text.jsonl" in failure["error"] and "load_documents" in failure["traceback"]
@@ -116,21 +116,22 @@ import signal, sys
 from functools import partial
 from pathlib import Path
 import rank_stubs
-from experiments import pipeline, studies
-from experiments.store import Store
-from slurm import ranks
+from experiments.run import pipeline
+from experiments.studies import registry
+from experiments.run.store import Store
+from slurm import torchrun
 from slurm.cluster import Launch
 
 signal.signal(signal.SIGUSR2, lambda *_: print("requeued", flush=True))
 signal.signal(signal.SIGTERM, lambda *_: print("bypassed", flush=True))
-pruning = studies.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", studies.Calibration("embedded/train", 4, 64),
+pruning = registry.learned(
+    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", registry.Calibration("embedded/train", 4, 64),
     start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False,
     checkpoint_every=50_000,
 )
 try:
-    ranks.run(Launch(1, 2), partial(pipeline.ensure_checkpoint, pruning, Store(Path(sys.argv[1]))), rank_stubs.cpu)
-except ranks.Interrupted:
+    torchrun.run(Launch(1, 2), partial(pipeline.ensure_checkpoint, pruning, Store(Path(sys.argv[1]))), rank_stubs.cpu)
+except torchrun.Interrupted:
     print("interrupted", flush=True)
 """
 

@@ -7,11 +7,11 @@ from forty_study import forty_trials
 from rich.console import Console
 from tiny_study import tiny_trials
 
-from experiments import pipeline
-from experiments.definitions import Evaluation, Perplexity, Trial, key
-from experiments.machine import Machine
-from experiments.store import Fact, Store
-from experiments.studies import STUDIES
+from experiments.run import pipeline
+from experiments.run.runtime import Machine
+from experiments.run.store import Fact, Store
+from experiments.studies.registry import STUDIES
+from experiments.studies.trial import Evaluation, Perplexity, Trial, key
 from slurm import commands, plan, progress
 from slurm.cluster import Cluster, Resources
 from slurm.submit import Sweep, todo

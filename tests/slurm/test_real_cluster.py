@@ -9,7 +9,7 @@ import psutil
 import pytest
 from dev_cluster import DEVCLUSTER, DevCluster, Forty, wait_until
 
-from experiments.store import Store
+from experiments.run.store import Store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -71,7 +71,7 @@ def test_two_processes_learn_in_one_allocation(forty: Forty, tmp_path: Path) -> 
     forty.hts("sweep", "forty", *chosen, "--cluster", file, "--gpus", "learn=2")
 
     def learning() -> list[psutil.Process]:
-        found = [each for each in psutil.process_iter(["cmdline"]) if "slurm.ranks" in (each.info["cmdline"] or [])]
+        found = [each for each in psutil.process_iter(["cmdline"]) if "slurm.torchrun" in (each.info["cmdline"] or [])]
         # Of this cluster: other tests may start such processes at the same time.
         conf = str(forty.cluster.folder)
         here = [each for each in found if each.environ().get("SLURM_CONF", "").startswith(conf)]

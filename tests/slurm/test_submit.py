@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_study import tiny_trials
 
-from experiments.definitions import Calibration, Evaluation, Pruning, Trial, key
-from experiments.store import Store
-from experiments.studies import STUDIES, Study
+from experiments.run.store import Store
+from experiments.studies.registry import STUDIES, Study
+from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, key
 from patch.errors import UserError
 from slurm import batches, progress, queue, submit, task
 from slurm.batches import Batch
@@ -253,7 +253,7 @@ def test_ten_thousand_trials_take_seconds(tmp_path: Path, capsys: pytest.Capture
 
 def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from experiments.store import Store\n"
+        "import os, signal, sys; from pathlib import Path; from experiments.run.store import Store\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Store(Path(sys.argv[1])).claim('sweep'): os.kill(os.getpid(), signal.SIGINT)"
     )

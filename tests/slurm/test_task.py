@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny_study import tiny_trials
 
-from experiments.store import Store
+from experiments.run.store import Store
 from patch.errors import UserError
-from slurm import plan, queue, ranks, task
+from slurm import plan, queue, task, torchrun
 from slurm.batches import Batch
 from slurm.cluster import Launch
 from slurm.plan import Step
@@ -86,7 +86,7 @@ def test_a_step_that_was_told_to_stop_leaves_its_end_to_slurm(
     waited: list[float] = []
 
     def stop(*_: object) -> None:
-        raise ranks.Interrupted("told to")
+        raise torchrun.Interrupted("told to")
 
     monkeypatch.setattr(task, "make_checkpoint", stop)
     monkeypatch.setattr(task.time, "sleep", waited.append)
@@ -100,12 +100,12 @@ def test_the_other_nodes_of_a_job_learn_along_and_tell_of_errors(
     work: Work, steps: tuple[Step, Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise ranks.RankFailed("rank 1: ValueError: no such thing")
+        raise torchrun.RankFailed("rank 1: ValueError: no such thing")
 
     monkeypatch.setenv("SLURM_NODEID", "1")
     monkeypatch.setattr(task, "make_checkpoint", fail)
     monkeypatch.setattr(queue, "live", lambda _: pytest.fail("the first node asks"))
-    with pytest.raises(ranks.RankFailed):
+    with pytest.raises(torchrun.RankFailed):
         RunStep(work, Launch(2, 1))(dataclasses.replace(steps[0], needs=("prune-elsewhere",)))
     failure = Store(work.results).failure(steps[0].trials[0])
     assert failure and "no such thing" in failure["error"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 import stoicc
 from patch.errors import UserError
+from patch.layers import prunable_linears
 from patch.mask import HybridMask, TileShape
-from patch.prunable import prunable_linears
 from stoicc.linear import HybridLinear, HybridPart, packed_modules
 from stoicc.matmul import linear_op
 

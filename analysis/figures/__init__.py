@@ -1,0 +1,1 @@
+"""Figures from rows: each draws one kind; `study` chooses those of a study."""

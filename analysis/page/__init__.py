@@ -1,0 +1,1 @@
+"""The report: one HTML page of findings, tables and figures."""

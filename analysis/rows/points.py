@@ -1,0 +1,399 @@
+"""What was measured of each pruned model: the rows of its trials, gathered into one point of a table or figure.
+
+Trials that differ only in their seeds are one point, with the spread over seeds; trials of the same pruning with
+different evaluations complete each other. Trials that differ in anything else, such as the recipe, are separate points,
+told apart by their ``variant``.
+"""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.names import GUIDED, METHODS, PAPER_TASKS, STRUCTURES, TASKS, percent, rank
+from analysis.rows.load import records
+from analysis.rows.same_checkpoint import check_one_artefact
+from patch.errors import UserError
+
+# Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
+_SHOWN_ANYHOW = ("sparsity", "tile")
+# Settings of a recipe that what is learned does not depend on.
+RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
+# Settings that no published method has; a definition leaves them out where they are as published.
+DEPARTURES = (
+    "recipe",
+    "learning.recipe.distillation",
+    "learning.recipe.block_distillation",
+    "learning.recipe.density",
+    "learning.recipe.logit_dtype",
+    "learning.recipe.tile_ranking",
+    "tile_ranking",
+    "refit.source",
+)
+# The one setting that is said of a part of a definition, where it tells that part from others.
+_SAID_OF_PARTS = {"prior": "prior.method", "refit": "refit.source"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number and how sure it is.
+
+    Attributes:
+        value: the mean over seeds.
+        stderr: standard error from the finite evaluation set (of several seeds, which share that set, the root mean
+            square), or None.
+        spread: standard deviation over seeds; None for a single one.
+        seeds: how many.
+    """
+
+    value: float
+    stderr: float | None = None
+    spread: float | None = None
+    seeds: int = 1
+
+    @property
+    def error(self) -> float | None:
+        """What is printed after the number: the spread over seeds if there are several, else the standard error."""
+        return self.stderr if self.spread is None else self.spread
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that perplexity is measured on, in windows of ``length`` tokens."""
+
+    source: str
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.length}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, in full or only its first ``limit`` items."""
+
+    name: str
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.limit is None else f"{self.name}[:{self.limit}]"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruned model (or several that differ in their seeds) and what was measured of it.
+
+    Attributes:
+        model: its name.
+        method: such as ``wanda``.
+        structure: ``dense``, ``unstructured``, ``2:4`` or ``hybrid``.
+        sparsity: target share of zeros.
+        tile: such as ``64x64``, for hybrid structures; otherwise None.
+        variant: what tells it from points that agree in all of the above, such as ``steps=500``;
+            mostly empty.
+        achieved: measured share of zeros, or None.
+        perplexity: by text.
+        accuracy: the primary metric of each task, a share.
+        mean_accuracy: plain mean over `mean_tasks`, where every one was measured.
+        trials: hashes of the trials it is made of, by rising seed.
+    """
+
+    model: str
+    method: str
+    structure: str
+    sparsity: float
+    tile: str | None
+    variant: str
+    achieved: float | None
+    perplexity: Mapping[Text, Measured]
+    accuracy: Mapping[Task, Measured]
+    mean_accuracy: Measured | None
+    trials: tuple[str, ...]
+
+
+def gather(frame: pd.DataFrame) -> list[Point]:
+    """The points of a table of rows, in reading order: dense, one-shot methods, learned ones by falling sparsity.
+
+    Args:
+        frame: as from `analysis.rows.load.load_rows`.
+
+    Raises:
+        UserError: if two trials give different values for one quantity of one model, or are of different checkpoints
+            (`analysis.rows.same_checkpoint`).
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    definitions = {row.trial: row.definition for row in records(frame.drop_duplicates("trial"))}
+    for trial, definition in definitions.items():
+        seedless, seeds = _split_seeds(definition["pruning"])
+        groups.setdefault(_canonical(seedless), {}).setdefault(_canonical(seeds), []).append(trial)
+    averaged = mean_tasks(tasks(frame))
+    rows_of = dict(list(frame.groupby("trial")))
+    points = []
+    for about, variant in _variants([json.loads(group) for group in groups]):
+        seeded = groups[_canonical(about)].items()
+        by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
+        for trials in by_seed:
+            check_one_artefact(pd.concat([rows_of[trial] for trial in trials]), trials)
+        perplexities = [_quantities(rows_of, trials, _perplexity_rows) for trials in by_seed]
+        accuracies = [_quantities(rows_of, trials, _accuracy_rows) for trials in by_seed]
+        complete = [seed for seed in accuracies if averaged and all(task in seed for task in averaged)]
+        members = tuple(trial for trials in by_seed for trial in trials)
+        achieved = [rows_of[trial].achieved.iloc[0] for trial in members]
+        points.append(
+            Point(
+                model=about["model"],
+                method=about["method"],
+                structure=about["structure"],
+                sparsity=about["sparsity"],
+                tile=_tile(about),
+                variant=variant,
+                achieved=None if any(map(math.isnan, achieved)) else statistics.fmean(achieved),
+                perplexity=_over_seeds(perplexities),
+                accuracy=_over_seeds(accuracies),
+                mean_accuracy=_measured([_mean(seed, averaged) for seed in complete]) if complete else None,
+                trials=members,
+            )
+        )
+    return sorted(points, key=_reading_order)
+
+
+def texts(frame: pd.DataFrame) -> list[Text]:
+    """The texts that perplexity was measured on, WikiText-2 first."""
+    found = {key for key, _ in _perplexity_rows(frame)}
+    return sorted(found, key=lambda text: (text.source != "wikitext2/test", text.source, text.length))
+
+
+def tasks(frame: pd.DataFrame) -> list[Task]:
+    """The tasks that were evaluated, in the order of the published table."""
+    found = {key for key, _ in _accuracy_rows(frame)}
+    return sorted(found, key=lambda task: (rank(TASKS, task.name), task.name, task.limit or 0))
+
+
+def mean_tasks(found: Iterable[Task]) -> list[Task]:
+    """The tasks that a mean accuracy is taken over: the published eight where all are there in full, otherwise all."""
+    found = list(found)
+    paper = [task for task in found if task.limit is None and task.name.removesuffix("_subset") in PAPER_TASKS]
+    return paper if len(paper) == len(PAPER_TASKS) else found
+
+
+def _perplexity_rows(frame: pd.DataFrame) -> list[tuple[Text, tuple[float, float]]]:
+    # LAMBADA has a perplexity too, of its last words.
+    rows = frame[(frame.metric == "perplexity") & frame.stage.str.startswith("perplexity:")]
+    return [(Text(row.source, int(row.length)), (row.value, row.stderr)) for row in records(rows)]
+
+
+def _accuracy_rows(frame: pd.DataFrame) -> list[tuple[Task, tuple[float, float]]]:
+    rows = frame[frame.stage.str.startswith("task:")]
+    return [
+        (Task(row.task, None if pd.isna(row.limit) else int(row.limit)), (row.value, row.stderr))
+        for row in records(rows)
+        if row.labels.get("primary", row.metric == "acc")
+    ]
+
+
+def _quantities(rows_of: Mapping[Any, pd.DataFrame], trials: Sequence[str], select: Any) -> dict[Any, Measured]:
+    """What the trials of one pruning measured; they may differ in what they evaluate, not in the outcome."""
+    found: dict[Any, Measured] = {}
+    for trial in trials:
+        for key, (value, stderr) in select(rows_of[trial]):
+            measured = Measured(value, None if math.isnan(stderr) else stderr)
+            if found.setdefault(key, measured) != measured and not math.isnan(value):
+                raise UserError(
+                    f"trials {', '.join(trials)} are of the same pruned model, but measured {found[key].value} and "
+                    f"{value} for {key}: select one of them"
+                )
+    return found
+
+
+def _over_seeds(by_seed: Sequence[Mapping[Any, Measured]]) -> dict[Any, Measured]:
+    keys = dict.fromkeys(key for seed in by_seed for key in seed)
+    return {key: _measured([seed[key] for seed in by_seed if key in seed]) for key in keys}
+
+
+def _measured(values: Sequence[Measured]) -> Measured:
+    if len(values) == 1:
+        return values[0]
+    numbers = [measured.value for measured in values]
+    errors = [measured.stderr for measured in values if measured.stderr is not None]
+    stderr = math.sqrt(statistics.fmean(error**2 for error in errors)) if len(errors) == len(values) else None
+    finite = all(map(math.isfinite, numbers))
+    spread = statistics.stdev(numbers) if finite else math.nan
+    return Measured(sum(numbers) / len(numbers), stderr, spread, len(values))
+
+
+def _mean(accuracy: Mapping[Task, Measured], over: Sequence[Task]) -> Measured:
+    """Mean over tasks, which are independent."""
+    chosen = [accuracy[task] for task in over]
+    errors = [measured.stderr for measured in chosen if measured.stderr is not None]
+    stderr = math.sqrt(sum(error**2 for error in errors)) / len(over) if len(errors) == len(over) else None
+    return Measured(statistics.fmean(measured.value for measured in chosen), stderr)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """A definition without its seeds (its own, of calibration, of the prior), and the seeds by dotted name.
+
+    How learning ran is in neither.
+    """
+    seedless: dict[str, Any] = {}
+    seeds: dict[str, Any] = {}
+    for name, value in pruning.items():
+        if name == "seed":
+            seeds[prefix + name] = value
+        elif isinstance(value, dict):
+            seedless[name], inner = _split_seeds(value, f"{prefix}{name}.")
+            seeds |= inner
+        elif name not in RUNNING:
+            seedless[name] = value
+    return seedless, seeds
+
+
+def _tile(about: Mapping[str, Any]) -> str | None:
+    # Masks at 2:4 have a tile shape for the methods that start from them; their weights do not depend on it.
+    return "x".join(map(str, about["tile"])) if about["structure"] == "hybrid" and about["tile"] else None
+
+
+def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Each definition with what tells it apart from others of its model, method and structure, sparsity and tile aside.
+
+    Of what differs between any two of these, the value that most of them have goes without saying; any other is said
+    at every sparsity, so that a line through several is of one recipe. Departures from every published recipe are said
+    even where nothing differs.
+    """
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for about in definitions:
+        alike.setdefault((about["model"], about["method"], about["structure"]), []).append(about)
+    result = []
+    for members in alike.values():
+        flat = [
+            {name: value for name, value in _settings(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
+            for member in members
+        ]
+        # Not as they come: fields that a definition leaves out would move when another one has them.
+        names = sorted({name for fields in flat for name in fields}, key=lambda name: (name != "recipe", name))
+        differing = [
+            name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in DEPARTURES
+        ]
+        # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
+        brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
+        if _distinct(flat, brief) == _distinct(flat, differing):
+            differing = brief
+        usual = {name: _usual([_canonical(fields.get(name)) for fields in flat]) for name in differing}
+        for member, fields in zip(members, flat, strict=True):
+            said = [
+                _setting(name, fields)
+                for name in differing
+                if name in DEPARTURES or _canonical(fields.get(name)) != usual[name]
+            ]
+            result.append((member, ", ".join(filter(None, said))))
+    return result
+
+
+def _usual(values: Sequence[str]) -> str | None:
+    """The value that more than half of them are, if there is one."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
+
+
+def _setting(name: str, fields: Mapping[str, Any]) -> str:
+    """One field that tells variants apart; nothing for a setting of the recipe that is left out, as published."""
+    if name not in fields:
+        return "no prior" if name == "prior.method" else ""
+    value = fields[name]
+    if name == "recipe":
+        return str(value)
+    if name == "prior.method":
+        return f"from {METHODS.get(value, value)}"
+    if name == "refit.source":
+        return f"refitted on {value}"
+    return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
+
+
+def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:
+    """How many of the definitions the fields of these names tell apart."""
+    return len({tuple(_canonical(fields.get(name)) for name in names) for fields in flat})
+
+
+def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition's fields by dotted name; settings that together have a name go by it, as ``recipe``."""
+    fields = _flatten(about)
+    guided = {f"learning.recipe.{name}": value for name, value in GUIDED.items()}
+    if not guided.items() <= fields.items():
+        return fields
+    return {"recipe": "guided"} | {name: value for name, value in fields.items() if name not in guided}
+
+
+def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in about.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def tile_order(tile: str | None) -> tuple[int, str]:
+    """Sorts tile shapes such as ``64x128`` by their size; none comes first."""
+    return (math.prod(int(side) for side in tile.split("x")), tile) if tile else (0, "")
+
+
+def _reading_order(point: Point) -> tuple[Any, ...]:
+    return (
+        point.model,
+        rank(METHODS, point.method),
+        rank(STRUCTURES, point.structure),
+        -point.sparsity,
+        tile_order(point.tile),
+        point.variant,
+    )
+
+
+def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
+    """The shortest name that tells each trial of ``frame`` from the others, such as ``PATCH joint 45%``.
+
+    Args:
+        frame: as from `analysis.rows.load.load_rows`.
+
+    Returns:
+        Names by trial hash, in reading order.
+    """
+    trials = frame.drop_duplicates("trial").set_index("trial")
+    several = {column: trials[column].nunique() > 1 for column in ("model", "tile")}
+    variants = {trial: point.variant for point in gather(frame) for trial in point.trials}
+    seeds = trials.groupby("method").seed.nunique()
+    labels: dict[str, str] = {}
+    order = sorted(
+        trials.index,
+        key=lambda trial: (
+            trials.model[trial],
+            rank(METHODS, trials.method[trial]),
+            rank(STRUCTURES, trials.structure[trial]),
+            -trials.sparsity[trial],
+            tile_order(None if pd.isna(trials.tile[trial]) else trials.tile[trial]),
+            variants[trial],
+            trials.seed[trial],
+        ),
+    )
+    for trial in order:
+        about = trials.loc[trial]
+        parts = [about.model] if several["model"] else []
+        parts.append(METHODS.get(about.method, about.method))
+        if about.structure != "dense":
+            parts.append("2:4" if about.structure == "2:4" else percent(about.sparsity))
+        if about.structure == "unstructured":
+            parts.append("unstructured")
+        if several["tile"] and about.structure == "hybrid":
+            parts.append(about.tile)
+        if seeds[about.method] > 1:
+            parts.append(f"seed {about.seed}")
+        if variants[trial]:
+            parts.append(f"({variants[trial]})")
+        labels[trial] = " ".join(parts)
+    names = list(labels.values())
+    return {trial: f"{name} ({trial})" if names.count(name) > 1 else name for trial, name in labels.items()}

@@ -1,0 +1,1 @@
+"""Tables from points and rows, and how they are written."""

@@ -1,0 +1,160 @@
+"""Two pruned models side by side: what differs, and whether by more than the noise.
+
+>>> left, right = select(points, "method=maskllm"), select(points, "method=patch-joint,target=0.45")
+>>> print(render(comparison(left, right), "md"))
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from analysis.names import METHODS
+from analysis.rows.points import Measured, Point
+from analysis.tables.accuracy import heading, task_heading
+from analysis.tables.render import Column, Table, Value, significant
+from patch.errors import UserError
+
+_FIELDS = ("model", "method", "structure", "target", "tile", "variant", "trial")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity of both.
+
+    Attributes:
+        name: for readers.
+        left, right: what was measured; accuracies as shares.
+        share: whether it is a share, shown in percent.
+    """
+
+    name: str
+    left: Measured
+    right: Measured
+    share: bool
+
+    @property
+    def value(self) -> float:
+        """Right less left."""
+        return self.right.value - self.left.value
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the difference as if both were measured on samples of their own, None if unknown.
+
+        They were measured on the same items, so this is the most that it can be for results that agree more often than
+        chance, as those of two prunings of one model do.
+        """
+        if self.left.error is None or self.right.error is None:
+            return None
+        return math.hypot(self.left.error, self.right.error)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is more than two standard errors."""
+        if self.error is None or not math.isfinite(self.value):
+            return "unknown"
+        return "yes" if abs(self.value) > 2 * self.error else "no"
+
+
+def select(points: Iterable[Point], selector: str) -> Point:
+    """The one point that a selector means: ``KEY=VALUE,...``, or the first digits of a trial's hash.
+
+    Raises:
+        UserError: if it means none or several, naming those that it may mean.
+    """
+    points = list(points)
+    parts = [part.partition("=") for part in selector.split(",")] if "=" in selector else [("trial", "=", selector)]
+    wanted = {name: value for name, _, value in parts}
+    if unknown := sorted(set(wanted) - set(_FIELDS)):
+        raise UserError(f"'{selector}': no field '{unknown[0]}': choose {', '.join(_FIELDS)}")
+    found = [point for point in points if all(_has(point, name, value) for name, value in wanted.items())]
+    if len(found) != 1:
+        listed = "; ".join(describe(point) for point in found or points)
+        raise UserError(f"'{selector}' means {len(found) or 'none'} of these: {listed}")
+    return found[0]
+
+
+def _has(point: Point, name: str, value: str) -> bool:
+    if name == "target":
+        try:
+            target = float(value.rstrip("%")) / (100 if value.endswith("%") else 1)
+        except ValueError as error:
+            raise UserError(f"target={value}: give a sparsity, such as 0.45 or 45%") from error
+        return math.isclose(point.sparsity, target)
+    if name == "trial":
+        return any(trial.startswith(value) for trial in point.trials)
+    return str(getattr(point, name) or "") == value
+
+
+def describe(point: Point) -> str:
+    """A point by the selector that finds it."""
+    fields = {"method": point.method, "structure": point.structure, "target": f"{point.sparsity:g}"}
+    fields |= {"tile": point.tile or "", "variant": point.variant}
+    return f"{point.model} " + ",".join(f"{name}={value}" for name, value in fields.items() if value)
+
+
+def differences(left: Point, right: Point) -> list[Difference]:
+    """Every quantity that both have."""
+    found = [
+        Difference(heading(text), measured, right.perplexity[text], share=False)
+        for text, measured in left.perplexity.items()
+        if text in right.perplexity
+    ]
+    found += [
+        Difference(task_heading(task), measured, right.accuracy[task], share=True)
+        for task, measured in left.accuracy.items()
+        if task in right.accuracy
+    ]
+    if left.mean_accuracy and right.mean_accuracy:
+        found.append(Difference("Mean accuracy", left.mean_accuracy, right.mean_accuracy, share=True))
+    return found
+
+
+def comparison(left: Point, right: Point) -> Table:
+    """A line for each quantity that both have.
+
+    Raises:
+        UserError: if they have none in common.
+    """
+    found = differences(left, right)
+    if not found:
+        raise UserError(f"nothing was measured of both {describe(left)} and {describe(right)}: evaluate them alike")
+    columns = (
+        Column("quantity", "Quantity", "text"),
+        Column("left", _title(left, right), "text"),
+        Column("right", _title(right, left), "text"),
+        Column("difference", "Difference", "text"),
+        Column("error", "Standard error", "text"),
+        Column("exceeds_noise", "Beyond noise", "text"),
+    )
+    rows: Sequence[tuple[Value, ...]] = [
+        (
+            each.name,
+            _shown(each.left.value, each.share),
+            _shown(each.right.value, each.share),
+            _shown(each.value, each.share, signed=True),
+            None if each.error is None else _shown(each.error, each.share),
+            each.verdict,
+        )
+        for each in found
+    ]
+    notes = (
+        f"Left: {describe(left)}. Right: {describe(right)}.",
+        "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own.",
+        "Both have the same, so the difference is surer than that.",
+    )
+    return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), notes)
+
+
+def _title(point: Point, other: Point) -> str:
+    parts = [METHODS.get(point.method, point.method)]
+    if point.structure != "dense":
+        parts.append(f"{100 * point.sparsity:g}%")
+    if point.model != other.model:
+        parts.insert(0, point.model)
+    return " ".join([*parts, point.variant]).strip()
+
+
+def _shown(value: float, share: bool, signed: bool = False) -> str:
+    text = f"{100 * value:.2f}%" if share else significant(value)
+    return f"+{text}" if signed and value > 0 else text

@@ -1,0 +1,1 @@
+"""What is timed: kernels, whole models, soft masks, learning."""

@@ -1,0 +1,1 @@
+"""The ``hts`` command: one module for each group of commands."""

@@ -1,0 +1,1 @@
+"""Models and texts, from the hub, a data directory or this package."""

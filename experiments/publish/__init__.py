@@ -1,0 +1,1 @@
+"""What is published of rows: reports, the README's numbers, the reproduction guide."""

@@ -1,0 +1,119 @@
+"""Reports: a study's tables and figures as files, a GPU's measured speed, and all of it as one page."""
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pandas import DataFrame
+
+from analysis.figures.kernels import plot_roof, plot_speedup
+from analysis.figures.study import plot_study
+from analysis.page import report
+from analysis.rows.load import load_rows
+from analysis.tables.kernels import kernel_table, load_bench, model_table
+from analysis.tables.learning import learning_tables
+from analysis.tables.render import Table, render
+from analysis.tables.study import study_tables, title
+from experiments.run.provenance import revision
+from experiments.run.store import FAILURE, Store
+from experiments.studies.registry import STUDIES
+from experiments.studies.trial import Trial, key
+from patch.errors import UserError, check_name
+from patch.files import write_atomic
+
+
+def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
+    """What was measured of some trials.
+
+    Raises:
+        UserError: if nothing was.
+    """
+    found = load_rows(store.root / "rows", {key(trial) for trial in trials})
+    found = found[found.stage != FAILURE]
+    if found.empty:
+        raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
+    return found
+
+
+def table(
+    trials: Iterable[Trial], store: Store, format: str, about: str = "accuracy", beside_published: bool = False
+) -> str:
+    """One of the study's tables (`analysis.tables.study`) as ``md``, ``csv`` or ``latex``.
+
+    Raises:
+        UserError: if the rows have nothing for that table.
+    """
+    found = study_tables(frame(trials, store), beside_published)
+    if not found:
+        raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")
+    return render(found[check_name("table", about, found)], format)
+
+
+def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
+    """Draw the study's figures."""
+    return plot_study(frame(trials, store), store.root / "reports" / study)
+
+
+def page(names: Sequence[str], store: Store) -> str:
+    """Some studies and every GPU's measured speed as one HTML page (`analysis.page.report`).
+
+    Args:
+        names: of studies; none of them takes all that have rows.
+
+    Raises:
+        UserError: if a study that is named has no rows, or there are none at all.
+    """
+    studies = []
+    for name in names or STUDIES:
+        trials = STUDIES[check_name("study", name, STUDIES)].trials()
+        has_rows = [(store.root / "rows" / key(trial)).is_dir() for trial in trials]
+        # The dense model alone is no study.
+        if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
+            missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
+            studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = [
+            speed(path, Path(folder) / path.name) for path in sorted((store.root / "bench").glob("*")) if path.is_dir()
+        ]
+        if not studies and not speeds:
+            raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
+        commit, dirty = revision()
+        when = time.strftime("%Y-%m-%d", time.gmtime())
+        return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
+
+
+def speed(folder: Path, pictures: Path) -> report.Speed:
+    """The tables of one GPU's bench folder, and figures drawn in ``pictures``.
+
+    Raises:
+        UserError: if nothing was timed there, or a file is damaged.
+    """
+    tables: list[tuple[str, Table]] = []
+    figures: list[Path] = []
+    kernels = sorted((folder / "kernels").glob("*.jsonl"))
+    if kernels:
+        rows = load_bench(kernels)
+        for model in dict.fromkeys(rows.model):
+            tables.append((title(f"kernels-{model}"), kernel_table(rows[rows.model == model])))
+        figures += plot_speedup(rows, pictures / "speedup")
+        figures += plot_roof(rows, pictures / "roof")
+    for path in sorted((folder / "model").glob("*.jsonl")):
+        tables.append((title(f"model-{path.stem}"), model_table(load_bench([path]))))
+    tables += learning_tables(folder).items()
+    if not tables:
+        raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
+    return report.Speed(folder.name, tuple(tables), tuple(figures))
+
+
+def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
+    """Write the study's tables and figures, and say where."""
+    trials = list(trials)
+    rows = frame(trials, store)
+    written = []
+    for name, table in study_tables(rows).items():
+        for format in ("md", "csv", "tex"):
+            path = store.root / "reports" / study / f"{name}.{format}"
+            write_atomic(path, render(table, {"tex": "latex"}.get(format, format)) + "\n")
+            written.append(path)
+    return [*written, *plot_study(rows, store.root / "reports" / study)]

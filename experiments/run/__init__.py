@@ -1,0 +1,1 @@
+"""Running trials: the pipeline, what it keeps on disk, and how processes share the work."""

@@ -1,0 +1,483 @@
+"""The life of a trial: load, calibrate, prune or learn, harden, checkpoint, evaluate, pack, rows.
+
+Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A
+process that is killed loses at most the stage it was in, and of learning at most the steps since the last learner
+checkpoint.
+Several processes may run the same study on one results directory: each trial and each pruning is claimed, and those
+that another process holds are taken up last.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from experiments.data import models, text
+from experiments.eval import perplexity, tasks
+from experiments.run import grids, packed
+from experiments.run.provenance import provenance
+from experiments.run.runtime import Machine
+from experiments.run.signals import deferred_signals
+from experiments.run.store import Fact, Store
+from experiments.studies.trial import Calibration, Perplexity, Pruning, Trial, definition, describe, key, lineage
+from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.errors import UserError
+from patch.layers import prunable_linears
+from patch.learn.learner import CHECKPOINT as LEARNER_STATE
+from patch.learn.learner import Learned, Prior, Stopped, learn
+from patch.learn.sensitivity import dearest_tiles
+from patch.mask import HybridMask, tile_grid
+from patch.oneshot import prune_model
+from patch.oneshot.refit import refit_model
+
+
+def stages(trial: Trial) -> list[str]:
+    """The names of a trial's stages, in the order in which they run."""
+    if trial.evaluation.grid:
+        return grids.stages(trial)
+    perplexities = [f"perplexity:{item}" for item in trial.evaluation.perplexity]
+    tasks_ = [f"task:{task}" for task in trial.evaluation.tasks]
+    return ["prune", *perplexities, *tasks_, *packed.measurements(trial)]
+
+
+def missing_stages(trial: Trial, store: Store, can_time: bool = False) -> list[str]:
+    """The stages of a trial without rows.
+
+    Args:
+        can_time: also those that a machine skipped because it could not time them.
+    """
+    return [
+        stage
+        for stage in stages(trial)
+        if not store.has_rows(trial, stage) or (can_time and store.was_skipped(trial, stage))
+    ]
+
+
+def validate(trials: Iterable[Trial], data: Path | None) -> None:
+    """Check what can be checked before work starts: models, tasks and local files.
+
+    Raises:
+        UserError: naming the first thing that is not there.
+    """
+    trials = list(trials)
+    grids.validate(trials)
+    for model, tile in {(trial.pruning.model, trial.pruning.tile) for trial in trials}:
+        for shape in models.linear_shapes(model):
+            if tile:
+                tile_grid(shape, tile)
+    tasks.check_tasks(sorted({task for trial in trials for task in trial.evaluation.tasks}), data)
+    for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
+        text.check_source(source, data)
+    for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
+        for calibration in filter(None, (pruning.calibration, pruning.refit)):
+            text.check_source(calibration.source, data)
+        if pruning.learning:
+            text.check_source(pruning.learning.source, data)
+
+
+def run_trials(
+    trials: Iterable[Trial], store: Store, machine: Machine, on_done: Callable[[Trial, Exception | None], None]
+) -> None:
+    """Bring every trial to completion, beside any other process that works on the same results directory.
+
+    Args:
+        on_done: called once per trial, with the error if it failed; a failed trial does not stop the others.
+
+    Raises:
+        Stopped: if learning was told to stop (`experiments.run.signals`).
+        UserError: if several processes were started to learn one mask.
+    """
+    if machine.ranks.size > 1:
+        raise UserError("a study runs one process a trial: start it in several processes, without torchrun")
+    waiting = list(trials)
+    while waiting:
+        held_elsewhere = []
+        for trial in waiting:
+            with store.claim(f"trial-{key(trial)}", wait=False) as mine:
+                if not mine:
+                    held_elsewhere.append(trial)
+                    continue
+                try:
+                    run_trial(trial, store, machine)
+                except Stopped:
+                    raise
+                except (UserError, OSError, RuntimeError) as error:
+                    record_failure(trial, trial.label, error, store)
+                    on_done(trial, error)
+                else:
+                    on_done(trial, None)
+        if len(held_elsewhere) == len(waiting):
+            machine.progress("waiting for trials that other processes hold", 0, len(waiting))
+            time.sleep(1)
+        waiting = held_elsewhere
+
+
+def record_failure(trial: Trial, during: str, error: BaseException, store: Store) -> None:
+    """Leave a row with the traceback; on a full disk, where no row can be written, only the caller's report remains."""
+    with contextlib.suppress(OSError):
+        store.write_failure(trial, during, error, provenance(0.0))
+
+
+def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
+    """Run the stages of one trial that are not complete.
+
+    Raises:
+        UserError: if something cannot be had or does not fit, or stages were measured of another checkpoint.
+        Stopped: if learning was told to stop (`experiments.run.signals`).
+    """
+    missing = missing_stages(trial, store, machine.can_time)
+    store.clear_failure(trial)
+    if not missing:
+        return
+    if trial.evaluation.grid:
+        grids.run_stages(trial, missing, store, machine)
+        return
+    pruning = trial.pruning
+    ensure_checkpoint(pruning, store, machine)
+    source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
+    content = models.content(source, machine.data)
+    _check_content(trial, content, store)
+    if "prune" in missing:
+        facts, origin = _prune_facts(pruning, store)
+        store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
+    missing = [stage for stage in missing if not _take_over(trial, stage, content, store)]
+    _evaluate(trial, missing, source, content, store, machine)
+    packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def _check_content(trial: Trial, content: str, store: Store) -> None:
+    """What is measured now must be what was measured before: one made anew elsewhere may differ in its bits."""
+    for stage in stages(trial):
+        for row in store.read_rows(trial, stage):
+            measured = row["provenance"].get("checkpoint")
+            if measured not in (None, content):
+                raise UserError(
+                    f"{trial.label}: {stage} was measured of checkpoint {measured[:12]}, but the one here is "
+                    f"{content[:12]}: bring that one back (`hts restore`), or remove "
+                    f"{store.rows_path(trial, stage).parent} to measure all of it anew"
+                )
+
+
+def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
+    """Take a stage's rows from the same trial without packed stages, if it measured the same weights and masks."""
+    twin = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
+    if twin == trial or stage == "prune" or stage not in stages(twin):
+        return False
+    rows = store.read_rows(twin, stage)
+    if not rows or any(row["provenance"].get("checkpoint") != content for row in rows):
+        return False
+    facts = [Fact(*(row[name] for name in ("metric", "value", "unit", "labels", "stderr"))) for row in rows]
+    store.write_rows(trial, stage, facts, rows[0]["provenance"])
+    return True
+
+
+def _evaluate(
+    trial: Trial, missing: Collection[str], source: str, content: str, store: Store, machine: Machine
+) -> None:
+    """The stages of the unpacked model that are missing."""
+    perplexities = {f"perplexity:{item}": item for item in trial.evaluation.perplexity}
+    tasks_ = {f"task:{task}": task for task in trial.evaluation.tasks}
+    if not any(stage in missing for stage in (*perplexities, *tasks_)):
+        return
+    model, tokenizer = models.load_model(source, device=machine.device, dtype=machine.dtype, data=machine.data)
+    for stage, item in perplexities.items():
+        if stage in missing:
+            _perplexity_stage(trial, stage, item, model, tokenizer, content, store, machine)
+    for stage, task in tasks_.items():
+        if stage in missing:
+            _task_stage(trial, task, model, tokenizer, content, store, machine)
+
+
+def _perplexity_stage(
+    trial: Trial,
+    stage: str,
+    item: Perplexity,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    content: str,
+    store: Store,
+    machine: Machine,
+) -> None:
+    started = time.monotonic()
+    documents = text.load_documents(item.source, machine.data)
+    windows = text.perplexity_windows(documents, tokenizer, item.length)
+    label = f"{trial.label}: {item.source}"
+    result = perplexity.perplexity(
+        model,
+        windows,
+        device=machine.device,
+        batch=trial.evaluation.batch,
+        on_batch=lambda done, total: machine.progress(label, done, total),
+    )
+    labels = {"source": item.source, "length": item.length, "windows": result.windows, "tokens": result.tokens}
+    facts = [Fact("perplexity", result.value, "ppl", labels, result.stderr)]
+    origin = provenance(time.monotonic() - started, {item.source: documents.sha256}, content)
+    store.write_rows(trial, stage, facts, origin)
+
+
+def _task_stage(
+    trial: Trial,
+    task: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    content: str,
+    store: Store,
+    machine: Machine,
+) -> None:
+    started = time.monotonic()
+    label = f"{trial.label}: {task}"
+    results = tasks.evaluate_tasks(
+        model,
+        tokenizer,
+        [task],
+        data=machine.data,
+        limit=trial.evaluation.limit,
+        batch="auto",
+        device=machine.device,
+        on_batch=lambda done, total: machine.progress(label, done, total),
+    )
+    facts = [
+        Fact(
+            result.metric,
+            result.value,
+            "ppl" if result.metric == "perplexity" else "1",
+            {"task": result.task, "num_fewshot": result.num_fewshot, "n": result.n, "primary": result.primary},
+            result.stderr,
+        )
+        for result in results
+    ]
+    store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started, checkpoint=content))
+
+
+def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
+    """The checkpoint of a pruning, made now (with its priors) if it is not there; None for the dense model.
+
+    Raises:
+        Stopped: if learning was told to stop (`experiments.run.signals`).
+    """
+    if pruning.method == "dense":
+        return None
+    path = store.checkpoint_path(pruning)
+    ranks, first = machine.ranks, machine.ranks.rank == 0
+    # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
+    if ranks.agree(first and path.exists(), machine.device):
+        return path
+    if pruning.base:
+        ensure_checkpoint(pruning.base, store, machine)
+    with store.claim(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
+        # Another process may have finished it while this one waited.
+        missing = ranks.agree(first and not path.exists(), machine.device)
+        if missing and (first or pruning.learns):
+            _make_checkpoint(pruning, store, machine)
+    return path
+
+
+def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
+    started = time.monotonic()
+    # All but learning brings one block at a time to the device, whatever the depth of the model.
+    model, tokenizer = models.load_model(
+        pruning.model, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
+    )
+    if machine.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    sources: dict[str, str] = {}
+    tile_scores: Mapping[str, Tensor] = {}
+    masks: Mapping[str, HybridMask]
+    if pruning.refit:
+        masks, tile_scores, facts = _refit(pruning, model, tokenizer, store, machine, sources)
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+    elif pruning.learns:
+        outcome = _learn(pruning, model, tokenizer, store, machine, sources)
+        if machine.ranks.rank:
+            return
+        masks = outcome.masks
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+        facts = [
+            Fact(metric, value, "1", {"step": int(entry["step"])})
+            for entry in outcome.history
+            for metric, value in entry.items()
+            if metric != "step"
+        ]
+    else:
+        windows = _calibration_windows(pruning.calibration, tokenizer, machine, sources)
+        layers = prune_model(
+            model,
+            pruning.method,
+            pruning.structure,
+            pruning.sparsity,
+            pruning.tile,
+            windows,
+            machine.device,
+            dense=_ranked_tiles(pruning, model, windows, store, machine),
+            on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        )
+        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        tile_scores = {name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None}
+        zeros = {name: layer.zeros for name, layer in layers.items()}
+        facts = []
+    elements = {name: linear.weight.numel() for name, linear in prunable_linears(model).items()}
+    achieved = sum(zeros.values()) / sum(elements.values())
+    facts += [
+        Fact("sparsity", achieved, "1", {}),
+        Fact("prune_seconds", time.monotonic() - started, "s", {}),
+        *_layer_facts(model, masks, zeros),
+    ]
+    if machine.device.startswith("cuda"):
+        facts.append(Fact("peak_memory", torch.cuda.max_memory_allocated(), "B", {}))
+    save_checkpoint(
+        store.checkpoint_path(pruning),
+        model,
+        tokenizer,
+        masks,
+        {
+            "method": pruning.method,
+            "structure": pruning.structure,
+            "target": pruning.sparsity,
+            "sparsity": achieved,
+            "seed": pruning.seed,
+            "definition": definition(pruning),
+            "zeros": zeros,
+            "facts": [vars(fact) for fact in facts],
+            "provenance": provenance(time.monotonic() - started, sources),
+        },
+        tile_scores,
+    )
+    # The learner's state has served; its TensorBoard log stays.
+    (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
+
+
+def _calibration_windows(
+    wanted: Calibration | None, tokenizer: PreTrainedTokenizerBase, machine: Machine, sources: dict[str, str]
+) -> Tensor | None:
+    if wanted is None:
+        return None
+    documents = text.load_documents(wanted.source, machine.data)
+    sources[wanted.source] = documents.sha256
+    return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+def _ranked_tiles(
+    pruning: Pruning, model: nn.Module, windows: Tensor | None, store: Store, machine: Machine
+) -> dict[str, Tensor] | None:
+    """The tiles that stay dense if they are ranked over the whole model, which visits the device; else None."""
+    if pruning.tile_ranking != "model":
+        return None
+    assert pruning.base is not None and pruning.tile is not None and windows is not None
+    label = f"{describe(pruning)}: ranking tiles"
+    masks = load_masks(store.checkpoint_path(pruning.base))
+    dense = dearest_tiles(
+        model.to(machine.device),
+        {name: mask.patterns for name, mask in masks.items()},
+        pruning.tile,
+        windows,
+        pruning.seed,
+        pruning.sparsity,
+        on_sequence=lambda done, total: machine.progress(label, done, total),
+    )
+    model.to("cpu")
+    return dense
+
+
+def _refit(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> tuple[dict[str, HybridMask], dict[str, Tensor], list[Fact]]:
+    """Mask the dense model's weights as the pruning without refit does, and fit what is kept; the masks, and facts."""
+    assert pruning.base is not None
+    windows = _calibration_windows(pruning.refit, tokenizer, machine, sources)
+    assert windows is not None
+    found = store.checkpoint_path(pruning.base)
+    masks = load_masks(found)
+    fits = refit_model(
+        model,
+        masks,
+        windows,
+        machine.device,
+        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+    )
+    facts = [
+        Fact(metric, value, "1", {"layer": name})
+        for name, fit in fits.items()
+        for metric, value in (
+            ("masked_output_error", fit.masked_error),
+            ("refitted_output_error", fit.error),
+            ("refit_steps", fit.steps),
+        )
+    ]
+    return masks, load_tile_scores(found), facts
+
+
+def _learn(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> Learned:
+    """Learn the masks of a pruning and apply them to the model's weights."""
+    assert pruning.learning is not None and pruning.tile is not None
+    recipe = pruning.learning.recipe
+    documents = text.load_documents(pruning.learning.source, machine.data)
+    sources[pruning.learning.source] = documents.sha256
+    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / "tokens")
+    prior = Prior()
+    if pruning.prior:
+        path = store.checkpoint_path(pruning.prior)
+        patterns = {name: mask.patterns for name, mask in load_masks(path).items()}
+        prior = Prior(patterns=patterns, tile_scores=load_tile_scores(path) or None)
+
+    def on_step(metrics: Mapping[str, Any]) -> None:
+        machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
+
+    with deferred_signals() as stop:
+        outcome = learn(
+            model,
+            recipe,
+            lambda step: stream.batch(step, recipe.batch),
+            sparsity=pruning.sparsity,
+            tile=pruning.tile,
+            seed=pruning.seed,
+            prior=prior,
+            work=store.work_path(pruning),
+            device=machine.device,
+            on_step=on_step,
+            stop=stop,
+            ranks=machine.ranks,
+        )
+    with torch.no_grad():
+        for name, linear in prunable_linears(model).items():
+            linear.weight.copy_(outcome.masks[name].to(linear.weight.device).apply(linear.weight))
+    return outcome
+
+
+def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mapping[str, int]) -> list[Fact]:
+    facts = []
+    for name, linear in prunable_linears(model).items():
+        n, k = linear.weight.shape
+        labels = {"layer": name, "rows": n, "cols": k}
+        facts.append(Fact("layer_sparsity", zeros[name] / (n * k), "1", labels))
+        if name in masks:
+            dense = masks[name].dense
+            facts.append(Fact("dense_tiles", dense.double().mean().item(), "1", labels))
+            rows = ["".join("01"[int(tile)] for tile in row) for row in dense.tolist()]
+            facts.append(Fact("tile_map", None, "1", labels | {"tile_map": rows}))
+    return facts
+
+
+def _prune_facts(pruning: Pruning, store: Store) -> tuple[list[Fact], dict[str, Any]]:
+    """What was measured when the checkpoint was made, and on what; for the dense model, that it has no zeros."""
+    if pruning.method == "dense":
+        return [Fact("sparsity", 0.0, "1", {})], provenance(0.0)
+    info = load_info(store.checkpoint_path(pruning))
+    return [Fact(**fact) for fact in info["facts"]], info["provenance"]

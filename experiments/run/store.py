@@ -1,0 +1,138 @@
+"""The results directory: rows, checkpoints, half-done learning, and the locks that keep processes apart.
+
+::
+
+    <root>/rows/<trial>/definition.json        what the trial is
+    <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
+    <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
+    <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
+    <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
+    <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
+    <root>/locks/                              claims of running processes (`experiments.run.leases`)
+
+Files appear under their names only when complete (temporary file, fsync, rename), so a killed process leaves nothing
+that a later one could mistake for a result.
+"""
+
+import json
+import os
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.rows.jsonl import SCHEMA, from_lines, to_lines
+from experiments.run import leases
+from experiments.run.leases import Holder
+from experiments.studies.trial import Pruning, Trial, definition, key
+from patch.errors import one_line
+from patch.files import write_atomic
+
+FAILURE = "failure"
+# The metric of the one row of a stage that the machine could not measure; it says why.
+SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One measured number, before it knows which trial it belongs to."""
+
+    metric: str
+    value: float | None
+    unit: str
+    labels: dict[str, Any]
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Store:
+    """A results directory."""
+
+    root: Path
+
+    def listed(self, folder: str) -> list[str]:
+        """The names in one of the folders above; none if it is not there yet."""
+        try:
+            return os.listdir(self.root / folder)
+        except FileNotFoundError:
+            return []
+
+    def rows_path(self, trial: Trial, stage: str) -> Path:
+        return self.root / "rows" / key(trial) / (re.sub(r"[^\w.@-]", "-", stage) + ".jsonl")
+
+    def has_rows(self, trial: Trial, stage: str) -> bool:
+        return self.rows_path(trial, stage).exists()
+
+    def read_rows(self, trial: Trial, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage; none if it is not complete."""
+        try:
+            return from_lines(self.rows_path(trial, stage).read_text())
+        except FileNotFoundError:
+            return []
+
+    def was_skipped(self, trial: Trial, stage: str) -> bool:
+        """Whether a stage is complete only because the machine could not measure it."""
+        return any(row["metric"] == SKIPPED for row in self.read_rows(trial, stage))
+
+    def packed_path(self, content: str) -> Path:
+        return self.root / "packed" / content[:12]
+
+    def checkpoint_path(self, pruning: Pruning) -> Path:
+        return self.root / "checkpoints" / key(pruning)
+
+    def work_path(self, pruning: Pruning) -> Path:
+        return self.root / "work" / key(pruning)
+
+    def write_rows(self, trial: Trial, stage: str, facts: Sequence[Fact], provenance: dict[str, Any]) -> None:
+        """Complete a stage: one row per fact, and the trial's definition beside them."""
+        path = self.rows_path(trial, stage)
+        common = {"schema": SCHEMA, "trial": key(trial), "definition": definition(trial), "stage": stage}
+        rows = [
+            common
+            | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
+            | {"stderr": fact.stderr, "p20": None, "p80": None, "runs": 1, "provenance": provenance}
+            for fact in facts
+        ]
+        about = path.with_name("definition.json")
+        if not about.exists():
+            write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
+        write_atomic(path, to_lines(rows))
+
+    def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
+        """Record that an attempt at a trial failed: one row with the error in one line and its traceback.
+
+        Args:
+            during: what was being done.
+        """
+        text, kind = one_line(error), type(error).__name__
+        labels = {"during": during, "error": kind if text == kind else f"{kind}: {text}"}
+        trace = "".join(traceback.format_exception(error))
+        self.write_rows(trial, FAILURE, [Fact("failure", None, "1", labels | {"traceback": trace})], provenance)
+
+    def failure(self, trial: Trial) -> dict[str, Any] | None:
+        """The labels of a failed trial's row (``during``, ``error``, ``traceback``); None if it has not failed."""
+        try:
+            return from_lines(self.rows_path(trial, FAILURE).read_text())[0]["labels"]
+        except FileNotFoundError:
+            return None
+
+    def clear_failure(self, trial: Trial) -> None:
+        """Forget the failure of a trial that is tried again."""
+        self.rows_path(trial, FAILURE).unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the claim ``name``; yields whether it is held (always, when waiting).
+
+        Works between processes of one machine, and of several that share the directory. Claims of processes that died
+        are taken over: at once on the same machine, after `claims.LEASE` seconds on another.
+        """
+        with leases.claim(self.root / "locks" / f"{name}.lock", wait) as mine:
+            yield mine
+
+    def claimed(self) -> dict[str, Holder]:
+        """All claims that some process holds now, by name."""
+        return leases.live(self.root / "locks")

@@ -1,0 +1,1 @@
+"""What is compared with what: trials as data, and the studies that are made of them."""

@@ -1,0 +1,189 @@
+"""What a pruning and an evaluation cost, before they run: floating-point operations and device memory.
+
+Estimates from published shapes, for planning: they leave out start-up, attention over long windows, and the masks' own
+arithmetic, and are right within a factor of two. A model whose shapes are not known here (a hub id) has none.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from experiments.data import models
+from experiments.data.models import ModelSpec
+from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Pruning, lineage
+from patch.checkpoint import prunable_shapes
+from patch.mask import GROUP
+
+GIB = 2**30
+
+# Tokens of a whole evaluation: every answer of every item with its context.
+_TASK_TOKENS = {
+    "mmlu": 14_042 * 4 * 110,
+    "piqa": 1_838 * 2 * 45,
+    "arc_easy": 2_376 * 4 * 35,
+    "arc_challenge": 1_172 * 4 * 40,
+    "winogrande": 1_267 * 2 * 25,
+    "openbookqa": 500 * 4 * 20,
+    "race": 1_045 * 4 * 400,
+    "race_subset": 500 * 4 * 400,
+    "hellaswag": 10_042 * 4 * 100,
+    "lambada_openai": 5_153 * 90,
+    "wiki_continuation": 250 * 4 * 100,
+}
+_TEXT_TOKENS = 300_000
+_REFIT_STEPS = 50
+
+
+def pruning_flops(pruning: Pruning) -> float | None:
+    """Floating-point operations of making one checkpoint, its priors not included; None if the model is not known."""
+    shapes = _prunable(pruning.model)
+    if shapes is None or pruning.method == "dense":
+        return None if shapes is None else 0.0
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if pruning.refit:
+        tokens = pruning.refit.windows * pruning.refit.length
+        # X X^T of every input, and as many products with it as the embedded model's fits take steps.
+        products = sum(count * cols**2 * (tokens + rows * _REFIT_STEPS) for (rows, cols), count in shapes.items())
+        return 4.0 * weights * tokens + 2.0 * products
+    if pruning.learning:
+        recipe = pruning.learning.recipe
+        # Forward, and backward to inputs and masks, each 2 operations a weight and token; forward again to recompute.
+        passes = 8 if recipe.activation_checkpointing else 6
+        # The dense model too.
+        passes += 2 if recipe.follows_dense else 0
+        return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
+    tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
+    total = 4.0 * weights * tokens
+    if pruning.tile_ranking == "model":
+        # Forward, and backward to inputs and weights.
+        total += 6.0 * weights * tokens
+    if pruning.method == "sparsegpt":
+        # X X^T of every input, its inverse factor, and the update of all columns to the right of each.
+        total += sum(
+            count * (2.0 * tokens * cols**2 + 2.0 * cols**3 + rows * cols**2) for (rows, cols), count in shapes.items()
+        )
+    return total
+
+
+def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
+    """Floating-point operations of evaluating one checkpoint; None if the model is not known, 0 for a grid."""
+    parameters = _parameters(model)
+    if parameters is None:
+        return None
+    if evaluation.grid:
+        return 0.0
+    # Texts once more packed, and once more unpacked to compare with it.
+    passes = 1 if evaluation.packed is None else 3
+    tokens = passes * _TEXT_TOKENS * len(evaluation.perplexity)
+    for task in evaluation.tasks:
+        share = 1.0 if evaluation.limit is None else min(1.0, evaluation.limit / 1000)
+        tokens += int(share * _TASK_TOKENS.get(task, 1_000_000))
+    return 2.0 * parameters * tokens
+
+
+# What a GPU sustains on learning and evaluation, in 1e12 operations a second, from loading to saving: measured with the
+# mask of SmolLM2-135M at 45% (`prune_seconds` of its committed row).
+H200_TFLOPS = 190.0
+
+
+def grid_seconds(grid: KernelGrid | ModelGrid | None) -> float:
+    """Seconds that timing a grid takes on one GPU, compilation included, as it took on an H200; 0 for no grid."""
+    if isinstance(grid, KernelGrid):
+        cells = 4 * len(grid.tokens) * len(grid.tiles) * 2 * len(grid.sparsities)
+        return 60 + 0.05 * cells + (20.0 * 4 * len(grid.tokens) if grid.compiled else 0.0)
+    return 8.0 * len(grid.sparsities) * len(grid.workloads) if grid else 0.0
+
+
+def disk(prunings: Iterable[Pruning]) -> float:
+    """GiB that the checkpoints of some prunings take, their priors included; those of unknown models are left out."""
+    total = 0.0
+    for pruning in with_priors(prunings):
+        shapes, parameters = _prunable(pruning.model), _parameters(pruning.model)
+        if shapes and parameters and pruning.method != "dense":
+            # Weights of two bytes, and a byte a group for the patterns of the masks.
+            total += 2 * parameters + sum(rows * cols * count for (rows, cols), count in shapes.items()) / GROUP
+    return total / GIB
+
+
+def with_priors(prunings: Iterable[Pruning]) -> set[Pruning]:
+    """Some prunings and all that they stand on, each once."""
+    return {step for pruning in prunings for step in lineage(pruning)}
+
+
+def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: int = 1) -> float | None:
+    """GiB of device memory that a pruning, or else the evaluation of one, takes; None if the model is not known.
+
+    Args:
+        processes: that learn together, a device each: they divide the logits and the sequences, not the weights.
+    """
+    shapes, parameters, spec = _prunable(pruning.model), _parameters(pruning.model), _spec(pruning.model)
+    if shapes is None or parameters is None or spec is None:
+        return None
+    if evaluation is not None and isinstance(evaluation.grid, KernelGrid):
+        # Copies of one linear beyond the cache, dense, packed and compressed, and activations.
+        return 8.0
+    if evaluation is not None and isinstance(evaluation.grid, ModelGrid):
+        tokens = max(work.batch * work.length for work in evaluation.grid.workloads)
+        return (4 * parameters + _activations(spec, tokens, blocks=2)) / GIB
+    if evaluation is not None:
+        length = max([item.length for item in evaluation.perplexity], default=2048)
+        # With packed stages also the dense and the packed model, and one in float32 to compare logits with.
+        models_ = 2 if evaluation.packed is None else 10
+        return (models_ * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if not pruning.learns or pruning.learning is None:
+        # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
+        block = sum(rows * cols for rows, cols in shapes)
+        squares = sum(4 * cols**2 for _, cols in shapes)
+        calibration = pruning.refit or pruning.calibration
+        tokens = calibration.windows * calibration.length if calibration else 0
+        most = 12.0 * block + 2 * squares + 4 * tokens * spec.hidden
+        if pruning.tile_ranking == "model" and calibration and not pruning.refit:
+            # The whole model, gradients and masks of its weights, and one window's activations and predictions.
+            states = _activations(spec, calibration.length, spec.blocks) + 10.0 * calibration.length * spec.vocab
+            most = max(most, 2 * parameters + 3 * weights + states)
+        return most / GIB
+    recipe = pruning.learning.recipe
+    tile = pruning.tile or (1, 1)
+    logits = 0.0 if recipe.mode == "tile" else 6 / 4
+    logits += 0.0 if recipe.mode == "maskllm" else 1 / (tile[0] * tile[1])
+    # Logits, their gradient and Adam's two moments; masks of one block, or of all, with their samples.
+    states_of_logits = 16 if recipe.logit_dtype == "float32" else 8
+    masked = weights / spec.blocks if recipe.activation_checkpointing else weights
+    tokens = recipe.microbatch * recipe.length // processes
+    states = _activations(spec, tokens, 2 if recipe.activation_checkpointing else spec.blocks)
+    head = 10.0 * min(tokens, 4096) * spec.vocab
+    # What is gathered of the others' rows, and its gradient, in bfloat16.
+    gathered = 4 * masked if processes > 1 else 0.0
+    divided = (states_of_logits * logits * weights + 40 * masked) / processes
+    return (2 * parameters + divided + gathered + states + head) / GIB
+
+
+def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:
+    """Bytes that so many blocks keep of so many tokens, beside the residual stream at every block."""
+    return 2.0 * tokens * (spec.blocks * spec.hidden + blocks * (8 * spec.hidden + 4 * spec.intermediate))
+
+
+def _spec(model: str) -> ModelSpec | None:
+    found = models.resolve(model)
+    return found if isinstance(found, ModelSpec) else None
+
+
+def _prunable(model: str) -> Mapping[tuple[int, int], int] | None:
+    """How many prunable weights of each shape a model has."""
+    found = models.resolve(model)
+    counts: dict[tuple[int, int], int] = {}
+    if isinstance(found, ModelSpec):
+        for shape in found.linear_shapes().values():
+            counts[shape] = counts.get(shape, 0) + found.blocks
+    elif Path(found).is_dir():
+        for shape in prunable_shapes(Path(found)).values():
+            counts[shape] = counts.get(shape, 0) + 1
+    return counts or None
+
+
+def _parameters(model: str) -> int | None:
+    spec = _spec(model)
+    if spec:
+        return spec.parameters
+    shapes = _prunable(model)
+    return sum(rows * cols * count for (rows, cols), count in shapes.items()) if shapes else None

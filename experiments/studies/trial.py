@@ -1,0 +1,351 @@
+"""What an experiment is: plain frozen data, named by the hash of its content.
+
+A `Trial` is one point of an experiment: a `Pruning` (which model, which method, how sparse, learned on what) and the
+`Evaluation` of the model that comes out. Both hash independently: trials that share a pruning share its checkpoint, and
+a pruning that starts from another one's mask (its ``prior``) names that pruning in full, so a SparseGPT prior is
+computed once, however many masks are learned from it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from patch import oneshot
+from patch.budget import check_sparsity
+from patch.errors import UserError, check_name
+from patch.learn.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe, TileRanking
+from patch.mask import TileShape, check_tile
+
+ONE_SHOT = tuple(oneshot.METHODS)
+LEARNED = ("maskllm", "patch-tile", "patch-joint")
+METHODS = ("dense", *ONE_SHOT, *LEARNED)
+# The method whose mask a learned one starts from, if nothing else is said.
+USUAL_PRIOR = {"maskllm": "sparsegpt", "patch-joint": "sparsegpt", "patch-tile": "maskllm"}
+STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
+_MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
+
+
+def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
+    """Whether a method looks at activations, or ranks its tiles by text."""
+    return method in ONE_SHOT and (oneshot.METHODS[method].statistic is not None or tile_ranking == "model")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens, one per random document."""
+
+    source: str = "c4"
+    windows: int = 128
+    length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Text and hyperparameters of a learned mask."""
+
+    source: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a model is pruned; its hash names the checkpoint.
+
+    Attributes:
+        model: a name of the registry, a path, or a hub id.
+        revision: digest of the model's files where they are local, so that a changed model is another trial.
+        method: one of `METHODS`.
+        structure: one of `STRUCTURES`.
+        sparsity: target share of zeros over all prunable weights.
+        tile: ``(rows, cols)``; also for 2:4, whose checkpoint scores tiles for the methods that start from it.
+        seed: of the learned methods' initial logits, noise and data order.
+        calibration: text for one-shot methods that need activations.
+        learning: text and recipe for learned methods.
+        prior: the pruning whose mask a learned method starts from (patterns and tile scores) or, in tile mode, keeps.
+        tile_ranking: which tiles of a one-shot hybrid mask stay dense: ``weight``, of every weight one share, by the
+            method's own scores; ``model``, those that cost the whole model most, as the calibration text shows, if they
+            drop what the method's 2:4 mask drops (`patch.learn.sensitivity`).
+        refit: text on which the weights that the mask keeps are fitted to the dense outputs (`patch.oneshot.refit`),
+            once the mask is found without it; None leaves them as they are.
+    """
+
+    model: str
+    method: str
+    structure: str
+    sparsity: float
+    tile: TileShape | None = None
+    seed: int = 0
+    calibration: Calibration | None = None
+    learning: Learning | None = None
+    prior: "Pruning | None" = None
+    revision: str | None = None
+    # Younger than published rows: their prunings keep their names.
+    refit: Calibration | None = field(default=None, metadata={"added": True})
+    tile_ranking: str = field(default="weight", metadata={"added": True})
+
+    def __post_init__(self) -> None:
+        check_name("method", self.method, METHODS)
+        check_name("structure", self.structure, STRUCTURES)
+        if (self.method == "dense") != (self.structure == "dense"):
+            raise UserError(f"method {self.method} cannot have structure {self.structure}")
+        if self.structure == "unstructured":
+            if self.method not in ONE_SHOT:
+                raise UserError(
+                    f"{self.method} learns hybrid masks: structure 'unstructured' is for {', '.join(ONE_SHOT)}"
+                )
+            if not 0 <= self.sparsity < 1:
+                raise UserError(
+                    f"target sparsity {self.sparsity}: unstructured pruning takes 0 up to, not including, 1"
+                )
+        else:
+            check_sparsity(self.sparsity)
+        if self.structure == "2:4" and self.sparsity != 0.5:
+            raise UserError(f"structure 2:4 has sparsity 0.5, not {self.sparsity}: use structure 'hybrid' for less")
+        if self.structure in ("2:4", "hybrid"):
+            if self.tile is None:
+                raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
+            object.__setattr__(self, "tile", check_tile(self.tile))
+        check_name("tile ranking", self.tile_ranking, get_args(TileRanking))
+        if self.tile_ranking == "model" and (self.method not in ONE_SHOT or self.structure != "hybrid"):
+            raise UserError(
+                f"tile ranking 'model' is for hybrid masks of {', '.join(ONE_SHOT)}, not {self.method} {self.structure}"
+                + (": a recipe has its own" if self.method in LEARNED else "")
+            )
+        if needs_calibration(self.method, self.tile_ranking) and self.calibration is None:
+            ranked = " with tiles ranked over the model" if self.tile_ranking == "model" else ""
+            raise UserError(f"{self.method}{ranked} needs calibration text")
+        if self.method in LEARNED:
+            if self.learning is None:
+                raise UserError(f"{self.method} needs text and a recipe to learn with")
+            if self.learning.recipe.mode != _MODES[self.method]:
+                raise UserError(
+                    f"{self.method} needs a recipe of mode {_MODES[self.method]}, got {self.learning.recipe.mode}"
+                )
+            if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
+                raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
+        if self.refit is not None and self.structure not in ("2:4", "hybrid"):
+            raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
+
+    @property
+    def base(self) -> "Pruning | None":
+        """The pruning that must be there before: the same without refit, the 2:4 mask that ranks tiles, the prior."""
+        if self.refit is not None:
+            return dataclasses.replace(self, refit=None)
+        if self.tile_ranking == "model":
+            seen = self.calibration if needs_calibration(self.method) else None
+            return dataclasses.replace(self, structure="2:4", sparsity=0.5, calibration=seen, tile_ranking="weight")
+        return self.prior
+
+    @property
+    def learns(self) -> bool:
+        """Whether making the checkpoint is learning, which several GPUs may share."""
+        return self.method in LEARNED and self.refit is None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over all full windows of ``length`` tokens of ``source``."""
+
+    source: str = "wikitext2/test"
+    length: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.length}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One pass of a whole model that is timed.
+
+    Attributes:
+        kind: ``decode``, one step after a context, or ``prefill``, whole prompts.
+        batch: sequences.
+        length: tokens of a prompt; 1 for decoding.
+    """
+
+    kind: str
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.batch}x{self.length}"
+
+
+WORKLOADS = (
+    Workload("decode", 1, 1),
+    Workload("decode", 16, 1),
+    Workload("prefill", 1, 2048),
+    Workload("prefill", 8, 2048),
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What is measured of a checkpoint once it is packed: its size, perplexity again, and speed.
+
+    Attributes:
+        workloads: what is timed, end to end.
+        rounds: timed runs of each implementation.
+        carried: models of the registry on whose shapes a hybrid checkpoint's share of dense tiles, per kind of layer
+            and depth, is timed with random weights.
+        carried_tile: tile shape there; None takes the checkpoint's own where it divides all weights, else 128x128.
+    """
+
+    workloads: tuple[Workload, ...] = WORKLOADS
+    rounds: int = 10
+    carried: tuple[str, ...] = ()
+    carried_tile: TileShape | None = None
+
+
+@dataclass(frozen=True)
+class KernelGrid:
+    """Every linear of a model of the registry, timed with random weights against dense and 2:4 libraries.
+
+    Attributes:
+        tokens: how many, one product each.
+        tiles: tile shapes.
+        sparsities: shares of zeros; 0 and 0.5 have one map, others an even and an uneven one.
+        rounds: timed runs of each implementation.
+        compiled: also time ``torch.compile`` in max-autotune mode, which takes seconds to compile for each product.
+    """
+
+    tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 512, 2048, 4096, 8192)
+    tiles: tuple[TileShape, ...] = ((128, 128),)
+    sparsities: tuple[float, ...] = (0.0, 0.25, 0.35, 0.45, 0.5)
+    rounds: int = 15
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """A model of the registry with random weights, timed end to end against the same model dense.
+
+    Attributes:
+        sparsities: shares of zeros, one random uneven map each.
+        tile: shape of tiles.
+        workloads: what is timed.
+        rounds: timed runs of each implementation.
+    """
+
+    sparsities: tuple[float, ...] = (0.25, 0.35, 0.45)
+    tile: TileShape = (128, 128)
+    workloads: tuple[Workload, ...] = WORKLOADS
+    rounds: int = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on the pruned model.
+
+    Attributes:
+        perplexity: texts and window lengths.
+        tasks: names of `experiments.eval.tasks`.
+        limit: only the first so many items of each task (for trials that are quick, never for reported numbers).
+        batch: windows of text per forward pass; tasks fill the device by themselves.
+        packed: what is measured of the packed model; None leaves it out.
+        grid: what is timed of the model's shapes instead of all the above; no weight of the model is loaded.
+    """
+
+    perplexity: tuple[Perplexity, ...] = (Perplexity(),)
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    batch: int = 16
+    # Younger than published rows: their trials keep their names.
+    packed: Packed | None = field(default=None, metadata={"added": True})
+    grid: KernelGrid | ModelGrid | None = field(default=None, metadata={"added": True})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of an experiment."""
+
+    pruning: Pruning
+    evaluation: Evaluation
+
+    @property
+    def label(self) -> str:
+        """A short human name, such as ``embedded patch-joint hybrid 45% 64x64``."""
+        if isinstance(self.evaluation.grid, KernelGrid):
+            return f"{self.pruning.model} kernel speed"
+        if isinstance(self.evaluation.grid, ModelGrid):
+            return f"{self.pruning.model} end-to-end speed"
+        return describe(self.pruning)
+
+
+def lineage(pruning: Pruning) -> list[Pruning]:
+    """A pruning and all that it stands on, itself last."""
+    return [*(lineage(pruning.base) if pruning.base else []), pruning]
+
+
+def describe(pruning: Pruning) -> str:
+    """A short human name of a pruning, such as ``embedded patch-joint hybrid 45% 64x64``."""
+    if pruning.method == "dense":
+        return f"{pruning.model} dense"
+    parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
+    if pruning.tile and pruning.structure == "hybrid":
+        parts.append("{}x{}".format(*pruning.tile))
+    if pruning.method in LEARNED and pruning.prior is None:
+        parts.append("without prior")
+    elif pruning.prior and pruning.prior.method != USUAL_PRIOR[pruning.method]:
+        parts.append(f"from {pruning.prior.method}")
+    if pruning.learning:
+        parts += _changes(pruning.learning.recipe, RECIPES[pruning.method])
+    if pruning.seed:
+        parts.append(f"seed {pruning.seed}")
+    if pruning.tile_ranking != "weight":
+        parts.append(f"tile_ranking {pruning.tile_ranking}")
+    if pruning.refit:
+        parts.append("refitted")
+    return " ".join(parts)
+
+
+def _changes(recipe: Recipe, published: Recipe) -> list[str]:
+    """How a recipe, ours by its name, differs from the published one, but for how long and on how much it learns."""
+    size = {"steps", "batch", "microbatch", "length", "warmup"}
+    usual = published.substance()
+    changed = {k: value for k, value in recipe.substance().items() if k not in size and value != usual[k]}
+    parts = []
+    if GUIDED.items() <= changed.items():
+        parts = ["guided"]
+        changed = {name: value for name, value in changed.items() if name not in GUIDED}
+    return parts + [f"{k} {value:g}" if isinstance(value, float) else f"{k} {value}" for k, value in changed.items()]
+
+
+def definition(value: Any) -> Any:
+    """A dataclass of this module as plain JSON data.
+
+    A field that is marked as added later (``metadata={"added": True}``) is left out where it holds its default, so that
+    what was defined before it came keeps its hash.
+    """
+    if dataclasses.is_dataclass(value):
+        parts = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: definition(part)
+            for field, part in parts
+            if not (field.metadata.get("added") and part == field.default)
+        }
+    if isinstance(value, list | tuple):
+        return [definition(part) for part in value]
+    return value
+
+
+def key(value: Any) -> str:
+    """The 12 hex digits that name a definition: its digest, but for how a recipe runs."""
+    return digest(_substance(definition(value)))
+
+
+def digest(plain: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of plain data's canonical JSON."""
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _substance(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _substance(part) for name, part in value.items() if name not in HOW_IT_RUNS}
+    if isinstance(value, list | tuple):
+        return [_substance(part) for part in value]
+    return value

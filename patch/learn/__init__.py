@@ -1,0 +1,1 @@
+"""Masks learned with frozen weights: recipes, soft masks, the learner."""

@@ -1,0 +1,313 @@
+"""Streams calibration text through a transformers causal language model, one decoder block at a time.
+
+The model stays where it is, usually on the CPU. Each block in turn moves to the device, runs over all windows while a
+statistic of every input of a prunable ``Linear`` is accumulated, is handed to the caller, who prunes it in place, and
+runs again, so that the next block is calibrated on what the pruned model will feed it. Then it moves back. The device
+holds one block, the hidden states of the windows and the statistics of that block, whatever the depth of the model.
+
+    >>> for block in calibrate(model, windows, "cuda", 8, InputNorm):
+    ...     for name, linear in block.linears.items():
+    ...         linear.weight.mul_(keep(linear.weight, block.statistics[name]))
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from patch.contexts import evaluating
+from patch.errors import UserError
+from patch.layers import decoder_blocks, prunable_linears
+
+Device = torch.device | str
+
+
+class Statistic(Protocol):
+    """What is accumulated over the inputs of a ``Linear``."""
+
+    def add(self, inputs: Tensor, windows: int) -> None:
+        """Take in ``inputs``, float32 ``[tokens, K]``, which come from ``windows`` windows."""
+
+    def finite(self) -> bool:
+        """Whether every input so far was finite."""
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+@dataclass(frozen=True)
+class Block(Generic[S]):
+    """One decoder block, on the device, ready to be pruned in place.
+
+    Attributes:
+        index: its position among the decoder blocks.
+        linears: its prunable ``Linear``s by full dotted name, in model order.
+        statistics: by the same names; one object for ``Linear``s that read the same tensor (queries, keys and values).
+            Emptied when the next block is asked for.
+    """
+
+    index: int
+    linears: dict[str, nn.Linear]
+    statistics: dict[str, S]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one block is called with besides the hidden states: its mask, its position embeddings, flags."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def blocks_on(model: nn.Module, device: Device) -> Generator[Block[Any], None, None]:
+    """Each decoder block without statistics, on ``device`` while it is handed out, then back where it was."""
+    linears = prunable_linears(model)
+    for index, block in enumerate(decoder_blocks(model)):
+        with _placed(block, device):
+            yield Block(index, _inside(block, linears), {})
+
+
+def calibrate(
+    model: nn.Module,
+    windows: Tensor,
+    device: Device,
+    batch: int,
+    statistic: Callable[[int, torch.device], S],
+) -> Generator[Block[S], None, None]:
+    """Each decoder block with the statistics of its inputs; prune it before asking for the next one.
+
+    While the iterator lives the model is in evaluation mode without a key-value cache; both are put back when it is
+    exhausted, closed, or fails.
+
+    Args:
+        model: a transformers causal language model; ends where it was, whatever happens.
+        windows: token ids, integer ``[n, length]``; every window is read in full.
+        device: where blocks run, and where hidden states ``[n, length, hidden]`` and statistics live.
+        batch: windows per forward pass.
+        statistic: makes an empty statistic from ``in_features`` and a device.
+
+    Raises:
+        UserError: if the windows do not fit the model, a ``Linear`` reads something that is not finite or is never
+            run, or a block needs more than positions and hidden states (inputs per token, caches shared by layers).
+    """
+    _check_windows(model, windows)
+    if batch < 1:
+        raise UserError(f"calibration batch {batch}: must be at least one window")
+    return _stream(model, windows.long(), torch.device(device), batch, statistic)
+
+
+def _stream(
+    model: nn.Module,
+    windows: Tensor,
+    device: torch.device,
+    batch: int,
+    statistic: Callable[[int, torch.device], S],
+) -> Generator[Block[S], None, None]:
+    blocks = decoder_blocks(model)
+    linears = prunable_linears(model)
+    with evaluating(model), _without_cache(model):
+        states, calls = _record(model, blocks, windows.split(batch), device)
+        for index, block in enumerate(blocks):
+            with _placed(block, device):
+                call = {size: _moved(per_block[index], device) for size, per_block in calls.items()}
+                here = _inside(block, linears)
+                statistics = _observe(block, here, states, call, lambda k: statistic(k, device))
+                yield Block(index, here, statistics)
+                # The caller's loop variable still holds the block while the next one is calibrated; its statistics,
+                # the largest thing on the device, must not stay.
+                statistics.clear()
+                if index + 1 < len(blocks):
+                    _advance(block, states, call)
+
+
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
+    if windows.ndim != 2 or not windows.numel() or windows.is_floating_point():
+        found = f"{windows.dtype} {tuple(windows.shape)}"
+        raise UserError(f"calibration windows are {found}: need token ids, integer [windows, length]")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(embeddings, nn.Embedding):
+        low, high = int(windows.min()), int(windows.max())
+        if low < 0 or high >= embeddings.num_embeddings:
+            raise UserError(
+                f"calibration windows hold token ids {low}..{high}, the model has {embeddings.num_embeddings}: "
+                "tokenize with the model's own tokenizer"
+            )
+
+
+def _inside(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    here = {id(module) for module in block.modules()}
+    return {name: linear for name, linear in linears.items() if id(linear) in here}
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    return getattr(model, "get_decoder", lambda: model)()
+
+
+@contextmanager
+def _placed(block: nn.Module, device: Device) -> Iterator[None]:
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    configs: list[Any] = [getattr(module, "config", None) for module in (model, _decoder(model))]
+    caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    for config, _ in caches:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        # Backwards: the decoder's configuration may be the model's own, noted twice.
+        for config, use_cache in reversed(caches):
+            config.use_cache = use_cache
+
+
+@torch.no_grad()
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], device: torch.device
+) -> tuple[list[Tensor], dict[int, list[_Call]]]:
+    """The first block's input for every batch, on ``device``, and what each block is called with, by batch size.
+
+    The model's own code embeds, scales, and makes masks and positions; only its blocks are passed over.
+    """
+    decoder = _decoder(model)
+    home = next(decoder.parameters()).device
+    states: list[Tensor] = []
+    calls: dict[int, list[_Call]] = {}
+    for ids in batches:
+        made: list[_Call] = []
+        with _passed_over(blocks, made) as entered:
+            decoder(input_ids=ids.to(home), use_cache=False)
+        if len(made) != len(blocks):
+            raise UserError(f"{type(model).__name__} runs {len(made)} of its {len(blocks)} blocks: cannot calibrate it")
+        known = calls.setdefault(len(ids), made)
+        before, now = _distinct_tensors(known), _distinct_tensors(made)
+        if len(before) != len(now) or not all(map(torch.equal, before, now)):
+            raise UserError(
+                f"{type(model).__name__} gives its blocks inputs that depend on the text: cannot calibrate it"
+            )
+        states.append(entered[0].to(device))
+    return states, calls
+
+
+@contextmanager
+def _passed_over(blocks: Iterable[nn.Module], made: list[_Call]) -> Iterator[list[Tensor]]:
+    """While this lasts, blocks append what they are called with to ``made`` and pass on the first one's input.
+
+    Yields a list whose first element will be that input.
+    """
+    entered: list[Tensor] = []
+
+    def forward(hidden_states: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+        made.append(_Call(positional, keywords))
+        entered.append(hidden_states)
+        # Always the first: some models take element 0 of what a block returns, expecting a tuple.
+        return entered[0]
+
+    own = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block, _ in own:
+            block.forward = forward
+        yield entered
+    finally:
+        for block, before in own:
+            if before is not None:
+                block.forward = before
+            else:
+                block.__dict__.pop("forward", None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _distinct_tensors(calls: list[_Call]) -> list[Tensor]:
+    # Blocks mostly share the same mask objects, which are large: each is compared once.
+    found = {id(tensor): tensor for call in calls for tensor in _tensors([call.positional, call.keywords])}
+    return list(found.values())
+
+
+def _moved(call: _Call, device: torch.device) -> _Call:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, dict):
+            return {key: move(part) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(move(part) for part in value)
+        return value
+
+    return _Call(move(call.positional), move(call.keywords))
+
+
+@torch.no_grad()
+def _run(block: nn.Module, state: Tensor, call: dict[int, _Call]) -> Tensor:
+    own = call[len(state)]
+    output = block(state, *own.positional, **own.keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _advance(block: nn.Module, states: list[Tensor], call: dict[int, _Call]) -> None:
+    """Replace every hidden state by the block's output, one batch at a time so that both never lie there in full."""
+    for position, state in enumerate(states):
+        states[position] = _run(block, state, call)
+
+
+def _observe(
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    states: list[Tensor],
+    call: dict[int, _Call],
+    statistic: Callable[[int], S],
+) -> dict[str, S]:
+    """Statistics of what each ``Linear`` reads over all batches.
+
+    A ``Linear`` called with the very tensor that the one before it was called with shares its statistic.
+    """
+    statistics: dict[str, S] = {}
+    leaders: dict[str, str] = {}
+    last: tuple[str, Tensor] | None = None
+    windows = 0
+
+    def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(linear: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal last
+            inputs = arguments[0]
+            if name not in leaders:
+                shares = last is not None and last[1] is inputs
+                leaders[name] = last[0] if shares and last else name
+                statistics[name] = statistics[leaders[name]] if shares else statistic(inputs.shape[-1])
+            if leaders[name] == name:
+                statistics[name].add(inputs.flatten(0, -2).float(), windows)
+            last = leaders[name], inputs
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(tap(name)) for name, linear in linears.items()]
+    try:
+        for state in states:
+            windows, last = len(state), None
+            _run(block, state, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in linears:
+        if name not in statistics:
+            raise UserError(f"{name}: no calibration window reaches this weight, so it cannot be pruned by its inputs")
+        if not statistics[name].finite():
+            raise UserError(f"{name}: its calibration inputs are not finite (NaN or overflow): try float32 or bfloat16")
+    return statistics

@@ -1,0 +1,90 @@
+"""Accuracy against speed: who is on the frontier, who is no result, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from analysis.figures.speed_frontier import draw_speed_frontier, pareto, placed, plot_speed_frontier
+from analysis.tables.packed import workloads
+from patch.errors import UserError
+
+Row = dict[str, Any]
+Make = Callable[..., Any]
+
+# Method, structure, sparsity, perplexity, speedup of decoding and of prefill, whether packed agrees.
+POINTS = {
+    "d" * 12: ("dense", "dense", 0.0, 20.0, 1.0, 1.0, True),
+    "1" * 12: ("wanda", "2:4", 0.5, 80.0, 1.6, 1.4, True),
+    "2" * 12: ("maskllm", "2:4", 0.5, 40.0, 1.6, 1.4, True),
+    "3" * 12: ("patch-joint", "hybrid", 0.25, 24.0, 1.3, 1.1, True),
+    "4" * 12: ("patch-joint", "hybrid", 0.45, 33.0, 1.5, 1.3, False),
+}
+
+
+@pytest.fixture
+def frame(study: Make, make_pruning: Make, make_trial: Make) -> pd.DataFrame:
+    trials: dict[str, list[Row]] = {}
+    for trial, (method, structure, sparsity, perplexity, decode, prefill, agrees) in POINTS.items():
+        rows = make_trial(trial, make_pruning("m", method, structure, sparsity), perplexity, {"piqa": (0.6, 500)})
+        for row in rows:
+            row["provenance"] = row["provenance"] | {"checkpoint": trial * 4}
+        last = rows[-1]
+        for workload, value in (("decode@1x1", decode), ("prefill@8x2048", prefill)):
+            rows.append(last | {"stage": f"speed:{workload}", "metric": "speedup", "value": value, "labels": {}})
+        labels = {"source": "wikitext2/test", "length": 2048, "agrees": agrees}
+        rows.append(
+            last
+            | {"stage": "packed:wikitext2/test@2048", "metric": "packed_perplexity", "value": perplexity}
+            | {"labels": labels}
+        )
+        trials[trial] = rows
+    return study(trials)
+
+
+def test_points_are_placed_by_workload(frame: pd.DataFrame) -> None:
+    assert workloads(frame) == ["decode@1x1", "prefill@8x2048"]
+    found = {each.point.trials[0]: each for each in placed(frame, "prefill@8x2048")}
+    assert {trial: (each.speedup, each.agrees) for trial, each in found.items()} == {
+        trial: (about[5], about[6]) for trial, about in POINTS.items()
+    }
+
+
+def test_the_frontier_is_what_no_other_beats_in_both() -> None:
+    points = [(1.0, 20.0), (1.6, 80.0), (1.6, 40.0), (1.3, 24.0), (1.2, 30.0)]
+    assert pareto(points, lower_is_better=True) == [(1.0, 20.0), (1.3, 24.0), (1.6, 40.0)]
+    assert pareto([(1.0, 60.0), (1.5, 50.0), (1.4, 40.0)], lower_is_better=False) == [(1.0, 60.0), (1.5, 50.0)]
+    assert pareto([], lower_is_better=True) == []
+
+
+def test_a_point_that_does_not_agree_is_marked_and_not_on_the_frontier(frame: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(frame)
+    panel = figure.axes[0]
+    assert [text.get_text() for text in panel.texts] == ["wrong"]
+    (edge,) = [line for line in panel.lines if line.get_gid() == "pareto"]
+    assert list(edge.get_xdata()) == [1.0, 1.3, 1.6] and list(edge.get_ydata()) == [20.0, 24.0, 40.0]
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == [
+        "Decoding, batch 1",
+        "Prefill, 8 x 2048 tokens",
+    ]
+
+
+def test_error_bars_end_within_the_panels(frame: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(frame.assign(stderr=20 * frame.stderr))
+    for panel in figure.axes[:2]:
+        low, high = panel.get_ylim()
+        ends = [y for bars in panel.collections for bar in bars.get_segments() for _, y in bar]
+        assert len(ends) == 2 * len(POINTS)
+        # One that does not agree is no result and does not decide what is seen.
+        assert all(low < y < high for y in ends if y not in (0.8 * 33.0, 1.2 * 33.0))
+
+
+def test_it_is_written(frame: pd.DataFrame, tmp_path: Path) -> None:
+    assert [path.suffix for path in plot_speed_frontier(frame, tmp_path / "speed")] == [".png", ".pdf"]
+
+
+def test_without_speed_there_is_nothing_to_plot(demo: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match="no speed to plot"):
+        draw_speed_frontier(demo)

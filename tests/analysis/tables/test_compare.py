@@ -1,0 +1,80 @@
+"""Comparing two points: who is meant, what differs, and what counts as noise."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from analysis.rows.points import Measured, Point, gather
+from analysis.tables.compare import Difference, comparison, differences, select
+from analysis.tables.render import render, shown_cells
+from patch.errors import UserError
+
+
+@pytest.fixture
+def points(demo: pd.DataFrame) -> list[Point]:
+    return gather(demo)
+
+
+@pytest.mark.parametrize(
+    ("selector", "method", "sparsity"),
+    [
+        ("method=wanda", "wanda", 0.5),
+        ("method=patch-joint,target=0.35", "patch-joint", 0.35),
+        ("method=patch-joint,target=45%", "patch-joint", 0.45),
+        ("structure=hybrid,target=0.25,tile=64x64", "patch-joint", 0.25),
+    ],
+)
+def test_a_selector_finds_its_point(points: list[Point], selector: str, method: str, sparsity: float) -> None:
+    found = select(points, selector)
+    assert (found.method, found.sparsity) == (method, sparsity)
+    assert select(points, found.trials[0]) is found
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("method=patch-joint", "means 3 of these: .*target=0.45.*target=0.35.*target=0.25"),
+        ("method=sparsgpt", "means none of these: .*method=dense"),
+        ("metod=wanda", "no field 'metod': choose model, method"),
+        ("ffffffffffff", "means none"),
+        ("target=half", "target=half: give a sparsity"),
+        ("method=wanda,hybrid", "no field 'hybrid'"),
+    ],
+)
+def test_a_selector_that_means_none_or_several_is_refused(points: list[Point], selector: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select(points, selector)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "verdict"),
+    [
+        (Measured(10.0, 0.3), Measured(11.01, 0.4), "yes"),
+        (Measured(10.0, 0.3), Measured(10.99, 0.4), "no"),
+        (Measured(10.0, 0.3), Measured(8.9, 0.4), "yes"),
+        (Measured(10.0), Measured(99.0, 0.4), "unknown"),
+        (Measured(10.0, 0.1), Measured(math.nan, 0.4), "unknown"),
+        # Over seeds, their spread is what counts.
+        (Measured(10.0, 0.1, 2.0, 3), Measured(12.0, 0.1, 2.0, 3), "no"),
+    ],
+)
+def test_noise_is_two_standard_errors(left: Measured, right: Measured, verdict: str) -> None:
+    assert Difference("x", left, right, share=False).verdict == verdict
+
+
+def test_every_quantity_of_both_is_compared(points: list[Point]) -> None:
+    dense, wanda = select(points, "method=dense"), select(points, "method=wanda")
+    found = differences(dense, wanda)
+    assert len(found) == len(dense.perplexity) + len(dense.accuracy) + bool(dense.mean_accuracy and wanda.mean_accuracy)
+    (text,) = dense.perplexity
+    assert found[0].value == pytest.approx(wanda.perplexity[text].value - dense.perplexity[text].value)
+    table = comparison(dense, wanda)
+    assert shown_cells(table)[0][3].startswith("+") and "Wanda 50%" in render(table, "md")
+
+
+def test_nothing_in_common_is_said(points: list[Point]) -> None:
+    bare = replace(points[1], perplexity={}, accuracy={}, mean_accuracy=None)
+    with pytest.raises(UserError, match="nothing was measured of both"):
+        comparison(points[0], bare)

@@ -1,0 +1,252 @@
+"""The ``hts`` command: what it prints, and that bad input gets one clear line and leaves nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis.rows.jsonl import SCHEMA
+from experiments.run.store import Store
+from experiments.studies.registry import STUDIES
+from experiments.studies.trial import key
+from patch.checkpoint import audit, load_info
+from patch.learn.recipe import GUIDED
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+
+
+def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
+    code, _, err = outcome
+    line = [line for line in err.splitlines() if "error" in line.lower()]
+    assert code != 0 and len(line) == 1 and message in line[0], (code, err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "dem"], "did you mean demo"),
+        (["run", "demo", "--where", "methd=wanda"], "did you mean method"),
+        (["run", "demo", "--where", "method=wand"], "no trial of demo has method=wand"),
+        (["run", "demo", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["eval", "embeded"], "did you mean embedded"),
+        (["eval", "no/such/model"], "no such model directory"),
+        (["eval", "embedded", "--task", "piqua"], "did you mean piqa"),
+        (["eval", "embedded", "--perplexity", "wikitext2/tst"], "did you mean wikitext2/test"),
+        (["eval", "embedded", "--data", "/nowhere"], "/nowhere"),
+        (["prune", "embedded", "--method", "wandas"], "did you mean wanda"),
+        (["prune", "embedded", "--method", "magnitude", "--tile", "64x66"], "multiple of 4"),
+        (["prune", "embedded", "--method", "magnitude", "--tile", "64"], "rows x columns"),
+        (["prune", "embedded", "--method", "magnitude", "--tile", "256x64"], "larger than the weight 128x256"),
+        (["prune", "embedded", "--method", "magnitude", "--structure", "hybrid", "--sparsity", "0.6"], "sparsity 0.6"),
+        (["learn", "embedded", "--sparsity", "-0.1"], "target sparsity -0.1"),
+        (["learn", "embedded", "--tile", "128x512"], "larger than the weight"),
+        (["learn", "embedded", "--recipe", "guide"], "did you mean guided"),
+        (["learn", "embedded", "--recipe", "guided", "--method", "maskllm"], "maskllm has no dense tiles"),
+        (["audit", "/nowhere"], "/nowhere"),
+        (["table", "demo"], "run a study first"),
+    ],
+    ids=lambda value: "-".join(value[:3]).replace("/", ".") if isinstance(value, list) else None,
+)
+def test_bad_input_gets_one_line(hts, tmp_path: Path, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    assert_refused(hts(*arguments), message)
+    assert files(tmp_path) == []
+
+
+def test_a_data_directory_without_the_file_is_named(hts, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "data").mkdir()
+    assert_refused(hts("eval", "embedded", "--data", tmp_path / "data"), "wiki.test.raw")
+    assert_refused(hts("eval", "embedded", "--data", tmp_path / "data", "--task", "piqa"), "piqa_validation.jsonl")
+
+
+def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = hts("run", "tiny", "--where", "method=magnitude")
+    assert code == 0, err
+    assert "done" in out
+    report = tmp_path / "runs" / "reports" / "tiny"
+    assert {"accuracy.md", "accuracy.csv", "frontier.png"} <= set(os.listdir(report))
+    assert "Magnitude" in (report / "accuracy.md").read_text()
+    code, out, _ = hts("status", "tiny")
+    assert code == 0 and "1 done" in out and "2 missing" in out
+    code, out, _ = hts("table", "tiny", "--where", "method=magnitude")
+    assert code == 0 and "Magnitude" in out
+    assert_refused(hts("table", "tiny", "--where", "method=magnitude", "--format", "html"), "html")
+    code, out, _ = hts("run", "tiny", "--dry-run")
+    assert code == 0 and "complete" in out and "prune" in out
+
+
+def test_rows_of_a_newer_schema_are_refused(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = Store(tmp_path / "runs").rows_path(tiny[0], "prune")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema": SCHEMA + 1, "trial": key(tiny[0])}) + "\n")
+    assert_refused(hts("table", "tiny"), "schema")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(  # type: ignore[no-untyped-def]
+    hts, tiny: tuple, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16")
+    assert_refused(outcome, "space")
+    assert files(tmp_path / "runs") == []
+
+
+@pytest.fixture
+def pruned(hts, tiny_model: Path, tmp_path: Path) -> Path:  # type: ignore[no-untyped-def]
+    out = tmp_path / "pruned"
+    code, printed, err = hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16", "--out", out)
+    assert code == 0, err
+    assert "sparsity 0.500000" in printed
+    return out
+
+
+def test_a_checkpoint_passes_its_audit_and_is_not_overwritten(hts, tiny_model: Path, pruned: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = hts("audit", pruned)
+    assert code == 0 and "0 violating tiles" in out
+    assert_refused(hts("prune", tiny_model, "--method", "magnitude", "--tile", "16x16", "--out", pruned), "already")
+
+
+def test_tiles_of_a_hybrid_mask_are_ranked_over_the_model(
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16, "--tile", "16x16"]
+    asked = ["--structure", "hybrid", "--sparsity", 0.35, "--tile-ranking", "model", "--out", tmp_path / "made"]
+    code, _, err = hts("prune", tiny_model, "--method", "wanda", *seen, *asked)
+    assert code == 0, err
+    assert load_info(tmp_path / "made")["definition"]["tile_ranking"] == "model"
+
+
+@pytest.mark.parametrize("refit", [[], ["--refit"]], ids=["as-is", "refit"])
+def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, refit: list[str]
+) -> None:
+    seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16, "--tile", "16x16", *refit]
+    out = tmp_path / "made"
+    code, _, err = hts("prune", tiny_model, "--method", "wanda", *seen, "--out", out)
+    assert code == 0, err
+    assert bool(load_info(out)["definition"].get("refit")) == bool(refit)
+    code, printed, _ = hts("audit", out)
+    assert code == 0 and "sparsity 0.500000" in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("patch-joint", []),
+        ("patch-joint", ["--recipe", "guided", "--tile-prior", 10]),
+        ("patch-tile", []),
+        ("maskllm", []),
+        ("maskllm", ["--refit"]),
+    ],
+    ids=["patch-joint", "patch-joint-guided", "patch-tile", "maskllm", "maskllm-refit"],
+)
+def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
+    hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, options: list[object]
+) -> None:
+    sparsity = 0.5 if method == "maskllm" else 0.25
+    small = ["--steps", 2, "--batch", 2, "--microbatch", 1, "--length", 16, "--tile", "16x16", "--sparsity", sparsity]
+    prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16, *options]
+    out = tmp_path / "learned"
+    code, printed, err = hts("learn", tiny_model, "--method", method, "--text", tiny_text, *small, *prior, "--out", out)
+    assert code == 0, err
+    assert f"(target {sparsity})" in printed
+    code, printed, _ = hts("audit", out)
+    assert code == 0 and f"sparsity {sparsity:.6f}" in printed
+    recipe = load_info(out)["definition"]["learning"]["recipe"]
+    if "guided" in options:
+        assert {name: recipe[name] for name in GUIDED} == GUIDED | {"tile_prior": 10.0}, "options come first"
+    code, printed, err = hts("eval", out, "--perplexity", f"{tiny_text}@32")
+    assert code == 0 and "perplexity" in printed and "@32" in printed, err
+
+
+def test_a_truncated_checkpoint_is_refused(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
+    weights = pruned / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(hts("audit", pruned), "model.safetensors")
+    assert_refused(hts("eval", pruned, "--perplexity", f"{pruned / 'config.json'}@8"), "text source")
+
+
+def test_tampered_weights_fail_the_audit(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(pruned / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].masked_fill(tensors[name] == 0, 1.0)
+    save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
+    code, out, _ = hts("audit", pruned)
+    assert code == 1 and "8 violating tiles" in out
+    assert sum(layer.violating for layer in audit(pruned)) == 8
+
+
+def test_a_foreign_checkpoint_is_read_by_its_zeros(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("hybrid.json", "hybrid.safetensors"):
+        (pruned / name).unlink()
+    code, out, _ = hts("audit", pruned, "--tile", "16x16")
+    assert code == 0 and "sparsity 0.500000" in out
+
+
+@pytest.mark.parametrize("study", list(STUDIES))
+def test_every_study_is_well_formed(study: str) -> None:
+    trials = STUDIES[study].trials()
+    assert len({key(trial) for trial in trials}) == len(trials)
+    assert len({trial.label for trial in trials}) == len(trials)
+    for model in {trial.pruning.model for trial in trials}:
+        assert any(trial.pruning.method == "dense" for trial in trials if trial.pruning.model == model)
+
+
+def test_the_demo_and_smollm2_studies_have_the_points_that_are_reported() -> None:
+    assert [trial.label.removeprefix("embedded ") for trial in STUDIES["demo"].trials()] == [
+        "dense",
+        "magnitude 2:4 50%",
+        "wanda 2:4 50%",
+        "sparsegpt 2:4 50%",
+        "maskllm 2:4 50% lr 0.002",
+        "patch-joint hybrid 45% 64x64 lr 0.003",
+        "patch-joint hybrid 35% 64x64 lr 0.003",
+        "patch-joint hybrid 25% 64x64 lr 0.003",
+    ]
+    assert len(STUDIES["smollm2-oneshot"].trials()) == 19
+
+
+@pytest.mark.parametrize("command", ["studies", "models", "doctor"])
+def test_overviews_print(hts, command: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = hts(command)
+    assert code == 0, err
+    assert {"studies": "smollm2-oneshot", "models": "llama-2-7b", "doctor": "torch"}[command] in out
+
+
+def test_the_installed_command_answers() -> None:
+    command = shutil.which("hts", path=os.path.dirname(sys.executable))
+    assert command, "the package is not installed in this environment"
+    found = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "prune" in found.stdout and "Hybrid tile sparsity" in found.stdout
+
+
+def test_several_processes_learn_one_mask(tmp_path: Path) -> None:
+    """Under torchrun: the prior is made once, the mask by all, the checkpoint and the last line come from one."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "learn"]
+    model = ["embedded", "--sparsity", "0.35", "--tile", "64x64", "--text", "embedded/train"]
+    prior = ["--calibration", "embedded/train", "--calibration-windows", "4", "--calibration-length", "64"]
+    size = ["--steps", "2", "--batch", "4", "--microbatch", "2", "--length", "32", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command, *model, *prior, *size, "--results", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sparsity 0.35") == 1
+    checkpoints = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
+    assert len(checkpoints) == 2, "a SparseGPT prior and the learned mask"
+    assert not list(tmp_path.glob("work/*/learner.pt"))

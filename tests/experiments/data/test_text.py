@@ -1,0 +1,435 @@
+import gzip
+import hashlib
+import json
+import lzma
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.data import text
+from experiments.data.text import (
+    Documents,
+    TokenStream,
+    calibration_windows,
+    check_source,
+    load_documents,
+    perplexity_windows,
+    token_stream,
+    tokenizer_fingerprint,
+)
+from patch.errors import UserError
+
+WORDS = [f"{a}{b}" for a in ("ba", "ke", "lo", "mi", "tu", "zo") for b in ("nd", "rk", "ss", "lt", "é")]
+
+
+def make_tokenizer(bos: bool = False, vocabulary: int = 300) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def prose(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def documents(*texts: str) -> Documents:
+    return Documents(texts, hashlib.sha256(repr(texts).encode()).hexdigest())
+
+
+def plain(tokenizer: PreTrainedTokenizerFast, texts: str | Sequence[str]) -> Any:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+class Counting:
+    """A tokenizer that counts what it is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.characters = 0
+
+    def __call__(self, texts: str | Sequence[str], **options: Any) -> Any:
+        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
+        return self.tokenizer(texts, **options)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+def write(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(content)
+    return path
+
+
+def jsonl(texts: Iterable[str]) -> str:
+    return "".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts))
+
+
+LOCAL = {
+    "wikitext2/test": (
+        "wikitext2/wiki.test.raw",
+        " \n = Title = \n \n A line . \n",
+        ("", " = Title = \n", "", " A line . \n"),
+    ),
+    "wikitext2/validation": ("wikitext2/wiki.valid.raw", "a\x85b c\n", ("a\x85b c\n",)),
+    "c4": ("train/c4_sample.txt", "one page\nanother page\n", ("one page", "another page")),
+    "novels": ("train/novels96.jsonl.xz", jsonl(["Chapter I.\nIt was", "II"]), ("Chapter I.\nIt was", "II")),
+    "wiki_docs": ("train/wiki_docs.jsonl", jsonl(["An article"]), ("An article",)),
+    "wiki_leads": ("train/wiki_leads.jsonl", jsonl(["A lead", "Another"]), ("A lead", "Another")),
+}
+
+
+@pytest.mark.parametrize("source", LOCAL)
+def test_named_source_reads_its_file_of_the_data_directory(source: str, tmp_path: Path) -> None:
+    file, content, expected = LOCAL[source]
+    write(tmp_path / file, content)
+    check_source(source, tmp_path)
+    assert load_documents(source, tmp_path).texts == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("book.txt", "one\n\ntwo\n", ("one\n\ntwo\n",)),
+        ("book.txt.gz", "one\n", ("one\n",)),
+        ("a+b.jsonl", jsonl(["x", "y"]), ("x", "y")),
+        ("rows.jsonl.gz", jsonl(["x", "y"]), ("x", "y")),
+        ("rows.jsonl.xz", jsonl(["x", "y"]), ("x", "y")),
+    ],
+)
+def test_path_source(name: str, content: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    assert load_documents(str(path), None).texts == expected
+
+
+def test_mixture_concatenates_its_parts_in_order(tmp_path: Path) -> None:
+    for source in ("wiki_leads", "wiki_docs"):
+        write(tmp_path / LOCAL[source][0], LOCAL[source][1])
+    extra = write(tmp_path / "extra.txt", "more")
+    assert load_documents(f"wiki_docs+wiki_leads+{extra}", tmp_path).texts == (
+        "An article",
+        "A lead",
+        "Another",
+        "more",
+    )
+
+
+def test_digest_is_of_the_documents_and_not_of_the_file(tmp_path: Path) -> None:
+    def digest(name: str, texts: Sequence[str]) -> str:
+        return load_documents(str(write(tmp_path / name, jsonl(texts))), None).sha256
+
+    assert digest("a.jsonl", ["ab", "c"]) == digest("b.jsonl.xz", ["ab", "c"])
+    assert digest("a.jsonl", ["ab", "c"]) != digest("c.jsonl", ["a", "bc"])
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_embedded_text_needs_no_data_directory(split: str) -> None:
+    found = load_documents(f"embedded/{split}", None)
+    assert len(found.texts) > 10
+    assert all(found.texts)
+
+
+@pytest.mark.parametrize(
+    ("source", "rows", "expected"),
+    [
+        ("wikitext2/test", {"text": ["", " = T = \n"]}, ("", " = T = \n")),
+        ("wikitext2/validation", {"text": [" = V = \n"]}, (" = V = \n",)),
+    ],
+)
+def test_wikitext_comes_from_the_hub_without_a_data_directory(
+    source: str, rows: dict[str, list[str]], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options["split"]))
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_documents(source, None).texts == expected
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", source.rpartition("/")[2])]
+
+
+def test_c4_comes_from_the_first_shard_of_the_hub_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "C4_DOCUMENTS", 3)
+
+    def load(name: str, *, data_files: dict[str, str], split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("allenai/c4", "train", True)
+        assert data_files == {"train": "en/c4-train.00000-of-01024.json.gz"}
+        return datasets.Dataset.from_dict({"text": [f"page {n}" for n in range(9)]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_documents("c4", None).texts == ("page 0", "page 1", "page 2")
+
+
+def test_hub_out_of_reach_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"wikitext2/test cannot be fetched .*reach it.*--data"):
+        load_documents("wikitext2/test", None)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("wikitext2/tset", "did you mean wikitext2/test"),
+        ("novel", "did you mean novels"),
+        ("c4+novle", "unknown text source 'novle'"),
+        ("missing.jsonl", "missing.jsonl: no such file"),
+        ("novels", "--data.*train/novels96.jsonl.xz"),
+    ],
+)
+def test_bad_source_without_a_data_directory(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_source(source, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", LOCAL)
+def test_missing_file_of_the_data_directory_is_named(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check_source(source, tmp_path)
+    assert str(tmp_path / LOCAL[source][0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n', "line 2 .*text"),
+        ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2 is not JSON"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\xff\xfe\xff", "cannot read text from .*a.txt"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 99)[:-20], "cannot read text from .*a.jsonl.xz"),
+        ("a.jsonl.gz", b"not gzip", "cannot read text from .*a.jsonl.gz"),
+    ],
+)
+def test_unreadable_file_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_documents(str(path), None)
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
+def test_perplexity_windows_are_the_whole_text_cut_and_the_tail_dropped(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos)
+    rows = ["", " = Title = \n", "", prose(200, 1) + "\n", prose(100, 2)]
+    expected = tokenizer("\n\n".join(rows))["input_ids"]
+    windows = perplexity_windows(documents(*rows), tokenizer, 32)
+    assert windows.dtype == torch.int64
+    assert windows.shape == (len(expected) // 32, 32)
+    assert windows.flatten().tolist() == expected[: windows.numel()]
+    assert (windows == tokenizer.bos_token_id).sum() == (1 if bos else 0)
+
+
+@pytest.mark.parametrize("length", [1, 1000])
+def test_perplexity_window_that_does_not_fit(length: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=f"not {length}"):
+        perplexity_windows(documents("ba ke"), tokenizer, length)
+
+
+def test_calibration_takes_one_window_per_long_enough_document(tokenizer: PreTrainedTokenizerFast) -> None:
+    # Every document repeats a word of its own, so that a window shows where it is from.
+    texts = [" ".join([word] * (400 if number % 3 else 5)) for number, word in enumerate(WORDS)]
+    windows = calibration_windows(documents(*texts), tokenizer, 12, 64, seed=3)
+    assert windows.shape == (12, 64)
+    assert windows.dtype == torch.int64
+    sources = [word for window in windows for word in WORDS if word * 5 in tokenizer.decode(window).replace(" ", "")]
+    assert len(sources) == len(set(sources)) == 12
+    assert all(WORDS.index(word) % 3 for word in sources)
+
+
+def test_calibration_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = documents(*(prose(300, seed) for seed in range(20)))
+    first = calibration_windows(source, tokenizer, 8, 32, seed=0)
+    assert torch.equal(first, calibration_windows(source, tokenizer, 8, 32, seed=0))
+    assert not torch.equal(first, calibration_windows(source, tokenizer, 8, 32, seed=1))
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
+def test_calibration_windows_are_stretches_of_text_without_special_tokens(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos)
+    texts = [prose(500, seed) for seed in range(3)]
+    for window in calibration_windows(documents(*texts), tokenizer, 9, 40, seed=5):
+        assert not set(window.tolist()) & {0, 1}
+        assert any(tokenizer.decode(window).strip("�") in text for text in texts)
+
+
+def test_documents_are_visited_again_without_overlap(tokenizer: PreTrainedTokenizerFast) -> None:
+    words = [f"{number:04d}" for number in range(3000)]
+    windows = calibration_windows(documents(" ".join(words[:1500]), " ".join(words[1500:])), tokenizer, 40, 64, seed=0)
+    assert len(windows) == 40
+    # Only words that are whole: a window may begin or end inside one.
+    seen = [word for window in windows for word in tokenizer.decode(window).split()[1:-1]]
+    assert len(seen) == len(set(seen)) > 40 * 8
+
+
+def test_first_windows_come_from_different_documents_before_any_is_visited_again(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    texts = [" ".join([word] * 2000) for word in WORDS[:4]]
+    windows = calibration_windows(documents(*texts), tokenizer, 8, 32, seed=1)
+    first = [next(word for word in WORDS[:4] if word in tokenizer.decode(window)) for window in windows]
+    assert sorted(first[:4]) == sorted(first[4:]) == sorted(WORDS[:4])
+
+
+def test_calibration_tokenises_little_of_a_long_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = documents(*(prose(40_000, seed) for seed in range(4)))
+    counting = Counting(tokenizer)
+    calibration_windows(source, counting, 6, 32, seed=0)  # type: ignore[arg-type]
+    assert counting.characters < 0.01 * sum(map(len, source.texts))
+
+
+def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """One token per whole word; anything else is token 0."""
+    level = Tokenizer(
+        models.WordLevel({"<unk>": 0} | {word: 1 + at for at, word in enumerate(words)}, unk_token="<unk>")
+    )
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=level, unk_token="<unk>")
+
+
+def test_calibration_windows_hold_whole_words() -> None:
+    source = documents(*(prose(2000, seed) for seed in range(10)))
+    assert calibration_windows(source, word_tokenizer(*WORDS), 300, 8, seed=0).min() > 0
+
+
+def test_span_grows_where_tokens_are_long() -> None:
+    # Fourteen characters a token: eight do not fill a window at the first try.
+    long_word = "antidisestabli"
+    windows = calibration_windows(documents(" ".join([long_word] * 5000)), word_tokenizer(long_word), 3, 64, seed=0)
+    assert (windows == 1).all()
+
+
+def test_text_without_white_space(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert calibration_windows(documents("baké" * 2000), tokenizer, 5, 32, seed=0).shape == (5, 32)
+
+
+@pytest.mark.parametrize(
+    ("texts", "windows", "length", "held"),
+    [
+        (["ba"] * 5, 2, 64, "only 0 of the 5 documents are that long and they hold 0"),
+        ([prose(400, 0), "ba"], 99, 64, "only 1 of the 2 documents"),
+    ],
+    ids=["too-short", "too-few"],
+)
+def test_too_little_calibration_text(
+    texts: list[str], windows: int, length: int, held: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError, match=f"needs {windows} windows of {length} tokens, but {held}"):
+        calibration_windows(documents(*texts), tokenizer, windows, length, seed=0)
+
+
+def test_stream_holds_every_document_and_its_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    texts = [prose(50, seed) for seed in range(7)]
+    stream = token_stream(documents(*texts), tokenizer, 16, 0, tmp_path)
+    expected = [token for ids in plain(tokenizer, texts) for token in [*ids, tokenizer.eos_token_id]]
+    assert stream.tokens.tolist() == expected
+    assert stream.windows == len(expected) // 16
+    assert stream.batch(0, 3).shape == (3, 16)
+    assert stream.batch(0, 3).dtype == torch.int64
+
+
+def test_stream_does_not_depend_on_how_texts_are_handed_to_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = documents(*(prose(50, seed) for seed in range(7)))
+    whole = token_stream(source, tokenizer, 16, 0, tmp_path / "a")
+    monkeypatch.setattr(text, "_TOKENIZER_CHARACTERS", 300)
+    assert np.array_equal(token_stream(source, tokenizer, 16, 0, tmp_path / "b").tokens, whole.tokens)
+
+
+def test_stream_tokenises_once_per_text_and_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    counting = Counting(tokenizer)
+    for length in (16, 32):
+        token_stream(documents(prose(200, 0)), counting, length, 0, tmp_path)  # type: ignore[arg-type]
+    assert counting.characters == len(prose(200, 0))
+    token_stream(documents(prose(300, 0)), tokenizer, 16, 0, tmp_path)
+    token_stream(documents(prose(200, 0)), make_tokenizer(vocabulary=280), 16, 0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_stream_leaves_nothing_behind_when_it_cannot_be_saved(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(file: BinaryIO, array: np.ndarray) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(np, "save", save)
+        token_stream(documents(prose(200, 0)), tokenizer, 16, 0, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert token_stream(documents(prose(200, 0)), tokenizer, 16, 0, tmp_path).windows > 1
+
+
+def test_stream_longer_than_its_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="windows of 4096 tokens, but the text has"):
+        token_stream(documents("ba ke"), tokenizer, 4096, 0, tmp_path)
+
+
+def numbered_stream(windows: int, length: int, seed: int) -> TokenStream:
+    tokens = np.repeat(np.arange(windows, dtype=np.uint16), length)
+    return TokenStream(np.append(tokens, np.zeros(length - 1, dtype=np.uint16)), length, seed)
+
+
+@given(windows=st.integers(1, 40), batch=st.integers(1, 17), seed=st.integers(0, 5))
+def test_every_epoch_gives_every_window_once(windows: int, batch: int, seed: int) -> None:
+    stream = numbered_stream(windows, 3, seed)
+    epochs = 3
+    steps = -(-epochs * windows // batch)
+    drawn = torch.cat([stream.batch(step, batch) for step in range(steps)])[:, 0].tolist()
+    for epoch in range(epochs):
+        assert sorted(drawn[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+
+
+def test_batch_is_a_function_of_seed_and_step() -> None:
+    stream = numbered_stream(50, 4, seed=7)
+    straight = [stream.batch(step, 8) for step in range(20)]
+    assert torch.equal(numbered_stream(50, 4, seed=7).batch(13, 8), straight[13])
+    assert not torch.equal(numbered_stream(50, 4, seed=8).batch(13, 8), straight[13])
+    first_epoch, second_epoch = stream.batch(0, 50)[:, 0], stream.batch(1, 50)[:, 0]
+    assert not torch.equal(first_epoch, second_epoch)
+    assert first_epoch.tolist() != list(range(50))
+
+
+def test_fingerprint_tells_tokenizers_apart_and_ignores_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    same = make_tokenizer()
+    same.pad_token = "</s>"
+    same(["ba", "ba ke lo"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(make_tokenizer(bos=True)) != tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(make_tokenizer(vocabulary=280)) != tokenizer_fingerprint(tokenizer)

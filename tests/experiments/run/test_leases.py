@@ -1,0 +1,131 @@
+"""Claims: exclusive, kept alive, and taken over from the dead, on file systems where only hard links are exclusive."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.run import leases
+from experiments.run.leases import LEASE, Holder, claim, here, live, start_ticks
+
+GONE = 2**22 + 1
+
+
+def leave(path: Path, age: float = 0.0, **changes: object) -> Holder:
+    """A claim that some process made and has not removed."""
+    holder = Holder("feed", "node7", "another boot:another namespace", 1, 1, None)
+    holder = dataclasses.replace(holder, **changes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(holder)))
+    os.utime(path, (time.time() - age,) * 2)
+    return holder
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "locks" / "trial-x.lock"
+
+
+def test_a_claim_is_exclusive_and_leaves_nothing(path: Path) -> None:
+    with claim(path, wait=False) as first:
+        with claim(path, wait=False) as second:
+            assert first and not second
+        assert live(path.parent) == {"trial-x": leases._read(path)[0]}  # type: ignore[index]
+    with claim(path, wait=False) as third:
+        assert third
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("age", "changes", "free"),
+    [
+        pytest.param(0.0, {}, False, id="alive-on-another-machine"),
+        pytest.param(LEASE + 60, {}, True, id="lease-over"),
+        pytest.param(0.0, {"machine": here(), "pid": GONE}, True, id="dead-here"),
+        pytest.param(0.0, {"machine": here(), "pid": os.getpid(), "started": 1}, True, id="pid-used-again"),
+        pytest.param(
+            0.0, {"machine": here(), "pid": os.getpid(), "started": start_ticks(os.getpid())}, False, id="alive-here"
+        ),
+        pytest.param(0.0, {"job": "12"}, True, id="earlier-run-of-this-job"),
+        pytest.param(0.0, {"job": "13"}, False, id="another-job"),
+    ],
+)
+def test_stale_claims_are_taken_over(
+    path: Path, age: float, changes: dict, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    leave(path, age, **changes)
+    assert (live(path.parent) == {}) == free
+    with claim(path, wait=False) as mine:
+        assert mine == free
+    assert path.exists() != free
+    assert len(list(path.parent.iterdir())) == (not free)
+
+
+def test_a_claim_is_kept_alive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.05)
+    with claim(path, wait=False):
+        os.utime(path, (0, 0))
+        limit = time.monotonic() + 30
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < limit, "the claim was not touched"
+            time.sleep(0.02)
+
+
+def test_a_claim_that_was_taken_away_is_neither_touched_nor_removed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.02)
+    with claim(path, wait=False):
+        path.unlink()
+        leave(path, token="beef", age=1000)
+        touched = path.stat().st_mtime
+        time.sleep(0.2)
+    assert path.exists() and path.stat().st_mtime == touched
+
+
+def test_a_remover_that_died_does_not_block(path: Path) -> None:
+    stale = leave(path, LEASE + 60)
+    leave(path.with_name(f"trial-x.{stale.token}.lock"), machine=here(), pid=GONE, token="dead")
+    with claim(path, wait=False) as mine:
+        assert mine
+    assert list(path.parent.iterdir()) == []
+
+
+def _count(path: Path, counter: Path, rounds: int) -> None:
+    for _ in range(rounds):
+        with claim(path, wait=True):
+            seen = int(counter.read_text())
+            time.sleep(0.001)
+            counter.write_text(str(seen + 1))
+
+
+def test_many_processes_after_a_stale_claim_never_own_it_together(path: Path, tmp_path: Path) -> None:
+    leave(path, LEASE + 60)
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_count, args=(path, counter, 8)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert counter.read_text() == "32"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lost_answer_of_the_file_server_is_no_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def answer_lost(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", answer_lost)
+    with claim(path, wait=False) as mine:
+        assert mine

@@ -1,0 +1,170 @@
+"""Masks without weights: exported, and made the same checkpoint again."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_study import tiny_trials
+
+from experiments.run import mask_archive, pipeline
+from experiments.run.runtime import Machine
+from experiments.run.store import Store
+from experiments.studies import registry
+from experiments.studies.trial import Calibration, Pruning, key
+from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash
+from patch.errors import UserError
+
+CPU = Machine("cpu", None, lambda *_: None)
+
+
+def pruned(model: Path, text: Path, store: Store, method: str, structure: str = "hybrid") -> tuple[Pruning, Path]:
+    sparsity = 0.4 if structure == "hybrid" else 0.5
+    calibration = Calibration(str(text), windows=8, length=16)
+    pruning = registry.one_shot(str(model), method, structure, sparsity, (16, 16), calibration)
+    path = pipeline.ensure_checkpoint(pruning, store, CPU)
+    assert path is not None
+    return pruning, path
+
+
+@pytest.fixture
+def archive(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    _, checkpoint = pruned(tiny_model, tiny_text, Store(tmp_path / "made"), "wanda")
+    mask_archive.export(checkpoint, tmp_path / "masks.tar.xz")
+    return tmp_path / "masks.tar.xz"
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "learned"])
+def test_what_is_restored_is_the_checkpoint(tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str) -> None:
+    made, other = Store(tmp_path / "made"), Store(tmp_path / "other")
+    if method == "learned":
+        pruning = tiny_trials(tiny_model, tiny_text)[-1].pruning
+        checkpoint = pipeline.ensure_checkpoint(pruning, made, CPU)
+        assert pruning.learning is not None and checkpoint is not None
+    else:
+        pruning, checkpoint = pruned(tiny_model, tiny_text, made, method)
+    archive = tmp_path / "masks.tar.xz"
+    mask_archive.export(checkpoint, archive)
+    assert mask_archive.restore(archive, other, CPU) == other.checkpoint_path(pruning)
+    assert content_hash(other.checkpoint_path(pruning)) == content_hash(checkpoint)
+    assert (other.checkpoint_path(pruning) / INFO_FILE).read_text() == (checkpoint / INFO_FILE).read_text()
+    assert not any(row.violating for row in audit(other.checkpoint_path(pruning)))
+
+
+def test_a_study_takes_what_was_restored(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "other")
+    path = mask_archive.restore(archive, store, CPU)
+    assert mask_archive.restore(archive, store, CPU) == path
+    monkeypatch.setattr(pipeline, "_make_checkpoint", lambda *_: pytest.fail("made anew"))
+    pruned(tiny_model, tiny_text, store, "wanda")
+
+
+def test_another_model_is_refused(tiny_model: Path, tmp_path: Path, archive: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    before = {name: weight.clone() for name, weight in weights.items()}
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    try:
+        save_file(weights, tiny_model / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"with these weights model\.safetensors is another file"):
+            mask_archive.restore(archive, Store(tmp_path / "other"), CPU)
+    finally:
+        save_file(before, tiny_model / "model.safetensors", metadata={"format": "pt"})
+    assert not list((tmp_path / "other" / "checkpoints").glob("[!.]*"))
+
+
+def repacked(archive: Path, target: Path, change: str) -> Path:
+    """The archive with one of its files changed."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(target)
+    folder = next(target.iterdir())
+    if change == "masks":
+        tensors = load_file(folder / MASKS_FILE)
+        name = next(name for name in tensors if name.endswith(".dense"))
+        tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, folder / MASKS_FILE, metadata={"format": "pt"})
+    elif change == "definition":
+        info = json.loads((folder / INFO_FILE).read_text())
+        del info["definition"]
+        (folder / INFO_FILE).write_text(json.dumps(info))
+    else:
+        (folder / change).unlink()
+    changed = target / "changed.tar.xz"
+    with tarfile.open(changed, "w:xz") as packed:
+        packed.add(folder, folder.name)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("masks", "hybrid.safetensors"),
+        ("definition", "does not say what defines"),
+        (INFO_FILE, "hybrid.json"),
+        (mask_archive.CONFIG_FILE, "config.json"),
+    ],
+)
+def test_damaged_archives_are_refused(tmp_path: Path, archive: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        mask_archive.restore(repacked(archive, tmp_path / "unpacked", change), Store(tmp_path / "other"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("masks/run.sh", tarfile.REGTYPE, "masks/run.sh in it is no part"),
+        (f"masks/{INFO_FILE}", tarfile.SYMTYPE, "in it is no part"),
+        (f"other/{INFO_FILE}", tarfile.REGTYPE, "2 folders"),
+        (f"masks/../../{INFO_FILE}", tarfile.REGTYPE, "2 folders"),
+    ],
+    ids=["another-file", "link", "second-folder", "outside"],
+)
+def test_archives_with_anything_else_are_refused(tmp_path: Path, name: str, kind: bytes, message: str) -> None:
+    strange = tmp_path / "strange.tar"
+    with tarfile.open(strange, "w") as packed:
+        for path, form in ((f"masks/{MASKS_FILE}", tarfile.REGTYPE), (name, kind)):
+            member = tarfile.TarInfo(path)
+            member.type, member.linkname = form, "/etc/passwd"
+            packed.addfile(member)
+    with pytest.raises(UserError, match=message):
+        mask_archive.restore(strange, Store(tmp_path / "other"), CPU)
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.tar.xz").write_text("no archive")
+    for path in (tmp_path / "text.tar.xz", tmp_path / "missing.tar.xz"):
+        with pytest.raises(UserError, match="not an archive of masks"):
+            mask_archive.restore(path, Store(tmp_path / "other"), CPU)
+
+
+def test_what_masks_alone_cannot_restore_is_not_exported(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _, changed = pruned(tiny_model, tiny_text, store, "sparsegpt")
+    with pytest.raises(UserError, match="sparsegpt changes the weights"):
+        mask_archive.export(changed, tmp_path / "masks.tar.xz")
+    pruning, _ = pruned(tiny_model, tiny_text, store, "wanda")
+    fitted = pipeline.ensure_checkpoint(registry.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
+    with pytest.raises(UserError, match="refit changes the weights"):
+        mask_archive.export(fitted, tmp_path / "masks.tar.xz")
+    _, unstructured = pruned(tiny_model, tiny_text, store, "wanda", "unstructured")
+    with pytest.raises(UserError, match="has no masks to share"):
+        mask_archive.export(unstructured, tmp_path / "masks.tar.xz")
+    assert not (tmp_path / "masks.tar.xz").exists()
+
+
+def test_an_archive_is_not_overwritten(tmp_path: Path, archive: Path) -> None:
+    before = archive.read_bytes()
+    with pytest.raises(UserError, match="already there"):
+        mask_archive.export(tmp_path / "made" / "checkpoints" / restored_key(archive), archive)
+    assert archive.read_bytes() == before
+
+
+def restored_key(archive: Path) -> str:
+    with tarfile.open(archive) as packed:
+        info = packed.extractfile(next(member for member in packed if member.name.endswith(INFO_FILE)))
+        assert info is not None
+        return key(json.load(info)["definition"])

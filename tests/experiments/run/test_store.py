@@ -1,0 +1,101 @@
+"""The results directory: whole files or none, and locks that die with their process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.rows.jsonl import SCHEMA, from_lines, to_lines
+from experiments.run.store import Fact, Store
+from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
+
+TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())
+
+
+def test_rows_carry_definition_and_provenance(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), "perplexity:wikitext2/test@2048"
+    facts = [Fact("perplexity", 12.5, "ppl", {"length": 2048}, 0.1), Fact("tile_map", None, "1", {"layer": "q"})]
+    assert not store.has_rows(TRIAL, stage)
+    store.write_rows(TRIAL, stage, facts, {"git": "abc"})
+    assert store.has_rows(TRIAL, stage)
+    rows = store.read_rows(TRIAL, stage)
+    assert [row["metric"] for row in rows] == ["perplexity", "tile_map"]
+    for row in rows:
+        assert row["schema"] == SCHEMA and row["trial"] == key(TRIAL) and row["stage"] == stage
+        assert row["definition"] == definition(TRIAL) and row["provenance"] == {"git": "abc"}
+    assert rows[0]["value"] == 12.5 and rows[0]["stderr"] == 0.1 and rows[1]["value"] is None
+    assert json.loads((tmp_path / "rows" / key(TRIAL) / "definition.json").read_text()) == definition(TRIAL)
+
+
+def test_stages_have_files_of_their_own_inside_the_trial(tmp_path: Path) -> None:
+    stages = ["prune", "task:piqa", "perplexity:wikitext2/test@2048", "perplexity:../../etc@5", "task:arc_easy"]
+    paths = [Store(tmp_path).rows_path(TRIAL, stage) for stage in stages]
+    assert len(set(paths)) == len(stages)
+    assert {path.resolve().parent for path in paths} == {(tmp_path / "rows" / key(TRIAL)).resolve()}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments.run.store import Store
+with Store(Path(sys.argv[1])).claim("trial-x") as mine:
+    print(mine, flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):  # type: ignore[no-untyped-def]
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().strip() == "True"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_claim_keeps_others_out_until_its_holder_dies(tmp_path: Path, holder: subprocess.Popen) -> None:
+    store = Store(tmp_path)
+    with store.claim("trial-x", wait=False) as mine:
+        assert not mine
+    assert set(store.claimed()) == {"trial-x"}
+    with store.claim("trial-y", wait=False) as mine:
+        assert mine
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with store.claim("trial-x", wait=False) as mine:
+        assert mine
+    assert store.claimed() == {}
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_waiting_for_a_claim_ends_when_its_holder_does(tmp_path: Path, holder: subprocess.Popen) -> None:
+    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({holder.pid}, 9)"])
+    started = time.monotonic()
+    with Store(tmp_path).claim("trial-x") as mine:
+        assert mine
+    assert time.monotonic() - started >= 0.3
+    killer.wait()
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+ROW = st.dictionaries(st.sampled_from(["metric", "value", "labels", "unit"]), VALUES)
+
+
+@given(st.lists(ROW))
+def test_rows_read_as_they_were_written(rows: list[dict[str, object]]) -> None:
+    """Also values that are equal and not the same, such as 1 and True, and rows with other fields than that above."""
+    whole = [{"schema": SCHEMA} | row for row in rows]
+    found = from_lines(to_lines(whole))
+    assert json.dumps(found, sort_keys=True) == json.dumps(whole, sort_keys=True)
+
+
+def test_what_rows_share_is_written_once() -> None:
+    shared = {"schema": SCHEMA, "definition": "d" * 1000, "labels": {}}
+    text = to_lines([shared | {"value": value} for value in (1.0, 2.0, 2.0)])
+    assert text.splitlines()[1:] == ['{"value": 2.0}', "{}"] and text.count("d" * 1000) == 1

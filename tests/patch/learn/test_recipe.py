@@ -1,0 +1,120 @@
+"""Recipes: the published values, what they set at each step, and what is refused."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from patch.errors import UserError
+from patch.learn.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, RECIPES, Recipe
+
+NAMES = pytest.mark.parametrize("name", RECIPES)
+
+
+@NAMES
+def test_a_recipe_survives_json(name: str) -> None:
+    recipe = RECIPES[name]
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+
+
+def test_equal_numbers_are_spelled_alike_because_recipes_are_hashed() -> None:
+    spelled = dataclasses.replace(PATCH_JOINT, sparsity_penalty=7, tau=[4, 0.05], clip=1)  # type: ignore[arg-type]
+    assert json.dumps(dataclasses.asdict(spelled)) == json.dumps(dataclasses.asdict(PATCH_JOINT))
+
+
+def test_patch_as_published() -> None:
+    assert (PATCH_JOINT.mode, PATCH_TILE.mode) == ("joint", "tile")
+    assert dataclasses.replace(PATCH_TILE, mode="joint") == PATCH_JOINT
+    assert (PATCH_JOINT.sparsity_penalty, PATCH_JOINT.weight_penalty) == (7, 10)
+    first, last = PATCH_JOINT.at(0), PATCH_JOINT.at(2000)
+    assert (first.tau, first.pattern_scale, first.tile_scale, first.weight_penalty) == (4, 100, 25, 10)
+    assert (last.tau, last.pattern_scale, last.tile_scale, last.weight_penalty) == pytest.approx((0.05, 500, 350, 0))
+
+
+def test_maskllm_as_published() -> None:
+    assert (MASKLLM.at(0).lr, MASKLLM.at(2000).lr) == pytest.approx((5e-4, 5e-6))
+    assert (MASKLLM.betas, MASKLLM.eps, MASKLLM.weight_decay, MASKLLM.clip) == ((0.9, 0.95), 1e-5, 0.1, 1)
+    assert (MASKLLM.logit_std, MASKLLM.weight_penalty, MASKLLM.weight_penalty_kind) == (0.01, 1e-5, "square")
+
+
+@NAMES
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_schedules_are_linear_between_their_ends(name: str, steps: int) -> None:
+    recipe = dataclasses.replace(RECIPES[name], steps=steps)
+    for step in range(steps):
+        share = step / steps
+        settings = recipe.at(step)
+        for field in ("tau", "pattern_scale", "tile_scale"):
+            start, end = getattr(recipe, field)
+            assert getattr(settings, field) == pytest.approx(start * (1 - share) + end * share)
+        assert settings.weight_penalty == pytest.approx(recipe.weight_penalty * (1 - share))
+
+
+def test_the_guided_recipe_has_no_value_of_a_published_one() -> None:
+    for name in ("patch-joint", "patch-tile"):
+        guided = dataclasses.replace(RECIPES[name], **CHANGES["guided"])
+        assert guided.follows_dense and all(getattr(guided, key) != getattr(RECIPES[name], key) for key in GUIDED)
+    assert dataclasses.replace(PATCH_JOINT, **CHANGES["published"]) == PATCH_JOINT
+
+
+def test_where_all_tiles_are_alike_none_are_ranked() -> None:
+    with pytest.raises(UserError, match="tile_ranking 'model': maskllm has no dense tiles"):
+        dataclasses.replace(MASKLLM, **GUIDED)
+
+
+def test_learning_rate_rises_linearly_then_follows_a_cosine() -> None:
+    recipe = dataclasses.replace(PATCH_JOINT, steps=50, warmup=10, lr=1.0, lr_end=0.2)
+    rates = [recipe.at(step).lr for step in range(51)]
+    assert rates[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert rates[30] == pytest.approx(0.6), "halfway down, the cosine is halfway between its ends"
+    assert rates[20] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[50] == pytest.approx(0.2)
+
+
+def test_a_recipe_without_steps_has_settings() -> None:
+    assert dataclasses.replace(PATCH_JOINT, steps=0).at(0).tau == 4
+
+
+BAD = [
+    ("mode", "patch"),
+    ("steps", -1),
+    ("steps", 1.5),
+    ("batch", 0),
+    ("microbatch", 0),
+    ("microbatch", 7),
+    ("length", 1),
+    ("lr", 0),
+    ("lr", math.nan),
+    ("lr_end", 1.0),
+    ("warmup", -1),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 1.0)),
+    ("eps", 0),
+    ("weight_decay", -0.1),
+    ("clip", 0),
+    ("tau", (4.0, 0.0)),
+    ("tau", 4.0),
+    ("pattern_scale", (100.0, "500")),
+    ("tile_scale", (-1.0, 350.0)),
+    ("logit_std", 0),
+    ("pattern_prior", -1),
+    ("tile_prior", math.inf),
+    ("sparsity_penalty", -7),
+    ("weight_penalty", None),
+    ("weight_penalty_kind", "cube"),
+    ("activation_checkpointing", 1),
+    ("checkpoint_every", 0),
+    ("log_every", 0),
+    ("log_every", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(*bad, id=f"{bad[0]}={bad[1]}") for bad in BAD])
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(PATCH_JOINT, **{name: value})
+    message = str(error.value)
+    assert name in message and "\n" not in message
+    assert str(value) in message or isinstance(value, tuple)
