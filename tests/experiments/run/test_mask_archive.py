@@ -13,9 +13,10 @@ from experiments.run import mask_archive, pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import registry
-from experiments.studies.trial import Calibration, Pruning, key
-from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash
+from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
+from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash, load_info, load_masks
 from patch.errors import UserError
+from patch.mask import model_sparsity
 
 CPU = Machine("cpu", None, lambda *_: None)
 
@@ -51,6 +52,26 @@ def test_what_is_restored_is_the_checkpoint(tiny_model: Path, tiny_text: Path, t
     assert content_hash(other.checkpoint_path(pruning)) == content_hash(checkpoint)
     assert (other.checkpoint_path(pruning) / INFO_FILE).read_text() == (checkpoint / INFO_FILE).read_text()
     assert not any(row.violating for row in audit(other.checkpoint_path(pruning)))
+
+
+def test_the_masks_of_an_archive_are_those_of_the_rows(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "made")
+    calibration = Calibration(str(tiny_text), windows=8, length=16)
+    pruning = registry.one_shot(str(tiny_model), "wanda", "hybrid", 0.4, (16, 16), calibration)
+    trial = Trial(pruning, Evaluation(perplexity=()))
+    pipeline.run_trial(trial, store, CPU)
+    mask_archive.export(store.checkpoint_path(pruning), tmp_path / "masks.tar.xz")
+    with tarfile.open(tmp_path / "masks.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    kept = tmp_path / key(pruning)
+    masks = load_masks(kept, alone=True)
+    assert model_sparsity(list(masks.values())) == pytest.approx(0.4, abs=1e-2)
+    assert load_info(kept, masks_alone=True)["definition"] == definition(pruning)
+    rows = store.read_rows(trial, "prune")
+    maps = {row["labels"]["layer"]: row["labels"]["tile_map"] for row in rows if row["metric"] == "tile_map"}
+    assert set(maps) == set(masks)
+    for name, mask in masks.items():
+        assert ["".join("01"[int(tile)] for tile in row) for row in mask.dense.tolist()] == maps[name]
 
 
 def test_a_study_takes_what_was_restored(
