@@ -20,12 +20,14 @@ import torch
 from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.files import write_atomic
+from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.kernels.stream import StreamConfig
 
-Config = HopperConfig | StreamConfig | PortableConfig
-KERNELS: dict[str, type[Config]] = {"hopper": HopperConfig, "stream": StreamConfig, "portable": PortableConfig}
+Config = HopperConfig | DecodeConfig | PortableConfig
+KERNELS: dict[str, type[Config]] = {"hopper": HopperConfig, "decode": DecodeConfig, "portable": PortableConfig}
+# Names that tables of earlier versions, in users' caches, give them.
+_FORMER = {"stream": "decode"}
 
 # Token counts that tables are made for; others use the nearest.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -62,7 +64,7 @@ def runs(config: Config, capability: tuple[int, int], band: int) -> bool:
     """Whether a GPU of this compute capability can run ``config`` on a weight of this band."""
     if isinstance(config, HopperConfig):
         return capability[0] == 9 and config.cluster <= band
-    if isinstance(config, StreamConfig):
+    if isinstance(config, DecodeConfig):
         clusters = config.blocks == 1 or capability[0] == 9
         return capability[0] >= 8 and clusters and (config.rows <= 64 or band == 2)
     return isinstance(config, PortableConfig)
@@ -76,9 +78,9 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
     found: list[Config] = []
     if tokens <= 8:
         for warps, records, blocks in product(((1, 1, 1), (2, 1, 1), (4, 1, 1)), (2, 1), (4, 2, 1)):
-            found.append(StreamConfig(16, 8, warps, records, 0, blocks))
-        found += [StreamConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1)]
-        found.append(StreamConfig(32, 8, (2, 1, 1), 1, 0))
+            found.append(DecodeConfig(16, 8, warps, records, 0, blocks))
+        found += [DecodeConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1)]
+        found.append(DecodeConfig(32, 8, (2, 1, 1), 1, 0))
     elif tokens <= 16:
         for rows, warps, records, blocks in (
             *((64, (1, 2, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
@@ -89,23 +91,23 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
             (128, (1, 4, 1), 2, 8),
             (128, (1, 4, 1), 2, 4),
         ):
-            found.append(StreamConfig(rows, 16, warps, records, 4 if records == 2 else 3, blocks))
+            found.append(DecodeConfig(rows, 16, warps, records, 4 if records == 2 else 3, blocks))
     elif tokens <= 32:
         for rows, warps, records, blocks in (
             *((128, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2)),
             *((64, (1, 2, 1), 1, blocks) for blocks in (8, 4, 2, 1)),
             *((64, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
         ):
-            found.append(StreamConfig(rows, 32, warps, records, 3, blocks))
+            found.append(DecodeConfig(rows, 32, warps, records, 3, blocks))
     else:
-        found += [StreamConfig(64, 128, (1, 2, 4), 1, 4), StreamConfig(64, 64, (1, 2, 2), 1, 4)]
+        found += [DecodeConfig(64, 128, (1, 2, 4), 1, 4), DecodeConfig(64, 64, (1, 2, 2), 1, 4)]
     if 32 < tokens <= 64:
         for rows, warps, blocks in (
             *((128, (1, 4, 2), blocks) for blocks in (8, 4, 2, 1)),
             *((64, (1, 2, 2), blocks) for blocks in (8, 4, 2)),
             *((64, (1, 4, 1), blocks) for blocks in (8, 4, 2)),
         ):
-            found.append(StreamConfig(rows, 64, warps, 1, 4, blocks))
+            found.append(DecodeConfig(rows, 64, warps, 1, 4, blocks))
     if tokens > 32:
         found += [HopperConfig(64, 8, 8, 1), HopperConfig(64, 8, 8, 2)]
     if tokens > 64:
@@ -196,6 +198,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:
     for item in table["entries"]:
         fields: dict[str, Any] = dict(item["config"])
-        kind: Any = KERNELS[fields.pop("kernel")]
+        name = fields.pop("kernel")
+        kind: Any = KERNELS[_FORMER.get(name, name)]
         config = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         yield Entry(**{**item, "config": config})

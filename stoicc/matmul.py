@@ -1,7 +1,6 @@
 """The product of activations with a hybrid weight: ``torch.ops.stoicc.linear`` and what chooses its kernel.
 
-    >>> y = linear(x, hybrid, bias)        # chooses kernel and configuration
-    >>> y = run(x, hybrid, bias, config)   # a certain one
+    >>> y = linear(x, hybrid, bias)
 
 The custom operator takes the weight's tensors one by one, so that it can stand in a graph of ``torch.compile``; it
 enqueues on the current stream, keeps no state between calls, and computes the same bits every time.
@@ -16,12 +15,10 @@ from torch import Tensor
 from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Config
+from stoicc.dispatch import check_operands, run
 from stoicc.format import HybridWeight
-from stoicc.kernels import hopper, portable, stream
-from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.kernels.stream import StreamConfig
-from stoicc.lowering import lowering
+from stoicc.tune import tune_shape
 
 
 def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tensor:
@@ -91,43 +88,6 @@ def _(
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def check_operands(x: Tensor, hybrid: HybridWeight, bias: Tensor | None) -> None:
-    """Check activations ``[..., K]`` and bias ``[N]`` against a packed weight.
-
-    Raises:
-        UserError: if dtype, device or shape do not fit.
-    """
-    n, k = hybrid.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise UserError(f"activations are {tuple(x.shape)}, the packed weight {n}x{k} needs a last dimension of {k}")
-    if x.dtype != hybrid.dtype:
-        raise UserError(f"activations are {x.dtype}, the packed weight {hybrid.dtype}: convert the activations")
-    if x.device != hybrid.device:
-        raise UserError(f"activations are on {x.device}, the packed weight on {hybrid.device}")
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise UserError(
-            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, needs {x.dtype} ({n},) on {x.device}"
-        )
-
-
-def run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: Config) -> Tensor:
-    """``linear`` with a given configuration, on a GPU and with at least one token."""
-    n, k = hybrid.shape
-    x2d = _aligned(x.reshape(-1, k))
-    # Bulk copies need rows of 16 bytes: compute into wider rows where N does not give them.
-    y = x.new_empty(x2d.shape[0], n + -n % 8)[:, :n]
-    pairs, quads = -(-hybrid.panels // 2), -(-hybrid.panels // 4)
-    by_group = dict(zip((1, 2, 4), hybrid.orders.split([hybrid.panels, pairs, quads]), strict=True))
-    with torch.cuda.device(x.device), lowering():
-        if isinstance(config, HopperConfig):
-            hopper.launch(x2d, hybrid, by_group[2 * config.cluster], bias, y, config)
-        elif isinstance(config, StreamConfig):
-            stream.launch(x2d, hybrid, by_group[2 if config.rows > 64 else 1], bias, y, config)
-        else:
-            portable.launch(x2d, hybrid, bias, y, config)
-    return y.reshape(*x.shape[:-1], n)
-
-
 @cache
 def choose(device: torch.device, n: int, k: int, band: int, tokens: int) -> Config:
     """The configuration for a shape on a GPU: from its table, else measured now.
@@ -146,12 +106,4 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int) -> Conf
         return entry.config
     if torch.cuda.is_current_stream_capturing():
         raise UserError(f"no tuning table for {name}, and it cannot be measured during a graph capture: run `hts tune`")
-    from stoicc.tune import tune_shape
-
     return tune_shape(device, n, k, band, tokens).config
-
-
-def _aligned(x2d: Tensor) -> Tensor:
-    """``x2d`` with unit column stride, and rows and base 16-byte aligned; itself where it already is."""
-    fits = x2d.stride(1) == 1 and x2d.stride(0) % 8 == 0 and x2d.data_ptr() % 16 == 0
-    return x2d if fits else x2d.clone(memory_format=torch.contiguous_format)

@@ -15,8 +15,8 @@ from torch.nn.functional import linear as dense_linear
 from patch.mask import HybridMask, best_patterns, tile_grid
 from stoicc import configs
 from stoicc.configs import Config, Entry
+from stoicc.dispatch import run
 from stoicc.format import HybridWeight, pack
-from stoicc.matmul import run
 from stoicc.timing import Call, time_in_turns
 
 # Weights are rotated so that none is read from the L2 cache, which is at most 60 MB on GPUs with these tensor cores.

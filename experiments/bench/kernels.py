@@ -25,8 +25,9 @@ from experiments.run.provenance import provenance
 from patch.files import write_atomic
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from stoicc import configs
+from stoicc.dispatch import run
 from stoicc.format import HybridWeight, pack
-from stoicc.matmul import choose, run
+from stoicc.matmul import choose
 from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
 from stoicc.tune import faster_packed
 

@@ -12,7 +12,7 @@ Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and
 ``peak_memory`` (label ``implementation``). What should agree has the label ``agrees``.
 
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
-what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.kernels.unstructured`.
+what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.unstructured`.
 The dense model has nothing to pack.
 
 **When packed and unpacked agree.** Kernels sum in another order, so logits differ by rounding. How much rounding of
@@ -113,7 +113,7 @@ class Artefact:
             return self._load_packed()
         model, _ = self.load(self.unpacked.dtype)
         if self.pruning.structure == "unstructured":
-            from stoicc.kernels.unstructured import compile_unstructured
+            from stoicc.unstructured import compile_unstructured
 
             compile_unstructured(model, prunable_linears(model))
         return model
@@ -222,8 +222,9 @@ def _pack(artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
 def packed_weights(model: nn.Module) -> dict[str, tuple[int, Callable[[], dict[str, Tensor]]]]:
     """Of each packed module of a model its bytes, and a call that unpacks it: weights by the linears' full names."""
     from stoicc.format import unpack
-    from stoicc.kernels.unstructured import UnstructuredLinear, unpack_unstructured
+    from stoicc.kernels.unstructured import unpack_unstructured
     from stoicc.linear import HybridLinear
+    from stoicc.unstructured import UnstructuredLinear
 
     def hybrid_parts(module: HybridLinear) -> dict[str, Tensor]:
         sizes = [rows for _, rows in module.spec.parts]

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from stoicc import configs, reference
 from stoicc.configs import Config
+from stoicc.dispatch import run
 from stoicc.format import HybridWeight, pack, unpack
+from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.kernels.stream import StreamConfig
 from stoicc.linear import HybridLinear, compile_model
-from stoicc.matmul import linear, linear_op, run
+from stoicc.matmul import linear, linear_op
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
@@ -58,10 +59,10 @@ def test_every_shipped_configuration_is_right(config: Config, band: int, tokens:
 
 
 FAMILIES = [
-    StreamConfig(16, 8, (4, 1, 1), 2, 0, 1),
-    StreamConfig(64, 16, (1, 2, 1), 2, 4, 4),
-    StreamConfig(128, 64, (1, 4, 2), 1, 4, 4),
-    StreamConfig(64, 128, (1, 2, 4), 1, 4, 1),
+    DecodeConfig(16, 8, (4, 1, 1), 2, 0, 1),
+    DecodeConfig(64, 16, (1, 2, 1), 2, 4, 4),
+    DecodeConfig(128, 64, (1, 4, 2), 1, 4, 4),
+    DecodeConfig(64, 128, (1, 2, 4), 1, 4, 1),
     HopperConfig(64, 8, 8, 1),
     HopperConfig(256, 4, 4, 1),
     HopperConfig(256, 5, 4, 2),

@@ -10,9 +10,10 @@ from torch import Tensor
 from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Entry
+from stoicc.dispatch import check_operands
+from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.kernels.stream import StreamConfig
 from stoicc.matmul import linear, linear_op
 
 X = torch.randn(6, 344, dtype=torch.bfloat16)
@@ -47,8 +48,6 @@ def test_it_is_a_well_formed_operator(bias: Tensor | None) -> None:
     ],
 )
 def test_operands_that_do_not_fit(x: Tensor, bias: Tensor | None, message: str) -> None:
-    from stoicc.matmul import check_operands
-
     with pytest.raises(UserError, match=message):
         check_operands(x, random_hybrid(200, 344, (64, 64), 0.5), bias)
 
@@ -66,16 +65,24 @@ def test_every_gpu_has_candidates_that_it_can_run(capability: tuple[int, int], b
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
     entries = (
-        Entry(64, 128, 1, 8, StreamConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0),
+        Entry(64, 128, 1, 8, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0),
         Entry(128, 64, 2, 512, HopperConfig(256, 5, 8, 2), 20.25, 21.0),
         Entry(128, 64, 2, 1024, PortableConfig(64), 20.25, 1.0),
     )
     path = tmp_path / "tables" / "gpu.json"
     configs.write_table(path, entries, {"gpu": "one"})
     assert set(configs.read_table(path)) == set(entries)
-    changed = Entry(64, 128, 1, 8, StreamConfig(32, 8, (1, 1, 1), 1, 0, 1), 3.0, 4.0)
+    changed = Entry(64, 128, 1, 8, DecodeConfig(32, 8, (1, 1, 1), 1, 0, 1), 3.0, 4.0)
     configs.remember(path, [changed], {})
     assert set(configs.read_table(path)) == {changed, *entries[1:]}
+
+
+def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
+    entry = Entry(64, 128, 1, 8, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0)
+    path = tmp_path / "gpu.json"
+    configs.write_table(path, [entry], {})
+    path.write_text(path.read_text().replace('"kernel": "decode"', '"kernel": "stream"'))
+    assert configs.read_table(path) == (entry,)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
 def test_the_nearest_entry_is_one_that_can_run() -> None:
     clustered = Entry(4096, 4096, 2, 4096, HopperConfig(256, 5, 8, 2), 100, 150)
     alone = Entry(1024, 1024, 1, 4096, HopperConfig(256, 4, 4, 1), 10, 15)
-    few = Entry(4096, 4096, 2, 1, StreamConfig(16, 8, (2, 1, 1), 1, 0, 4), 10, 15)
+    few = Entry(4096, 4096, 2, 1, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 10, 15)
     entries = (clustered, alone, few)
     assert configs.nearest(entries, 4096, 4096, 2, 2048, (9, 0)) is clustered
     assert configs.nearest(entries, 4096, 4096, 1, 4096, (9, 0)) is alone

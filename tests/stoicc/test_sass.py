@@ -15,8 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from stoicc import configs
+from stoicc.kernels.decode import DecodeConfig, decode_linear
 from stoicc.kernels.hopper import HopperConfig, hopper_linear
-from stoicc.kernels.stream import StreamConfig, stream_linear
 from stoicc.lowering import lowering
 
 # Shared memory that one thread block may have, in bytes.
@@ -63,7 +63,7 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
 
 
 @cache
-def stream(config: StreamConfig, arch: int, dtype: str = "bf16") -> Any:
+def decode(config: DecodeConfig, arch: int, dtype: str = "bf16") -> Any:
     pointers = ("x", "words", "columns", "order")
     types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{dtype}", "y": f"*{dtype}", "workspace": "*fp32"}
     k_warps, row_warps, token_warps = config.warps
@@ -79,7 +79,7 @@ def stream(config: StreamConfig, arch: int, dtype: str = "bf16") -> Any:
         "HAS_BIAS": True,
         "PDL": arch >= 90 and config.blocks < 8,
     }
-    return compile_for(arch, stream_linear, constants, types, k_warps * row_warps * token_warps)
+    return compile_for(arch, decode_linear, constants, types, k_warps * row_warps * token_warps)
 
 
 def assert_sound(kernel: Any, arch: int) -> None:
@@ -104,11 +104,11 @@ def test_hopper_configurations(config: HopperConfig) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "config"),
-    [(arch, config) for arch in (90, 80, 86, 89) for config in shipped(arch, StreamConfig)],
+    [(arch, config) for arch in (90, 80, 86, 89) for config in shipped(arch, DecodeConfig)],
     ids=str,
 )
-def test_stream_configurations(arch: int, config: StreamConfig) -> None:
-    kernel = stream(config, arch)
+def test_decode_configurations(arch: int, config: DecodeConfig) -> None:
+    kernel = decode(config, arch)
     _, row_warps, token_warps = config.warps
     products = config.records * (config.rows // 16 // row_warps) * (config.tokens // 8 // token_warps)
     sass = kernel.asm["sass"]
@@ -130,8 +130,8 @@ def test_stream_configurations(arch: int, config: StreamConfig) -> None:
 
 
 def test_float16_has_its_own_instructions() -> None:
-    assert ".F16" not in stream(StreamConfig(16, 8, (2, 1, 1), 1, 0, 1), 90).asm["sass"].split("HMMA.SP")[1][:20]
-    assert "m16n8k32.row.col.f32.f16.f16.f32" in stream(StreamConfig(16, 8, (2, 1, 1), 1, 0, 1), 90, "fp16").asm["ptx"]
+    assert ".F16" not in decode(DecodeConfig(16, 8, (2, 1, 1), 1, 0, 1), 90).asm["sass"].split("HMMA.SP")[1][:20]
+    assert "m16n8k32.row.col.f32.f16.f16.f32" in decode(DecodeConfig(16, 8, (2, 1, 1), 1, 0, 1), 90, "fp16").asm["ptx"]
     assert (
         "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16" in hopper(HopperConfig(64, 8, 8, 1), "fp16").asm["ptx"]
     )
@@ -156,7 +156,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 
 def test_other_kernels_compile_as_if_stoicc_were_not_there(tmp_path: Path) -> None:
     printed = []
-    for number, extra in enumerate(("", "import stoicc.kernels.hopper, stoicc.kernels.stream")):
+    for number, extra in enumerate(("", "import stoicc.kernels.hopper, stoicc.kernels.decode")):
         script = tmp_path / "script.py"
         script.write_text(OTHER_KERNELS.format(extra=extra))
         environment = {

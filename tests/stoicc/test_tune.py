@@ -9,7 +9,7 @@ import pytest
 
 from stoicc import configs
 from stoicc.configs import Entry
-from stoicc.kernels.stream import StreamConfig
+from stoicc.kernels.decode import DecodeConfig
 from stoicc.tune import MARGIN, SPARSE_SHARE, expected_speedup
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,7 +18,7 @@ GPUS = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 
 @pytest.mark.parametrize("tokens", [1, 64, 128, 8192])
 def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) -> None:
-    entry = Entry(4096, 4096, 2, tokens, StreamConfig(16, 8, (1, 1, 1), 1, 0), 8.0, 10.0)
+    entry = Entry(4096, 4096, 2, tokens, DecodeConfig(16, 8, (1, 1, 1), 1, 0), 8.0, 10.0)
     assert expected_speedup(entry, SPARSE_SHARE) == pytest.approx(1.25)
     speedups = [expected_speedup(entry, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert speedups == sorted(speedups)

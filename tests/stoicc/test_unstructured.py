@@ -14,15 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from patch.errors import UserError
-from stoicc.kernels.unstructured import (
-    UnstructuredLinear,
-    _unstructured_kernel,
-    compile_unstructured,
-    launch,
-    pack_unstructured,
-    unpack_unstructured,
-    unstructured_linear,
-)
+from stoicc.kernels.unstructured import _unstructured_kernel, launch, pack_unstructured, unpack_unstructured
+from stoicc.unstructured import UnstructuredLinear, compile_unstructured, unstructured_linear
 
 # Neither rows nor columns nor tokens need be whole blocks.
 SHAPES = [(64, 64, 1), (200, 344, 5), (65, 129, 33), (3, 8, 70)]

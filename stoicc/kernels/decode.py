@@ -45,7 +45,7 @@ from stoicc.language import (
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class DecodeConfig:
     """How the kernel is cut up.
 
     Attributes:
@@ -250,7 +250,7 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 
 # Sizes are not specialised on, but for those that the width of the copies of activations depends on.
 @gluon.jit(do_not_specialize=["steps", "tokens", "out_features", "early"])
-def stream_linear(
+def decode_linear(
     x, y, words, bias, workspace, columns, order, steps, tokens, k_words, x_stride, out_features, y_stride, early,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
     RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
@@ -266,7 +266,7 @@ def stream_linear(
         order: int32 ``[panels, 4]`` (with 128 ``ROWS``, of pairs of panels), most expensive first.
         k_words: ``K / 2``.
         early: whether the first records may be read before the kernel before on the stream is done.
-        ROWS to BLOCKS: as in ``StreamConfig``.
+        ROWS to BLOCKS: as in ``DecodeConfig``.
         PDL: whether it is launched with ``launch_pdl``.
     """
     dtype: gl.constexpr = y.dtype.element_ty
@@ -399,7 +399,7 @@ def stream_linear(
 
 
 def launch(
-    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: StreamConfig
+    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: DecodeConfig
 ) -> None:
     """Enqueue ``y = x @ W^T + bias`` on the current stream.
 
@@ -418,7 +418,7 @@ def launch(
     if config.blocks > 1:
         # A new one for every call: the allocator keeps streams and captured graphs apart.
         workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
-    stream_linear[grid](
+    decode_linear[grid](
         pairs,
         y,
         hybrid.records,
