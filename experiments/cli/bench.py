@@ -114,18 +114,18 @@ def whole_model(
 
     from analysis.tables.kernels import load_bench, model_table
     from analysis.tables.render import markdown
-    from experiments.bench import model
     from experiments.bench.kernels import write_rows
+    from experiments.bench.model import bench_file, bench_model
     from experiments.studies.trial import WORKLOADS, ModelGrid
     from stoicc.timing import measure_roof
 
     _gpu()
     started = time.time()
     sparsities = tuple(sparsity or ModelGrid.sparsities)
-    path = model.bench_file(results, torch.cuda.get_device_name(), model)
+    path = bench_file(results, torch.cuda.get_device_name(), model)
     with Progress(console=console) as progress:
         task = progress.add_task("timing", total=len(sparsities) * len(WORKLOADS))
-        rows = model.bench_model(
+        rows = bench_model(
             model, sparsities, ModelGrid.tile, WORKLOADS, rounds or ModelGrid.rounds, lambda *_: progress.advance(task)
         )
     write_rows(path, rows, measure_roof(), started)
