@@ -92,7 +92,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_text: Path) -> 
     """A study of the name ``tiny``."""
     from tiny_study import tiny_trials
 
-    from experiments.studies.registry import STUDIES, Study
+    from experiments.studies.build import Study
+    from experiments.studies.registry import STUDIES
 
     trials = tiny_trials(tiny_model, tiny_text)
     monkeypatch.setitem(STUDIES, "tiny", Study("a test", lambda: trials))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.studies import registry
+from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning, Trial
 
 TILE = (64, 64)
@@ -30,13 +30,13 @@ def forty_trials(text: Path) -> tuple[Trial, ...]:
     }
 
     def one_shot(method: str, structure: str, sparsity: float) -> Pruning:
-        return registry.one_shot("embedded", method, structure, sparsity, TILE, calibration)
+        return build.one_shot("embedded", method, structure, sparsity, TILE, calibration)
 
     def learned(method: str, sparsity: float, **changes: Any) -> Pruning:
-        return registry.learned("embedded", method, sparsity, TILE, str(text), calibration, **(short | changes))
+        return build.learned("embedded", method, sparsity, TILE, str(text), calibration, **(short | changes))
 
     prunings = [
-        registry.dense("embedded"),
+        build.dense("embedded"),
         *(one_shot("magnitude", "hybrid", step / 100) for step in range(2, 26, 2)),
         *(one_shot("wanda", "hybrid", step / 100) for step in range(3, 27, 2)),
         *(one_shot("sparsegpt", "hybrid", step / 100) for step in range(10, 40, 5)),
@@ -61,7 +61,8 @@ def main() -> None:
     from experiments.run import pipeline
     from experiments.run.runtime import Machine
     from experiments.run.store import Store
-    from experiments.studies.registry import STUDIES, Study
+    from experiments.studies.build import Study
+    from experiments.studies.registry import STUDIES
 
     results, text, *arguments = sys.argv[1:]
     trials = forty_trials(Path(text))

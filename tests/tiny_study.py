@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.studies import registry
+from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Trial
 from patch.learn.recipe import RECIPES
 
@@ -14,7 +14,7 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
     calibration = Calibration(str(text), windows=8, length=16)
     short: dict[str, Any] = {"steps": 12, "batch": 2, "microbatch": 2, "length": 16}
     short |= {"checkpoint_every": 2, "log_every": 3} | recipe
-    learned = registry.learned(
+    learned = build.learned(
         str(model),
         "patch-joint",
         0.35,
@@ -24,8 +24,8 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
         recipe=dataclasses.replace(RECIPES["patch-joint"], **short),
     )
     prunings = [
-        registry.dense(str(model)),
-        registry.one_shot(str(model), "magnitude", "2:4", 0.5, (16, 16), calibration),
+        build.dense(str(model)),
+        build.one_shot(str(model), "magnitude", "2:4", 0.5, (16, 16), calibration),
         learned,
     ]
     evaluation = Evaluation((Perplexity(str(text), 32),))

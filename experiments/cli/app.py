@@ -241,12 +241,13 @@ def prune(
     device: Device = None,
 ) -> None:
     """Prune a model in one shot and write a hybrid checkpoint that plain transformers loads."""
-    from experiments.studies import registry
+    from experiments.studies import build
+    from experiments.studies.trial import Calibration
 
-    seen = registry.Calibration(calibration, windows, length, seed)
-    pruning = registry.one_shot(model, method, structure, sparsity, _tile(tile), seen, tile_ranking)
+    seen = Calibration(calibration, windows, length, seed)
+    pruning = build.one_shot(model, method, structure, sparsity, _tile(tile), seen, tile_ranking)
     if refit:
-        pruning = registry.refitted(pruning, seen)
+        pruning = build.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -291,18 +292,19 @@ def learn(
 
     On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
     """
-    from experiments.studies import registry
+    from experiments.studies import build
+    from experiments.studies.trial import Calibration
     from patch.learn.recipe import CHANGES
 
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
     given |= {"distillation": distillation, "block_distillation": block_distillation}
     given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
-    seen = registry.Calibration(calibration, calibration_windows, calibration_length)
+    seen = Calibration(calibration, calibration_windows, calibration_length)
     check_name("recipe", recipe, CHANGES)
     changes = CHANGES[recipe] | {name: value for name, value in given.items() if value is not None}
-    pruning = registry.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)
+    pruning = build.learned(model, method, sparsity, _tile(tile), text, seen, seed, **changes)
     if refit:
-        pruning = registry.refitted(pruning, seen)
+        pruning = build.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -326,14 +328,14 @@ def evaluate(
     from experiments.publish import reports
     from experiments.run import pipeline
     from experiments.run.store import Store
-    from experiments.studies import registry
+    from experiments.studies import build
     from experiments.studies.trial import Evaluation, Perplexity, Trial
 
     items = []
     for name in perplexity or ([] if task else ["wikitext2/test"]):
         source, _, window = name.partition("@")
         items.append(Perplexity(source, int(window or 2048)))
-    trial = Trial(registry.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
+    trial = Trial(build.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
     store = Store(results)
     pipeline.validate([trial], data)
     with _machine(device, data) as machine:

@@ -29,7 +29,7 @@ def tune(
 
     from experiments.bench.kernels import fused_linears
     from experiments.run.provenance import provenance
-    from experiments.studies.registry import TIMED
+    from experiments.studies.speed import TIMED
     from stoicc import configs
     from stoicc.tune import compile_candidates, measure_shape
 
@@ -70,7 +70,7 @@ def kernels(
     from analysis.tables.render import markdown
     from analysis.tables.study import title
     from experiments.bench import kernels
-    from experiments.studies.registry import TIMED
+    from experiments.studies.speed import TIMED
     from experiments.studies.trial import KernelGrid
     from stoicc.timing import measure_roof
 

@@ -17,7 +17,8 @@ from analysis.tables.render import Table, markdown, only
 from analysis.tables.study import study_tables
 from experiments.publish import reports, reproduction
 from experiments.run.store import Store
-from experiments.studies.registry import STUDIES, TARGETS
+from experiments.studies.build import TARGETS
+from experiments.studies.registry import STUDIES
 from patch.files import write_atomic
 
 ROOT = Path(__file__).parents[2]

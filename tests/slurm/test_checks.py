@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.data import models
-from experiments.studies import cost, registry
+from experiments.studies import build, cost
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Calibration
 from patch.errors import UserError
@@ -72,7 +72,7 @@ def test_learning_a_7b_model_does_not_fit_one_gpu_of_80_gib() -> None:
 
 def test_ranking_tiles_over_the_model_takes_the_whole_model() -> None:
     needs = [
-        cost.memory(registry.one_shot("llama-2-7b", "wanda", "hybrid", 0.35, (128, 128), Calibration(), ranking)) or 0
+        cost.memory(build.one_shot("llama-2-7b", "wanda", "hybrid", 0.35, (128, 128), Calibration(), ranking)) or 0
         for ranking in ("weight", "model")
     ]
     # Weights and gradients of two bytes: 25 GiB of 6.7 thousand million.

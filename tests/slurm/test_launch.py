@@ -117,15 +117,16 @@ from functools import partial
 from pathlib import Path
 import rank_stubs
 from experiments.run import pipeline
-from experiments.studies import registry
+from experiments.studies import build
+from experiments.studies.trial import Calibration
 from experiments.run.store import Store
 from slurm import torchrun
 from slurm.cluster import Launch
 
 signal.signal(signal.SIGUSR2, lambda *_: print("requeued", flush=True))
 signal.signal(signal.SIGTERM, lambda *_: print("bypassed", flush=True))
-pruning = registry.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", registry.Calibration("embedded/train", 4, 64),
+pruning = build.learned(
+    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", Calibration("embedded/train", 4, 64),
     start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False,
     checkpoint_every=50_000,
 )

@@ -10,7 +10,8 @@ import pytest
 from tiny_study import tiny_trials
 
 from experiments.run.store import Store
-from experiments.studies.registry import STUDIES, Study
+from experiments.studies.build import Study
+from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, key
 from patch.errors import UserError
 from slurm import batches, progress, queue, submit, task

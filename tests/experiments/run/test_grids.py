@@ -14,15 +14,15 @@ from experiments.publish import reports
 from experiments.run import grids, pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
-from experiments.studies import registry
+from experiments.studies import build, speed
 from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Trial, definition, key
 from patch.errors import UserError
 from stoicc import timing
 from stoicc.timing import Roof
 
 CPU = Machine("cpu", None, lambda *_: None)
-KERNELS = registry.speed_kernels()
-MODELS = registry.speed_models()
+KERNELS = speed.kernels()
+MODELS = speed.models()
 
 
 @pytest.fixture
@@ -111,6 +111,6 @@ def test_whole_models_are_tables(tmp_path: Path, gpu: Machine) -> None:
 
 
 def test_models_of_unknown_shapes_are_refused(tiny_model: Path) -> None:
-    trial = Trial(registry.dense(str(tiny_model)), Evaluation((), grid=ModelGrid()))
+    trial = Trial(build.dense(str(tiny_model)), Evaluation((), grid=ModelGrid()))
     with pytest.raises(UserError, match="models of the registry"):
         pipeline.validate([trial], None)

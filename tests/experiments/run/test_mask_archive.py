@@ -12,7 +12,7 @@ from tiny_study import tiny_trials
 from experiments.run import mask_archive, pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
-from experiments.studies import registry
+from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
 from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash, load_info, load_masks
 from patch.errors import UserError
@@ -24,7 +24,7 @@ CPU = Machine("cpu", None, lambda *_: None)
 def pruned(model: Path, text: Path, store: Store, method: str, structure: str = "hybrid") -> tuple[Pruning, Path]:
     sparsity = 0.4 if structure == "hybrid" else 0.5
     calibration = Calibration(str(text), windows=8, length=16)
-    pruning = registry.one_shot(str(model), method, structure, sparsity, (16, 16), calibration)
+    pruning = build.one_shot(str(model), method, structure, sparsity, (16, 16), calibration)
     path = pipeline.ensure_checkpoint(pruning, store, CPU)
     assert path is not None
     return pruning, path
@@ -57,7 +57,7 @@ def test_what_is_restored_is_the_checkpoint(tiny_model: Path, tiny_text: Path, t
 def test_the_masks_of_an_archive_are_those_of_the_rows(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "made")
     calibration = Calibration(str(tiny_text), windows=8, length=16)
-    pruning = registry.one_shot(str(tiny_model), "wanda", "hybrid", 0.4, (16, 16), calibration)
+    pruning = build.one_shot(str(tiny_model), "wanda", "hybrid", 0.4, (16, 16), calibration)
     trial = Trial(pruning, Evaluation(perplexity=()))
     pipeline.run_trial(trial, store, CPU)
     mask_archive.export(store.checkpoint_path(pruning), tmp_path / "masks.tar.xz")
@@ -168,7 +168,7 @@ def test_what_masks_alone_cannot_restore_is_not_exported(tiny_model: Path, tiny_
     with pytest.raises(UserError, match="sparsegpt changes the weights"):
         mask_archive.export(changed, tmp_path / "masks.tar.xz")
     pruning, _ = pruned(tiny_model, tiny_text, store, "wanda")
-    fitted = pipeline.ensure_checkpoint(registry.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
+    fitted = pipeline.ensure_checkpoint(build.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
     with pytest.raises(UserError, match="refit changes the weights"):
         mask_archive.export(fitted, tmp_path / "masks.tar.xz")
     _, unstructured = pruned(tiny_model, tiny_text, store, "wanda", "unstructured")

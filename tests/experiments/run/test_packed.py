@@ -23,7 +23,7 @@ from experiments.run.packed import agrees
 from experiments.run.projected import at_depth, carried_shares, carried_tile, dense_shares
 from experiments.run.runtime import Machine
 from experiments.run.store import Fact, Store
-from experiments.studies import registry
+from experiments.studies import build, registry
 from experiments.studies.trial import (
     WORKLOADS,
     Calibration,
@@ -52,7 +52,7 @@ def joined_trials(model: Path, text: Path) -> list[Trial]:
     plain = tiny_trials(model, text)
     calibration = Calibration(str(text), windows=8, length=16)
     prunings = [trial.pruning for trial in plain]
-    prunings.append(registry.one_shot(str(model), "magnitude", "unstructured", 0.5, None, calibration))
+    prunings.append(build.one_shot(str(model), "magnitude", "unstructured", 0.5, None, calibration))
     evaluation = dataclasses.replace(plain[0].evaluation, packed=Packed(carried=("llama-2-7b",)))
     return [Trial(pruning, evaluation) for pruning in prunings]
 

@@ -21,7 +21,7 @@ from experiments.data.models import load_model
 from experiments.run import pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
-from experiments.studies import registry
+from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Trial
 from patch.budget import cut_globally
 from patch.checkpoint import audit, load_info, load_masks
@@ -164,7 +164,7 @@ def test_a_refit_keeps_the_masks_and_stands_on_their_checkpoint(
     learned = tiny_trials(tiny_model, tiny_text)[2]
     base = store.checkpoint_path(learned.pruning)
     made = base.stat().st_mtime_ns
-    fitted = Trial(registry.refitted(learned.pruning, Calibration(str(tiny_text), 8, 16)), learned.evaluation)
+    fitted = Trial(build.refitted(learned.pruning, Calibration(str(tiny_text), 8, 16)), learned.evaluation)
     pipeline.validate([fitted], None)
     pipeline.run_trial(fitted, store, machine)
     assert pipeline.missing_stages(fitted, store) == []
@@ -187,7 +187,7 @@ def test_dense_tiles_are_those_that_cost_the_model_most(
 ) -> None:
     store, told = Store(tmp_path), []
     seen = Calibration(str(tiny_text), 8, 16)
-    pruning = registry.one_shot(str(tiny_model), method, "hybrid", 0.35, (16, 16), seen, "model")
+    pruning = build.one_shot(str(tiny_model), method, "hybrid", 0.35, (16, 16), seen, "model")
     pipeline.validate([Trial(pruning, Evaluation(()))], None)
     path = pipeline.ensure_checkpoint(pruning, store, Machine("cpu", None, lambda label, *_: told.append(label)))
     assert path is not None and any("ranking tiles" in label for label in told)

@@ -82,7 +82,8 @@ def test_in_another_thread_there_is_nothing_to_defer() -> None:
 LEARN = """
 import os, signal, sys
 from experiments.run import pipeline
-from experiments.studies import registry
+from experiments.studies import build
+from experiments.studies.trial import Calibration
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from pathlib import Path
@@ -91,8 +92,8 @@ def progress(label, done, total):
     if done == 2 and "patch-joint" in label and sys.argv[2] != "none":
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
-pruning = registry.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", registry.Calibration("embedded/train", 4, 64),
+pruning = build.learned(
+    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", Calibration("embedded/train", 4, 64),
     start=None, steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
 )
 print(pipeline.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), Machine("cpu", None, progress)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.studies import registry
+from experiments.studies import build, smollm2
 from experiments.studies.trial import (
     Calibration,
     Evaluation,
@@ -96,7 +96,7 @@ def test_how_a_recipe_runs_changes_no_hash() -> None:
 
 
 def test_tiles_are_learned_over_the_masks_that_are_reported() -> None:
-    prunings = [trial.pruning for trial in registry.smollm2_learned()]
+    prunings = [trial.pruning for trial in smollm2.learned_masks()]
     reported = {key(pruning) for pruning in prunings if pruning.method == "maskllm"}
     over = {key(p.prior) for p in prunings if p.method == "patch-tile" and p.prior and p.prior.method == "maskllm"}
     assert over == reported
@@ -112,13 +112,13 @@ def test_a_refit_stands_on_the_same_pruning_without_it() -> None:
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_tiles_that_are_ranked_over_the_model_stand_on_the_two_four_mask(method: str) -> None:
     plain, ranked = (
-        registry.one_shot("embedded", method, "hybrid", 0.35, (64, 64), Calibration(), ranking)
+        build.one_shot("embedded", method, "hybrid", 0.35, (64, 64), Calibration(), ranking)
         for ranking in ("weight", "model")
     )
     assert "tile_ranking" not in definition(plain)
-    two_four = registry.one_shot("embedded", method, "2:4", 0.5, (64, 64), Calibration())
+    two_four = build.one_shot("embedded", method, "2:4", 0.5, (64, 64), Calibration())
     assert lineage(ranked) == [two_four, ranked] and ranked.calibration == Calibration()
-    fitted = registry.refitted(ranked, Calibration())
+    fitted = build.refitted(ranked, Calibration())
     assert lineage(fitted) == [two_four, ranked, fitted]
 
 

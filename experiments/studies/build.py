@@ -1,0 +1,141 @@
+"""What studies are made of: prunings and trials, with the usual settings filled in."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.data import models
+from experiments.studies.trial import (
+    LEARNED,
+    ONE_SHOT,
+    USUAL_PRIOR,
+    Calibration,
+    Evaluation,
+    Learning,
+    Packed,
+    Pruning,
+    Trial,
+    needs_calibration,
+)
+from patch.errors import check_name
+from patch.learn.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe
+from patch.mask import TileShape
+
+Trials = tuple[Trial, ...]
+
+TARGETS = (0.45, 0.35, 0.25)
+
+# Guided by the dense model, but for its hidden states.
+RANKED = GUIDED | {"block_distillation": 0.0}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of trials."""
+
+    title: str
+    trials: Callable[[], Trials]
+
+
+def dense(model: str) -> Pruning:
+    """The model as it is."""
+    return Pruning(model, "dense", "dense", 0.0, revision=models.local_revision(model))
+
+
+def one_shot(
+    model: str,
+    method: str,
+    structure: str,
+    sparsity: float,
+    tile: TileShape | None,
+    calibration: Calibration,
+    tile_ranking: str = "weight",
+) -> Pruning:
+    """Magnitude, Wanda or SparseGPT; where no calibration text is needed, the hash ignores it."""
+    check_name("one-shot method", method, ONE_SHOT)
+    return Pruning(
+        model,
+        method,
+        structure,
+        sparsity,
+        None if structure == "unstructured" else tile,
+        calibration=calibration if needs_calibration(method, tile_ranking) else None,
+        revision=models.local_revision(model),
+        tile_ranking=tile_ranking,
+    )
+
+
+def learned(
+    model: str,
+    method: str,
+    sparsity: float,
+    tile: TileShape,
+    text: str,
+    calibration: Calibration,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    start: str | None = "usual",
+    **changes: Any,
+) -> Pruning:
+    """MaskLLM or PATCH, from the mask that SparseGPT finds on ``calibration``; tile mode, from the mask MaskLLM learns.
+
+    Args:
+        start: another method whose 2:4 mask it starts from, or None for random logits.
+        recipe: the published one of the method by default.
+        changes: fields of the recipe to replace.
+    """
+    check_name("learned method", method, LEARNED)
+    chosen = dataclasses.replace(recipe or RECIPES[method], **changes)
+    start = USUAL_PRIOR[method] if start == "usual" else start
+    prior: Pruning | None
+    if start is None:
+        prior = None
+    elif start == "maskllm":
+        # Both stages run alike, on the same steps, batches, text and objective; rates and penalties stay their own.
+        common = ("steps", "batch", "microbatch", "length", "distillation", "block_distillation", *HOW_IT_RUNS)
+        shared = {name: getattr(chosen, name) for name in common}
+        prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
+    else:
+        prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
+    return Pruning(
+        model,
+        method,
+        "2:4" if method == "maskllm" else "hybrid",
+        sparsity,
+        tile,
+        seed,
+        learning=Learning(text, chosen),
+        prior=prior,
+        revision=models.local_revision(model),
+    )
+
+
+def refitted(pruning: Pruning, text: Calibration) -> Pruning:
+    """The same mask, and what it keeps fitted to the dense outputs on ``text``."""
+    return dataclasses.replace(pruning, refit=text)
+
+
+def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
+    """Each pruning, evaluated alike."""
+    return tuple(Trial(pruning, evaluation) for pruning in prunings)
+
+
+def joined(prunings: Iterable[Pruning], evaluation: Evaluation, carried: tuple[str, ...] = ()) -> Trials:
+    """Accuracy and speed of the same artefacts: each pruning evaluated, packed, evaluated again, and timed.
+
+    Args:
+        carried: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
+    """
+    both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (carried, ()))
+    return tuple(Trial(pruning, both if pruning.method in LEARNED else plain) for pruning in prunings)
+
+
+def one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:
+    """Wanda and SparseGPT: 2:4, hybrid at three sparsities, and unstructured 50%, whose speed is the contrast."""
+    structures = [("2:4", 0.5), *(("hybrid", target) for target in TARGETS), ("unstructured", 0.5)]
+    return [
+        one_shot(model, method, structure, sparsity, tile, calibration)
+        for method in ("wanda", "sparsegpt")
+        for structure, sparsity in structures
+    ]

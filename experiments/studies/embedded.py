@@ -1,0 +1,121 @@
+"""Studies of the embedded model, which a laptop runs in minutes."""
+
+from typing import Any, get_args
+
+from experiments.eval.tasks import EMBEDDED_TASK
+from experiments.studies.build import (
+    RANKED,
+    TARGETS,
+    Trials,
+    dense,
+    joined,
+    learned,
+    one_shot,
+    one_shot_frontier,
+    refitted,
+    trials,
+)
+from experiments.studies.trial import ONE_SHOT, Calibration, Evaluation, Perplexity, Pruning
+from patch.learn.recipe import TileRanking
+from patch.mask import TileShape
+
+_CALIBRATION = Calibration("embedded/train", windows=512, length=128)
+
+_TILE = (64, 64)
+
+_EVALUATION = Evaluation((Perplexity("embedded/test", 256),), (EMBEDDED_TASK,))
+
+
+def _learned(method: str, sparsity: float, tile: TileShape = _TILE, **changes: Any) -> Pruning:
+    """A learned mask of the embedded model.
+
+    Recipes are the published ones, cut short: steps and batch by what two cores do in minutes, the learning rates,
+    which fewer steps want higher, on the validation excerpt.
+    """
+    short: dict[str, Any] = {
+        "steps": 120,
+        "batch": 16,
+        "microbatch": 16,
+        "length": 128,
+        "activation_checkpointing": False,
+        "checkpoint_every": 10,
+        "log_every": 5,
+        "lr": {"maskllm": 2e-3, "patch-joint": 3e-3}[method],
+    }
+    return learned("embedded", method, sparsity, tile, "embedded/train", _CALIBRATION, **(short | changes))
+
+
+def _demo() -> list[Pruning]:
+    """The demo's prunings of the embedded model."""
+    return [
+        dense("embedded"),
+        *(one_shot("embedded", method, "2:4", 0.5, _TILE, _CALIBRATION) for method in ONE_SHOT),
+        _learned("maskllm", 0.5),
+        *(_learned("patch-joint", target) for target in TARGETS),
+    ]
+
+
+def demo() -> Trials:
+    """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task."""
+    return trials(_demo(), _EVALUATION)
+
+
+def tiles() -> Trials:
+    """Perplexity against the tile shape at 35% sparsity, of the embedded model; its learning is the demo's."""
+    shapes = ((16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (64, 32), (64, 128), (128, 64))
+    prunings = [_learned("patch-joint", 0.35, tile) for tile in shapes]
+    return trials([dense("embedded"), *prunings], _EVALUATION)
+
+
+def _ablation(*changes: dict[str, Any]) -> Trials:
+    """PATCH joint at 45% on the embedded model with each of some changes of the recipe, two seeds, validation text."""
+    prunings = [_learned("patch-joint", 0.45, seed=seed, **change) for change in changes for seed in (0, 1)]
+    return trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
+
+
+def priors() -> Trials:
+    """Which tiles should start as dense: PATCH joint at 45% on the embedded model, two seeds, on validation text."""
+    return _ablation(
+        {},
+        {"tile_prior": 0.0},
+        {"tile_ranking": "model"},
+        {"tile_ranking": "model", "tile_prior": 30.0},
+        {"tile_ranking": "model", "tile_prior": 100.0},
+        {"tile_prior": 30.0},
+    )
+
+
+def rankings() -> Trials:
+    """What ranking the tiles of one-shot hybrid masks over the model adds, on the embedded model; refitted too."""
+    prunings = [
+        one_shot("embedded", method, "hybrid", target, _TILE, _CALIBRATION, ranking)
+        for method in ("wanda", "sparsegpt")
+        for target in TARGETS
+        for ranking in get_args(TileRanking)
+    ]
+    best = [pruning for pruning in prunings if (pruning.method, pruning.tile_ranking) == ("sparsegpt", "model")]
+    fitted = [refitted(pruning, _CALIBRATION) for pruning in best]
+    return trials([dense("embedded"), *prunings, *fitted], _EVALUATION)
+
+
+def distillation() -> Trials:
+    """What learning from the dense model adds: PATCH joint at 45% on the embedded model, two seeds, validation text."""
+    return _ablation(
+        {},
+        {"distillation": 1.0},
+        RANKED,
+        *(RANKED | {"block_distillation": factor} for factor in (1.0, 10.0, 100.0)),
+    )
+
+
+def refit() -> Trials:
+    """What fitting the kept weights adds to every mask of the demo."""
+    prunings = _demo()
+    fitted = [refitted(pruning, _CALIBRATION) for pruning in prunings if pruning.method != "dense"]
+    return trials([*prunings, *fitted], _EVALUATION)
+
+
+def frontier() -> Trials:
+    """Accuracy and speed of the same checkpoints, of the embedded model; its learning is the demo's."""
+    prunings = [*_demo(), *one_shot_frontier("embedded", _TILE, _CALIBRATION)]
+    return joined(dict.fromkeys(prunings), _EVALUATION)
