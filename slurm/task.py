@@ -16,7 +16,7 @@ from pathlib import Path
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from experiments.publish import reports
-from experiments.run import pipeline
+from experiments.run import pipeline, progress
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
@@ -42,9 +42,6 @@ Report = Callable[[Trial, Exception | None], None]
 # Seconds for a controller of Slurm to come back.
 _PATIENCE = 300.0
 
-# Seconds between two lines of progress in a log.
-_EVERY = 30.0
-
 
 @dataclass(frozen=True)
 class Work:
@@ -68,7 +65,7 @@ class Work:
             # torch counts the cores of the node, of which this job may have been given few.
             torch.set_num_threads(max(1, min(int(cores) // processes, torch.get_num_threads())))
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return Machine(device, self.data, _log_progress())
+        return Machine(device, self.data, progress.lines())
 
 
 @dataclass(frozen=True)
@@ -219,21 +216,3 @@ def _leave_the_end_to_slurm() -> None:
 def _listen() -> None:
     """Let the signal through that `LAUNCHER` blocked, and that may have come meanwhile."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [_STOP])
-
-
-def _log_progress() -> Callable[[str, int, int], None]:
-    """Progress for a log file: a line now and then, with the time left of what is under way."""
-    began: dict[str, tuple[float, int]] = {}
-    said = 0.0
-
-    def progress(label: str, done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        started, first = began.setdefault(label, (now, done))
-        if now - said < _EVERY and done < total:
-            return
-        said = now
-        left = (total - done) * (now - started) / (done - first) if done > first else None
-        print(f"{label}: {done}/{total}" + (f", {left / 60:.0f} min left" if left is not None else ""), flush=True)
-
-    return progress

@@ -59,19 +59,37 @@ class Difference:
 def select(points: Iterable[Point], selector: str) -> Point:
     """The one point that a selector means: ``KEY=VALUE,...``, or the first digits of a trial's hash.
 
+    Where it says nothing of the variant and several differ, the plain method is meant.
+
     Raises:
         UserError: if it means none or several, naming those that it may mean.
     """
     points = list(points)
-    parts = [part.partition("=") for part in selector.split(",")] if "=" in selector else [("trial", "=", selector)]
-    wanted = {name: value for name, _, value in parts}
-    if unknown := sorted(set(wanted) - set(_FIELDS)):
-        raise UserError(f"'{selector}': no field '{unknown[0]}': choose {', '.join(_FIELDS)}")
+    wanted = _parsed(selector)
     found = [point for point in points if all(_has(point, name, value) for name, value in wanted.items())]
+    if len(found) > 1 and "variant" not in wanted:
+        found = [point for point in found if not point.variant] or found
     if len(found) != 1:
         listed = "; ".join(describe(point) for point in found or points)
         raise UserError(f"'{selector}' means {len(found) or 'none'} of these: {listed}")
     return found[0]
+
+
+def _parsed(selector: str) -> dict[str, str]:
+    """The values that are wanted, by field. A variant is written as tables do, with commas of its own."""
+    if "=" not in selector:
+        return {"trial": selector}
+    wanted: dict[str, str] = {}
+    last = ""
+    for part in selector.split(","):
+        name, _, value = part.partition("=")
+        if name in _FIELDS:
+            wanted[name], last = value, name
+        elif last == "variant":
+            wanted[last] += f",{part}"
+        else:
+            raise UserError(f"'{selector}': no field '{name}': choose {', '.join(_FIELDS)}")
+    return wanted
 
 
 def _has(point: Point, name: str, value: str) -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments.cli import bench
@@ -87,20 +86,20 @@ def run(
             console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}", highlight=False)
         return
     pipeline.validate(trials, data)
-    failed: list[Exception] = []
+    console.print(f"{study}: {len(trials)} trials, results in {results}", highlight=False, soft_wrap=True)
+    ended: list[Exception | None] = []
     with _machine(device, data) as machine:
 
         def report(trial: "Trial", error: Exception | None) -> None:
-            if error is None:
-                console.print(f"[green]done[/green]   {trial.label}", highlight=False)
-            else:
-                failed.append(error)
-                console.print(f"[red]failed[/red] {trial.label}: {one_line(error)}", highlight=False, soft_wrap=True)
+            ended.append(error)
+            state = f"[green]done[/green]   {trial.label}" if error is None else f"[red]failed[/red] {trial.label}"
+            reason = "" if error is None else f": {one_line(error)}"
+            console.print(f"{state} ({len(ended)} of {len(trials)}){reason}", highlight=False, soft_wrap=True)
 
         pipeline.run_trials(trials, store, machine, report)
     _report(study, trials, store)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(trials)} trials failed; run again to retry them")
+    if failed := len(list(filter(None, ended))):
+        raise UserError(f"{failed} of {len(trials)} trials failed; run again to retry them")
 
 
 @app.command()
@@ -538,10 +537,11 @@ _FIELDS = {
 
 @contextmanager
 def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
-    """The machine that trials run on, with progress bars on the terminal while they do."""
+    """The machine that trials run on, and progress on the console while they do."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from experiments.run.progress import shown
     from experiments.run.runtime import Machine
     from patch.learn.distributed import joined
 
@@ -553,24 +553,10 @@ def _machine(device: str | None, data: Path | None) -> "Iterator[Machine]":
         raise UserError(f"device '{device}' cannot be used: {one_line(error)}") from error
     if data is not None and not data.is_dir():
         raise UserError(f"data directory {data} is not there")
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def progress(label: str, done: int, total: int) -> None:
-        if label not in tasks:
-            tasks[label] = bar.add_task(label, total=total)
-        bar.update(tasks[label], completed=done, total=total)
-        if done >= total:
-            bar.remove_task(tasks.pop(label))
-
     # Libraries' own bars would draw over this one.
     disable_progress_bar()
-    with joined(device) as ranks:
-        bar.disable = ranks.rank > 0
-        with bar:
-            yield Machine(device, data, progress, ranks)
+    with joined(device) as ranks, shown(console, quiet=ranks.rank > 0) as progress:
+        yield Machine(device, data, progress, ranks)
 
 
 def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:

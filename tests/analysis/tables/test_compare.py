@@ -33,6 +33,30 @@ def test_a_selector_finds_its_point(points: list[Point], selector: str, method: 
 
 
 @pytest.mark.parametrize(
+    ("selector", "variant"),
+    [
+        ("method=wanda", ""),
+        ("method=wanda,variant=", ""),
+        ("method=wanda,variant=a=1", "a=1"),
+        ("method=wanda,variant=a=1, from MaskLLM", "a=1, from MaskLLM"),
+        ("variant=a=1, from MaskLLM,method=wanda", "a=1, from MaskLLM"),
+    ],
+    ids=["plain", "explicitly plain", "variant", "with a comma", "in the middle"],
+)
+def test_the_plain_method_is_meant_where_no_variant_is_named(points: list[Point], selector: str, variant: str) -> None:
+    (plain,) = (point for point in points if point.method == "wanda")
+    points += [replace(plain, variant=each) for each in ("a=1", "a=1, from MaskLLM")]
+    assert select(points, selector).variant == variant
+
+
+def test_variants_alone_are_told_apart_by_name(points: list[Point]) -> None:
+    (plain,) = (point for point in points if point.method == "wanda")
+    points = [replace(plain, variant=each) for each in ("a=1", "b=1")]
+    with pytest.raises(UserError, match=r"means 2 of these: .*variant=a=1; .*variant=b=1"):
+        select(points, "method=wanda")
+
+
+@pytest.mark.parametrize(
     ("selector", "message"),
     [
         ("method=patch-joint", "means 3 of these: .*target=0.45.*target=0.35.*target=0.25"),
