@@ -9,7 +9,7 @@ maps can be stacked, so that one kernel does the work of three. The first of the
 rows of the result.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +51,62 @@ class Spec:
         return sum(rows for _, rows in self.parts), self.in_features
 
 
-class HybridLinear(nn.Module):
-    """``torch.nn.Linear`` on a packed weight: ``[..., K]`` to ``[..., N]``, for inference.
+class Fused(nn.Module):
+    """Several linears that are applied to the same activations, computed as one product, for inference.
 
-    Of several fused linears it takes the place of the first and returns the first's features.
+    It takes the place of the first, ``[..., K]`` to the first's ``[..., N]``; a `HybridPart` in the place of each other
+    takes its features of the result.
+
+    Args:
+        parts: full names of the linears it replaces, with the output features of each.
+        in_features: inputs of all of them.
     """
 
-    def __init__(self, spec: Spec, hybrid: HybridWeight, bias: Tensor | None) -> None:
+    def __init__(self, parts: Sequence[tuple[str, int]], in_features: int) -> None:
         super().__init__()
+        self.parts = tuple(parts)
+        self.in_features, self.out_features = in_features, self.parts[0][1]
+        self._sizes = [rows for _, rows in self.parts]
+        self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """The outputs of all fused linears, one after the other, for ``x`` ``[..., K]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to the first fused linear's ``[..., N]``."""
+        everything = self.all_parts(x)
+        if len(everything) > 1:
+            self._results = (x, _version(x), everything)
+        return everything[0]
+
+    def all_parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs of all fused linears for ``x`` ``[..., K]``, each ``[..., its features]``."""
+        return self.product(x).split(self._sizes, dim=-1)
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """The output of fused linear ``index`` for the activations that the first was just applied to.
+
+        Called with any other activations, or out of turn, it computes them.
+        """
+        results = self._results
+        if index == len(self._sizes) - 1:
+            self._results = None
+        if results is None or results[0] is not x or results[1] != _version(x):
+            return self.all_parts(x)[index]
+        return results[2][index]
+
+    def extra_repr(self) -> str:
+        fused = "" if len(self._sizes) == 1 else f", fused={self._sizes}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
+
+
+class HybridLinear(Fused):
+    """``torch.nn.Linear``, or several fused, on a packed weight: ``[..., K]`` to ``[..., N]``, for inference."""
+
+    def __init__(self, spec: Spec, hybrid: HybridWeight, bias: Tensor | None) -> None:
+        super().__init__(spec.parts, spec.in_features)
         self.spec = spec
-        self.in_features, self.out_features = spec.in_features, spec.parts[0][1]
         for name, part in hybrid.parts().items():
             self.register_buffer(name, part)
         self.register_buffer("orders", hybrid.orders, persistent=False)
@@ -72,9 +118,7 @@ class HybridLinear(nn.Module):
         self.leads: Tensor
         self.orders: Tensor
         self.bias: Tensor | None
-        self._sizes = [rows for _, rows in spec.parts]
         self._dtype, self._shape, self._tile = hybrid.dtype, list(spec.shape), list(spec.tile)
-        self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
 
     @classmethod
     def empty(cls, spec: Spec) -> "HybridLinear":
@@ -114,36 +158,14 @@ class HybridLinear(nn.Module):
         except UserError as error:
             raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to the first fused linear's ``[..., N]``."""
-        everything = self.all_parts(x)
-        if len(everything) > 1:
-            self._results = (x, _version(x), everything)
-        return everything[0]
-
-    def all_parts(self, x: Tensor) -> Sequence[Tensor]:
-        """The outputs of all fused linears for ``x`` ``[..., K]``, each ``[..., its features]``."""
-        y = linear_op(
+    def product(self, x: Tensor) -> Tensor:
+        return linear_op(
             x, self.records, self.starts, self.columns, self.sparse_blocks, self.leads, self.orders, self.bias,
             self._dtype, self._shape, self._tile, self.spec.band,
         )  # fmt: skip
-        return y.split(self._sizes, dim=-1)
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        """The output of fused linear ``index`` for the activations that the first was just applied to.
-
-        Called with any other activations, or out of turn, it computes them.
-        """
-        results = self._results
-        if index == len(self._sizes) - 1:
-            self._results = None
-        if results is None or results[0] is not x or results[1] != _version(x):
-            return self.all_parts(x)[index]
-        return results[2][index]
 
     def extra_repr(self) -> str:
-        fused = "" if len(self._sizes) == 1 else f", fused={self._sizes}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, tile={self._tile}{fused}"
+        return f"{super().extra_repr()}, tile={self._tile}"
 
 
 def _version(x: Tensor) -> int | None:
@@ -154,9 +176,9 @@ def _version(x: Tensor) -> int | None:
 class HybridPart(nn.Module):
     """Stands where a linear was that is now fused into another."""
 
-    def __init__(self, owner: HybridLinear, index: int) -> None:
+    def __init__(self, owner: Fused, index: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = owner.in_features, owner.spec.parts[index][1]
+        self.in_features, self.out_features = owner.in_features, owner.parts[index][1]
         self.index = index
         # In a tuple, so that the owner's tensors are not a second time this module's.
         self._owner = (owner,)
@@ -198,7 +220,12 @@ class Report:
 
 @torch.no_grad()
 def compile_model(
-    model: nn.Module, masks: Mapping[str, HybridMask], *, fuse: bool = True, tokens: Sequence[int] = ()
+    model: nn.Module,
+    masks: Mapping[str, HybridMask],
+    *,
+    fuse: bool = True,
+    tokens: Sequence[int] = (),
+    keep_dense: bool = True,
 ) -> Report:
     """Replace the masked linears of ``model`` by packed ones, in place, freeing each dense weight as it goes.
 
@@ -209,6 +236,7 @@ def compile_model(
         tokens: how many tokens a pass will have, one or more typical numbers. On a GPU that has a tuning table, linears
             are packed if it says that this is faster, in the geometric mean over them: with one token, that may be
             those whose tiles are all dense too. Otherwise all are packed but these, to save memory.
+        keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
@@ -220,7 +248,7 @@ def compile_model(
     dense: list[str] = []
     slower: list[str] = []
     before = after = 0
-    for names in list(_groups(model, masks, fuse)):
+    for names in list(groups(masks, lambda names: fuse and _stackable(model, masks, names))):
         linears = [_linear(model, name) for name in names]
         size = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
         before += size
@@ -228,7 +256,7 @@ def compile_model(
         device = linears[0].weight.device
         choose = bool(tokens) and device.type == "cuda"
         all_dense = bool(mask.dense.all())
-        if all_dense and not choose:
+        if all_dense and keep_dense and not choose:
             dense += names
             after += size
             continue
@@ -244,9 +272,9 @@ def compile_model(
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
 
-def install(model: nn.Module, module: HybridLinear) -> None:
-    """Put a packed module and its parts where the linears of its spec are."""
-    for index, (name, _) in enumerate(module.spec.parts):
+def install(model: nn.Module, module: Fused) -> None:
+    """Put a module and its parts where the linears that it replaces are."""
+    for index, (name, _) in enumerate(module.parts):
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent).register_module(child, HybridPart(module, index) if index else module)
 
@@ -276,18 +304,18 @@ def _check_linear(model: nn.Module, name: str, mask: HybridMask) -> None:
         raise UserError(f"{name}: in_features is {weight.shape[1]}, must be a multiple of 8 to be packed")
 
 
-def _groups(model: nn.Module, masks: Mapping[str, HybridMask], fuse: bool) -> Iterator[list[str]]:
-    """The names of ``masks``, siblings that can be fused together."""
+def groups(names: Collection[str], together: Callable[[Sequence[str]], bool]) -> Iterator[list[str]]:
+    """Full names of linears, siblings that are all there together where ``together`` allows it."""
     seen: set[str] = set()
-    for name in masks:
+    for name in names:
         if name in seen:
             continue
         parent, _, child = name.rpartition(".")
         group = [name]
         for siblings in SIBLINGS:
-            names = [f"{parent}.{sibling}" for sibling in siblings]
-            if fuse and child in siblings and all(n in masks for n in names) and _stackable(model, masks, names):
-                group = names
+            found = [f"{parent}.{sibling}" for sibling in siblings]
+            if child in siblings and all(each in names for each in found) and together(found):
+                group = found
         seen.update(group)
         yield group
 

@@ -31,6 +31,14 @@ class Roof:
     matmul: float
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A captured CUDA graph, and how many calls of the same thing it makes."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """A CUDA graph that runs each call once, in order, captured on a stream of its own after a warm-up."""
     stream = torch.cuda.Stream()
@@ -49,34 +57,46 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def time_in_turns(implementations: Mapping[str, Sequence[Call]], rounds: int, flush: bool) -> dict[str, Timing]:
     """Time implementations of the same thing against each other, in microseconds.
 
+    Args:
+        implementations: by name, the calls to run; the time reported is that of one of them. Give several on distinct
+            weights where one weight would stay in the L2 cache.
+        rounds, flush: as `time_graphs`.
+    """
+    graphs = {name: Graph(capture(calls), len(calls)) for name, calls in implementations.items()}
+    return time_graphs(graphs, rounds, flush)
+
+
+def time_graphs(
+    graphs: Mapping[str, Graph], rounds: int, flush: bool, on_round: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
+    """Time captured implementations of the same thing against each other, in microseconds.
+
     Each round runs every implementation once, so that a change of clocks or temperature meets all of them. Work is
     queued ahead of the GPU, so host time does not count.
 
     Args:
-        implementations: by name, the calls to run; the time reported is that of one of them. Give several on distinct
-            weights where one weight would stay in the L2 cache.
         flush: write over the L2 cache before each run.
+        on_round: called while the GPU still works on what a round has queued.
     """
-    graphs = {name: capture(calls) for name, calls in implementations.items()}
     cache = torch.empty(CACHE_BYTES if flush else 0, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     names = list(graphs)
     for number in range(rounds + 2):
         # Another one first each round: whoever follows the pause between rounds meets a cooler GPU.
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            graph = graphs[name]
             if flush:
                 cache.zero_()
             else:
                 torch.cuda._sleep(100_000)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            graph.replay()
+            graphs[name].graph.replay()
             end.record()
             events[name].append((start, end))
+        on_round()
         torch.cuda.synchronize()
     return {
-        name: timing([start.elapsed_time(end) * 1e3 / len(implementations[name]) for start, end in pairs[2:]])
+        name: timing([start.elapsed_time(end) * 1e3 / graphs[name].calls for start, end in pairs[2:]])
         for name, pairs in events.items()
     }
 

@@ -18,13 +18,13 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.jsonl import SCHEMA, from_lines, to_lines
+from analysis.rows.jsonl import SCHEMA, Row, from_lines, to_lines
 from experiments.run import leases
 from experiments.run.leases import Holder
 from experiments.studies.trial import Pruning, Trial, definition, key
@@ -38,13 +38,39 @@ SKIPPED = "skipped"
 
 @dataclass(frozen=True)
 class Fact:
-    """One measured number, before it knows which trial it belongs to."""
+    """One measured number, before it knows what it belongs to.
+
+    Attributes:
+        stderr: standard error, of what was estimated.
+        p20, p80, runs: percentiles and number of the runs whose median ``value`` is.
+    """
 
     metric: str
     value: float | None
     unit: str
     labels: dict[str, Any]
     stderr: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    runs: int = 1
+
+
+def as_rows(
+    trial: str, about: dict[str, Any], stage: str, facts: Iterable[Fact], provenance: dict[str, Any]
+) -> list[Row]:
+    """Facts as the rows that are written.
+
+    Args:
+        trial: the hash of what was measured.
+        about: its definition.
+    """
+    common = {"schema": SCHEMA, "trial": trial, "definition": about, "stage": stage}
+    return [
+        common
+        | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
+        | {"stderr": fact.stderr, "p20": fact.p20, "p80": fact.p80, "runs": fact.runs, "provenance": provenance}
+        for fact in facts
+    ]
 
 
 @dataclass(frozen=True)
@@ -89,17 +115,10 @@ class Store:
     def write_rows(self, trial: Trial, stage: str, facts: Sequence[Fact], provenance: dict[str, Any]) -> None:
         """Complete a stage: one row per fact, and the trial's definition beside them."""
         path = self.rows_path(trial, stage)
-        common = {"schema": SCHEMA, "trial": key(trial), "definition": definition(trial), "stage": stage}
-        rows = [
-            common
-            | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
-            | {"stderr": fact.stderr, "p20": None, "p80": None, "runs": 1, "provenance": provenance}
-            for fact in facts
-        ]
         about = path.with_name("definition.json")
         if not about.exists():
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
-        write_atomic(path, to_lines(rows))
+        write_atomic(path, to_lines(as_rows(key(trial), definition(trial), stage, facts, provenance)))
 
     def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
         """Record that an attempt at a trial failed: one row with the error in one line and its traceback.
