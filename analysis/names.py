@@ -1,18 +1,8 @@
-"""What methods, texts and tasks are called in tables and figures, and in which order they are read."""
+"""What texts and tasks are called in tables and figures, and in which order they are read."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-METHODS = {
-    "dense": "Dense",
-    "magnitude": "Magnitude",
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "maskllm": "MaskLLM",
-    "patch-tile": "PATCH tile",
-    "patch-joint": "PATCH joint",
-}
-STRUCTURES = ("dense", "unstructured", "2:4", "hybrid")
 SOURCES = {
     "wikitext2/test": "WikiText-2",
     "wikitext2/validation": "WikiText-2 validation",
@@ -32,9 +22,6 @@ TASKS = {
     "lambada_openai": "LAMBADA",
     "wiki_continuation": "Continuation",
 }
-
-# The settings that together go by a name of their own, `patch.learn.recipe.GUIDED`.
-GUIDED = {"distillation": 1.0, "block_distillation": 10.0, "tile_ranking": "model", "tile_prior": 30.0}
 
 # Over these the published means are taken; RACE may be a subset, called so where it is shown.
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch.layers import prunable_linears
 from patch.learn.learner import Prior
-from patch.learn.recipe import RECIPES
+from patch.learn.recipe import PATCH_JOINT
 from patch.mask import best_patterns, tile_sums
 
 VOCABULARY = 32
@@ -17,7 +17,7 @@ RAGGED = (24, 20)
 
 SHORT = {
     "joint": dataclasses.replace(
-        RECIPES["patch-joint"],
+        PATCH_JOINT,
         steps=6,
         batch=4,
         microbatch=2,

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Trial
-from patch.learn.recipe import RECIPES
+from patch.learn.recipe import PATCH_JOINT
 
 
 def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
@@ -21,7 +21,7 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
         (16, 16),
         str(text),
         calibration,
-        recipe=dataclasses.replace(RECIPES["patch-joint"], **short),
+        recipe=dataclasses.replace(PATCH_JOINT, **short),
     )
     prunings = [
         build.dense(str(model)),

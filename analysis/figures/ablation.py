@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 
 from analysis.figures.frontier import FILLS, marking, scale_perplexity
 from analysis.figures.style import DASHED, INK, WIDTHS, Width, new_figure, paper_style, save_figure
-from analysis.names import METHODS, percent
+from analysis.names import percent
 from analysis.rows.points import Point, gather, texts
 from analysis.tables.accuracy import heading
 from analysis.tables.render import significant
 from patch.errors import UserError
+from patch.methods import label_of
 
 Group = tuple[str, str, float, str | None]
 
@@ -74,8 +75,6 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
         axis.set_yticks(range(len(shown)), [point.variant or "unchanged" for point in shown])
         axis.set_ylim(-0.6, len(shown) - 0.4)
         axis.grid(axis="y", visible=False)
-        axis.set_title(
-            " ".join(filter(None, (model, METHODS.get(method, method), percent(sparsity), tile))), loc="left"
-        )
+        axis.set_title(" ".join(filter(None, (model, label_of(method), percent(sparsity), tile))), loc="left")
         axis.set_xlabel(heading(text).replace("PPL", "perplexity") + (", dense dashed" if dense else ""))
     return figure

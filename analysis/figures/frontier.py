@@ -17,20 +17,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from analysis.figures.style import (
     DASHED,
     INK,
-    STYLES,
-    UNKNOWN_STYLE,
     WIDTHS,
     Width,
     add_legend,
     new_figure,
     paper_style,
     save_figure,
+    style_of,
 )
-from analysis.names import METHODS, SOURCES, rank
+from analysis.names import SOURCES, rank
 from analysis.rows.points import Measured, Point, Text, gather, mean_tasks, tasks, texts
 from analysis.tables.accuracy import task_heading
 from analysis.tables.render import significant
 from patch.errors import UserError
+from patch.methods import METHODS, label_of
 
 # What a panel needs, with its labels, in inches.
 _PANEL_WIDTH = 1.2
@@ -191,7 +191,7 @@ def _draw_points(
     for point in points:
         series.setdefault((point.method, point.structure, point.tile, point.variant), []).append(point)
     for (method, structure, _, variant), members in series.items():
-        style = STYLES.get(method, UNKNOWN_STYLE)
+        style = style_of(method)
         members.sort(key=_sparsity)
         values = [measure(point) for point in members]
         if structure == "dense":
@@ -253,7 +253,7 @@ def variant_handles(points: Sequence[Point]) -> list[Line2D]:
 
 def marking(method: str, structure: str, fill: FillStyle = "full") -> dict[str, Any]:
     """Hollow for unstructured, filled for structured, a line where sparsity can be chosen."""
-    style = STYLES.get(method, UNKNOWN_STYLE)
+    style = style_of(method)
     hollow = structure == "unstructured"
     outlined = hollow or fill != "full"
     return {
@@ -278,7 +278,7 @@ def method_handles(points: Sequence[Point]) -> list[Line2D]:
         look = marking(method, "hybrid" if "hybrid" in present else "2:4")
         if method == "dense":
             look = {"color": INK, "linewidth": 0.9, "linestyle": DASHED}
-        handles.append(Line2D([], [], label=METHODS.get(method, method), **look))
+        handles.append(Line2D([], [], label=label_of(method), **look))
     return handles
 
 

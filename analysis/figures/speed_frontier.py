@@ -22,11 +22,12 @@ from analysis.figures.frontier import (
     variant_handles,
 )
 from analysis.figures.style import INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
-from analysis.names import METHODS, SOURCES, workload_name, workload_of
+from analysis.names import SOURCES, workload_name, workload_of
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.packed import workloads, wrong
 from patch.errors import UserError
+from patch.methods import label_of
 
 # A model in its own right here, not a line across.
 _DENSE: dict[str, Any] = {
@@ -139,7 +140,7 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     pruned = [point for point in points if point.method != "dense"]
     handles = method_handles(pruned)
     if len(pruned) < len(points):
-        handles.insert(0, Line2D([], [], label=METHODS["dense"], linestyle="none", **_DENSE))
+        handles.insert(0, Line2D([], [], label=label_of("dense"), linestyle="none", **_DENSE))
     if any(point.structure == "unstructured" for point in points):
         hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
         handles.append(Line2D([], [], label="unstructured", **hollow))

@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from patch.files import replacing
+from patch.methods import METHODS
 
 Width = Literal["single", "double"]
 WIDTHS: Mapping[Width, float] = {"single": 3.35, "double": 7.0}
@@ -39,18 +40,10 @@ class Style:
     zorder: float = 3.0
 
 
-# Colour and marker both tell the methods apart. PATCH, which the figures are about, is drawn larger and on top.
-STYLES = {
-    "dense": Style(INK, ""),
-    "magnitude": Style(PALETTE[7], "p", 5.0),
-    "wanda": Style(PALETTE[9], "^", 4.8),
-    "sparsegpt": Style(PALETTE[0], "s"),
-    "maskllm": Style(PALETTE[2], "D"),
-    "patch-tile": Style(PALETTE[1], "v", 5.2, 1.6, 4.0),
-    "patch-joint": Style(PALETTE[3], "o", 5.2, 1.6, 5.0),
-}
 DASHED = (0, (4, 2))
-UNKNOWN_STYLE = Style(PALETTE[4], "P")
+_UNKNOWN = Style(PALETTE[4], "P")
+# Markers that look smaller than others of their size.
+_SIZES = {"p": 5.0, "^": 4.8}
 
 _RC: dict[Any, Any] = {
     "font.size": 7.5,
@@ -85,6 +78,16 @@ _RC: dict[Any, Any] = {
 }
 
 
+def style_of(method: str) -> Style:
+    """How a method is drawn, by its entry; one that is not known any more has a style of its own."""
+    known = METHODS.get(method)
+    if known is None:
+        return _UNKNOWN
+    if known.emphasis:
+        return Style(known.color, known.marker, 5.2, 1.6, 3.0 + known.emphasis)
+    return Style(known.color, known.marker, _SIZES.get(known.marker, Style.size))
+
+
 def paper_style() -> AbstractContextManager[None]:
     """Type sizes, lines and colours for a printed column, while the context lasts."""
     return matplotlib.rc_context(_RC)
@@ -99,7 +102,7 @@ def trial_looks(frame: pd.DataFrame, labels: Mapping[str, str]) -> dict[str, dic
     looks = {}
     dashes = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (4, 1.5, 1, 1.5)))
     for method, trials in members.items():
-        style = STYLES.get(method, UNKNOWN_STYLE)
+        style = style_of(method)
         shades = sns.light_palette(style.color, n_colors=len(trials) + 3)[3:][::-1]
         for place, trial in enumerate(trials):
             looks[trial] = {

@@ -21,11 +21,12 @@ from PIL import Image
 
 from analysis.figures.study import plot_study
 from analysis.figures.style import WIDTHS
-from analysis.names import METHODS, workload_of
+from analysis.names import workload_of
 from analysis.rows.load import records
 from analysis.rows.points import Measured, Task
 from analysis.tables.render import MISSING, Table, shown_cells
 from analysis.tables.study import study_tables, title
+from patch.methods import label_of
 
 # What each figure of `plot_study` shows, by the beginning of its file's name.
 _CAPTIONS = {
@@ -115,7 +116,7 @@ def _study(study: Study) -> dict[str, Any]:
         "definitions": [
             {
                 "trial": row.trial,
-                "method": METHODS.get(row.method, row.method),
+                "method": label_of(row.method),
                 "json": json.dumps(row.definition, indent=1),
             }
             for row in records(study.frame.drop_duplicates("trial"))

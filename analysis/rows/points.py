@@ -15,26 +15,17 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.names import GUIDED, METHODS, PAPER_TASKS, STRUCTURES, TASKS, percent, rank
+from analysis.names import PAPER_TASKS, TASKS, percent, rank
 from analysis.rows.load import records
 from analysis.rows.same_checkpoint import check_one_artefact
 from patch.errors import UserError
+from patch.learn.recipe import CHANGES, HOW_IT_RUNS, OURS
+from patch.methods import METHODS, STRUCTURES, label_of
 
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
-# Settings of a recipe that what is learned does not depend on.
-RUNNING = ("activation_checkpointing", "checkpoint_every", "log_every")
 # Settings that no published method has; a definition leaves them out where they are as published.
-DEPARTURES = (
-    "recipe",
-    "learning.recipe.distillation",
-    "learning.recipe.block_distillation",
-    "learning.recipe.density",
-    "learning.recipe.logit_dtype",
-    "learning.recipe.tile_ranking",
-    "tile_ranking",
-    "refit.source",
-)
+_DEPARTURES = {"recipe", "tile_ranking", "refit.source", *(f"learning.recipe.{name}" for name in OURS)}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "refit": "refit.source"}
 
@@ -251,7 +242,7 @@ def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str
         elif isinstance(value, dict):
             seedless[name], inner = _split_seeds(value, f"{prefix}{name}.")
             seeds |= inner
-        elif name not in RUNNING:
+        elif name not in HOW_IT_RUNS:
             seedless[name] = value
     return seedless, seeds
 
@@ -280,7 +271,7 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
         # Not as they come: fields that a definition leaves out would move when another one has them.
         names = sorted({name for fields in flat for name in fields}, key=lambda name: (name != "recipe", name))
         differing = [
-            name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in DEPARTURES
+            name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in _DEPARTURES
         ]
         # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
         brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
@@ -291,7 +282,7 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
             said = [
                 _setting(name, fields)
                 for name in differing
-                if name in DEPARTURES or _canonical(fields.get(name)) != usual[name]
+                if name in _DEPARTURES or _canonical(fields.get(name)) != usual[name]
             ]
             result.append((member, ", ".join(filter(None, said))))
     return result
@@ -311,7 +302,7 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
     if name == "recipe":
         return str(value)
     if name == "prior.method":
-        return f"from {METHODS.get(value, value)}"
+        return f"from {label_of(value)}"
     if name == "refit.source":
         return f"refitted on {value}"
     return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
@@ -325,10 +316,11 @@ def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> in
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
     """A definition's fields by dotted name; settings that together have a name go by it, as ``recipe``."""
     fields = _flatten(about)
-    guided = {f"learning.recipe.{name}": value for name, value in GUIDED.items()}
-    if not guided.items() <= fields.items():
-        return fields
-    return {"recipe": "guided"} | {name: value for name, value in fields.items() if name not in guided}
+    for recipe, changes in CHANGES.items():
+        named = {f"learning.recipe.{name}": value for name, value in changes.items()}
+        if named and named.items() <= fields.items():
+            return {"recipe": recipe} | {name: value for name, value in fields.items() if name not in named}
+    return fields
 
 
 def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -383,7 +375,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
     for trial in order:
         about = trials.loc[trial]
         parts = [about.model] if several["model"] else []
-        parts.append(METHODS.get(about.method, about.method))
+        parts.append(label_of(about.method))
         if about.structure != "dense":
             parts.append("2:4" if about.structure == "2:4" else percent(about.sparsity))
         if about.structure == "unstructured":

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from analysis.names import METHODS, SOURCES, TASKS, percent
+from analysis.names import SOURCES, TASKS, percent
 from analysis.rows.points import Measured, Point, Task, Text, gather, mean_tasks, tasks, texts
 from analysis.tables import published
 from analysis.tables.render import MEASURED, Column, Table, Value
 from patch.errors import UserError
+from patch.methods import label_of
 
 Field = tuple[Column, Callable[[Point], Value]]
 
@@ -56,7 +57,7 @@ def identity_fields(points: Sequence[Point]) -> list[Field]:
     """The columns that say what was pruned how: those that tell these points apart, and the sparsity."""
     fields: list[Field] = [
         (Column("model", "Model", "text"), lambda point: point.model),
-        (Column("method", "Method", "text"), lambda point: METHODS.get(point.method, point.method)),
+        (Column("method", "Method", "text"), lambda point: label_of(point.method)),
         (Column("structure", "Structure", "text"), lambda point: None if point.method == "dense" else point.structure),
         (Column("target_sparsity", "Target (%)", "percent"), lambda point: Measured(point.sparsity)),
         (Column("achieved_sparsity", "Achieved (%)", "percent"), lambda point: _optional(point.achieved)),
@@ -135,7 +136,7 @@ def _other_models_fields(points: Sequence[Point], text: Text) -> list[Field]:
 
 def _other_models_notes(points: Sequence[Point], text: Text) -> list[str]:
     """What is published, of which models, and whether what was measured by the published recipes is ordered alike."""
-    order = [_placed("PATCH" if method == "patch" else METHODS[method], at) for method, _, at in published.ORDER]
+    order = [_placed("PATCH" if method == "patch" else label_of(method), at) for method, _, at in published.ORDER]
     notes = [
         f"Published: {published.CITATION}. Of other models, {', '.join(published.MODELS)}, whose masks learned on two "
         f"thousand million tokens; windows of {published.WINDOW}.",
@@ -144,13 +145,13 @@ def _other_models_notes(points: Sequence[Point], text: Text) -> list[str]:
     for model in dict.fromkeys(point.model for point in points):
         plain = [point for point in points if point.model == model and not point.variant and text in point.perplexity]
         found = {(point.method, point.structure, point.sparsity): point for point in plain}
-        learners = {point.method for point in plain} & {"patch-joint", "patch-tile"}
+        learners = {point.method for point in plain if published.name_of(point.method) == "patch"}
         for patch in sorted(learners) or ["patch-joint"]:
             names = [(patch if about[0] == "patch" else about[0], *about[1:]) for about in published.ORDER]
             same = [found[about] for about in names if about in found]
             measured = sorted(same, key=lambda point: -point.perplexity[text].value)
             if len(same) > 1:
-                said = " > ".join(_placed(METHODS[point.method], point.sparsity) for point in measured)
+                said = " > ".join(_placed(label_of(point.method), point.sparsity) for point in measured)
                 verdict = "as published" if measured == same else "not as published"
                 notes.append(f"Of {model}, by the published recipes: {said}, {verdict}.")
     return notes

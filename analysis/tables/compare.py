@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from analysis.names import METHODS
 from analysis.rows.points import Measured, Point
 from analysis.tables.accuracy import heading, task_heading
 from analysis.tables.render import Column, Table, Value, significant
 from patch.errors import UserError
+from patch.methods import label_of
 
 _FIELDS = ("model", "method", "structure", "target", "tile", "variant", "trial")
 
@@ -165,7 +165,7 @@ def comparison(left: Point, right: Point) -> Table:
 
 
 def _title(point: Point, other: Point) -> str:
-    parts = [METHODS.get(point.method, point.method)]
+    parts = [label_of(point.method)]
     if point.structure != "dense":
         parts.append(f"{100 * point.sparsity:g}%")
     if point.model != other.model:

@@ -8,6 +8,8 @@ one billion parameters and *tile* above.
 import re
 from dataclasses import dataclass
 
+from patch.methods import METHODS
+
 CITATION = "Hourri et al., PATCH: Learnable Tile-level Hybrid Sparsity for LLMs, arXiv:2509.23410"
 WINDOW = 4096
 MODELS = ("Qwen2.5-0.5B", "LLaMA-3.2-1B", "Gemma-3-1B", "LLaMA-2-7B", "LLaMA-3.1-8B")
@@ -58,6 +60,12 @@ def _results() -> tuple[Published, ...]:
 RESULTS = _results()
 # By falling perplexity, alike on each of the models. Dense is not in it: Gemma-3-1B's is above PATCH's at 35%.
 ORDER = tuple(about for about in _RESULTS if about[0] != "dense")
+
+
+def name_of(method: str) -> str:
+    """What the published tables call a method: there, PATCH is one."""
+    known = METHODS.get(method)
+    return (known and known.published) or method
 
 
 def find(model: str, method: str, structure: str, sparsity: float) -> Published | None:

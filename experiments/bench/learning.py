@@ -31,7 +31,7 @@ from experiments.studies.trial import definition, digest
 from patch.files import write_atomic
 from patch.learn.distributed import Ranks, joined
 from patch.learn.learner import Prior, learn
-from patch.learn.recipe import RECIPES, Recipe
+from patch.learn.recipe import PATCH_JOINT, Recipe
 from stoicc.configs import gpu_slug
 from stoicc.timing import timing
 
@@ -95,7 +95,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.time()
     recipe = dataclasses.replace(
-        RECIPES["patch-joint"],
+        PATCH_JOINT,
         batch=asked.batch,
         microbatch=asked.microbatch,
         length=asked.length,

@@ -43,8 +43,8 @@ from patch.learn import philox, soft_mask, soft_mask_triton
 from patch.learn.cuda_graph import Replayed
 from patch.learn.learner import Implementation, Prior, learn
 from patch.learn.masked_model import with_usual_mask
-from patch.learn.recipe import RECIPES
-from patch.learn.soft_mask import Masked, SampledWeight, Softness
+from patch.learn.recipe import PATCH_JOINT, Temperatures
+from patch.learn.soft_mask import Masked, SampledWeight
 from patch.mask import GROUP, TileShape, tile_grid
 from stoicc.configs import gpu_slug
 from stoicc.timing import Timing, timing
@@ -52,7 +52,7 @@ from stoicc.timing import Timing, timing
 MODEL = "llama-3.2-1b"
 MODES = ("joint", "tile", "maskllm")
 # Of the masks that are timed.
-SOFTNESS = Softness(2.0, 300.0, 190.0)
+TEMPERATURES = Temperatures(2.0, 300.0, 190.0)
 # Steps of learning that are not timed: they compile, and the fourth captures.
 WARMUP = 5
 MASKS: dict[str, SampledWeight] = {"fused": soft_mask_triton.sampled_weight, "eager": soft_mask.sampled_weight}
@@ -132,7 +132,7 @@ def draw(
         None if mode == "maskllm" else initial(*tile_grid(shape, tile)),
         tile,
         torch.randn(shape, device=device, dtype=torch.bfloat16) if grad is None else grad,
-        soft_mask_triton.pack(SOFTNESS, [(0, 0, 0, 0)])[0].to(device),
+        soft_mask_triton.pack(TEMPERATURES, [(0, 0, 0, 0)])[0].to(device),
     )
 
 
@@ -149,7 +149,9 @@ def outcome(masked: Masked, held: Weight) -> dict[str, Tensor]:
     }
 
 
-def compare(shape: tuple[int, int], mode: str, tile: TileShape, logits: torch.dtype, softness: Softness) -> list[Fact]:
+def compare(
+    shape: tuple[int, int], mode: str, tile: TileShape, logits: torch.dtype, temperatures: Temperatures
+) -> list[Fact]:
     """Relative errors of the fused mask against the eager one in float64 with the same noise.
 
     Raises:
@@ -157,20 +159,22 @@ def compare(shape: tuple[int, int], mode: str, tile: TileShape, logits: torch.dt
     """
     held, stream = draw(shape, mode, tile, logits), (0, 1, 2, 3)
     first, second = (
-        outcome(soft_mask_triton.sampled_weight(held.weight, held.patterns, held.tiles, tile, softness, stream), held)
+        outcome(
+            soft_mask_triton.sampled_weight(held.weight, held.patterns, held.tiles, tile, temperatures, stream), held
+        )
         for _ in range(2)
     )
     noise_key = soft_mask.stream_seed("masks", *stream)
     pattern_noise = philox.pattern_noise(noise_key, shape[0], shape[1] // GROUP, "cuda") if mode != "tile" else None
     tile_noise = None if held.tiles is None else philox.tile_noise(noise_key, *tile_grid(shape, tile), "cuda")
     eager = soft_mask.masked_weight(
-        held.weight.double(), held.patterns, held.tiles, tile, softness, pattern_noise, tile_noise
+        held.weight.double(), held.patterns, held.tiles, tile, temperatures, pattern_noise, tile_noise
     )
     exact = outcome(eager, held)
     # Gradients of a saturated mask are nothing beside those of a soft one, and so are their errors.
-    slope = held.weight.double().mul(held.grad).norm() / softness.tau
-    typical = {"pattern_gradient": softness.pattern_scale * slope, "tile_gradient": softness.tile_scale * slope}
-    about = {"shape": list(shape), "mode": mode, "tile": list(tile), "logits": str(logits), "tau": softness.tau}
+    slope = held.weight.double().mul(held.grad).norm() / temperatures.tau
+    typical = {"pattern_gradient": temperatures.pattern_scale * slope, "tile_gradient": temperatures.tile_scale * slope}
+    about = {"shape": list(shape), "mode": mode, "tile": list(tile), "logits": str(logits), "tau": temperatures.tau}
     facts = []
     for name, value in exact.items():
         size = max(float(value.double().norm()), 1e-3 * float(typical.get(name, 0)))
@@ -186,22 +190,22 @@ def compare(shape: tuple[int, int], mode: str, tile: TileShape, logits: torch.dt
 
 
 def check(bench: Bench) -> list[Fact]:
-    """Every shape of the bench and some odd ones, every mode, from the first step's softness to the last one's."""
-    schedule = [Softness(4.0, 100.0, 25.0), Softness(2.0, 300.0, 190.0), Softness(0.05, 500.0, 350.0)]
+    """Every shape of the bench and some odd ones, every mode, from the first step's temperatures to the last one's."""
+    schedule = [Temperatures(4.0, 100.0, 25.0), Temperatures(2.0, 300.0, 190.0), Temperatures(0.05, 500.0, 350.0)]
     cases = [(shape, bench.tile) for shape in dict.fromkeys(shape for _, shape in bench.linears)]
     cases += [((576, 1536), (64, 64)), ((1000, 1004), (96, 100)), ((300, 500), (300, 500)), ((64, 2048), (1, 2048))]
     facts = []
     for shape, tile in cases:
         for mode in MODES:
             for logits in (torch.float32, torch.bfloat16):
-                for softness in schedule:
-                    facts += compare(shape, mode, tile, logits, softness)
+                for temperatures in schedule:
+                    facts += compare(shape, mode, tile, logits, temperatures)
     return facts
 
 
 def build(held: Weight, sampled_weight: SampledWeight, index: int) -> Masked:
     return sampled_weight(
-        held.weight, held.patterns, held.tiles, held.tile, SOFTNESS, (0, 0, 0, index), packed=held.packed
+        held.weight, held.patterns, held.tiles, held.tile, TEMPERATURES, (0, 0, 0, index), packed=held.packed
     )
 
 
@@ -333,7 +337,7 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
 def learning_steps(bench: Bench, model: nn.Module, implementation: Implementation, checkpointing: bool) -> list[float]:
     """Milliseconds of steps of PATCH joint, optimizer included."""
     recipe = dataclasses.replace(
-        RECIPES["patch-joint"],
+        PATCH_JOINT,
         batch=1,
         length=bench.length,
         warmup=0,

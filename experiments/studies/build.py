@@ -7,9 +7,6 @@ from typing import Any
 
 from experiments.data import models
 from experiments.studies.trial import (
-    LEARNED,
-    ONE_SHOT,
-    USUAL_PRIOR,
     Calibration,
     Evaluation,
     Learning,
@@ -19,8 +16,9 @@ from experiments.studies.trial import (
     needs_calibration,
 )
 from patch.errors import check_name
-from patch.learn.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe
+from patch.learn.recipe import GUIDED, HOW_IT_RUNS, Recipe
 from patch.mask import TileShape
+from patch.methods import METHODS, members, published_recipe
 
 Trials = tuple[Trial, ...]
 
@@ -52,8 +50,8 @@ def one_shot(
     calibration: Calibration,
     tile_ranking: str = "weight",
 ) -> Pruning:
-    """Magnitude, Wanda or SparseGPT; where no calibration text is needed, the hash ignores it."""
-    check_name("one-shot method", method, ONE_SHOT)
+    """A one-shot method; where no calibration text is needed, the hash ignores it."""
+    check_name("one-shot method", method, members("one-shot"))
     return Pruning(
         model,
         method,
@@ -78,30 +76,29 @@ def learned(
     start: str | None = "usual",
     **changes: Any,
 ) -> Pruning:
-    """MaskLLM or PATCH, from the mask that SparseGPT finds on ``calibration``; tile mode, from the mask MaskLLM learns.
+    """A method that learns, from the mask of its usual prior; one-shot priors are found on ``calibration``.
 
     Args:
         start: another method whose 2:4 mask it starts from, or None for random logits.
         recipe: the published one of the method by default.
         changes: fields of the recipe to replace.
     """
-    check_name("learned method", method, LEARNED)
-    chosen = dataclasses.replace(recipe or RECIPES[method], **changes)
-    start = USUAL_PRIOR[method] if start == "usual" else start
+    chosen = dataclasses.replace(recipe or published_recipe(method), **changes)
+    start = METHODS[method].prior if start == "usual" else start
     prior: Pruning | None
     if start is None:
         prior = None
-    elif start == "maskllm":
+    elif start in members("learned"):
         # Both stages run alike, on the same steps, batches, text and objective; rates and penalties stay their own.
         common = ("steps", "batch", "microbatch", "length", "distillation", "block_distillation", *HOW_IT_RUNS)
         shared = {name: getattr(chosen, name) for name in common}
-        prior = learned(model, "maskllm", 0.5, tile, text, calibration, seed, **shared)
+        prior = learned(model, start, 0.5, tile, text, calibration, seed, **shared)
     else:
         prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
     return Pruning(
         model,
         method,
-        "2:4" if method == "maskllm" else "hybrid",
+        METHODS[method].structure,
         sparsity,
         tile,
         seed,
@@ -128,7 +125,7 @@ def joined(prunings: Iterable[Pruning], evaluation: Evaluation, carried: tuple[s
         carried: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
     """
     both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (carried, ()))
-    return tuple(Trial(pruning, both if pruning.method in LEARNED else plain) for pruning in prunings)
+    return tuple(Trial(pruning, both if pruning.method in members("learned") else plain) for pruning in prunings)
 
 
 def one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:

@@ -15,9 +15,10 @@ from experiments.studies.build import (
     refitted,
     trials,
 )
-from experiments.studies.trial import ONE_SHOT, Calibration, Evaluation, Perplexity, Pruning
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import TileRanking
 from patch.mask import TileShape
+from patch.methods import members
 
 _CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 
@@ -49,7 +50,7 @@ def _demo() -> list[Pruning]:
     """The demo's prunings of the embedded model."""
     return [
         dense("embedded"),
-        *(one_shot("embedded", method, "2:4", 0.5, _TILE, _CALIBRATION) for method in ONE_SHOT),
+        *(one_shot("embedded", method, "2:4", 0.5, _TILE, _CALIBRATION) for method in members("one-shot")),
         _learned("maskllm", 0.5),
         *(_learned("patch-joint", target) for target in TARGETS),
     ]

@@ -2,8 +2,9 @@
 
 from analysis.names import PAPER_TASKS
 from experiments.studies.build import TARGETS, Trials, dense, joined, learned, one_shot, trials
-from experiments.studies.trial import ONE_SHOT, Calibration, Evaluation, Perplexity, Pruning
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import GUIDED
+from patch.methods import members
 
 _PUBLISHED = Evaluation((Perplexity("wikitext2/test", 4096),), PAPER_TASKS)
 
@@ -16,7 +17,7 @@ def _accuracy(model: str, method: str) -> list[Pruning]:
     tile, calibration = (128, 128), Calibration()
     return [
         dense(model),
-        *(one_shot(model, baseline, "2:4", 0.5, tile, calibration) for baseline in ONE_SHOT),
+        *(one_shot(model, baseline, "2:4", 0.5, tile, calibration) for baseline in members("one-shot")),
         learned(model, "maskllm", 0.5, tile, "c4", calibration),
         *(learned(model, method, target, tile, "c4", calibration) for target in TARGETS),
     ]
@@ -76,7 +77,7 @@ def priors() -> Trials:
     model, tile = "qwen2.5-0.5b", (128, 128)
     prunings = [
         learned(model, "patch-joint", 0.45, tile, "c4", Calibration(), start=start)
-        for start in (None, *ONE_SHOT, "maskllm")
+        for start in (None, *members("one-shot"), "maskllm")
     ]
     return trials([dense(model), *prunings], _PUBLISHED)
 

@@ -16,9 +16,10 @@ from experiments.studies.build import (
     refitted,
     trials,
 )
-from experiments.studies.trial import ONE_SHOT, Calibration, Evaluation, Perplexity, Pruning
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import GUIDED, TileRanking
 from patch.mask import TileShape
+from patch.methods import members
 
 _EVALUATION = Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8)
 
@@ -65,7 +66,7 @@ def one_shot_masks() -> Trials:
             dense(model),
             *(
                 one_shot(model, method, structure, 0.5, tile, calibration)
-                for method in ONE_SHOT
+                for method in members("one-shot")
                 for structure in ("2:4", "unstructured")
             ),
             *(

@@ -15,21 +15,16 @@ from typing import Any, get_args
 from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
-from patch.learn.recipe import GUIDED, HOW_IT_RUNS, RECIPES, Recipe, TileRanking
+from patch.learn.recipe import GUIDED, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
-
-ONE_SHOT = tuple(oneshot.METHODS)
-LEARNED = ("maskllm", "patch-tile", "patch-joint")
-METHODS = ("dense", *ONE_SHOT, *LEARNED)
-# The method whose mask a learned one starts from, if nothing else is said.
-USUAL_PRIOR = {"maskllm": "sparsegpt", "patch-joint": "sparsegpt", "patch-tile": "maskllm"}
-STRUCTURES = ("dense", "2:4", "unstructured", "hybrid")
-_MODES = {"maskllm": "maskllm", "patch-tile": "tile", "patch-joint": "joint"}
+from patch.methods import METHODS, STRUCTURES, TILED, members
 
 
 def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
     """Whether a method looks at activations, or ranks its tiles by text."""
-    return method in ONE_SHOT and (oneshot.METHODS[method].statistic is not None or tile_ranking == "model")
+    if METHODS[method].family != "one-shot":
+        return False
+    return tile_ranking == "model" or oneshot.METHODS[method].statistic is not None
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,8 @@ class Pruning:
     Attributes:
         model: a name of the registry, a path, or a hub id.
         revision: digest of the model's files where they are local, so that a changed model is another trial.
-        method: one of `METHODS`.
-        structure: one of `STRUCTURES`.
+        method: one of `patch.methods.METHODS`.
+        structure: one of `patch.methods.STRUCTURES`.
         sparsity: target share of zeros over all prunable weights.
         tile: ``(rows, cols)``; also for 2:4, whose checkpoint scores tiles for the methods that start from it.
         seed: of the learned methods' initial logits, noise and data order.
@@ -89,13 +84,12 @@ class Pruning:
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
         check_name("structure", self.structure, STRUCTURES)
+        about, one_shot = METHODS[self.method], ", ".join(members("one-shot"))
         if (self.method == "dense") != (self.structure == "dense"):
             raise UserError(f"method {self.method} cannot have structure {self.structure}")
         if self.structure == "unstructured":
-            if self.method not in ONE_SHOT:
-                raise UserError(
-                    f"{self.method} learns hybrid masks: structure 'unstructured' is for {', '.join(ONE_SHOT)}"
-                )
+            if about.family != "one-shot":
+                raise UserError(f"{self.method} learns hybrid masks: structure 'unstructured' is for {one_shot}")
             if not 0 <= self.sparsity < 1:
                 raise UserError(
                     f"target sparsity {self.sparsity}: unstructured pruning takes 0 up to, not including, 1"
@@ -104,29 +98,29 @@ class Pruning:
             check_sparsity(self.sparsity)
         if self.structure == "2:4" and self.sparsity != 0.5:
             raise UserError(f"structure 2:4 has sparsity 0.5, not {self.sparsity}: use structure 'hybrid' for less")
-        if self.structure in ("2:4", "hybrid"):
+        if self.structure in TILED:
             if self.tile is None:
                 raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
             object.__setattr__(self, "tile", check_tile(self.tile))
         check_name("tile ranking", self.tile_ranking, get_args(TileRanking))
-        if self.tile_ranking == "model" and (self.method not in ONE_SHOT or self.structure != "hybrid"):
+        if self.tile_ranking == "model" and (about.family != "one-shot" or self.structure != "hybrid"):
             raise UserError(
-                f"tile ranking 'model' is for hybrid masks of {', '.join(ONE_SHOT)}, not {self.method} {self.structure}"
-                + (": a recipe has its own" if self.method in LEARNED else "")
+                f"tile ranking 'model' is for hybrid masks of {one_shot}, not {self.method} {self.structure}"
+                + (": a recipe has its own" if about.recipe else "")
             )
         if needs_calibration(self.method, self.tile_ranking) and self.calibration is None:
             ranked = " with tiles ranked over the model" if self.tile_ranking == "model" else ""
             raise UserError(f"{self.method}{ranked} needs calibration text")
-        if self.method in LEARNED:
+        if about.recipe:
             if self.learning is None:
                 raise UserError(f"{self.method} needs text and a recipe to learn with")
-            if self.learning.recipe.mode != _MODES[self.method]:
+            if self.learning.recipe.mode != about.recipe.mode:
                 raise UserError(
-                    f"{self.method} needs a recipe of mode {_MODES[self.method]}, got {self.learning.recipe.mode}"
+                    f"{self.method} needs a recipe of mode {about.recipe.mode}, got {self.learning.recipe.mode}"
                 )
             if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
                 raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
-        if self.refit is not None and self.structure not in ("2:4", "hybrid"):
+        if self.refit is not None and self.structure not in TILED:
             raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
 
     @property
@@ -142,7 +136,7 @@ class Pruning:
     @property
     def learns(self) -> bool:
         """Whether making the checkpoint is learning, which several GPUs may share."""
-        return self.method in LEARNED and self.refit is None
+        return METHODS[self.method].family == "learned" and self.refit is None
 
 
 @dataclass(frozen=True)
@@ -287,12 +281,13 @@ def describe(pruning: Pruning) -> str:
     parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
     if pruning.tile and pruning.structure == "hybrid":
         parts.append("{}x{}".format(*pruning.tile))
-    if pruning.method in LEARNED and pruning.prior is None:
+    about = METHODS[pruning.method]
+    if about.prior and pruning.prior is None:
         parts.append("without prior")
-    elif pruning.prior and pruning.prior.method != USUAL_PRIOR[pruning.method]:
+    elif pruning.prior and pruning.prior.method != about.prior:
         parts.append(f"from {pruning.prior.method}")
-    if pruning.learning:
-        parts += _changes(pruning.learning.recipe, RECIPES[pruning.method])
+    if pruning.learning and about.recipe:
+        parts += _changes(pruning.learning.recipe, about.recipe)
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
     if pruning.tile_ranking != "weight":

@@ -566,7 +566,7 @@ class _Step:
         if self._packed is not None:
             from patch.learn.soft_mask_triton import pack
 
-            self._packed.copy_(pack(settings.softness, self._run.streams(index)))
+            self._packed.copy_(pack(settings.temperatures, self._run.streams(index)))
         self._run.begin(settings, index, self._packed)
         return self._backward()
 

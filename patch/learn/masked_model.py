@@ -62,7 +62,7 @@ class MaskedLinear:
 
     def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:
         """Start a micro-batch with noise of the given stream; ``packed`` says the same (see `relax_triton.pack`)."""
-        self._softness = settings.softness
+        self._temperatures = settings.temperatures
         self._stream = stream
         self._packed = packed
 
@@ -74,7 +74,7 @@ class MaskedLinear:
                 self._known_patterns(),
                 self.tiles,
                 self.tile,
-                self._softness,
+                self._temperatures,
                 self._stream,
                 first_row=self.here.start,
                 rows=self.shape[0],

@@ -3,7 +3,7 @@
 A recipe is plain JSON data, because it is part of a trial's definition and so of its hash. Shorter ones are derived:
 
     >>> import dataclasses
-    >>> demo = dataclasses.replace(RECIPES["patch-joint"], steps=150, batch=8, microbatch=8, length=256)
+    >>> demo = dataclasses.replace(PATCH_JOINT, steps=150, batch=8, microbatch=8, length=256)
     >>> demo.at(75).tau
     2.025
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from patch.errors import UserError
-from patch.learn.soft_mask import Softness
 
 Mode = Literal["joint", "tile", "maskllm"]
 WeightPenalty = Literal["norm", "square"]
@@ -28,6 +27,21 @@ Span = tuple[float, float]
 ADDED = {"added": True}
 # Marks fields that say how learning runs. What is learned does not depend on them, and so no hash does.
 RUNNING = {"running": True}
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """How soft the masks of one step are.
+
+    Attributes:
+        tau: temperature of the pattern and tile samples, positive.
+        pattern_scale: factor of the pattern logits.
+        tile_scale: factor of the tile logits.
+    """
+
+    tau: float
+    pattern_scale: float
+    tile_scale: float
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,9 @@ class Settings:
     weight_penalty: float
 
     @property
-    def softness(self) -> Softness:
+    def temperatures(self) -> Temperatures:
         """How soft the masks are."""
-        return Softness(self.tau, self.pattern_scale, self.tile_scale)
+        return Temperatures(self.tau, self.pattern_scale, self.tile_scale)
 
 
 @dataclass(frozen=True)
@@ -204,6 +218,8 @@ class Recipe:
 
 
 HOW_IT_RUNS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("running"))
+# What no published method has.
+OURS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("added"))
 
 
 def _linear(span: Span, progress: float) -> float:
@@ -275,9 +291,6 @@ MASKLLM = dataclasses.replace(
     weight_penalty=1e-5,
     weight_penalty_kind="square",
 )
-
-# The published recipe of each method that learns.
-RECIPES = {"patch-joint": PATCH_JOINT, "patch-tile": PATCH_TILE, "maskllm": MASKLLM}
 
 # Ours, as changes of a published one: the dense model guides learning, by its predictions, by its hidden states, and by
 # what each tile costs it. Of all that was tried it lowers PATCH joint's perplexity most at equal sparsity and tokens

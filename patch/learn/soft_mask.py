@@ -19,12 +19,12 @@ over memory, must equal given the same noise.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from patch.learn.recipe import Temperatures
 from patch.mask import (
     GROUP,
     KEPT_PAIRS,
@@ -34,21 +34,6 @@ from patch.mask import (
     pattern_table,
     tile_sizes,
 )
-
-
-@dataclass(frozen=True)
-class Softness:
-    """How soft the masks of one step are.
-
-    Attributes:
-        tau: temperature of the pattern and tile samples, positive.
-        pattern_scale: factor of the pattern logits.
-        tile_scale: factor of the tile logits.
-    """
-
-    tau: float
-    pattern_scale: float
-    tile_scale: float
 
 
 class Masked(NamedTuple):
@@ -74,7 +59,7 @@ class SampledWeight(Protocol):
         patterns: Tensor,
         tiles: Tensor | None,
         tile: TileShape,
-        softness: Softness,
+        temperatures: Temperatures,
         stream: Sequence[int],
         *,
         first_row: int = 0,
@@ -177,7 +162,7 @@ def masked_weight(
     patterns: Tensor,
     tiles: Tensor | None,
     tile: TileShape,
-    softness: Softness,
+    temperatures: Temperatures,
     pattern_noise: Tensor | None,
     tile_noise: Tensor | None,
 ) -> Masked:
@@ -188,7 +173,7 @@ def masked_weight(
         patterns: logits ``[6, N, K/4]``, or fixed patterns, uint8 ``[N, K/4]``.
         tiles: logits ``[R, C]``; None for ``t = 0``.
         tile: ``(rows, cols)``.
-        softness: temperature and scales.
+        temperatures: temperature and scales.
         pattern_noise: like the pattern logits, from `gumbel`; None for fixed patterns.
         tile_noise: like ``tiles``, from `logistic`; None without tiles.
     """
@@ -196,12 +181,12 @@ def masked_weight(
         two_four = decode_patterns(patterns)
     else:
         logits = patterns.to(pattern_noise.dtype)
-        two_four = soft_patterns(logits, pattern_noise, softness.tau, softness.pattern_scale)
+        two_four = soft_patterns(logits, pattern_noise, temperatures.tau, temperatures.pattern_scale)
     if tiles is None or tile_noise is None:
         soft = None
         kept = torch.full((), weight.numel() / 2, device=weight.device)
     else:
-        soft = soft_tiles(tiles.to(tile_noise.dtype), tile_noise, softness.tau, softness.tile_scale)
+        soft = soft_tiles(tiles.to(tile_noise.dtype), tile_noise, temperatures.tau, temperatures.tile_scale)
         kept = kept_elements(soft, tile_sizes(weight.shape, tile, weight.device).to(soft.dtype))
     product = weight.detach() * soft_mask(soft, two_four, tile)
     # By way of the norm, which unlike the squares needs no other tensor of the weight's size.
@@ -213,7 +198,7 @@ def sampled_weight(
     patterns: Tensor,
     tiles: Tensor | None,
     tile: TileShape,
-    softness: Softness,
+    temperatures: Temperatures,
     stream: Sequence[int],
     *,
     first_row: int = 0,
@@ -223,7 +208,8 @@ def sampled_weight(
     """`masked_weight` with float32 noise drawn by PyTorch's generators on the device of ``weight``.
 
     Args:
-        weight, patterns, tiles, tile, softness: see `masked_weight`; of a whole weight, or of some whole rows of tiles.
+        weight, patterns, tiles, tile, temperatures: see `masked_weight`; of a whole weight, or of some whole
+            rows of tiles.
         stream: names the noise: the same numbers, the same mask.
         first_row: where in the whole weight these rows begin; they get the noise that they get there.
         rows: of the whole weight; None if this is all of it.
@@ -241,7 +227,7 @@ def sampled_weight(
         tile_noise = logistic((-(-rows // tile[0]), tiles.shape[1]), source)[first : first + tiles.shape[0]]
     # The last rows of a weight may be fewer than a tile has.
     tile = min(tile[0], n), tile[1]
-    return masked_weight(weight, patterns, tiles, tile, softness, pattern_noise, tile_noise)
+    return masked_weight(weight, patterns, tiles, tile, temperatures, pattern_noise, tile_noise)
 
 
 def pattern_prior(patterns: Tensor) -> Tensor:

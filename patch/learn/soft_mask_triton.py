@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from patch.errors import UserError
-from patch.learn.soft_mask import Masked, Softness, stream_seed
+from patch.learn.recipe import Temperatures
+from patch.learn.soft_mask import Masked, stream_seed
 from patch.mask import GROUP, TileShape, tile_grid
 
 # Groups a program holds at a time: four to each of 128 threads make 16-byte accesses of float32 logits.
@@ -442,12 +443,12 @@ class _Draw:
         return weight.shape[0], weight.shape[1] // GROUP, self.first_group, self.first_tile, self.packed
 
 
-def pack(softness: Softness, streams: Sequence[Sequence[int]]) -> Tensor:
+def pack(temperatures: Temperatures, streams: Sequence[Sequence[int]]) -> Tensor:
     """Draws as the kernels read them from memory, int32 ``[draws, 5]`` on the CPU.
 
     In memory, and not among a kernel's arguments, they can change from one replay of a CUDA graph to the next.
     """
-    scales = [softness.pattern_scale / math.log(2), 1 / softness.tau, softness.tile_scale]
+    scales = [temperatures.pattern_scale / math.log(2), 1 / temperatures.tau, temperatures.tile_scale]
     packed = torch.empty((len(streams), 5), dtype=torch.int32)
     keys = torch.tensor([stream_seed("masks", *stream) for stream in streams], dtype=torch.int64)
     packed[:, :2] = keys.view(torch.int32).view(-1, 2)
@@ -512,7 +513,7 @@ def sampled_weight(
     patterns: Tensor,
     tiles: Tensor | None,
     tile: TileShape,
-    softness: Softness,
+    temperatures: Temperatures,
     stream: Sequence[int],
     *,
     first_row: int = 0,
@@ -526,11 +527,12 @@ def sampled_weight(
         patterns: logits ``[6, N, K/4]``, float32 or bfloat16, or fixed patterns, uint8 ``[N, K/4]``.
         tiles: logits ``[R, C]``, float32 or bfloat16; None for ``t = 0``.
         tile: ``(rows, cols)``.
-        softness: temperature and scales.
+        temperatures: temperature and scales.
         stream: names the noise; its key is ``stream_seed("masks", *stream)``.
         first_row: where in the whole weight these rows begin; they get the noise that they get there.
         rows: of the whole weight; None if this is all of it.
-        packed: the row of `pack` that says the same as softness and stream, on the device of the weight; made, if None.
+        packed: the row of `pack` that says the same as temperatures and stream, on the device of the weight;
+            made, if None.
 
     Raises:
         UserError: if the whole weight has 2**31 elements or more.
@@ -546,7 +548,7 @@ def sampled_weight(
         tile = min(shape[0], tile[0]), tile[1]
     first_group = first_row * shape[1] // GROUP
     if packed is None:
-        packed = pack(softness, [stream])[0].to(weight.device)
+        packed = pack(temperatures, [stream])[0].to(weight.device)
     draw = _Draw(_blocks(shape, tile), packed, first_group, first_tile)
     arguments = weight.detach().contiguous(), patterns.contiguous(), None if tiles is None else tiles.contiguous()
     return Masked(*_MaskedWeight.apply(*arguments, draw))

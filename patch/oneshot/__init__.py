@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patch import methods
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
 from patch.layers import decoder_blocks, prunable_linears
@@ -28,7 +29,7 @@ METHODS: dict[str, Method] = {
     "wanda": wanda.METHOD,
     "sparsegpt": sparsegpt.METHOD,
 }
-STRUCTURES = ("2:4", "unstructured", "hybrid")
+STRUCTURES = tuple(structure for structure in methods.STRUCTURES if structure != "dense")
 
 
 @dataclass(frozen=True)

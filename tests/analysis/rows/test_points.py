@@ -1,6 +1,5 @@
 """Trials become points: seeds are averaged, evaluations complete each other, everything else keeps points apart."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable
@@ -9,9 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.names import GUIDED
-from analysis.rows.points import DEPARTURES, RUNNING, Task, Text, gather, mean_tasks, tasks, texts, trial_labels
+from analysis.rows.points import Task, Text, gather, mean_tasks, tasks, texts, trial_labels
 from patch.errors import UserError
+from patch.learn.recipe import GUIDED
 
 RECIPE = {"mode": "joint", "steps": 200, "lr": 1e-3}
 Row = dict[str, Any]
@@ -229,16 +228,6 @@ def test_how_learning_ran_is_no_variant(study: Study, make_pruning: Make, make_t
     frame = study({name: make_trial(name, part, 30.0) for name, part in zip("ab", about, strict=True)})
     (point,) = gather(frame)
     assert point.variant == "" and point.trials == ("a", "b")
-
-
-def test_every_departure_of_the_recipe_is_known() -> None:
-    from patch.learn import recipe
-    from patch.learn.recipe import HOW_IT_RUNS, Recipe
-
-    assert recipe.GUIDED == GUIDED
-    assert set(RUNNING) == HOW_IT_RUNS
-    added = {field.name for field in dataclasses.fields(Recipe) if field.metadata.get("added")}
-    assert added == {name.rpartition(".")[2] for name in DEPARTURES if name.startswith("learning.recipe.")}
 
 
 def test_a_single_point_has_no_variant(demo: pd.DataFrame) -> None:

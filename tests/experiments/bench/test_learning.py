@@ -6,7 +6,7 @@ from pathlib import Path
 from analysis.rows.jsonl import from_lines
 from experiments.bench.learning import Bench, write
 from experiments.studies.trial import digest
-from patch.learn.recipe import RECIPES
+from patch.learn.recipe import PATCH_JOINT
 
 COMMITTED = Path(__file__).parents[3] / "results" / "bench" / "nvidia-h200" / "learning"
 
@@ -14,7 +14,7 @@ COMMITTED = Path(__file__).parents[3] / "results" / "bench" / "nvidia-h200" / "l
 def test_ways_to_run_are_different_benches(tmp_path: Path) -> None:
     entry = {"step": 1.0, "loss": 1.0, "cross_entropy": 1.0, "density": 0.5, "grad_norm": 0.1}
     for checkpointing in (False, True):
-        recipe = dataclasses.replace(RECIPES["patch-joint"], activation_checkpointing=checkpointing)
+        recipe = dataclasses.replace(PATCH_JOINT, activation_checkpointing=checkpointing)
         write(Bench("llama-3.2-1b", 16, recipe, 1), [0.5, 0.25, 0.25], [entry], 2**30, "A GPU", tmp_path, 0.0)
     paths = sorted((tmp_path / "bench" / "a-gpu" / "learning").iterdir())
     assert len(paths) == 2

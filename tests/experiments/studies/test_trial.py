@@ -22,7 +22,7 @@ from experiments.studies.trial import (
     lineage,
 )
 from patch.errors import UserError
-from patch.learn.recipe import GUIDED, RECIPES
+from patch.learn.recipe import GUIDED, MASKLLM, PATCH_JOINT
 
 
 def sparsegpt(**changes: Any) -> Pruning:
@@ -44,7 +44,7 @@ def joint(**changes: Any) -> Pruning:
         "structure": "hybrid",
         "sparsity": 0.45,
         "tile": (64, 64),
-        "learning": Learning("c4", RECIPES["patch-joint"]),
+        "learning": Learning("c4", PATCH_JOINT),
         "prior": sparsegpt(),
     }
     return Pruning(**(fields | changes))
@@ -63,7 +63,7 @@ def test_equal_definitions_hash_alike_whether_the_tile_is_a_list_or_a_tuple() ->
     assert definition(sparsegpt())["tile"] == [64, 64]
 
 
-RECIPE = RECIPES["patch-joint"]
+RECIPE = PATCH_JOINT
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
         pytest.param(joint, {"tile": None}, "needs a tile shape", id="no-tile"),
         pytest.param(joint, {"learning": None}, "needs text and a recipe", id="no-recipe"),
         pytest.param(joint, {"structure": "unstructured"}, "learns hybrid masks", id="learned-unstructured"),
-        pytest.param(joint, {"learning": Learning("c4", RECIPES["maskllm"])}, "recipe of mode joint", id="other-mode"),
+        pytest.param(joint, {"learning": Learning("c4", MASKLLM)}, "recipe of mode joint", id="other-mode"),
         pytest.param(joint, {"prior": sparsegpt(tile=(32, 32))}, "same model and tile", id="prior-of-another-tile"),
         pytest.param(sparsegpt, {"calibration": None}, "needs calibration text", id="uncalibrated"),
         pytest.param(
@@ -170,7 +170,7 @@ def test_unknown_names_get_a_hint(given: str, hint: str) -> None:
 
 
 def test_descriptions_tell_prunings_apart() -> None:
-    guided = dataclasses.replace(RECIPES["patch-joint"], **GUIDED)
+    guided = dataclasses.replace(PATCH_JOINT, **GUIDED)
     prunings = [
         Pruning("embedded", "dense", "dense", 0.0),
         sparsegpt(),

@@ -30,7 +30,7 @@ from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
 from patch.learn import learner, soft_mask
 from patch.learn.learner import CHECKPOINT, RANKED_BY, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
-from patch.learn.recipe import Recipe
+from patch.learn.recipe import Recipe, Temperatures
 from patch.learn.sensitivity import tile_sensitivity
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 
@@ -341,9 +341,9 @@ def drawn_weight(linear: nn.Linear, name: str, recipe: Recipe, model: nn.Module,
     ):
         source = soft_mask.generator(soft_mask.stream_seed(f"initial {kind}", 0, index), "cpu")
         logits[kind] = recipe.logit_std * (torch.empty(shape).normal_(generator=source) + lift)
-    softness = soft_mask.Softness(4.0, 100.0, 25.0)
+    temperatures = Temperatures(4.0, 100.0, 25.0)
     return soft_mask.sampled_weight(
-        linear.weight.detach(), logits["patterns"], logits["tiles"], RAGGED, softness, stream
+        linear.weight.detach(), logits["patterns"], logits["tiles"], RAGGED, temperatures, stream
     ).weight
 
 

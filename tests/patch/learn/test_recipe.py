@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from patch.errors import UserError
-from patch.learn.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, RECIPES, Recipe
+from patch.learn.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, Recipe
+from patch.methods import members, published_recipe
 
-NAMES = pytest.mark.parametrize("name", RECIPES)
+NAMES = pytest.mark.parametrize("name", members("learned"))
 
 
 @NAMES
 def test_a_recipe_survives_json(name: str) -> None:
-    recipe = RECIPES[name]
+    recipe = published_recipe(name)
     assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
 
 
@@ -42,7 +43,7 @@ def test_maskllm_as_published() -> None:
 @NAMES
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_schedules_are_linear_between_their_ends(name: str, steps: int) -> None:
-    recipe = dataclasses.replace(RECIPES[name], steps=steps)
+    recipe = dataclasses.replace(published_recipe(name), steps=steps)
     for step in range(steps):
         share = step / steps
         settings = recipe.at(step)
@@ -54,8 +55,9 @@ def test_schedules_are_linear_between_their_ends(name: str, steps: int) -> None:
 
 def test_the_guided_recipe_has_no_value_of_a_published_one() -> None:
     for name in ("patch-joint", "patch-tile"):
-        guided = dataclasses.replace(RECIPES[name], **CHANGES["guided"])
-        assert guided.follows_dense and all(getattr(guided, key) != getattr(RECIPES[name], key) for key in GUIDED)
+        published = published_recipe(name)
+        guided = dataclasses.replace(published, **CHANGES["guided"])
+        assert guided.follows_dense and all(getattr(guided, key) != getattr(published, key) for key in GUIDED)
     assert dataclasses.replace(PATCH_JOINT, **CHANGES["published"]) == PATCH_JOINT
 
 

@@ -18,7 +18,7 @@ SHAPES = [
     pytest.param((5, 4), (5, 4), id="one-tile-one-group-wide"),
     pytest.param((1, 12), (1, 8), id="one-row"),
 ]
-SOFTNESS = [
+TEMPERATURES = [
     pytest.param(4.0, 100.0, id="first-step"),
     pytest.param(0.05, 500.0, id="last-step"),
     pytest.param(1.0, 1.0, id="plain"),
@@ -56,7 +56,7 @@ def naive_tile(logit: float, noise: float, tau: float, scale: float) -> float:
     return powers[1] / sum(powers)
 
 
-@pytest.mark.parametrize(("tau", "scale"), SOFTNESS)
+@pytest.mark.parametrize(("tau", "scale"), TEMPERATURES)
 @pytest.mark.parametrize(("shape", "tile"), SHAPES)
 def test_soft_mask_is_the_definition(shape: tuple, tile: tuple, tau: float, scale: float) -> None:
     logits, noise = pattern_inputs(shape)
@@ -72,7 +72,7 @@ def test_soft_mask_is_the_definition(shape: tuple, tile: tuple, tau: float, scal
         assert mask[row, col].item() == pytest.approx(t + (1 - t) * expected[row, col].item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("tau", "scale"), SOFTNESS)
+@pytest.mark.parametrize(("tau", "scale"), TEMPERATURES)
 @pytest.mark.parametrize(("shape", "tile"), SHAPES)
 def test_float32_is_near_the_definition(shape: tuple, tile: tuple, tau: float, scale: float) -> None:
     logits, noise = pattern_inputs(shape)

@@ -20,8 +20,8 @@ from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.learn import philox, soft_mask, soft_mask_triton
 from patch.learn.learner import CHECKPOINT, Implementation, Learned, Prior, learn
-from patch.learn.recipe import RECIPES
-from patch.learn.soft_mask import Masked, Softness
+from patch.learn.recipe import PATCH_JOINT, Temperatures
+from patch.learn.soft_mask import Masked
 from patch.mask import TileShape, best_patterns, tile_grid, tile_sums
 
 GPU = torch.cuda.is_available()
@@ -43,9 +43,9 @@ SHAPES = [
     pytest.param((3, 1040), (2, 1032), id="tile-wider-than-a-block"),
     pytest.param((40, 80), (24, 72), id="several-programs-a-tile"),
 ]
-SOFTNESS = [
-    pytest.param(Softness(4.0, 100.0, 25.0), id="first-step"),
-    pytest.param(Softness(0.05, 500.0, 350.0), id="last-step"),
+TEMPERATURES = [
+    pytest.param(Temperatures(4.0, 100.0, 25.0), id="first-step"),
+    pytest.param(Temperatures(0.05, 500.0, 350.0), id="last-step"),
 ]
 STREAM = (3, 1, 4, 1)
 
@@ -78,15 +78,17 @@ class Case:
                 results[name] = logits.grad
         return {name: value.detach().double() for name, value in results.items()}
 
-    def fused(self, softness: Softness, stream: Sequence[int] = STREAM) -> dict[str, Tensor]:
+    def fused(self, temperatures: Temperatures, stream: Sequence[int] = STREAM) -> dict[str, Tensor]:
         case = self.copy(lambda x: x)
         return case.outcome(
-            soft_mask_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, softness, stream)
+            soft_mask_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, temperatures, stream)
         )
 
-    def eager(self, softness: Softness, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    def eager(self, temperatures: Temperatures, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         case = self.copy(lambda x: x.to(dtype))
-        return case.outcome(reference(case.weight, case.patterns, case.tiles, case.tile, softness, STREAM, dtype=dtype))
+        return case.outcome(
+            reference(case.weight, case.patterns, case.tiles, case.tile, temperatures, STREAM, dtype=dtype)
+        )
 
     def copy(self, change: Any) -> "Case":
         def leaf(logits: Tensor | None) -> Tensor | None:
@@ -104,7 +106,7 @@ def reference(
     patterns: Tensor,
     tiles: Tensor | None,
     tile: TileShape,
-    softness: Softness,
+    temperatures: Temperatures,
     stream: Sequence[int],
     *,
     first_row: int = 0,
@@ -123,7 +125,7 @@ def reference(
         tile_rows, first = -(-(rows or n) // tile[0]), first_row // tile[0]
         tile_noise = philox.tile_noise(key, tile_rows, tiles.shape[1], weight.device).to(dtype)
         tile_noise = tile_noise[first : first + len(tiles)]
-    return soft_mask.masked_weight(weight, patterns, tiles, tile, softness, pattern_noise, tile_noise)
+    return soft_mask.masked_weight(weight, patterns, tiles, tile, temperatures, pattern_noise, tile_noise)
 
 
 def make(
@@ -146,31 +148,33 @@ def make(
     return Case(normal(*shape).to(weights), patterns, tiles, tile, grads)
 
 
-def assert_equal(fused: Mapping[str, Tensor], exact: Mapping[str, Tensor], case: Case, softness: Softness) -> None:
+def assert_equal(
+    fused: Mapping[str, Tensor], exact: Mapping[str, Tensor], case: Case, temperatures: Temperatures
+) -> None:
     assert fused.keys() == exact.keys()
     coarse = torch.finfo(case.weight.dtype).eps
     torch.testing.assert_close(fused["weight"], exact["weight"], rtol=coarse, atol=3 * PRECISION)
     for name in ("kept", "squares"):
         torch.testing.assert_close(fused[name], exact[name], rtol=1e-5, atol=1e-4)
     # Gradients of saturated masks are tiny; what counts is the size that they have elsewhere.
-    for name, scale in (("patterns", softness.pattern_scale), ("tiles", softness.tile_scale)):
+    for name, scale in (("patterns", temperatures.pattern_scale), ("tiles", temperatures.tile_scale)):
         if name in fused:
             logits = case.patterns if name == "patterns" else case.tiles
             assert logits is not None
             coarse = max(1e-4, torch.finfo(logits.dtype).eps)
-            size = scale / softness.tau * (1 if name == "patterns" else max(1, case.tile[0] * case.tile[1]) ** 0.5)
+            size = scale / temperatures.tau * (1 if name == "patterns" else max(1, case.tile[0] * case.tile[1]) ** 0.5)
             torch.testing.assert_close(fused[name], exact[name], rtol=coarse, atol=2 * PRECISION * size)
 
 
 @needs_kernels
 @every_mode
-@pytest.mark.parametrize("softness", SOFTNESS)
+@pytest.mark.parametrize("temperatures", TEMPERATURES)
 @pytest.mark.parametrize(("shape", "tile"), SHAPES)
 def test_values_and_gradients_are_the_eager_ones(
-    mode: str, softness: Softness, shape: tuple[int, int], tile: TileShape
+    mode: str, temperatures: Temperatures, shape: tuple[int, int], tile: TileShape
 ) -> None:
     case = make(mode, shape, tile)
-    assert_equal(case.fused(softness), case.eager(softness), case, softness)
+    assert_equal(case.fused(temperatures), case.eager(temperatures), case, temperatures)
 
 
 @needs_kernels
@@ -178,33 +182,33 @@ def test_values_and_gradients_are_the_eager_ones(
 @pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16], ids=["logits-float32", "logits-bfloat16"])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_dtype_is_near_float64(mode: str, weights: torch.dtype, logits: torch.dtype) -> None:
-    softness = Softness(0.7, 100.0, 50.0)
+    temperatures = Temperatures(0.7, 100.0, 50.0)
     case = make(mode, (12, 28), (8, 16), weights, logits)
-    assert_equal(case.fused(softness), case.eager(softness), case, softness)
+    assert_equal(case.fused(temperatures), case.eager(temperatures), case, temperatures)
 
 
 @needs_kernels
 @every_mode
 def test_programs_of_several_blocks_add_up_to_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    softness, case = Softness(1.0, 100.0, 100.0), make(mode, (40, 80), (24, 72))
+    temperatures, case = Temperatures(1.0, 100.0, 100.0), make(mode, (40, 80), (24, 72))
     few = soft_mask_triton._blocks.__wrapped__((40, 80), (24, 72))
     monkeypatch.setattr(soft_mask_triton, "_PROGRAMS", 4)
     monkeypatch.setattr(soft_mask_triton, "_blocks", soft_mask_triton._blocks.__wrapped__)
     more = soft_mask_triton._blocks((40, 80), (24, 72))
     assert (few.steps, few.chunks) == (1, 2) and (more.steps, more.chunks) == (2, 1)
-    assert_equal(case.fused(softness), case.eager(softness), case, softness)
+    assert_equal(case.fused(temperatures), case.eager(temperatures), case, temperatures)
 
 
 @needs_kernels
 @pytest.mark.parametrize("part", ["weight", "kept", "squares"])
 def test_each_output_has_a_gradient_of_its_own(part: str) -> None:
-    softness = Softness(1.0, 10.0, 10.0)
+    temperatures = Temperatures(1.0, 10.0, 10.0)
     case = make("joint", (12, 24), (8, 16))
     grads = tuple(
         grad if name == part else torch.zeros_like(grad) for name, grad in zip(Masked._fields, case.grads, strict=True)
     )
     case = dataclasses.replace(case, grads=grads)
-    fused, exact = case.fused(softness), case.eager(softness)
+    fused, exact = case.fused(temperatures), case.eager(temperatures)
     assert exact["tiles"].abs().max() > 1e-3
     for name in ("patterns", "tiles"):
         torch.testing.assert_close(fused[name], exact[name], rtol=1e-4, atol=1e-5)
@@ -212,8 +216,8 @@ def test_each_output_has_a_gradient_of_its_own(part: str) -> None:
 
 @needs_kernels
 def test_the_same_stream_draws_the_same_bits_and_another_one_others() -> None:
-    softness, case = Softness(1.0, 100.0, 100.0), make("joint", (40, 80), (24, 72))
-    first, again, other = case.fused(softness), case.fused(softness), case.fused(softness, (3, 1, 4, 2))
+    temperatures, case = Temperatures(1.0, 100.0, 100.0), make("joint", (40, 80), (24, 72))
+    first, again, other = case.fused(temperatures), case.fused(temperatures), case.fused(temperatures, (3, 1, 4, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in ("weight", "patterns", "tiles"))
 
@@ -221,26 +225,26 @@ def test_the_same_stream_draws_the_same_bits_and_another_one_others() -> None:
 @needs_kernels
 def test_noise_does_not_depend_on_how_a_weight_is_divided() -> None:
     """Under tiles that are surely 2:4, whatever their shape, the mask is that without tiles."""
-    softness, case = Softness(1.0, 100.0, 1.0), make("maskllm", (16, 24), (8, 8))
-    expected = case.fused(softness)["weight"]
+    temperatures, case = Temperatures(1.0, 100.0, 1.0), make("maskllm", (16, 24), (8, 8))
+    expected = case.fused(temperatures)["weight"]
     for tile in ((8, 8), (12, 20), (16, 24)):
         sparse = torch.full(tile_grid((16, 24), tile), -1000.0, device=DEVICE)
-        found = dataclasses.replace(case, tiles=sparse, tile=tile).fused(softness)["weight"]
+        found = dataclasses.replace(case, tiles=sparse, tile=tile).fused(temperatures)["weight"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @needs_kernels
 @every_mode
 def test_rows_of_a_weight_are_masked_as_in_the_whole(mode: str) -> None:
-    softness, case = Softness(1.0, 100.0, 25.0), make(mode, (70, 40), (16, 12))
-    whole = soft_mask_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, softness, STREAM)
+    temperatures, case = Temperatures(1.0, 100.0, 25.0), make(mode, (70, 40), (16, 12))
+    whole = soft_mask_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, temperatures, STREAM)
     kept = torch.zeros((), device=DEVICE)
     for start, stop in ((0, 16), (16, 64), (64, 70)):  # the last, of less than a tile
         patterns = case.patterns[start:stop] if mode == "tile" else case.patterns[:, start:stop]
         tiles = None if case.tiles is None else case.tiles[start // 16 : -(-stop // 16)]
         rows = {"first_row": start, "rows": 70}
         part = soft_mask_triton.sampled_weight(
-            case.weight[start:stop], patterns, tiles, case.tile, softness, STREAM, **rows
+            case.weight[start:stop], patterns, tiles, case.tile, temperatures, STREAM, **rows
         )
         assert torch.equal(part.weight, whole.weight[start:stop])
         kept = kept + part.kept
@@ -252,19 +256,21 @@ def test_nothing_is_saved_but_the_inputs() -> None:
     case = make("joint", (16, 32), (8, 16)).copy(lambda x: x)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()), lambda x: x):
-        soft_mask_triton.sampled_weight(case.weight, case.patterns, case.tiles, case.tile, Softness(1, 1, 1), STREAM)
+        soft_mask_triton.sampled_weight(
+            case.weight, case.patterns, case.tiles, case.tile, Temperatures(1, 1, 1), STREAM
+        )
     assert case.tiles is not None
     assert set(saved) <= {tensor.data_ptr() for tensor in (case.weight, case.patterns, case.tiles)}
 
 
 @needs_kernels
 def test_shares_at_the_floor_have_no_gradient_as_in_the_eager_mask() -> None:
-    softness = Softness(0.2, 200.0, 1.0)
+    temperatures = Temperatures(0.2, 200.0, 1.0)
     case = make("joint", (16, 64), (16, 32))
     noise = philox.pattern_noise(soft_mask.stream_seed("masks", *STREAM), 16, 16, DEVICE)
-    exponents = (softness.pattern_scale * case.patterns.double() + noise) / softness.tau
+    exponents = (temperatures.pattern_scale * case.patterns.double() + noise) / temperatures.tau
     above_floor = exponents - exponents.amax(0) - math.log(torch.finfo(torch.float32).eps / 64)
-    fused, eager = case.fused(softness)["patterns"], case.eager(softness, torch.float32)["patterns"]
+    fused, eager = case.fused(temperatures)["patterns"], case.eager(temperatures, torch.float32)["patterns"]
     # Neither mask is exact to better than this.
     held, free = above_floor < -0.01, above_floor > 0.01
     assert held.double().mean() > 0.2 and free.double().mean() > 0.2
@@ -278,7 +284,7 @@ def test_shares_at_the_floor_have_no_gradient_as_in_the_eager_mask() -> None:
 def test_extreme_logits_keep_masks_and_gradients_finite(mode: str, spread: float) -> None:
     case = make(mode, (8, 20), (4, 8), std=spread)
     case = dataclasses.replace(case, weight=torch.ones_like(case.weight))
-    fused = case.fused(Softness(0.05, 500.0, 350.0))
+    fused = case.fused(Temperatures(0.05, 500.0, 350.0))
     assert all(value.isfinite().all() for value in fused.values())
     assert fused["weight"].min() >= 0 and fused["weight"].max() <= 1 + 1e-6
 
@@ -289,13 +295,13 @@ def test_a_value_that_is_not_a_number_does_not_pass_unseen(where: str) -> None:
     case = make("joint", (8, 16), (4, 8)).copy(lambda x: x)
     with torch.no_grad():
         getattr(case, where).view(-1)[-1] = torch.nan
-    fused = case.fused(Softness(1.0, 1.0, 1.0))
+    fused = case.fused(Temperatures(1.0, 1.0, 1.0))
     assert fused["weight"][-1].isnan().any() and fused["squares"].isnan()
 
 
 @needs_kernels
 def test_inputs_need_not_be_contiguous() -> None:
-    softness, case = Softness(1.0, 100.0, 100.0), make("joint", (12, 16), (8, 8))
+    temperatures, case = Temperatures(1.0, 100.0, 100.0), make("joint", (12, 16), (8, 8))
     assert case.tiles is not None
     strided = dataclasses.replace(
         case,
@@ -304,7 +310,7 @@ def test_inputs_need_not_be_contiguous() -> None:
         tiles=case.tiles.t().contiguous().t(),
         grads=(case.grads[0].t().contiguous().t(), *case.grads[1:]),
     )
-    expected, found = case.fused(softness), strided.fused(softness)
+    expected, found = case.fused(temperatures), strided.fused(temperatures)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -317,7 +323,7 @@ def test_patterns_are_sampled_as_often_as_their_softmax_says() -> None:
         logits.view(6, 1, 1).expand(6, rows, groups),
         None,
         (64, 64),
-        Softness(1e-6, 1.0, 1.0),
+        Temperatures(1e-6, 1.0, 1.0),
         STREAM,
     )
     shares = torch.bincount(best_patterns(masked.weight).flatten().long(), minlength=6) / (rows * groups)
@@ -327,13 +333,13 @@ def test_patterns_are_sampled_as_often_as_their_softmax_says() -> None:
 def test_a_weight_beyond_32_bit_offsets_is_refused() -> None:
     weight = torch.empty(2**16, 2**15, device="meta")
     with pytest.raises(UserError, match="2\\*\\*31"):
-        soft_mask_triton.sampled_weight(weight, weight, None, (64, 64), Softness(1, 1, 1), STREAM)
+        soft_mask_triton.sampled_weight(weight, weight, None, (64, 64), Temperatures(1, 1, 1), STREAM)
 
 
 # --- in the learner -------------------------------------------------------------------------------------------------
 
 SHORT = dataclasses.replace(
-    RECIPES["patch-joint"],
+    PATCH_JOINT,
     steps=2,
     batch=2,
     microbatch=2,

@@ -1,0 +1,85 @@
+"""What is known of each method: one entry of `METHODS`, plain data that every part of the house reads.
+
+Lists, help texts, checks, tables and figures derive from the entries, in their order, which is the reading order of
+tables. A learned method is one entry and its recipe; a one-shot method also is a module of `patch.oneshot`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from patch.errors import check_name
+from patch.learn.recipe import MASKLLM, PATCH_JOINT, PATCH_TILE, Recipe
+
+Family = Literal["dense", "one-shot", "learned"]
+
+# In reading order; masks of the latter two are made of tiles.
+STRUCTURES = ("dense", "unstructured", "2:4", "hybrid")
+TILED = ("2:4", "hybrid")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name: on the command line, in definitions and in rows.
+        label: in tables and figures.
+        color: of its curves and markers, such as ``#0173b2``; these are told apart by the colour-blind too.
+        marker: matplotlib's sign for it; none for a line.
+        recipe: the published one, of a method that learns.
+        prior: the method whose 2:4 mask learning starts from, if nothing else is said.
+        emphasis: drawn larger where positive, and in front of what has less.
+        published: what the tables of the PATCH paper call it, where that is not its name.
+    """
+
+    name: str
+    label: str
+    color: str
+    marker: str
+    recipe: Recipe | None = None
+    prior: str | None = None
+    emphasis: int = 0
+    published: str | None = None
+
+    @property
+    def family(self) -> Family:
+        """How it finds a mask."""
+        if self.recipe is not None:
+            return "learned"
+        return "dense" if self.name == "dense" else "one-shot"
+
+    @property
+    def structure(self) -> str:
+        """Of the masks that it learns: 2:4 where the recipe learns patterns alone."""
+        return "2:4" if self.recipe and self.recipe.mode == "maskllm" else "hybrid"
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("dense", "Dense", "#404040", ""),
+        Method("magnitude", "Magnitude", "#949494", "p"),
+        Method("wanda", "Wanda", "#56b4e9", "^"),
+        Method("sparsegpt", "SparseGPT", "#0173b2", "s"),
+        Method("maskllm", "MaskLLM", "#029e73", "D", MASKLLM, "sparsegpt"),
+        Method("patch-tile", "PATCH tile", "#de8f05", "v", PATCH_TILE, "maskllm", emphasis=1, published="patch"),
+        Method("patch-joint", "PATCH joint", "#d55e00", "o", PATCH_JOINT, "sparsegpt", emphasis=2, published="patch"),
+    )
+}
+
+
+def members(family: Family) -> tuple[str, ...]:
+    """The methods of a family."""
+    return tuple(method.name for method in METHODS.values() if method.family == family)
+
+
+def published_recipe(name: str) -> Recipe:
+    """The published recipe of a method that learns."""
+    recipe = METHODS[check_name("learned method", name, members("learned"))].recipe
+    assert recipe is not None
+    return recipe
+
+
+def label_of(name: str) -> str:
+    """What a method is called in tables and figures; rows may have methods that are not known any more."""
+    return METHODS[name].label if name in METHODS else name
