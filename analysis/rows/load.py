@@ -1,22 +1,23 @@
-"""Measured rows, one JSON object per line, as one table.
+"""Measured rows as one table.
 
-A results directory holds ``rows/<trial>/<stage>.jsonl``. Rows are never edited, so anything that does not read exactly
-as it was written is an error that names the file and the line, not something to skip.
+A results directory holds a journal, ``rows/<trial>/<stage>.jsonl``. Rows are never edited, so anything that does not
+read exactly as it was written is an error that names the file and the line, not something to skip.
 
-    >>> frame = load_rows(Path("results/rows"))
+    >>> frame = load_rows(Path("runs/rows"))
     >>> frame[frame.metric == "perplexity"][["model", "method", "achieved", "value"]]
 """
 
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.rows.jsonl import SCHEMA, whole
+from analysis.rows.format import Row, check_row
+from analysis.rows.jsonl import numbered
 from patch.errors import UserError
 
 _DTYPES = {
@@ -26,12 +27,15 @@ _DTYPES = {
     "structure": "object",
     "sparsity": "float64",
     "tile": "object",
-    "seed": "int64",
+    "seed": "Int64",
     "stage": "object",
     "metric": "object",
     "value": "float64",
     "unit": "object",
     "stderr": "float64",
+    "p20": "float64",
+    "p80": "float64",
+    "runs": "int64",
     "source": "object",
     "length": "Int64",
     "task": "object",
@@ -41,6 +45,7 @@ _DTYPES = {
     "limit": "Int64",
     "gpu": "object",
     "git": "object",
+    "dirty": "object",
     "software": "object",
     "time": "object",
     "checkpoint": "object",
@@ -49,46 +54,30 @@ _DTYPES = {
     "origin": "object",
 }
 COLUMNS = tuple(_DTYPES)
+_canonical = json.JSONEncoder(sort_keys=True).encode
+_LABELS = ("source", "length", "task", "layer", "step")
 
-# The fields of a row and of its definition that the columns are made of, and what JSON they may be.
-_NUMBER = (int, float)
-_OPTIONAL_NUMBER = (*_NUMBER, type(None))
-_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "trial": (str,),
-    "definition": (dict,),
-    "stage": (str,),
-    "metric": (str,),
-    "value": _OPTIONAL_NUMBER,
-    "unit": (str,),
-    "stderr": _OPTIONAL_NUMBER,
-    "labels": (dict,),
-    "provenance": (dict,),
-}
-_DEFINITION_FIELDS: Mapping[str, tuple[type, ...]] = {"pruning": (dict,), "evaluation": (dict,)}
-_PRUNING_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "model": (str,),
-    "method": (str,),
-    "structure": (str,),
-    "sparsity": _NUMBER,
-    "tile": (list, type(None)),
-    "seed": (int,),
-}
+# What is done with what cannot be read: told, and left out.
+OnDamage = Callable[[str], None]
 
 
-def load_rows(root: Path, trials: Collection[str] | None = None) -> pd.DataFrame:
+def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDamage | None = None) -> pd.DataFrame:
     """Every row below a directory, or of one file.
 
     Args:
         root: a directory, searched for ``*.jsonl`` at any depth, or a file.
         trials: hashes of the trials that are wanted; all by default.
+        on_damage: called with a line about each file that cannot be read; its trial is left out, in full. Without, the
+            first such file is an error.
 
     Returns:
         One line per row, in the order of file names, with the columns `COLUMNS`. ``sparsity`` is the target and
         ``achieved`` what the trial's prune stage measured (NaN where it has no rows). ``tile`` reads ``64x64`` or is
         None. ``source``, ``length``, ``task``, ``layer`` and ``step`` are the labels of those names. ``limit`` is how
-        many items of a task were evaluated, where not all. ``checkpoint`` is the content hash of what was measured,
-        None in rows that are older than it. ``definition`` is the trial's, as JSON data. ``origin`` is
-        ``file:line``, relative to ``root``. No rows give an empty table.
+        many items of a task were evaluated, where not all. ``dirty`` says whether the working tree had changes that
+        are not in ``git``. ``checkpoint`` is the content hash of what was measured, None in rows that are older than
+        it. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``, relative to ``root``. No rows
+        give an empty table.
 
     Raises:
         UserError: naming file and line, if ``root`` is not there, a row is of a newer schema, is not a whole JSON
@@ -97,28 +86,21 @@ def load_rows(root: Path, trials: Collection[str] | None = None) -> pd.DataFrame
     root = Path(root)
     if not root.exists():
         raise UserError(f"no rows at {root}: run a study first, or name the results directory that has them")
-    facts: dict[tuple[str, ...], dict[str, Any]] = {}
-    definitions: dict[str, tuple[dict[str, Any], str]] = {}
+    table = _Table()
+    refused = set()
     for path in _files(root, trials):
-        for number, row in _read(path):
-            if trials is not None and row["trial"] not in trials:
-                continue
-            where = f"{path}:{number}"
-            definition, first = definitions.setdefault(row["trial"], (row["definition"], where))
-            if definition != row["definition"]:
-                raise UserError(f"{where}: trial {row['trial']} has another definition than at {first}")
-            origin = f"{path.name if root.is_file() else path.relative_to(root)}:{number}"
-            record = _record(row, definition, origin)
-            earlier = facts.setdefault(_identity(row), record)
-            if earlier is not record and _outcome(earlier) != _outcome(record):
-                raise UserError(
-                    f"{where}: {row['metric']} of trial {row['trial']} is {row['value']}, but {earlier['value']} at "
-                    f"{earlier['origin']}: remove the one that is wrong"
-                )
-    frame = pd.DataFrame(list(facts.values()), columns=list(COLUMNS)).astype(_DTYPES)
-    achieved = frame[(frame.stage == "prune") & (frame.metric == "sparsity")].set_index("trial").value
-    frame["achieved"] = frame.trial.map(achieved).astype("float64")
-    return frame
+        name = path.name if root.is_file() else str(path.relative_to(root))
+        try:
+            rows = numbered(_bytes(path), str(path))
+            table.add(
+                rows if trials is None else [(n, row) for n, row in rows if row.get("trial") in trials], path, name
+            )
+        except UserError as error:
+            if on_damage is None:
+                raise
+            on_damage(str(error))
+            refused.add(path.parent.name)
+    return table.frame(refused)
 
 
 def records(frame: pd.DataFrame) -> Iterator[Any]:
@@ -137,66 +119,89 @@ def _files(root: Path, trials: Collection[str] | None) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    above: dict[str, Any] | None = None
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = whole(line, above)
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: not a whole JSON row ({error}): the file was cut off or edited; remove it and run "
-                "the study again, which measures only what is missing"
-            ) from error
-        _check(row, f"{path}:{number}")
-        above = row
-        yield number, row
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _check(row: Any, where: str) -> None:
-    schema = row.get("schema") if isinstance(row, dict) else None
-    if not isinstance(schema, int):
-        raise UserError(f"{where}: no row of measurements, for it names no schema: remove the file from the rows")
-    if schema > SCHEMA:
-        raise UserError(
-            f"{where}: row of schema {schema}, but this version reads up to schema {SCHEMA}: "
-            "update hybrid-tile-sparsity, or name a results directory that this version wrote"
-        )
-    _check_fields(row, _FIELDS, where)
-    _check_fields(row["definition"], _DEFINITION_FIELDS, f"{where}: definition")
-    _check_fields(row["definition"]["pruning"], _PRUNING_FIELDS, f"{where}: definition.pruning")
+class _Table:
+    """Rows as the lines of a table, each fact once."""
+
+    def __init__(self) -> None:
+        self._facts: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._definitions: dict[str, tuple[Row, str]] = {}
+
+    def add(self, rows: list[tuple[int, Row]], path: Path, name: str) -> None:
+        """Add the rows of a file, with their line numbers.
+
+        Raises:
+            UserError: if one is damaged, or contradicts another.
+        """
+        above: Row | None = None
+        about: dict[str, Any] = {}
+        where_measured: dict[str, Any] = {}
+        for number, row in rows:
+            where = f"{path}:{number}"
+            check_row(row, where, above)
+            # Most rows share these objects with the one above.
+            if above is None or row["definition"] is not above["definition"] or row["trial"] != above["trial"]:
+                definition, first = self._definitions.setdefault(row["trial"], (row["definition"], where))
+                if definition != row["definition"]:
+                    raise UserError(f"{where}: trial {row['trial']} has another definition than at {first}")
+                about = _about(definition)
+            if above is None or row["provenance"] is not above["provenance"]:
+                where_measured = _where_measured(row["provenance"])
+            above = row
+            labels = row["labels"]
+            record = about | where_measured | {label: labels.get(label) for label in _LABELS}
+            record |= {field: row[field] for field in _MEASURED}
+            record["origin"] = f"{name}:{number}"
+            earlier = self._facts.setdefault(_identity(row), record)
+            if earlier is not record and _outcome(earlier) != _outcome(record):
+                raise UserError(
+                    f"{where}: {row['metric']} of trial {row['trial']} is {row['value']}, but {earlier['value']} at "
+                    f"{earlier['origin']}: remove the one that is wrong"
+                )
+
+    def frame(self, without: Collection[str] = ()) -> pd.DataFrame:
+        """The table, but for some trials."""
+        facts = [fact for fact in self._facts.values() if fact["trial"] not in without]
+        columns = {name: [fact.get(name) for fact in facts] for name in COLUMNS}
+        frame = pd.DataFrame({name: pd.Series(columns[name], dtype=dtype) for name, dtype in _DTYPES.items()})
+        achieved = frame[(frame.stage == "prune") & (frame.metric == "sparsity")].set_index("trial").value
+        frame["achieved"] = frame.trial.map(achieved).astype("float64")
+        return frame
 
 
-def _check_fields(part: dict[str, Any], fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    for name, types in fields.items():
-        if name not in part:
-            raise UserError(f"{where}: no field '{name}'")
-        if not isinstance(part[name], types):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-            raise UserError(f"{where}: field '{name}' is {part[name]!r}, not {wanted}")
+_MEASURED = ("trial", "stage", "metric", "value", "unit", "stderr", "p20", "p80", "runs", "labels")
 
 
-def _record(row: dict[str, Any], definition: dict[str, Any], origin: str) -> dict[str, Any]:
-    pruning, labels, provenance = definition["pruning"], row["labels"], row["provenance"]
+def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say what was measured; of a bench the model alone."""
+    pruning = definition.get("pruning", definition)
+    tile = pruning.get("tile")
     return {
-        **{name: row[name] for name in ("trial", "stage", "metric", "value", "unit", "stderr", "labels")},
-        **{name: pruning[name] for name in ("model", "method", "structure", "sparsity", "seed")},
-        **{name: labels.get(name) for name in ("source", "length", "task", "layer", "step")},
-        **{name: provenance.get(name) for name in ("gpu", "git", "time", "checkpoint")},
-        "software": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
-        "tile": "x".join(str(side) for side in pruning["tile"]) if pruning["tile"] else None,
-        "limit": definition["evaluation"].get("limit"),
+        **{name: pruning.get(name) for name in ("model", "method", "structure", "sparsity", "seed")},
+        "tile": "x".join(str(side) for side in tile) if tile else None,
+        "limit": definition.get("evaluation", {}).get("limit"),
         "definition": definition,
-        "origin": origin,
     }
 
 
-def _identity(row: dict[str, Any]) -> tuple[str, ...]:
+def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint")},
+        "software": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
+    }
+
+
+def _identity(row: Row) -> tuple[str, ...]:
     """What a row is about; rows that agree in this state the same fact."""
     # A tile map is the outcome, though it stands among the labels.
     labels = {name: value for name, value in row["labels"].items() if name != "tile_map"}
-    return row["trial"], row["stage"], row["metric"], json.dumps(labels, sort_keys=True)
+    return row["trial"], row["stage"], row["metric"], _canonical(labels)
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:

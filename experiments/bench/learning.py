@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.rows.jsonl import SCHEMA, to_lines
+from analysis.rows.format import SCHEMA
+from analysis.rows.jsonl import to_lines
 from experiments.bench.model import build
 from experiments.data.models import REGISTRY
 from experiments.run.provenance import provenance

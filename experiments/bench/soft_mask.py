@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.rows.jsonl import SCHEMA, to_lines
+from analysis.rows.format import SCHEMA
+from analysis.rows.jsonl import to_lines
 from experiments.bench import model
 from experiments.data.models import REGISTRY
 from experiments.run.provenance import provenance

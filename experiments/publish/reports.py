@@ -1,5 +1,6 @@
 """Reports: a study's tables and figures as files, a GPU's measured speed, and all of it as one page."""
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -22,15 +23,22 @@ from experiments.studies.trial import Trial, key
 from patch.errors import UserError, check_name
 from patch.files import write_atomic
 
+logger = logging.getLogger(__name__)
+
 
 def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
-    """What was measured of some trials.
+    """What was measured of some trials; those whose files are damaged are named and left out.
 
     Raises:
         UserError: if nothing was.
     """
-    found = load_rows(store.root / "rows", {key(trial) for trial in trials})
+    damaged: list[str] = []
+    found = load_rows(store.root / "rows", {key(trial) for trial in trials}, damaged.append)
     found = found[found.stage != FAILURE]
+    if damaged and found.empty:
+        raise UserError(damaged[0])
+    for problem in damaged:
+        logger.warning("left out: %s", problem)
     if found.empty:
         raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
     return found

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from analysis.rows.format import Fact
 from experiments.run.packed import skipped
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
-from experiments.run.store import Fact, Store
+from experiments.run.store import Store
 from experiments.studies.trial import KernelGrid, ModelGrid, Trial
 from patch.errors import UserError
 

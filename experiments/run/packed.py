@@ -34,12 +34,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.eval import perplexity
 from experiments.run import projected
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
-from experiments.run.store import SKIPPED, Fact, Store
+from experiments.run.store import SKIPPED, Store
 from experiments.studies.trial import Packed, Perplexity, Pruning, Trial, Workload
 from patch.checkpoint import TILED, load_masks
 from patch.contexts import evaluating
@@ -351,8 +352,8 @@ def speed_facts(speeds: "dict[str, Speed]", work: Workload, about: dict[str, obj
     labels = about | {"kind": work.kind, "batch": work.batch, "length": work.length}
     facts = []
     for name, speed in speeds.items():
-        spread = {"p20": round(speed.time.p20, 2), "p80": round(speed.time.p80, 2), "runs": speed.time.runs}
-        facts.append(Fact(f"{name}_time", round(speed.time.median, 2), "us", labels | spread))
+        middle, low, high = (round(time, 2) for time in (speed.time.median, speed.time.p20, speed.time.p80))
+        facts.append(Fact(f"{name}_time", middle, "us", labels, None, low, high, speed.time.runs))
         facts.append(Fact("peak_memory", speed.peak, "B", labels | {"implementation": name}))
     if "packed" in speeds:
         facts.append(Fact("speedup", speeds["dense"].time.median / speeds["packed"].time.median, "1", labels))

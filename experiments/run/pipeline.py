@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.eval import perplexity, tasks
 from experiments.run import grids, packed
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.store import Fact, Store
+from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Perplexity, Pruning, Trial, definition, describe, key, lineage
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
@@ -172,7 +173,7 @@ def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
     rows = store.read_rows(twin, stage)
     if not rows or any(row["provenance"].get("checkpoint") != content for row in rows):
         return False
-    facts = [Fact(*(row[name] for name in ("metric", "value", "unit", "labels", "stderr"))) for row in rows]
+    facts = [Fact(**{field.name: row[field.name] for field in dataclasses.fields(Fact)}) for row in rows]
     store.write_rows(trial, stage, facts, rows[0]["provenance"])
     return True
 

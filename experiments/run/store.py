@@ -4,6 +4,7 @@
 
     <root>/rows/<trial>/definition.json        what the trial is
     <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
+    <root>/rows/<trial>/<stage>.jsonl.damaged  what was found cut off or changed, before it was measured again
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
     <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
@@ -15,62 +16,29 @@ that a later one could mistake for a result.
 """
 
 import json
+import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.jsonl import SCHEMA, Row, from_lines, to_lines
+from analysis.rows.format import Damaged, Fact, Row, as_rows, check_row
+from analysis.rows.jsonl import numbered, to_lines
 from experiments.run import leases
 from experiments.run.leases import Holder
 from experiments.studies.trial import Pruning, Trial, definition, key
-from patch.errors import one_line
+from patch.errors import UserError, one_line
 from patch.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 FAILURE = "failure"
 # The metric of the one row of a stage that the machine could not measure; it says why.
 SKIPPED = "skipped"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One measured number, before it knows what it belongs to.
-
-    Attributes:
-        stderr: standard error, of what was estimated.
-        p20, p80, runs: percentiles and number of the runs whose median ``value`` is.
-    """
-
-    metric: str
-    value: float | None
-    unit: str
-    labels: dict[str, Any]
-    stderr: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    runs: int = 1
-
-
-def as_rows(
-    trial: str, about: dict[str, Any], stage: str, facts: Iterable[Fact], provenance: dict[str, Any]
-) -> list[Row]:
-    """Facts as the rows that are written.
-
-    Args:
-        trial: the hash of what was measured.
-        about: its definition.
-    """
-    common = {"schema": SCHEMA, "trial": trial, "definition": about, "stage": stage}
-    return [
-        common
-        | {"metric": fact.metric, "value": fact.value, "unit": fact.unit, "labels": fact.labels}
-        | {"stderr": fact.stderr, "p20": fact.p20, "p80": fact.p80, "runs": fact.runs, "provenance": provenance}
-        for fact in facts
-    ]
 
 
 @dataclass(frozen=True)
@@ -90,14 +58,32 @@ class Store:
         return self.root / "rows" / key(trial) / (re.sub(r"[^\w.@-]", "-", stage) + ".jsonl")
 
     def has_rows(self, trial: Trial, stage: str) -> bool:
-        return self.rows_path(trial, stage).exists()
+        """Whether a stage is complete; a file that was cut off or changed is as good as none.
 
-    def read_rows(self, trial: Trial, stage: str) -> list[dict[str, Any]]:
-        """The rows of a stage; none if it is not complete."""
+        Raises:
+            UserError: if it is of a newer schema.
+        """
+        return self._whole(trial, stage) is not None
+
+    def read_rows(self, trial: Trial, stage: str) -> list[Row]:
+        """The rows of a stage; none if it is not complete.
+
+        Raises:
+            UserError: if they are of a newer schema.
+        """
+        return self._whole(trial, stage) or []
+
+    def _whole(self, trial: Trial, stage: str) -> list[Row] | None:
+        path, name = self.rows_path(trial, stage), key(trial)
+        above: Row | None = None
+        rows = []
         try:
-            return from_lines(self.rows_path(trial, stage).read_text())
-        except FileNotFoundError:
-            return []
+            for number, row in numbered(path.read_bytes(), str(path)):
+                check_row(row, f"{path}:{number}", above)
+                rows.append(above := row)
+        except (FileNotFoundError, Damaged):
+            return None
+        return rows if all(row["trial"] == name for row in rows) else None
 
     def was_skipped(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete only because the machine could not measure it."""
@@ -118,6 +104,10 @@ class Store:
         about = path.with_name("definition.json")
         if not about.exists():
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
+        if path.exists() and not self.has_rows(trial, stage):
+            aside = path.with_name(path.name + ".damaged")
+            path.replace(aside)
+            logger.warning("%s was cut off or changed: set aside as %s and measured again", path, aside.name)
         write_atomic(path, to_lines(as_rows(key(trial), definition(trial), stage, facts, provenance)))
 
     def write_failure(self, trial: Trial, during: str, error: BaseException, provenance: dict[str, Any]) -> None:
@@ -133,10 +123,14 @@ class Store:
 
     def failure(self, trial: Trial) -> dict[str, Any] | None:
         """The labels of a failed trial's row (``during``, ``error``, ``traceback``); None if it has not failed."""
+        path = self.rows_path(trial, FAILURE)
         try:
-            return from_lines(self.rows_path(trial, FAILURE).read_text())[0]["labels"]
+            labels: dict[str, Any] = numbered(path.read_bytes(), str(path))[0][1]["labels"]
+            return {"during": str(labels["during"]), "error": str(labels["error"]), **labels}
         except FileNotFoundError:
             return None
+        except (UserError, LookupError, TypeError):
+            return {"during": "unknown", "error": f"failed, but {path} cannot be read", "traceback": ""}
 
     def clear_failure(self, trial: Trial) -> None:
         """Forget the failure of a trial that is tried again."""

@@ -7,9 +7,10 @@ from forty_study import forty_trials
 from rich.console import Console
 from tiny_study import tiny_trials
 
+from analysis.rows.format import Fact
 from experiments.run import pipeline
 from experiments.run.runtime import Machine
-from experiments.run.store import Fact, Store
+from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Evaluation, Perplexity, Trial, key
 from slurm import commands, plan, progress

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.rows.jsonl import SCHEMA, to_lines
+from analysis.rows.format import SCHEMA
+from analysis.rows.jsonl import to_lines
 from analysis.rows.load import COLUMNS, load_rows
 from patch.errors import UserError
 
@@ -76,6 +77,30 @@ def test_only_the_trials_asked_for_are_read(tmp_path: Path, rows: list[Row]) -> 
     assert load_rows(tmp_path, {"cccccccccccc"}).empty
     with pytest.raises(UserError, match="not a whole JSON row"):
         load_rows(tmp_path)
+
+
+def test_a_damaged_file_is_told_and_its_trial_left_out_while_others_are_read(tmp_path: Path, rows: list[Row]) -> None:
+    for trial in ("0a1b2c3d4e5f", "bbbbbbbbbbbb", "cccccccccccc"):
+        write(tmp_path / trial / "prune.jsonl", [row | {"trial": trial} for row in rows])
+    (tmp_path / "bbbbbbbbbbbb" / "task-piqa.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "cccccccccccc" / "task-piqa.jsonl").write_bytes(b"")
+    told: list[str] = []
+    assert set(load_rows(tmp_path, on_damage=told.append).trial) == {"0a1b2c3d4e5f"}
+    assert ["bbbbbbbbbbbb/task-piqa.jsonl:1: " in told[0], "cccccccccccc/task-piqa.jsonl: " in told[1]] == [True, True]
+    with pytest.raises(UserError, match=r"task-piqa\.jsonl"):
+        load_rows(tmp_path)
+
+
+def test_the_spread_of_runs_among_labels_becomes_columns(tmp_path: Path, rows: list[Row]) -> None:
+    timed = rows[0] | {"metric": "dense_time", "labels": {"batch": 1, "p20": 1.5, "p80": 2.5, "runs": 10}}
+    (row,) = load_rows(write(tmp_path / "rows.jsonl", [timed])).itertuples()
+    assert (row.p20, row.p80, row.runs, row.labels) == (1.5, 2.5, 10, {"batch": 1})
+
+
+@pytest.mark.parametrize("schema", [0, -1, True, "2", None])
+def test_an_unknown_schema_is_refused(tmp_path: Path, rows: list[Row], schema: object) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*schema"):
+        load_rows(write(tmp_path / "rows.jsonl", [rows[0] | {"schema": schema}]))
 
 
 def test_one_file_may_hold_many_trials(tmp_path: Path, rows: list[Row]) -> None:

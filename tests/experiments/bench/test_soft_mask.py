@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.rows.jsonl import SCHEMA, from_lines
+from analysis.rows.format import SCHEMA
+from analysis.rows.jsonl import from_lines
 from experiments.bench import soft_mask
 from experiments.bench.soft_mask import Bench, Fact, bytes_moved, draw
 

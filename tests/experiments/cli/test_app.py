@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.rows.jsonl import SCHEMA
+from analysis.rows.format import SCHEMA
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import key

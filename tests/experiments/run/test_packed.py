@@ -1,7 +1,6 @@
 """The packed half of a trial: its stages, what they measure of a small model on a CPU, and one artefact throughout."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from analysis.rows.format import Fact
+from analysis.rows.jsonl import to_lines
 from analysis.rows.load import load_rows
 from analysis.rows.points import gather
 from experiments.bench import model
@@ -22,7 +23,7 @@ from experiments.run import packed, pipeline
 from experiments.run.packed import agrees
 from experiments.run.projected import at_depth, carried_shares, carried_tile, dense_shares
 from experiments.run.runtime import Machine
-from experiments.run.store import Fact, Store
+from experiments.run.store import Store
 from experiments.studies import build, registry
 from experiments.studies.trial import (
     WORKLOADS,
@@ -205,7 +206,7 @@ def test_the_rows_of_a_timed_trial(
     for metric, value, unit in (("dense_time", 30, "us"), ("packed_time", 20, "us"), ("speedup", 1.5, "1")):
         assert (row[metric]["value"], row[metric]["unit"]) == (value, unit)
         assert labels.items() <= row[metric]["labels"].items()
-    assert {"p20": 19, "p80": 22, "runs": 10}.items() <= row["packed_time"]["labels"].items()
+    assert {"p20": 19, "p80": 22, "runs": 10}.items() <= row["packed_time"].items()
     dense = rows(trials[0], moved, "speed:decode@16x1")
     assert dense["speedup"]["value"] == 1 and "packed_time" not in dense
     lines = moved.read_rows(trials[2], "speed:prefill@8x2048")
@@ -260,7 +261,7 @@ def test_a_point_of_a_changed_checkpoint_is_not_drawn(ran: tuple[list[Trial], St
         if stage == "pack":
             for line in lines:
                 line["provenance"]["checkpoint"] = "0" * 64
-        (tmp_path / store.rows_path(trial, stage).name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / store.rows_path(trial, stage).name).write_text(to_lines(lines))
     with pytest.raises(UserError, match="different checkpoints"):
         gather(load_rows(tmp_path))
 

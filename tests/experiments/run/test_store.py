@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.rows.jsonl import SCHEMA, from_lines, to_lines
-from experiments.run.store import Fact, Store
+from analysis.rows.format import SCHEMA, Fact
+from analysis.rows.jsonl import from_lines, to_lines
+from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
+from patch.errors import UserError
 
 TRIAL = Trial(Pruning("embedded", "wanda", "2:4", 0.5, (64, 64), calibration=Calibration()), Evaluation())
 
@@ -38,6 +40,67 @@ def test_stages_have_files_of_their_own_inside_the_trial(tmp_path: Path) -> None
     paths = [Store(tmp_path).rows_path(TRIAL, stage) for stage in stages]
     assert len(set(paths)) == len(stages)
     assert {path.resolve().parent for path in paths} == {(tmp_path / "rows" / key(TRIAL)).resolve()}
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    facts = [Fact("loss", 1.0 / step, "1", {"step": step}) for step in range(1, 5)]
+    Store(tmp_path).write_rows(TRIAL, "prune", facts, {"git": "abc"})
+    return Store(tmp_path).rows_path(TRIAL, "prune")
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut at a line's end": lambda data: b"".join(data.splitlines(keepends=True)[:3]),
+    "end cut off": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
+    "cut within a line": lambda data: data[: len(data) // 2],
+    "a row gone": lambda data: b"".join(data.splitlines(keepends=True)[i] for i in (0, 1, 3, 4)),
+    "a digit changed": lambda data: data.replace(b'"value": 0.5', b'"value": 0.7'),
+    "not utf-8": lambda data: data.replace(b"abc", b"a\xffc"),
+    "written twice": lambda data: data + data,
+    "schema -1": lambda data: data.replace(b'"schema": 3', b'"schema": -1'),
+    "of another trial": lambda data: to_lines(row | {"trial": "0" * 12} for row in from_lines(data.decode())).encode(),
+    "a field of another kind": lambda data: to_lines(
+        row | {"labels": [1]} for row in from_lines(data.decode())
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_stage_is_not_complete_and_is_set_aside_when_measured_again(
+    damage: str, stored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, whole = Store(tmp_path), stored.read_bytes()
+    broken = DAMAGES[damage](whole)
+    assert broken != whole and store.has_rows(TRIAL, "prune")
+    stored.write_bytes(broken)
+    assert not store.has_rows(TRIAL, "prune") and store.read_rows(TRIAL, "prune") == []
+    store.write_rows(TRIAL, "prune", [Fact("sparsity", 0.5, "1", {})], {"git": "def"})
+    assert [row["value"] for row in store.read_rows(TRIAL, "prune")] == [0.5]
+    assert stored.with_name("prune.jsonl.damaged").read_bytes() == broken
+    assert "prune.jsonl" in caplog.text
+
+
+def test_rows_of_a_newer_schema_are_neither_complete_nor_missing(stored: Path, tmp_path: Path) -> None:
+    stored.write_bytes(stored.read_bytes().replace(b'"schema": 3', b'"schema": 4'))
+    with pytest.raises(UserError, match="schema 4"):
+        Store(tmp_path).has_rows(TRIAL, "prune")
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_files_of_before_there_was_an_end_are_complete(schema: int, stored: Path, tmp_path: Path) -> None:
+    old = stored.read_text().replace('"schema": 3', f'"schema": {schema}').splitlines(keepends=True)[:-1]
+    stored.write_text("".join(old))
+    assert Store(tmp_path).has_rows(TRIAL, "prune") and len(Store(tmp_path).read_rows(TRIAL, "prune")) == 4
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"{}", b"[]\n"], ids=["empty", "not utf-8", "no row", "list"])
+def test_a_failure_that_cannot_be_read_is_still_one(data: bytes, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_failure(TRIAL, "prune", ValueError("no"), {})
+    assert (store.failure(TRIAL) or {})["error"] == "ValueError: no"
+    store.rows_path(TRIAL, "failure").write_bytes(data)
+    assert "failure.jsonl" in (store.failure(TRIAL) or {})["error"]
 
 
 HOLDER = """
@@ -98,4 +161,4 @@ def test_rows_read_as_they_were_written(rows: list[dict[str, object]]) -> None:
 def test_what_rows_share_is_written_once() -> None:
     shared = {"schema": SCHEMA, "definition": "d" * 1000, "labels": {}}
     text = to_lines([shared | {"value": value} for value in (1.0, 2.0, 2.0)])
-    assert text.splitlines()[1:] == ['{"value": 2.0}', "{}"] and text.count("d" * 1000) == 1
+    assert text.splitlines()[1:-1] == ['{"value": 2.0}', "{}"] and text.count("d" * 1000) == 1
