@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch.layers import prunable_linears
-from patch.learn.learner import Prior
+from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT
 from patch.mask import best_patterns, tile_sums
 

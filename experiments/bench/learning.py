@@ -31,7 +31,8 @@ from experiments.run.provenance import provenance
 from experiments.studies.trial import definition, digest
 from patch.files import write_atomic
 from patch.learn.distributed import Ranks, joined
-from patch.learn.learner import Prior, learn
+from patch.learn.learner import learn
+from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Recipe
 from stoicc.configs import gpu_slug
 from stoicc.timing import timing

@@ -42,8 +42,9 @@ from patch.files import write_atomic
 from patch.layers import decoder_blocks
 from patch.learn import philox, soft_mask, soft_mask_triton
 from patch.learn.cuda_graph import Replayed
-from patch.learn.learner import Implementation, Prior, learn
+from patch.learn.learner import Implementation, learn
 from patch.learn.masked_model import with_usual_mask
+from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Temperatures
 from patch.learn.soft_mask import Masked, SampledWeight
 from patch.mask import GROUP, TileShape, tile_grid

@@ -30,9 +30,10 @@ from experiments.studies.trial import Calibration, Perplexity, Pruning, Trial, d
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from patch.learn.learner import CHECKPOINT as LEARNER_STATE
-from patch.learn.learner import Learned, Prior, Stopped, learn
-from patch.learn.sensitivity import dearest_tiles
+from patch.learn.learner import Learned, Stopped, learn
+from patch.learn.prior import Prior
+from patch.learn.sensitivity import most_sensitive_tiles
+from patch.learn.state import CHECKPOINT as LEARNER_STATE
 from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.oneshot.refit import refit_model
@@ -372,7 +373,7 @@ def _ranked_tiles(
     assert pruning.base is not None and pruning.tile is not None and windows is not None
     label = f"{describe(pruning)}: ranking tiles"
     masks = load_masks(store.checkpoint_path(pruning.base))
-    dense = dearest_tiles(
+    dense = most_sensitive_tiles(
         model.to(machine.device),
         {name: mask.patterns for name, mask in masks.items()},
         pruning.tile,

@@ -111,7 +111,7 @@ class Recipe:
             of the masks which the tile logits would draw at temperature zero, ``sigmoid(tile_scale * logit)`` a tile.
         logit_dtype: of logits, their gradients and both moments; ``bfloat16`` takes half the memory.
         tile_ranking: which tiles start as dense: ``weight``, of every weight the same share, the best by the prior's
-            scores; ``model``, the dearest of all weights by what making each 2:4 would cost the model
+            scores; ``model``, the most sensitive of all weights by what making each 2:4 would cost the model
             (`patch.learn.sensitivity`), exactly at the target.
 
     Raises:

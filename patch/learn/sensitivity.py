@@ -9,7 +9,7 @@ One draw a token is independent of the others given what came before, so the squ
 mean, the sum over its tokens: one backward pass a sequence serves all tiles.
 
     >>> cost = tile_sensitivity(model, patterns, (64, 64), tokens, seed=0)   # nats a token
-    >>> dense = dearest_tiles(model, patterns, (64, 64), tokens, 0, 0.35)   # tile maps at 35% sparsity
+    >>> dense = most_sensitive_tiles(model, patterns, (64, 64), tokens, 0, 0.35)   # tile maps at 35% sparsity
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,7 +86,7 @@ def tile_sensitivity(
     return cost
 
 
-def dearest_tiles(
+def most_sensitive_tiles(
     model: Any,
     patterns: Mapping[str, Tensor],
     tile: TileShape,

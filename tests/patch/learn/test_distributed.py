@@ -15,7 +15,8 @@ from tiny_learner import RAGGED, SHORT, magnitude_prior, tiny_model, words
 
 from patch.errors import UserError
 from patch.learn.distributed import ALONE, Ranks, joined
-from patch.learn.learner import CHECKPOINT, Stopped, learn
+from patch.learn.learner import Stopped, learn
+from patch.learn.state import CHECKPOINT
 
 MODES = ["joint", "tile", "maskllm"]
 STEPS = 6

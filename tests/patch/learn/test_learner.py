@@ -29,9 +29,12 @@ from patch.budget import cut_globally
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
 from patch.learn import learner, soft_mask
-from patch.learn.learner import CHECKPOINT, RANKED_BY, Implementation, Learned, LearningDiverged, Prior, Stopped, learn
+from patch.learn import prior as prior_of_learning
+from patch.learn.learner import Implementation, Learned, LearningDiverged, Stopped, learn
+from patch.learn.prior import RANKED_BY, Prior
 from patch.learn.recipe import Recipe, Temperatures
 from patch.learn.sensitivity import tile_sensitivity
+from patch.learn.state import CHECKPOINT
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, model_sparsity, tile_grid, tile_sizes, tile_sums
 
 MODES = ["joint", "tile", "maskllm"]
@@ -490,7 +493,7 @@ def test_without_steps_the_prior_is_hardened(mode: str, tmp_path: Path) -> None:
     [("joint", "magnitude"), ("tile", "magnitude"), ("joint", None)],
     ids=["joint", "tile", "joint-without-prior"],
 )
-def test_the_dearest_tiles_of_the_whole_model_start_as_dense(mode: str, prior: str | None, tmp_path: Path) -> None:
+def test_the_most_sensitive_tiles_start_as_dense(mode: str, prior: str | None, tmp_path: Path) -> None:
     model = tiny_model()
     recipe = dataclasses.replace(SHORT[mode], steps=0, tile_prior=100, tile_ranking="model")
     learned = run(model, recipe, tmp_path, prior=magnitude_prior(model) if prior else Prior(), seed=2)
@@ -509,7 +512,7 @@ def test_tiles_are_ranked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     seen: list[Any] = []
     with pytest.raises(Stopped):
         run(tiny_model(), recipe, tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 3)
-    monkeypatch.setattr(learner, "dearest_tiles", lambda *_: pytest.fail("ranked again"))
+    monkeypatch.setattr(prior_of_learning, "most_sensitive_tiles", lambda *_: pytest.fail("ranked again"))
     assert same(run(tiny_model(), recipe, tmp_path / "part"), whole)
 
 
