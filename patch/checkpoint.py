@@ -1,4 +1,4 @@
-"""Hybrid checkpoints: save, load, audit.
+"""Hybrid checkpoints: save, load, restore.
 
 A hybrid checkpoint is a normal Hugging Face model directory whose weights are already masked, so that plain
 ``AutoModelForCausalLM.from_pretrained`` loads it, and beside them::
@@ -15,30 +15,26 @@ An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.
     >>> save_checkpoint("out", model, tokenizer, masks, {"method": "wanda", "structure": "hybrid", "target": 0.45})
     >>> load_masks("out")["model.layers.0.mlp.up_proj"].sparsity
     0.45
-    >>> sum(row.violating for row in audit("out"))
-    0
 """
 
 import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patch.errors import UserError, one_line
+from patch.files import existing, new_directory, read_json, sha256
 from patch.layers import prunable_linears
-from patch.mask import GROUP, HybridMask, TileShape, check_tile, infer, tile_grid, tile_sums
+from patch.mask import GROUP, HybridMask, TileShape, check_tile, tile_grid
+from patch.weights import INDEX, tensor_names, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 MASKS_FILE = "hybrid.safetensors"
 INFO_FILE = "hybrid.json"
-WEIGHT_INDEX = "model.safetensors.index.json"
 TILED = ("2:4", "hybrid")
 _OWN_KEYS = ("format", "tile", "weights", "files")
 
@@ -110,8 +105,8 @@ def _write(
         tokenizer.save_pretrained(folder)
     if masks:
         save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob(WEIGHT_INDEX)])
-    record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)])
+    record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -173,7 +168,7 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
         UserError: if this is no hybrid checkpoint, a newer one, or a file is missing, truncated or changed.
     """
     folder = Path(path)
-    info = _read_json(_existing(folder, INFO_FILE))
+    info = read_json(existing(folder, INFO_FILE))
     version = info.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"{folder / INFO_FILE}: format {version} is newer than {FORMAT}, the newest known here: update")
@@ -184,7 +179,7 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
     for name, expected in info["files"].items():
         if masks_alone and name != MASKS_FILE:
             continue
-        file = _existing(folder, name)
+        file = existing(folder, name)
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise UserError(f"{file}: {size} bytes instead of {expected['bytes']}: truncated or changed, copy it again")
@@ -206,10 +201,10 @@ def content_hash(path: str | Path) -> str:
         UserError: if a file is missing, truncated or damaged.
     """
     folder = Path(path)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if (folder / MASKS_FILE).exists():
         # Their names end otherwise than those of weights, so none hides another.
-        files |= dict.fromkeys(_tensor_names(folder / MASKS_FILE), folder / MASKS_FILE)
+        files |= dict.fromkeys(tensor_names(folder / MASKS_FILE), folder / MASKS_FILE)
     digest = hashlib.sha256()
     with ExitStack() as opened:
         readers: dict[Path, Any] = {}
@@ -266,128 +261,6 @@ def load_tile_scores(path: str | Path, alone: bool = False) -> dict[str, Tensor]
         for name, about in info["weights"].items()
         if about["tile_scores"]
     }
-
-
-@dataclass(frozen=True)
-class AuditRow:
-    """What the zeros of one weight look like.
-
-    Attributes:
-        layer: dotted name of the weight's ``Linear``.
-        shape: ``(N, K)``.
-        tiles: how many; the three below add up to it. All are 0 where no tile shape applies (unstructured pruning).
-        dense: tiles that keep everything.
-        two_four: tiles that keep at most two of every four.
-        violating: tiles that are not what the mask says or, without a mask, neither dense nor 2:4.
-        sparsity: zeros over elements, counted in the weight itself.
-    """
-
-    layer: str
-    shape: tuple[int, int]
-    tiles: int
-    dense: int
-    two_four: int
-    violating: int
-    sparsity: float
-
-
-def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
-    """Compare the weights of a checkpoint with its masks, weight by weight, one in memory at a time.
-
-    In a hybrid checkpoint a tile violates if a weight that its mask drops is not zero. In a foreign one the masks are
-    inferred from the zeros (`patch.mask.infer`), for which ``tile`` is needed. An unstructured checkpoint is inferred
-    the same way if ``tile`` is given, and otherwise only its sparsity is counted.
-
-    Returns:
-        One row per prunable weight, in model order.
-
-    Raises:
-        UserError: if a file is missing or damaged; if ``tile`` is missing, does not fit, or is not the checkpoint's
-            own; or if no tile violates and yet the weights are not the ones that were saved.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
-    own = (folder / INFO_FILE).exists()
-    masks: dict[str, HybridMask] = {}
-    if own:
-        info = load_info(folder)
-        masks = load_masks(folder)
-        if tile and info["tile"] and tuple(tile) != info["tile"]:
-            found = "{}x{}".format(*info["tile"])
-            raise UserError(f"{folder}: its tiles are {found}, not {tile[0]}x{tile[1]}: leave the tile shape out")
-        tile = tile or info["tile"]
-    elif tile is None:
-        raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
-    files = _weight_files(folder)
-    rows = []
-    for name, shape in prunable_shapes(folder).items():
-        weight = _read_weight(folder, files, f"{name}.weight", shape)
-        rows.append(_audit_weight(name, weight, masks.get(name), tile))
-    # Last, so that changed weights show where they violate, which says more than that a hash differs.
-    if own and not any(row.violating for row in rows):
-        load_info(folder, verify_weights=True)
-    return rows
-
-
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty hidden directory beside ``path`` that becomes ``path`` if the block succeeds.
-
-    The files are on disk (fsync) before they appear under their name, so a process or machine that dies leaves either
-    nothing or everything; what a killed process left is removed by the next one that writes the same ``path``.
-
-    Raises:
-        UserError: if ``path`` is already there, or it cannot be written (disk full, no permission).
-    """
-    target = Path(os.path.abspath(path))
-    hidden = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if target.exists():
-                raise UserError(f"{target} is already there: choose another place, or remove it first")
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
-            try:
-                yield hidden
-                _flush(hidden)
-                os.rename(hidden, target)
-                _fsync(target.parent)
-            finally:
-                shutil.rmtree(hidden, ignore_errors=True)
-    except Exception as error:
-        reason = _disk_error(error)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {target}: {reason}; nothing half-written was left") from error
-
-
-def _disk_error(error: Exception) -> str | None:
-    """What the operating system said, if ``error`` comes from there."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # The Rust writers of safetensors and tokenizers raise errors of their own, with the system's in the text.
-    found = re.search(r"([^:]+) \(os error \d+\)", str(error))
-    return found[1].strip() if found else None
-
-
-def _flush(folder: Path) -> None:
-    # safetensors writes files that only their owner can read, whatever the umask.
-    mode = folder.stat().st_mode & 0o666
-    for item in folder.rglob("*"):
-        if item.is_file():
-            item.chmod(mode)
-        _fsync(item)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_parts(
@@ -473,7 +346,7 @@ def _load_tensors(path: str | Path, masks_alone: bool = False) -> tuple[dict[str
     info = load_info(path, masks_alone=masks_alone)
     if not info["weights"]:
         return info, {}
-    file = _existing(Path(path), MASKS_FILE)
+    file = existing(Path(path), MASKS_FILE)
     _check_hash(file, info)
     try:
         return info, load_file(file)
@@ -492,107 +365,9 @@ def _fitting(
     return tensor
 
 
-def _existing(folder: Path, name: str) -> Path:
-    file = folder / name
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
-    if not file.is_file():
-        raise UserError(f"{file}: is missing")
-    return file
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")
-    return content
-
-
 def _check_hash(file: Path, info: Mapping[str, Any]) -> None:
     expected = info["files"].get(file.name)
     if expected is None:
         raise UserError(f"{file}: {INFO_FILE} does not know this file")
-    if _sha256(file) != expected["sha256"]:
+    if sha256(file) != expected["sha256"]:
         raise UserError(f"{file}: its SHA-256 is not the one in {INFO_FILE}: changed or damaged, copy it again")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Which file of a model directory holds each tensor."""
-    if (folder / WEIGHT_INDEX).exists():
-        index = _read_json(folder / WEIGHT_INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise UserError(f"{folder / WEIGHT_INDEX}: 'weight_map' is missing")
-        files = {shard: _existing(folder, shard) for shard in sorted(set(index.values()))}
-        return {name: files[shard] for name, shard in index.items()}
-    file = _existing(folder, "model.safetensors")
-    return dict.fromkeys(_tensor_names(file), file)
-
-
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or damaged: {one_line(error)}") from error
-
-
-def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name and shape of every prunable weight, from the configuration alone: the model is built without memory.
-
-    Raises:
-        UserError: if the configuration is missing or is not that of a causal language model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    _existing(folder, "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a causal language model: {one_line(error)}") from error
-    return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(model).items()}
-
-
-def _read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor:
-    if name not in files:
-        raise UserError(f"{folder}: tensor {name} is missing from its weights")
-    try:
-        with safe_open(files[name], framework="pt") as tensors:
-            weight: Tensor = tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[name]}: {name}: {one_line(error)}") from error
-    if tuple(weight.shape) != shape:
-        raise UserError(f"{files[name]}: {name} is {tuple(weight.shape)}, the configuration says {shape}")
-    return weight
-
-
-def _audit_weight(name: str, weight: Tensor, mask: HybridMask | None, tile: TileShape | None) -> AuditRow:
-    shape = (weight.shape[0], weight.shape[1])
-    sparsity = int((weight == 0).sum()) / weight.numel()
-    if mask is None and tile is None:
-        return AuditRow(name, shape, 0, 0, 0, 0, sparsity)
-    if mask is not None:
-        if mask.shape != shape:
-            raise UserError(f"{name}: the mask is for {mask.shape}, the weight is {shape}")
-        left = (weight != 0) & ~mask.keep()
-        violating = tile_sums(left.int(), mask.tile) > 0
-        dense = mask.dense
-    else:
-        assert tile is not None
-        try:
-            inferred = infer(weight, tile)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        violating = inferred.violating
-        dense = inferred.mask.dense & ~violating
-    tiles, bad, kept = dense.numel(), int(violating.sum()), int(dense.sum())
-    return AuditRow(name, shape, tiles, kept, tiles - kept - bad, bad, sparsity)

@@ -1,10 +1,21 @@
-"""Files that are either there in full or not at all, whenever a process is killed or a disk is full."""
+"""Files that are either there in full or not at all, whenever a process is killed or a disk is full.
 
+`replacing` and `write_atomic` write one file, `new_directory` many. What has a hash on record has it from `sha256`.
+"""
+
+import hashlib
+import json
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from patch.errors import UserError, one_line
+from patch.leases import lease
 
 
 @contextmanager
@@ -34,3 +45,87 @@ def write_atomic(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty hidden directory beside ``path`` that becomes ``path`` if the block succeeds.
+
+    The files are on disk (fsync) before they appear under their name, so a process or machine that dies leaves either
+    nothing or everything; what a killed process left is removed by the next one that writes the same ``path``.
+
+    Raises:
+        UserError: if ``path`` is already there, or it cannot be written (disk full, no permission).
+    """
+    target = Path(os.path.abspath(path))
+    hidden = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lease(target.with_name(f".{target.name}.lock")):
+            if target.exists():
+                raise UserError(f"{target} is already there: choose another place, or remove it first")
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir()
+            try:
+                yield hidden
+                _flush(hidden)
+                os.rename(hidden, target)
+                _fsync(target.parent)
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {target}: {reason}; nothing half-written was left") from error
+
+
+def existing(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    if not file.is_file():
+        raise UserError(f"{file}: is missing")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the operating system said, if ``error`` comes from there."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # The Rust writers of safetensors and tokenizers raise errors of their own, with the system's in the text.
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    return found[1].strip() if found else None
+
+
+def _flush(folder: Path) -> None:
+    # safetensors writes files that only their owner can read, whatever the umask.
+    mode = folder.stat().st_mode & 0o666
+    for item in folder.rglob("*"):
+        if item.is_file():
+            item.chmod(mode)
+        _fsync(item)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.run import leases
 from experiments.run.store import Store
+from patch import leases
 from patch.files import write_atomic
 
 
@@ -34,8 +34,8 @@ class Batch:
         submitted: seconds since the epoch.
         job: Slurm's number of the job or array, or the process id; None until it is known.
         over: none of its tasks waits or runs, or ever will.
-        host: for local processes, where ``job`` means something (see `experiments.run.leases`).
-        started: for local processes, the process's start (see `experiments.run.leases`).
+        host: for local processes, where ``job`` means something (see `patch.leases`).
+        started: for local processes, the process's start (see `patch.leases`).
     """
 
     id: str

@@ -125,7 +125,7 @@ def logs(trials: Sequence[Trial], store: Store, id: str | None, lines: int, cons
 def cancel(study: str, store: Store, console: Console) -> None:
     """Cancel all jobs and kill all local processes that were submitted for a study."""
     # No new jobs meanwhile.
-    with store.claim("sweep"):
+    with store.lease("sweep"):
         found = [batch for batch, _ in queue.live(store) if batch.study == study]
         queue.cancel([batch.job for batch in found if batch.executor == "slurm" and batch.job])
         for batch in found:

@@ -41,8 +41,8 @@ class Step:
         return self.id.partition("-")[2]
 
     @property
-    def claim(self) -> str:
-        """The name under which a process that does this step claims it (see `experiments.run.store`)."""
+    def lease(self) -> str:
+        """The name under which a process that does this step leases it (see `experiments.run.store`)."""
         return f"{'trial' if self.kind == 'evaluate' else 'pruning'}-{self.hash}"
 
     @property

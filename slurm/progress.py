@@ -93,7 +93,7 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
         for batch in open_
         for index, id in enumerate(batch.steps)
     }
-    claimed = queue.held(store)
+    leased = queue.held(store)
     states = []
     for evaluate in (step for step in known.values() if step.kind == "evaluate"):
         [trial] = evaluate.trials
@@ -102,14 +102,14 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
             continue
         chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
         failure = store.failure(trial) if evaluate.hash in started else None
-        states.append(_state(chain, attempts, claimed, failure))
+        states.append(_state(chain, attempts, leased, failure))
     return Progress(tuple(states), problem, _seconds_left(states, store))
 
 
 def _state(
     chain: list[Step],
     attempts: dict[str, Attempt],
-    claimed: set[str],
+    leased: set[str],
     failure: dict[str, str] | None,
 ) -> TrialState:
     """The state of a trial that is not done, from the steps it still has to take."""
@@ -118,7 +118,7 @@ def _state(
     attempt = attempts.get(step.id)
     task = attempt.task if attempt else None
     restarts = task.restarts if task else 0
-    if (task and task.runs) or step.claim in claimed or evaluate.claim in claimed:
+    if (task and task.runs) or step.lease in leased or evaluate.lease in leased:
         return TrialState(trial, "running", step, attempt, restarts, step.label)
     if task and task.waits:
         state = "requeued" if restarts or task.state != "PENDING" else "pending"

@@ -139,12 +139,12 @@ def live(store: Store) -> list[tuple[Batch, list[str]]]:
 
 
 def held(store: Store) -> set[str]:
-    """The names of the claims that some process holds, but for those of jobs that Slurm no longer has.
+    """The names of the leases that some process owns, but for those of jobs that Slurm no longer has.
 
-    The lease of a claim takes two minutes to run out; of a job that was cancelled, Slurm knows at once.
+    A lease takes two minutes to expire; of a job that was cancelled, Slurm knows at once.
     """
-    claims = store.claimed()
-    jobs = sorted({holder.job for holder in claims.values() if holder.job is not None})
+    leases = store.leased()
+    jobs = sorted({owner.job for owner in leases.values() if owner.job is not None})
     gone: set[str] = set()
     if jobs and shutil.which("squeue"):
         command = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}"]
@@ -152,7 +152,7 @@ def held(store: Store) -> set[str]:
         # Of a single job that it does not know any more, squeue makes an error.
         if outcome.returncode == 0 or "Invalid job id" in outcome.stderr:
             gone = set(jobs) - set(outcome.stdout.split())
-    return {name for name, holder in claims.items() if holder.job not in gone}
+    return {name for name, owner in leases.items() if owner.job not in gone}
 
 
 def max_array_size() -> int:

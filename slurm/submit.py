@@ -18,9 +18,9 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from experiments.run import leases
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
+from patch import leases
 from patch.errors import UserError, one_line
 from slurm import batches, plan, queue
 from slurm.batches import Batch
@@ -64,18 +64,18 @@ def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.W
     """
     store = sweep.store
     known = plan.steps(sweep.trials)
-    claimed = queue.held(store)
+    leased = queue.held(store)
     wanted = set()
     can_time = _can_time(sweep)
     for step in known.values():
-        if step.kind != "evaluate" or plan.is_done(step, store, can_time) or step.claim in claimed:
+        if step.kind != "evaluate" or plan.is_done(step, store, can_time) or step.lease in leased:
             continue
         if not retry_failed and store.failure(step.trials[0]):
             continue
         lost = False
         for id in (*step.needs, step.id):
             # What is in the queue and stands on something that was lost will not start: it is submitted again too.
-            if not _is_made(known[id], store, claimed) and (lost or id not in busy):
+            if not _is_made(known[id], store, leased) and (lost or id not in busy):
                 lost = True
                 wanted.add(id)
     return plan.waves(known, wanted)
@@ -91,7 +91,7 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
         UserError: with Slurm's message if it refuses; what was submitted before stays submitted.
     """
     store = sweep.store
-    with store.claim("sweep"):
+    with store.lease("sweep"):
         live = queue.live(store)
         _tidy(store, [batch for batch, _ in live])
         busy = {step: batch for batch, steps in live for step in steps}
@@ -137,9 +137,9 @@ def _can_time(sweep: Sweep) -> bool:
     return sweep.work.machine().can_time
 
 
-def _is_made(step: Step, store: Store, claimed: Collection[str]) -> bool:
+def _is_made(step: Step, store: Store, leased: Collection[str]) -> bool:
     """Whether a checkpoint is there or under way."""
-    return step.kind != "evaluate" and (step.claim in claimed or plan.is_done(step, store))
+    return step.kind != "evaluate" and (step.lease in leased or plan.is_done(step, store))
 
 
 def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[tuple[Batch, list[submitit.Job]]]:

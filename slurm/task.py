@@ -90,7 +90,7 @@ class RunStep(Checkpointable):
             return
         try:
             if step.kind == "evaluate":
-                with store.claim(f"trial-{key(step.trials[0])}"):
+                with store.lease(f"trial-{key(step.trials[0])}"):
                     pipeline.run_trial(step.trials[0], store, self.work.machine())
             else:
                 make_checkpoint(step, self.work, self.launch)
@@ -151,7 +151,7 @@ class RunTrials:
     def _learn_together(self, trials: tuple[Trial, ...], store: Store, report: Report) -> None:
         """Make the learned checkpoints, those that other processes make last."""
         waiting = [step for step in plan.steps(trials).values() if step.kind == "learn"]
-        waiting.sort(key=lambda step: step.claim in store.claimed())
+        waiting.sort(key=lambda step: step.lease in store.leased())
         for step in waiting:
             if plan.is_done(step, store) or any(store.failure(trial) for trial in step.trials):
                 continue

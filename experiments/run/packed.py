@@ -124,7 +124,7 @@ class Artefact:
         from stoicc.quantizer import save_packed
 
         path = self.store.packed_path(self.content)
-        with self.store.claim(f"packed-{self.content}"):
+        with self.store.lease(f"packed-{self.content}"):
             if not path.exists():
                 model, tokenizer = self.load(self.unpacked.dtype)
                 compile_model(model, load_masks(self.source))

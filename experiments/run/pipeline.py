@@ -3,8 +3,8 @@
 Every arrow leaves its result in the `Store` under the hash of what defines it, and is skipped when that is there. A
 process that is killed loses at most the stage it was in, and of learning at most the steps since the last learner
 checkpoint.
-Several processes may run the same study on one results directory: each trial and each pruning is claimed, and those
-that another process holds are taken up last.
+Several processes may run the same study on one results directory: each trial and each pruning is leased, and those
+that another process has are taken up last.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def run_trials(
     while waiting:
         held_elsewhere = []
         for trial in waiting:
-            with store.claim(f"trial-{key(trial)}", wait=False) as mine:
+            with store.lease(f"trial-{key(trial)}", wait=False) as mine:
                 if not mine:
                     held_elsewhere.append(trial)
                     continue
@@ -272,7 +272,7 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
         return path
     if pruning.base:
         ensure_checkpoint(pruning.base, store, machine)
-    with store.claim(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
+    with store.lease(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
         # Another process may have finished it while this one waited.
         missing = ranks.agree(first and not path.exists(), machine.device)
         if missing and (first or pruning.learns):

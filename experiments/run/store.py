@@ -9,7 +9,7 @@
     <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
     <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
-    <root>/locks/                              claims of running processes (`experiments.run.leases`)
+    <root>/locks/                              leases of running processes (`patch.leases`)
 
 Files appear under their names only when complete (temporary file, fsync, rename), so a killed process leaves nothing
 that a later one could mistake for a result.
@@ -28,11 +28,10 @@ from typing import Any
 
 from analysis.rows.format import Damaged, Fact, Row, as_rows, check_row
 from analysis.rows.jsonl import numbered, to_lines
-from experiments.run import leases
-from experiments.run.leases import Holder
 from experiments.studies.trial import Pruning, Trial, definition, key
 from patch.errors import UserError, one_line
 from patch.files import write_atomic
+from patch.leases import Owner, lease, live
 
 logger = logging.getLogger(__name__)
 
@@ -137,15 +136,15 @@ class Store:
         self.rows_path(trial, FAILURE).unlink(missing_ok=True)
 
     @contextmanager
-    def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold the claim ``name``; yields whether it is held (always, when waiting).
+    def lease(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Own the lease ``name``; yields whether it is owned (always, when waiting).
 
-        Works between processes of one machine, and of several that share the directory. Claims of processes that died
-        are taken over: at once on the same machine, after `claims.LEASE` seconds on another.
+        Works between processes of one machine, and of several that share the directory. Leases of processes that died
+        are taken over: at once on the same machine, after `patch.leases.TERM` seconds on another.
         """
-        with leases.claim(self.root / "locks" / f"{name}.lock", wait) as mine:
+        with lease(self.root / "locks" / f"{name}.lock", wait) as mine:
             yield mine
 
-    def claimed(self) -> dict[str, Holder]:
-        """All claims that some process holds now, by name."""
-        return leases.live(self.root / "locks")
+    def leased(self) -> dict[str, Owner]:
+        """All leases that some process owns now, by name."""
+        return live(self.root / "locks")

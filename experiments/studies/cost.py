@@ -10,8 +10,8 @@ from pathlib import Path
 from experiments.data import models
 from experiments.data.models import ModelSpec
 from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Pruning, lineage
-from patch.checkpoint import prunable_shapes
 from patch.mask import GROUP
+from patch.weights import prunable_shapes
 
 GIB = 2**30
 

@@ -21,18 +21,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from patch import checkpoint
+from patch.audit import audit
 from patch.checkpoint import (
     INFO_FILE,
     MASKS_FILE,
-    audit,
     copy_checkpoint,
     load_info,
     load_masks,
     load_tile_scores,
-    new_directory,
     save_checkpoint,
 )
 from patch.errors import UserError
+from patch.files import new_directory, sha256
 from patch.layers import prunable_linears
 from patch.mask import HybridMask, tile_grid
 
@@ -120,7 +120,7 @@ def rewrite_tensors(path: Path, name: str, change: Callable[[dict[str, Tensor]],
     tensors = load_file(path / name)
     change(tensors)
     save_file(tensors, path / name, metadata={"format": "pt"})
-    about = {"bytes": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name)}
+    about = {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
     rewrite_json(path, lambda content: content["files"].update({name: about}))
 
 
@@ -288,7 +288,7 @@ def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     code = f"""
 import os, signal
-from patch.checkpoint import new_directory
+from patch.files import new_directory
 with new_directory({str(tmp_path / "out")!r}) as folder:
     (folder / "config.json").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -195,7 +195,7 @@ def test_forty_trials_survive(
 
     # The rows are those of a run without Slurm, and nothing else lies around.
     assert measured(sweep.results) == undisturbed()
-    assert Store(sweep.results).claimed() == {} and list((sweep.results / "locks").iterdir()) == []
+    assert Store(sweep.results).leased() == {} and list((sweep.results / "locks").iterdir()) == []
     names = [path.name for path in sweep.results.rglob("*") if "sweeps" not in path.parts]
     assert [name for name in names if name.startswith(".") and not name.endswith(".lock")] == []
     assert [name for name in names if "partial" in name or name == "learner.pt"] == []

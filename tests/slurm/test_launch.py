@@ -89,7 +89,7 @@ def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path:
         RunStep(work, TWO)(step)
     failure = store.failure(step.trials[0])
     assert failure and "text.jsonl" in failure["error"] and "load_documents" in failure["traceback"]
-    assert store.claimed() == {}
+    assert store.leased() == {}
 
 
 def test_two_processes_make_the_checkpoint_that_one_makes(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_local_processes_learn_together_and_evaluate_alone(tiny_model: Path, tin
     RunTrials(Work(tmp_path, device="cpu"), TWO)(trials)
     store = Store(tmp_path)
     assert all(plan.is_done(step, store) for step in plan.steps(trials).values())
-    assert store.claimed() == {}
+    assert store.leased() == {}
 
 
 SCRIPT = """
@@ -154,6 +154,6 @@ def test_a_signal_to_every_process_saves_and_ends_all(number: signal.Signals, tm
             each.kill()
     assert not any(each.is_running() for each in everyone)
     (state,) = tmp_path.glob(f"work/*/{CHECKPOINT}")
-    assert state.stat().st_size and Store(tmp_path).claimed() == {}
+    assert state.stat().st_size and Store(tmp_path).leased() == {}
     said = (tmp_path / "out").read_text().split()
     assert said[-2:] == ["requeued" if number == signal.SIGUSR2 else "bypassed", "interrupted"]

@@ -71,7 +71,7 @@ def test_what_is_done_running_or_failed_is_not_wanted(tmp_path: Path) -> None:
     assert wanted((learned,), tmp_path, (prior, mask)) == [evaluation]
     # What the queue holds stands on a step that was lost: it will not start.
     assert wanted((learned,), tmp_path, (mask, evaluation)) == [prior, mask, evaluation]
-    with store.claim(f"trial-{key(magnitude)}"):
+    with store.lease(f"trial-{key(magnitude)}"):
         assert wanted((magnitude,), tmp_path) == []
     store.write_failure(learned, "learn", ValueError("diverged"), {})
     assert wanted((learned,), tmp_path) == []

@@ -94,7 +94,7 @@ def test_two_processes_learn_in_one_allocation(forty: Forty, tmp_path: Path) -> 
     assert "1 done" in forty.hts("status", "forty", *chosen)
     steps = [int(step) for step in re.findall(r"patch-joint.*: (\d+)/200", log())]
     assert steps[-1] == 200 and steps.count(1) <= 1, "it began anew"
-    assert Store(forty.results).claimed() == {} and not learning()
+    assert Store(forty.results).leased() == {} and not learning()
 
 
 def test_a_cluster_without_accounting(start_cluster: Callable[..., DevCluster], text: Path, tmp_path: Path) -> None:

@@ -256,12 +256,12 @@ def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from experiments.run.store import Store\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "with Store(Path(sys.argv[1])).claim('sweep'): os.kill(os.getpid(), signal.SIGINT)"
+        "with Store(Path(sys.argv[1])).lease('sweep'): os.kill(os.getpid(), signal.SIGINT)"
     )
     outcome = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert "KeyboardInterrupt" in outcome.stderr
     assert list((tmp_path / "locks").iterdir()) == []
-    assert json.dumps(sorted(Store(tmp_path).claimed())) == "[]"
+    assert json.dumps(sorted(Store(tmp_path).leased())) == "[]"
 
 
 def test_a_signal_to_stop_waits_until_it_is_handled(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from analysis.rows.format import SCHEMA
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import key
-from patch.checkpoint import audit, load_info
+from patch.audit import audit
+from patch.checkpoint import load_info
 from patch.learn.recipe import GUIDED
 
 

@@ -14,7 +14,8 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
-from patch.checkpoint import INFO_FILE, MASKS_FILE, audit, content_hash, load_info, load_masks
+from patch.audit import audit
+from patch.checkpoint import INFO_FILE, MASKS_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
 from patch.mask import model_sparsity
 

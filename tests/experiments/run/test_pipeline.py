@@ -23,8 +23,9 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Trial
+from patch.audit import audit
 from patch.budget import cut_globally
-from patch.checkpoint import audit, load_info, load_masks
+from patch.checkpoint import load_info, load_masks
 from patch.errors import UserError
 from patch.learn.sensitivity import tile_sensitivity
 from patch.mask import tile_sizes

@@ -107,14 +107,14 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from experiments.run.store import Store
-with Store(Path(sys.argv[1])).claim("trial-x") as mine:
+with Store(Path(sys.argv[1])).lease("trial-x") as mine:
     print(mine, flush=True)
     time.sleep(120)
 """
 
 
 @pytest.fixture
-def holder(tmp_path: Path):  # type: ignore[no-untyped-def]
+def owner(tmp_path: Path):  # type: ignore[no-untyped-def]
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().strip() == "True"
     yield process
@@ -122,25 +122,25 @@ def holder(tmp_path: Path):  # type: ignore[no-untyped-def]
     process.wait()
 
 
-def test_a_claim_keeps_others_out_until_its_holder_dies(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_a_lease_keeps_others_out_until_its_owner_dies(tmp_path: Path, owner: subprocess.Popen) -> None:
     store = Store(tmp_path)
-    with store.claim("trial-x", wait=False) as mine:
+    with store.lease("trial-x", wait=False) as mine:
         assert not mine
-    assert set(store.claimed()) == {"trial-x"}
-    with store.claim("trial-y", wait=False) as mine:
+    assert set(store.leased()) == {"trial-x"}
+    with store.lease("trial-y", wait=False) as mine:
         assert mine
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    with store.claim("trial-x", wait=False) as mine:
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    with store.lease("trial-x", wait=False) as mine:
         assert mine
-    assert store.claimed() == {}
+    assert store.leased() == {}
     assert list((tmp_path / "locks").iterdir()) == []
 
 
-def test_waiting_for_a_claim_ends_when_its_holder_does(tmp_path: Path, holder: subprocess.Popen) -> None:
-    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({holder.pid}, 9)"])
+def test_waiting_for_a_lease_ends_when_its_owner_does(tmp_path: Path, owner: subprocess.Popen) -> None:
+    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({owner.pid}, 9)"])
     started = time.monotonic()
-    with Store(tmp_path).claim("trial-x") as mine:
+    with Store(tmp_path).lease("trial-x") as mine:
         assert mine
     assert time.monotonic() - started >= 0.3
     killer.wait()

@@ -1,6 +1,7 @@
-"""Claims: exclusive, kept alive, and taken over from the dead, on file systems where only hard links are exclusive."""
+"""Leases: exclusive, kept alive, and taken over from the dead, on file systems where only hard links are exclusive."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -9,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run import leases
-from experiments.run.leases import LEASE, Holder, claim, here, live, start_ticks
+from patch import leases
+from patch.leases import TERM, Owner, here, lease, live, start_ticks
 
 GONE = 2**22 + 1
 
 
-def leave(path: Path, age: float = 0.0, **changes: object) -> Holder:
-    """A claim that some process made and has not removed."""
-    holder = Holder("feed", "node7", "another boot:another namespace", 1, 1, None)
-    holder = dataclasses.replace(holder, **changes)
+def leave(path: Path, age: float = 0.0, **changes: object) -> Owner:
+    """A lease that some process made and has not removed."""
+    owner = Owner("feed", "node7", "another boot:another namespace", 1, 1, None)
+    owner = dataclasses.replace(owner, **changes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(holder)))
+    path.write_text(json.dumps(dataclasses.asdict(owner)))
     os.utime(path, (time.time() - age,) * 2)
-    return holder
+    return owner
 
 
 @pytest.fixture
@@ -30,12 +31,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "locks" / "trial-x.lock"
 
 
-def test_a_claim_is_exclusive_and_leaves_nothing(path: Path) -> None:
-    with claim(path, wait=False) as first:
-        with claim(path, wait=False) as second:
+def test_a_lease_is_exclusive_and_leaves_nothing(path: Path) -> None:
+    with lease(path, wait=False) as first:
+        with lease(path, wait=False) as second:
             assert first and not second
         assert live(path.parent) == {"trial-x": leases._read(path)[0]}  # type: ignore[index]
-    with claim(path, wait=False) as third:
+    with lease(path, wait=False) as third:
         assert third
     assert list(path.parent.iterdir()) == []
 
@@ -44,7 +45,8 @@ def test_a_claim_is_exclusive_and_leaves_nothing(path: Path) -> None:
     ("age", "changes", "free"),
     [
         pytest.param(0.0, {}, False, id="alive-on-another-machine"),
-        pytest.param(LEASE + 60, {}, True, id="lease-over"),
+        pytest.param(TERM + 60, {}, True, id="expired"),
+        pytest.param(-TERM - 60, {}, True, id="renewed-in-the-future"),
         pytest.param(0.0, {"machine": here(), "pid": GONE}, True, id="dead-here"),
         pytest.param(0.0, {"machine": here(), "pid": os.getpid(), "started": 1}, True, id="pid-used-again"),
         pytest.param(
@@ -54,33 +56,33 @@ def test_a_claim_is_exclusive_and_leaves_nothing(path: Path) -> None:
         pytest.param(0.0, {"job": "13"}, False, id="another-job"),
     ],
 )
-def test_stale_claims_are_taken_over(
+def test_expired_leases_are_taken_over(
     path: Path, age: float, changes: dict, free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     leave(path, age, **changes)
     assert (live(path.parent) == {}) == free
-    with claim(path, wait=False) as mine:
+    with lease(path, wait=False) as mine:
         assert mine == free
     assert path.exists() != free
     assert len(list(path.parent.iterdir())) == (not free)
 
 
-def test_a_claim_is_kept_alive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.05)
-    with claim(path, wait=False):
+def test_a_lease_is_kept_alive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEWAL", 0.05)
+    with lease(path, wait=False):
         os.utime(path, (0, 0))
         limit = time.monotonic() + 30
         while path.stat().st_mtime == 0:
-            assert time.monotonic() < limit, "the claim was not touched"
+            assert time.monotonic() < limit, "the lease was not touched"
             time.sleep(0.02)
 
 
-def test_a_claim_that_was_taken_away_is_neither_touched_nor_removed(
+def test_a_lease_that_was_taken_away_is_neither_touched_nor_removed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.02)
-    with claim(path, wait=False):
+    monkeypatch.setattr(leases, "RENEWAL", 0.02)
+    with lease(path, wait=False):
         path.unlink()
         leave(path, token="beef", age=1000)
         touched = path.stat().st_mtime
@@ -89,23 +91,23 @@ def test_a_claim_that_was_taken_away_is_neither_touched_nor_removed(
 
 
 def test_a_remover_that_died_does_not_block(path: Path) -> None:
-    stale = leave(path, LEASE + 60)
-    leave(path.with_name(f"trial-x.{stale.token}.lock"), machine=here(), pid=GONE, token="dead")
-    with claim(path, wait=False) as mine:
+    expired = leave(path, TERM + 60)
+    leave(path.with_name(f"trial-x.{expired.token}.lock"), machine=here(), pid=GONE, token="dead")
+    with lease(path, wait=False) as mine:
         assert mine
     assert list(path.parent.iterdir()) == []
 
 
 def _count(path: Path, counter: Path, rounds: int) -> None:
     for _ in range(rounds):
-        with claim(path, wait=True):
+        with lease(path, wait=True):
             seen = int(counter.read_text())
             time.sleep(0.001)
             counter.write_text(str(seen + 1))
 
 
-def test_many_processes_after_a_stale_claim_never_own_it_together(path: Path, tmp_path: Path) -> None:
-    leave(path, LEASE + 60)
+def test_many_processes_after_an_expired_lease_never_own_it_together(path: Path, tmp_path: Path) -> None:
+    leave(path, TERM + 60)
     counter = tmp_path / "counter"
     counter.write_text("0")
     context = multiprocessing.get_context("fork")
@@ -119,6 +121,28 @@ def test_many_processes_after_a_stale_claim_never_own_it_together(path: Path, tm
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(("age", "free"), [(0.0, False), (TERM + 60, True)], ids=["just-made", "old"])
+def test_a_lease_without_a_record_expires(age: float, free: bool, path: Path) -> None:
+    leave(path, age)
+    path.write_text("")
+    os.utime(path, (time.time() - age,) * 2)
+    with lease(path, wait=False) as mine:
+        assert mine == free
+
+
+def test_leases_without_hard_links(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with lease(path, wait=False) as first, lease(path, wait=False) as second:
+        assert first and not second
+    leave(path, TERM + 60)
+    with lease(path, wait=False) as third:
+        assert third
+    assert list(path.parent.iterdir()) == []
+
+
 def test_a_lost_answer_of_the_file_server_is_no_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = os.link
 
@@ -127,5 +151,5 @@ def test_a_lost_answer_of_the_file_server_is_no_failure(path: Path, monkeypatch:
         raise FileExistsError
 
     monkeypatch.setattr(os, "link", answer_lost)
-    with claim(path, wait=False) as mine:
+    with lease(path, wait=False) as mine:
         assert mine

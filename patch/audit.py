@@ -1,0 +1,96 @@
+"""What the zeros of a model directory look like, compared with its masks or, without any, with what 2:4 tiles are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from patch.checkpoint import INFO_FILE, load_info, load_masks
+from patch.errors import UserError
+from patch.mask import HybridMask, TileShape, infer, tile_sums
+from patch.weights import prunable_shapes, read_weight, weight_files
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the zeros of one weight look like.
+
+    Attributes:
+        layer: dotted name of the weight's ``Linear``.
+        shape: ``(N, K)``.
+        tiles: how many; the three below add up to it. All are 0 where no tile shape applies (unstructured pruning).
+        dense: tiles that keep everything.
+        two_four: tiles that keep at most two of every four.
+        violating: tiles that are not what the mask says or, without a mask, neither dense nor 2:4.
+        sparsity: zeros over elements, counted in the weight itself.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    tiles: int
+    dense: int
+    two_four: int
+    violating: int
+    sparsity: float
+
+
+def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
+    """Compare the weights of a checkpoint with its masks, weight by weight, one in memory at a time.
+
+    In a hybrid checkpoint a tile violates if a weight that its mask drops is not zero. In a foreign one the masks are
+    inferred from the zeros (`patch.mask.infer`), for which ``tile`` is needed. An unstructured checkpoint is inferred
+    the same way if ``tile`` is given, and otherwise only its sparsity is counted.
+
+    Returns:
+        One row per prunable weight, in model order.
+
+    Raises:
+        UserError: if a file is missing or damaged; if ``tile`` is missing, does not fit, or is not the checkpoint's
+            own; or if no tile violates and yet the weights are not the ones that were saved.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    own = (folder / INFO_FILE).exists()
+    masks: dict[str, HybridMask] = {}
+    if own:
+        info = load_info(folder)
+        masks = load_masks(folder)
+        if tile and info["tile"] and tuple(tile) != info["tile"]:
+            found = "{}x{}".format(*info["tile"])
+            raise UserError(f"{folder}: its tiles are {found}, not {tile[0]}x{tile[1]}: leave the tile shape out")
+        tile = tile or info["tile"]
+    elif tile is None:
+        raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
+    files = weight_files(folder)
+    rows = []
+    for name, shape in prunable_shapes(folder).items():
+        weight = read_weight(folder, files, f"{name}.weight", shape)
+        rows.append(_audit_weight(name, weight, masks.get(name), tile))
+    # Last, so that changed weights show where they violate, which says more than that a hash differs.
+    if own and not any(row.violating for row in rows):
+        load_info(folder, verify_weights=True)
+    return rows
+
+
+def _audit_weight(name: str, weight: Tensor, mask: HybridMask | None, tile: TileShape | None) -> AuditRow:
+    shape = (weight.shape[0], weight.shape[1])
+    sparsity = int((weight == 0).sum()) / weight.numel()
+    if mask is None and tile is None:
+        return AuditRow(name, shape, 0, 0, 0, 0, sparsity)
+    if mask is not None:
+        if mask.shape != shape:
+            raise UserError(f"{name}: the mask is for {mask.shape}, the weight is {shape}")
+        left = (weight != 0) & ~mask.keep()
+        violating = tile_sums(left.int(), mask.tile) > 0
+        dense = mask.dense
+    else:
+        assert tile is not None
+        try:
+            inferred = infer(weight, tile)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        violating = inferred.violating
+        dense = inferred.mask.dense & ~violating
+    tiles, bad, kept = dense.numel(), int(violating.sum()), int(dense.sum())
+    return AuditRow(name, shape, tiles, kept, tiles - kept - bad, bad, sparsity)
