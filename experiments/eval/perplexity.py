@@ -1,6 +1,6 @@
 """Perplexity of a language model, as the pruning literature reports it.
 
-`target_log_probs` is also what `experiments.eval.tasks` scores answers with: float32 log-probabilities at chosen
+`target_log_probs` is also what `experiments.eval.scoring` scores answers with: float32 log-probabilities at chosen
 positions, some at a time, so that the logits of whole sequences never exist (4 GiB for four windows of 2048 tokens over
 128k words).
 """
