@@ -1,4 +1,4 @@
-"""``python -m experiments`` is ``hts``, also under ``torchrun``."""
+"""``python -m experiments`` is ``hts`` without its commands for clusters, also under ``torchrun``."""
 
 from experiments.cli.app import main
 

@@ -57,7 +57,7 @@ def dry_run(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
         )
         for step in wave.steps:
             needed = checks.memory(step, sweep.cluster)
-            console.print(step.label + (f" (about {needed:.1f} GiB of GPU memory)" if needed else ""), highlight=False)
+            console.print(step.label + (f" (about {needed:.1f} GiB of GPU memory)" if needed else ""))
     console.print(table)
     steps = [step for wave in waves for step in wave.steps]
     total = _hours(*checks.gpu_hours(steps, sweep.cluster))
@@ -76,16 +76,16 @@ def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     submitted = submit.submit(sweep, retry_failed)
     for batch, _ in submitted:
         what = f"process {batch.job}" if batch.executor == "local" else f"job {batch.job}: {batch.stage}"
-        console.print(f"submitted {what}, {len(batch.steps)} tasks", highlight=False)
+        console.print(f"submitted {what}, {len(batch.steps)} tasks")
     failed = 0
     if sweep.cluster.executor == "debug":
         for batch, jobs in submitted:
             for job in jobs:
                 if error := job.exception():
                     failed += 1
-                    console.print(f"[red]failed[/red] {one_line(error)}", highlight=False, soft_wrap=True)
+                    console.print(Text.assemble(("failed", "red"), f" {one_line(error)}"), soft_wrap=True)
             batches.close(sweep.store, batch)
-    console.print(_summary(progress.examine(sweep.trials, sweep.store)), highlight=False)
+    console.print(_summary(progress.examine(sweep.trials, sweep.store)))
     if failed:
         raise UserError(f"{failed} tasks failed; once the cause is gone, --retry-failed runs them again")
 
@@ -114,10 +114,9 @@ def logs(trials: Sequence[Trial], store: Store, id: str | None, lines: int, cons
         shown.add(state.attempt.log)
         for path in (state.attempt.log, state.attempt.log.with_suffix(".err")):
             if path.is_file() and (text := path.read_text(errors="replace").splitlines()[-lines:]):
-                console.print(
-                    f"[bold]{state.trial.label}[/bold] ({key(state.trial)}, {state.state}): {path}", soft_wrap=True
-                )
-                console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
+                about = f" ({key(state.trial)}, {state.state}): {path}"
+                console.print(Text.assemble((state.trial.label, "bold"), about), soft_wrap=True)
+                console.print("\n".join(text), soft_wrap=True)
     if not shown:
         console.print("nothing runs, and nothing failed or ended without a result")
 
@@ -131,7 +130,7 @@ def cancel(study: str, store: Store, console: Console) -> None:
         for batch in found:
             if batch.executor == "local" and batch.job:
                 _kill(int(batch.job))
-    console.print(f"cancelled {len(found)} job arrays and processes of {study}", highlight=False)
+    console.print(f"cancelled {len(found)} job arrays and processes of {study}")
 
 
 def _kill(pid: int) -> None:
@@ -181,7 +180,7 @@ def _groups_table(found: Progress) -> Table:
         counts[trial.state] += 1
     table = Table("", "trials", *STATES, box=None, pad_edge=False)
     for name, counts in groups.items():
-        cells = [f"[{_STYLES.get(state, 'default')}]{count}[/]" if count else "·" for state, count in counts.items()]
+        cells = [Text(str(count), _STYLES.get(state, "")) if count else "·" for state, count in counts.items()]
         table.add_row(name, str(sum(counts.values())), *cells)
     return table
 

@@ -73,12 +73,12 @@ def hts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
     monkeypatch.delenv("HTS_DATA", raising=False)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        from experiments.cli import app
+        from slurm import cli
 
         monkeypatch.setattr(sys, "argv", ["hts", *map(str, arguments)])
         code = 0
         try:
-            app.main()
+            cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()

@@ -57,12 +57,12 @@ def forty_trials(text: Path) -> tuple[Trial, ...]:
 def main() -> None:
     import torch
 
-    from experiments.cli import app
     from experiments.run import pipeline
     from experiments.run.runtime import Machine
     from experiments.run.store import Store
     from experiments.studies.build import Study
     from experiments.studies.registry import STUDIES
+    from slurm import cli
 
     results, text, *arguments = sys.argv[1:]
     trials = forty_trials(Path(text))
@@ -73,7 +73,7 @@ def main() -> None:
         return
     STUDIES["forty"] = Study("a test", lambda: trials)
     sys.argv = ["hts", *arguments, "--results", results]
-    app.main()
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
+from experiments.cli.options import console
 from patch.errors import UserError
 
-console = Console()
 bench = typer.Typer(help="Time kernels and models on this GPU, side by side with dense and 2:4 libraries.")
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model of the registry; may be repeated.")]
 Results = Annotated[Path, typer.Option(help="Results directory.")]
@@ -48,7 +47,7 @@ def tune(
     name = torch.cuda.get_device_name(device)
     path = out or configs.user_table(name)
     configs.remember(path, entries, provenance(time.time() - started))
-    console.print(f"{len(entries)} shapes in {time.time() - started:.0f} s: {path}", highlight=False)
+    console.print(f"{len(entries)} shapes in {time.time() - started:.0f} s: {path}")
 
 
 @bench.command()
@@ -99,7 +98,7 @@ def kernels(
     frame = load_bench(paths)
     for name in dict.fromkeys(frame.model):
         table = markdown(kernel_table(frame[frame.model == name]))
-        console.print(f"{title(f'kernels-{name}')}\n\n{table}\n", highlight=False, soft_wrap=True)
+        console.print(f"{title(f'kernels-{name}')}\n\n{table}\n", soft_wrap=True)
 
 
 @bench.command(name="model")
@@ -129,7 +128,7 @@ def whole_model(
             model, sparsities, ModelGrid.tile, WORKLOADS, rounds or ModelGrid.rounds, lambda *_: progress.advance(task)
         )
     write_rows(path, rows, measure_roof(), started)
-    console.print(markdown(model_table(load_bench([path]))), highlight=False, soft_wrap=True)
+    console.print(markdown(model_table(load_bench([path]))), soft_wrap=True)
 
 
 @bench.command()
@@ -147,9 +146,9 @@ def report(
     for name in [gpu] if gpu else folders:
         measured = reports.speed(results / "bench" / name, results / "reports" / f"speed-{name}")
         for title, table in measured.tables:
-            console.print(f"{name}: {title}\n\n{markdown(table)}\n", highlight=False, soft_wrap=True)
+            console.print(f"{name}: {title}\n\n{markdown(table)}\n", soft_wrap=True)
         for path in measured.figures:
-            console.print(str(path), highlight=False)
+            console.print(str(path))
     if not gpu and not folders:
         raise UserError(f"{results / 'bench'} has no rows of any GPU: run `hts bench kernels` on one")
 

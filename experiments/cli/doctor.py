@@ -1,4 +1,4 @@
-"""What this machine can run, and why not: the checks behind ``hts doctor``."""
+"""``hts doctor``: what this machine can run, and why not."""
 
 import importlib.metadata
 import importlib.util
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
+from rich.table import Table
+from rich.text import Text
 
-from experiments.data import models, text
-from experiments.eval import tasks
+from experiments.cli.options import DEFAULT_RESULTS, Data, Results, console
 from patch.errors import UserError
 
 _OPTIONAL = {"lm-eval": ("lm_eval", "tasks", "eval"), "submitit": ("submitit", "Slurm sweeps", "slurm")}
@@ -25,6 +25,14 @@ class Finding:
     subject: str
     ok: bool
     detail: str
+
+
+def doctor(results: Results = DEFAULT_RESULTS, data: Data = None) -> None:
+    """Say what this machine can run, and why not."""
+    table = Table("", "what", "found", box=None, pad_edge=False, show_header=False)
+    for finding in examine(results, data):
+        table.add_row(Text(*(("ok", "green") if finding.ok else ("--", "yellow"))), finding.subject, finding.detail)
+    console.print(table)
 
 
 def examine(results: Path, data: Path | None) -> list[Finding]:
@@ -48,6 +56,8 @@ def _libraries() -> list[Finding]:
 
 
 def _accelerators() -> list[Finding]:
+    import torch
+
     if not torch.cuda.is_available():
         cores = torch.get_num_threads()
         return [
@@ -74,6 +84,9 @@ def _data(data: Path | None) -> list[Finding]:
         return [
             Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)
         ]
+    from experiments.data import text
+    from experiments.eval import tasks
+
     return [
         *(_check(f"text {name}", partial(text.check_source, name, data)) for name in text.SOURCES),
         *(_check(f"task {name}", partial(tasks.check_tasks, [name], data)) for name in tasks.TASKS),
@@ -94,6 +107,8 @@ def _slurm() -> Finding:
 
 
 def _models() -> Finding:
+    from experiments.data import models
+
     return Finding("models", True, ", ".join(models.REGISTRY))
 
 

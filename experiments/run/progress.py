@@ -25,9 +25,9 @@ def shown(console: Console, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield lambda label, done, total: None
     elif console.is_terminal:
-        with Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        ) as bars:
+        # Labels have paths in them, which are no markup.
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
             yield _on(bars)
     else:
         yield lines()

@@ -7,11 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.rows.jsonl import from_lines
-from experiments.cli.app import app
+from experiments.cli import app
 from experiments.publish import reproduction
 from experiments.studies import cost
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import key
+from slurm import cli
 
 ROOT = Path(__file__).parents[3]
 GUIDE = (ROOT / "experiments" / "publish" / "REPRODUCTION.md").read_text()
@@ -19,7 +20,7 @@ GUIDE = (ROOT / "experiments" / "publish" / "REPRODUCTION.md").read_text()
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`hts ([a-z]+)[ `]", GUIDE))))
 def test_commands_exist(command: str) -> None:
-    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+    assert CliRunner().invoke(app.build(cli.PANELS), [command, "--help"]).exit_code == 0
 
 
 def test_the_rate_is_what_a_committed_row_took() -> None:

@@ -1,0 +1,235 @@
+"""Commands on one model: prune or learn, evaluate, audit, and share its masks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from experiments.cli.options import (
+    DEFAULT_RESULTS,
+    Data,
+    Device,
+    Model,
+    Refit,
+    Results,
+    Tile,
+    console,
+    machine_on,
+    tile_shape,
+)
+from patch.errors import UserError, check_name
+
+if TYPE_CHECKING:
+    from experiments.studies.trial import Pruning
+
+
+def prune(
+    model: Model,
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")],
+    structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights.")] = 0.5,
+    tile: Tile = "128x128",
+    calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    tile_ranking: Annotated[
+        str, typer.Option(help="Which tiles stay dense: ranked within each weight, or over the model.")
+    ] = "weight",
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    refit: Refit = False,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Prune a model in one shot and write a hybrid checkpoint that plain transformers loads."""
+    from experiments.studies import build
+    from experiments.studies.trial import Calibration
+
+    seen = Calibration(calibration, windows, length, seed)
+    pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
+    if refit:
+        pruning = build.refitted(pruning, seen)
+    _checkpoint(pruning, out, results, data, device)
+
+
+def learn(
+    model: Model,
+    method: Annotated[str, typer.Option(help="patch-joint, patch-tile or maskllm.")] = "patch-joint",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5.")] = 0.45,
+    tile: Tile = "128x128",
+    text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior, and of --refit.")] = "c4",
+    calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    recipe: Annotated[
+        str, typer.Option(help="published, or guided: by the dense model, which lowers PATCH joint's perplexity.")
+    ] = "published",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; as all that follows, the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
+    ] = None,
+    block_distillation: Annotated[
+        float | None, typer.Option(help="Factor of the distance of each block's outputs from the dense model's.")
+    ] = None,
+    tile_ranking: Annotated[
+        str | None, typer.Option(help="Which tiles start as dense: ranked within each weight, or over the model.")
+    ] = None,
+    tile_prior: Annotated[
+        float | None, typer.Option(help="How far their logits start from zero, in standard deviations.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
+    refit: Refit = False,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Learn a mask with the weights frozen; stopped or killed, and started again, it resumes from its last checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
+    """
+    from experiments.studies import build
+    from experiments.studies.trial import Calibration
+    from patch.learn.recipe import CHANGES
+
+    given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
+    given |= {"distillation": distillation, "block_distillation": block_distillation}
+    given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
+    seen = Calibration(calibration, calibration_windows, calibration_length)
+    check_name("recipe", recipe, CHANGES)
+    changes = CHANGES[recipe] | {name: value for name, value in given.items() if value is not None}
+    pruning = build.learned(model, method, sparsity, tile_shape(tile), text, seen, seed, **changes)
+    if refit:
+        pruning = build.refitted(pruning, seen)
+    _checkpoint(pruning, out, results, data, device)
+
+
+def evaluate(
+    model: Model,
+    perplexity: Annotated[
+        list[str] | None, typer.Option(help="Text, or TEXT@LENGTH for another window than 2048 tokens. Repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval-harness. Repeatable.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 16,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
+    from analysis.rows.load import records
+    from experiments.publish import reports
+    from experiments.run import pipeline
+    from experiments.run.store import Store
+    from experiments.studies import build
+    from experiments.studies.trial import Evaluation, Perplexity, Trial
+
+    items = []
+    for name in perplexity or ([] if task else ["wikitext2/test"]):
+        source, _, window = name.partition("@")
+        items.append(Perplexity(source, int(window or 2048)))
+    trial = Trial(build.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
+    store = Store(results)
+    pipeline.validate([trial], data)
+    with machine_on(device, data) as machine:
+        pipeline.run_trial(trial, store, machine)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("measured on", overflow="fold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    for row in records(reports.frame([trial], store)):
+        # Parts of a task (the subjects of MMLU) and its other metrics stay in the rows.
+        if row.stage != "prune" and row.labels.get("primary", True):
+            name = row.task if row.stage.startswith("task:") else f"{row.labels['source']}@{row.labels['length']}"
+            table.add_row(name, row.metric, f"{row.value:.4f}", f"{row.stderr:.4f}")
+    console.print(table)
+
+
+def audit(
+    path: Annotated[Path, typer.Argument(help="A hybrid checkpoint, or a foreign one whose zeros are its mask.")],
+    tile: Annotated[str | None, typer.Option(help="Tile shape of a foreign checkpoint, rows x columns.")] = None,
+) -> None:
+    """Count each layer's tiles: dense, 2:4, violating. Exits with 1 if anything violates."""
+    from patch.audit import audit as audit_checkpoint
+
+    rows = audit_checkpoint(path, tile_shape(tile) if tile else None)
+    table = Table("layer", box=None, pad_edge=False)
+    for heading in ("shape", "tiles", "dense", "2:4", "violating", "sparsity"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        shape = f"{row.shape[0]}x{row.shape[1]}"
+        counts = [str(count) for count in (row.tiles, row.dense, row.two_four, row.violating)]
+        table.add_row(row.layer, shape, *counts, f"{row.sparsity:.4f}", style="red" if row.violating else None)
+    console.print(table)
+    elements = sum(row.shape[0] * row.shape[1] for row in rows)
+    sparsity = sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / elements
+    violating = sum(row.violating for row in rows)
+    console.print(f"sparsity {sparsity:.6f} over {len(rows)} weights, {violating} violating tiles")
+    if violating:
+        raise typer.Exit(1)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A hybrid checkpoint.")],
+    archive: Annotated[Path, typer.Argument(help="The archive to write (.tar.xz).")],
+) -> None:
+    """Write the masks of a checkpoint without its weights, to share them."""
+    from experiments.run import mask_archive
+
+    mask_archive.export(checkpoint, archive)
+    console.print(archive, soft_wrap=True)
+
+
+def restore(
+    archive: Annotated[Path, typer.Argument(help="Masks that [bold]hts export[/bold] wrote.")],
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+) -> None:
+    """Make a checkpoint again from its masks and the dense model; studies then take it instead of learning it."""
+    from experiments.run import mask_archive
+    from experiments.run.store import Store
+
+    with machine_on("cpu", data) as machine:
+        path = mask_archive.restore(archive, Store(results), machine)
+    console.print(path, soft_wrap=True)
+
+
+def list_models() -> None:
+    """List the models of the registry; any path or hub id works too."""
+    from experiments.data.models import REGISTRY
+
+    table = Table("model", "blocks", "hidden", "intermediate", "source", box=None, pad_edge=False)
+    for name, spec in REGISTRY.items():
+        table.add_row(name, str(spec.blocks), str(spec.hidden), str(spec.intermediate), spec.source)
+    console.print(table)
+
+
+def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:
+    """Make the checkpoint of one pruning, copy it to ``out``, and say where it is."""
+    from experiments.run import pipeline
+    from experiments.run.store import Store
+    from experiments.studies.trial import Evaluation, Trial
+    from patch.checkpoint import copy_checkpoint, load_info
+
+    if out is not None and out.exists():
+        raise UserError(f"{out} is already there: choose another --out or remove it")
+    store = Store(results)
+    pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
+    with machine_on(device, data) as machine:
+        path = pipeline.ensure_checkpoint(pruning, store, machine)
+        if machine.ranks.rank:
+            return
+    assert path is not None
+    sparsity = load_info(path)["sparsity"]
+    if out is not None:
+        path = copy_checkpoint(path, out)
+    console.print(f"sparsity {sparsity:.6f} (target {pruning.sparsity:g}): {path}", soft_wrap=True)

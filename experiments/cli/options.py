@@ -1,0 +1,100 @@
+"""What the commands of ``hts`` share: their options, the console, and the machine that they run on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from patch.errors import UserError, check_name, one_line
+
+if TYPE_CHECKING:
+    from experiments.run.runtime import Machine
+    from experiments.studies.trial import Trial
+
+# torch and transformers take seconds to import: commands import what they need, so that --help answers at once.
+
+# What users and files bring is printed as it is: `[bold]` in a path is no markup.
+console = Console(markup=False, highlight=False)
+
+Study = Annotated[str, typer.Argument(help="A study; [bold]hts studies[/bold] lists them.")]
+Results = Annotated[Path, typer.Option(envvar="HTS_RESULTS", help="Results directory.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(envvar="HTS_DATA", help="Directory with local texts and tasks; without it they come from the hub."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(help="Only trials with KEY=VALUE: model, method, structure, target, tile or seed. Repeatable."),
+]
+Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
+Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit", help="Fit the kept weights to the dense outputs on the calibration text; for one-shot masks."
+    ),
+]
+
+DEFAULT_RESULTS = Path("runs")
+
+
+def tile_shape(text: str) -> tuple[int, int]:
+    from patch.mask import check_tile
+
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"tile '{text}': give rows x columns, such as 64x64")
+    return check_tile([int(side) for side in sides])
+
+
+def trials_of(study: str, where: list[str] | None) -> "list[Trial]":
+    """The study's trials that match every KEY=VALUE."""
+    from experiments.studies.registry import STUDIES
+
+    trials = list(STUDIES[check_name("study", study, STUDIES)].trials())
+    for condition in where or []:
+        name, _, wanted = condition.partition("=")
+        check_name("--where key", name, _FIELDS)
+        found = {_FIELDS[name](trial.pruning) for trial in trials}
+        trials = [trial for trial in trials if _FIELDS[name](trial.pruning) == wanted]
+        if not trials:
+            raise UserError(f"no trial of {study} has {name}={wanted}: there are {', '.join(sorted(found))}")
+    return trials
+
+
+_FIELDS = {
+    "model": lambda pruning: pruning.model,
+    "method": lambda pruning: pruning.method,
+    "structure": lambda pruning: pruning.structure,
+    "target": lambda pruning: f"{pruning.sparsity:g}",
+    "tile": lambda pruning: "{}x{}".format(*pruning.tile) if pruning.tile else "none",
+    "seed": lambda pruning: str(pruning.seed),
+}
+
+
+@contextmanager
+def machine_on(device: str | None, data: Path | None) -> "Iterator[Machine]":
+    """The machine that trials run on, and progress on the console while they do."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from experiments.run.progress import shown
+    from experiments.run.runtime import Machine
+    from patch.learn.distributed import joined
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used: {one_line(error)}") from error
+    if data is not None and not data.is_dir():
+        raise UserError(f"data directory {data} is not there")
+    # Libraries' own bars would draw over this one.
+    disable_progress_bar()
+    with joined(device) as ranks, shown(console, quiet=ranks.rank > 0) as progress:
+        yield Machine(device, data, progress, ranks)

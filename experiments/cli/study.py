@@ -1,0 +1,152 @@
+"""Commands on studies: run one, and print, draw and compare what was measured."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from experiments.cli.options import DEFAULT_RESULTS, Data, Device, Results, Study, Where, console, machine_on, trials_of
+from patch.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from experiments.run.store import Store
+    from experiments.studies.trial import Trial
+
+
+def run(
+    study: Study,
+    where: Where = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the trials and what each still needs; run nothing.")] = False,
+) -> None:
+    """Run a study: every trial that is not complete, then its table and figures.
+
+    Safe to kill at any moment and to start again: finished stages are kept, learning resumes from its last checkpoint.
+    Several processes may run the same study on one results directory and share the work.
+    """
+    from experiments.run import pipeline
+    from experiments.run.store import Store
+
+    trials = trials_of(study, where)
+    store = Store(results)
+    if dry_run:
+        with machine_on(device, data) as machine:
+            can_time = machine.can_time
+        for trial in trials:
+            missing = pipeline.missing_stages(trial, store, can_time)
+            console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}")
+        return
+    pipeline.validate(trials, data)
+    console.print(f"{study}: {len(trials)} trials, results in {results}", soft_wrap=True)
+    ended: list[Exception | None] = []
+    with machine_on(device, data) as machine:
+
+        def report(trial: "Trial", error: Exception | None) -> None:
+            ended.append(error)
+            state = ("done  ", "green") if error is None else ("failed", "red")
+            reason = "" if error is None else f": {one_line(error)}"
+            line = Text.assemble(state, f" {trial.label} ({len(ended)} of {len(trials)}){reason}")
+            console.print(line, soft_wrap=True)
+
+        pipeline.run_trials(trials, store, machine, report)
+    _print_report(study, trials, store)
+    if failed := len(list(filter(None, ended))):
+        raise UserError(f"{failed} of {len(trials)} trials failed; run again to retry them")
+
+
+def studies() -> None:
+    """List the studies: what each shows, and how many trials it has."""
+    from experiments.studies.registry import STUDIES
+
+    table = Table("study", "trials", "what it shows", box=None, pad_edge=False)
+    for name, study in STUDIES.items():
+        table.add_row(name, str(len(study.trials())), study.title)
+    console.print(table)
+
+
+def table(
+    study: Study,
+    about: Annotated[str, typer.Option(help="accuracy, speed, or carried-MODEL.")] = "accuracy",
+    format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",
+    published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
+    where: Where = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Print a table of the study from its rows."""
+    from experiments.publish import reports
+    from experiments.run.store import Store
+
+    print(reports.table(trials_of(study, where), Store(results), format, about, published))
+
+
+def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
+    """Draw the study's figures from its rows."""
+    from experiments.publish import reports
+    from experiments.run.store import Store
+
+    for path in reports.figures(study, trials_of(study, where), Store(results)):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def compare(
+    study: Study,
+    left: Annotated[
+        str, typer.Argument(help="KEY=VALUE,... of model, method, structure, target, tile, variant; or a trial.")
+    ],
+    right: Annotated[str, typer.Argument(help="Likewise.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Results directory of the right one, such as another revision's.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="terminal, md, csv or latex.")] = "terminal",
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two pruned models of a study: differences, and whether they exceed the noise."""
+    from analysis.rows.points import gather
+    from analysis.tables import render
+    from analysis.tables.compare import comparison, select
+    from experiments.publish import reports
+    from experiments.run.store import Store
+
+    trials = trials_of(study, None)
+    chosen = [
+        select(gather(reports.frame(trials, Store(root))), selector)
+        for root, selector in ((results, left), (against or results, right))
+    ]
+    table = comparison(*chosen)
+    if format == "terminal":
+        console.print(render.rich_table(table, console.width))
+    else:
+        print(render.render(table, format))
+
+
+def report(
+    studies: Annotated[list[str] | None, typer.Argument(help="Studies; without, all that have rows.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Write one HTML file of studies and speeds: tables that sort, figures, and the row behind every number."""
+    from experiments.publish import reports
+    from experiments.run.store import Store
+    from patch.files import write_atomic
+
+    write_atomic(out, reports.page(studies or (), Store(results)))
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _print_report(study: str, trials: "list[Trial]", store: "Store") -> None:
+    """Print the tables, save them, and draw the figures."""
+    from analysis.tables.render import rich_table
+    from analysis.tables.study import study_tables
+    from experiments.publish import reports
+
+    tables = study_tables(reports.frame(trials, store))
+    for table in tables.values():
+        console.print(rich_table(table, console.width))
+    if not tables:
+        console.print("nothing was timed: speed is measured on a CUDA GPU")
+    for path in reports.write(study, trials, store):
+        console.print(f"wrote {path}", soft_wrap=True)
