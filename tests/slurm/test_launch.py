@@ -58,8 +58,8 @@ def test_two_nodes_meet_at_the_first(tmp_path: Path) -> None:
     out.mkdir()
     script = (
         "import sys, rank_stubs; from functools import partial; from pathlib import Path\n"
-        "from slurm import ranks; from slurm.cluster import Launch\n"
-        "ranks.run(Launch(2, 1), partial(rank_stubs.introduce, Path(sys.argv[1])), rank_stubs.cpu)"
+        "from slurm import torchrun; from slurm.cluster import Launch\n"
+        "torchrun.run(Launch(2, 1), partial(rank_stubs.introduce, Path(sys.argv[1])), rank_stubs.cpu)"
     )
     common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
     common["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
