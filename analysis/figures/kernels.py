@@ -1,21 +1,41 @@
 """Figures of a bench: speedup against sparsity with the limits of the hardware, and what each product reaches.
 
-Both read rows of ``hts bench kernels`` and write ``<path>.png`` and ``<path>.pdf``.
+Both draw rows of ``hts bench kernels``. Numbers of tokens and sparsities are shades of one colour: colours of methods
+mean methods alone.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from analysis.figures.style import INK, PALETTE, WIDTHS, Width, new_figure, paper_style, save_figure
+from analysis.figures.about import gpus, listed
+from analysis.figures.labels import Label, write_labels
+from analysis.figures.style import (
+    FAINT,
+    INK,
+    SMALL,
+    WIDTHS,
+    Width,
+    add_legend,
+    in_paper_style,
+    new_figure,
+    set_title,
+)
+from analysis.names import percent
 from analysis.tables.kernels import DENSE, geometric_mean
 
+TILE = "128x128"
 # Bytes of a 2:4 block for each of a dense one; instructions are half.
 SPARSE_BYTES = 0.5625
-MARKERS = ("o", "s", "^", "D", "v")
+_TOKENS = (1, 16, 64, 512, 4096)
+_RIGHT = 20.0
+_SPARSITIES = (0.25, 0.45, 0.5)
 
 
 def compute_limit(sparsity: Any) -> Any:
@@ -29,75 +49,115 @@ def memory_limit(sparsity: Any) -> Any:
     return 1 / (1 - share + SPARSE_BYTES * share)
 
 
-def plot_speedup(frame: pd.DataFrame, path: Path, model: str = "llama-2-7b", width: Width = "single") -> list[Path]:
+@in_paper_style
+def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = "single") -> Figure:
     """Geometric-mean speedup over a model's linears against sparsity, tiles of 128x128, for some numbers of tokens."""
-    hybrid = frame[(frame.model == model) & (frame.implementation == "hybrid") & (frame.tile == "128x128")]
+    chosen = frame[frame.model == model]
+    hybrid = chosen[(chosen.implementation == "hybrid") & (chosen.tile == TILE)]
     means = hybrid.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean)
-    with paper_style():
-        figure = new_figure(WIDTHS[width], 2.6)
-        axes = figure.subplots()
-        grid = np.linspace(0, 0.5, 51)
-        axes.plot(100 * grid, compute_limit(grid), color=INK, lw=0.8, ls="--", label="compute limit")
-        axes.plot(100 * grid, memory_limit(grid), color=INK, lw=0.8, ls=":", label="memory limit")
-        shown = [tokens for tokens in (1, 16, 64, 512, 4096) if tokens in means.index.get_level_values("tokens")]
-        for color, marker, tokens in zip(PALETTE, MARKERS, shown, strict=False):
-            line = means[tokens]
-            label = f"{tokens} token" + ("s" if tokens > 1 else "")
-            axes.plot(100 * line.index, line.to_numpy(), color=color, marker=marker, ms=3, lw=1, label=label)
-        axes.axhline(1, color=INK, lw=0.6)
-        lowest = min((means[tokens].min() for tokens in shown), default=1.0)
-        axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(min(0.9, lowest - 0.04), 2.0))
-        axes.legend(frameon=False, fontsize=6, loc="upper left")
-        return save_figure(figure, path)
+    figure = new_figure(WIDTHS[width], 2.8)
+    axes = figure.subplots()
+    shown = [tokens for tokens in _TOKENS if tokens in means.index.get_level_values("tokens")]
+    labels = []
+    for color, tokens in zip(_shades(len(shown)), shown, strict=True):
+        line = means[tokens]
+        axes.plot(100 * line.index, line.to_numpy(), color=color, marker="|", markersize=5, linewidth=1.1)
+        name = f"{tokens} token" + ("s" if tokens > 1 else "")
+        labels.append(Label(name, (100 * float(line.index[-1]), float(line.iloc[-1])), "right", color))
+    grid = np.linspace(0, 0.5, 51)
+    for limit, name, dashes in ((compute_limit, "compute limit", "--"), (memory_limit, "memory limit", ":")):
+        axes.plot(100 * grid, limit(grid), color=FAINT, linewidth=0.9, linestyle=dashes, gid="limit")
+        labels.append(Label(name, (50.0, float(limit(0.5))), "right", INK))
+    axes.axhline(1, color=INK, linewidth=0.6, gid="dense")
+    lowest = min((means[tokens].min() for tokens in shown), default=1.0)
+    axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(min(0.9, lowest - 0.04), 2.05))
+    axes.set_xlim(-1, 50 + _RIGHT)
+    axes.set_xticks(range(0, 51, 10))
+    set_title(figure, f"linears of {model}, tiles of {TILE}, timed on {gpus(frame.gpu)}")
+    write_labels(figure, [(axes, labels, {"right": (52.0, 50 + _RIGHT)})])
+    return figure
 
 
-def plot_roof(frame: pd.DataFrame, path: Path, width: Width = "double") -> list[Path]:
-    """What every product reaches: dense-equivalent TFLOP/s with 4096 tokens, and TB/s of weights with one."""
-    with paper_style():
-        figure = new_figure(WIDTHS[width], 2.6)
-        many, few = figure.subplots(1, 2)
-        _bars(many, frame[frame.tokens == 4096], "TFLOP/s, dense-equivalent", _tflops, "4096 tokens")
-        _roof(many, float(frame.matmul_roof.median()), "large dense product")
-        _bars(few, frame[frame.tokens == 1], "TB/s of weights", _terabytes, "1 token")
-        _roof(few, float(frame.copy_roof.median()), "large copy")
-        handles, labels = many.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=6)
-        return save_figure(figure, path)
+@in_paper_style
+def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
+    """What every product reaches: dense-equivalent TFLOP/s with 4096 tokens, and TB/s of weights with one.
 
-
-def _roof(axes: Axes, height: float, label: str) -> None:
-    axes.axhline(height, color=INK, lw=0.8, ls="--")
-    place = ("axes fraction", "data")
-    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    axes.annotate(
-        label, (1, height), (0, 2), xycoords=place, textcoords="offset points", ha="right", size=6, bbox=behind
+    A line a product, a mark for each sparsity; the dashed lines are what a large dense product and a large copy reach.
+    """
+    quantities = (
+        (4096, "TFLOP/s, dense-equivalent", _tflops, "matmul_roof", "large dense product"),
+        (1, "TB/s of weights", _terabytes, "copy_roof", "large copy"),
     )
+    shapes = list(dict.fromkeys(zip(frame.model, frame.linear, strict=True)))
+    beside = width == "double"
+    height = max(1.8, 0.8 + 0.13 * len(shapes))
+    figure = new_figure(WIDTHS[width], height if beside else 2 * height - 0.3)
+    axes = figure.subplots(1 if beside else 2, 2 if beside else 1, sharey=True, squeeze=False)
+    for axis, (tokens, name, measure, roof, said) in zip(axes.flat, quantities, strict=True):
+        _draw_reached(axis, frame[frame.tokens == tokens], shapes, measure)
+        reached = float(frame[roof].median())
+        axis.axvline(reached, color=INK, linewidth=0.8, linestyle="--", gid="roof")
+        place = ("data", "axes fraction")
+        axis.annotate(
+            said, (reached, 1), (0, 2), xycoords=place, textcoords="offset points", ha="center", size=SMALL, gid="label"
+        )
+        axis.set_xlabel(f"{name}, {tokens} token" + "s" * (tokens > 1))
+    handles = [
+        Line2D([], [], label=label, **_mark(color)) for (label, _), color in zip(_kinds(), _colors(), strict=True)
+    ]
+    models = listed(dict.fromkeys(frame.model))
+    set_title(figure, f"{models}, tiles of {TILE}, timed on {gpus(frame.gpu)}")
+    add_legend(figure, handles, 4 if beside else 2)
+    return figure
 
 
-def _bars(axes: Axes, frame: pd.DataFrame, ylabel: str, measure: Any, title: str) -> None:
+def _shades(count: int) -> Sequence[Any]:
+    """From light to dark, all of them dark enough for a line on white, and none a method's."""
+    return sns.light_palette("#4a1486", count + 2)[2:]
+
+
+def _kinds() -> list[tuple[str, float | None]]:
+    return [("fastest dense", None), *((f"hybrid {percent(s)}" if s < 0.5 else "2:4", s) for s in _SPARSITIES)]
+
+
+def _colors() -> list[Any]:
+    return [INK, *_shades(len(_SPARSITIES))]
+
+
+def _mark(color: Any) -> dict[str, Any]:
+    return {"color": color, "marker": "|", "markersize": 6, "markeredgewidth": 1.6, "linestyle": "none"}
+
+
+def _draw_reached(
+    axis: Axes, frame: pd.DataFrame, shapes: Sequence[tuple[str, str]], measure: Callable[[pd.Series], float]
+) -> None:
     dense = frame.implementation.isin(DENSE) & (frame.value == frame.dense)
-    chosen = frame[dense | (frame.implementation.eq("hybrid") & frame.tile.eq("128x128"))]
+    chosen = frame[dense | (frame.implementation.eq("hybrid") & frame.tile.eq(TILE))]
     chosen = chosen[chosen.tiles.isna() | chosen.tiles.eq("uneven") | chosen.sparsity.eq(0.5)]
-    shapes = list(dict.fromkeys(zip(chosen.model, chosen.linear, strict=True)))
-    kinds = [("fastest dense", None), ("hybrid 25%", 0.25), ("hybrid 45%", 0.45), ("2:4", 0.5)]
-    for number, (label, sparsity) in enumerate(kinds):
+    ends: dict[tuple[str, str], list[float]] = {}
+    for (_, sparsity), color in zip(_kinds(), _colors(), strict=True):
         rows = chosen[chosen.implementation.isin(DENSE) if sparsity is None else chosen.sparsity.eq(sparsity)]
-        values = {key: measure(group.iloc[0]) for key, group in rows.groupby(["model", "linear"])}
-        places = np.arange(len(shapes)) + 0.2 * (number - 1.5)
-        axes.bar(places, [values.get(shape, np.nan) for shape in shapes], 0.19, color=PALETTE[number], label=label)
-    names = [f"{model} {linear}" for model, linear in shapes]
-    axes.set_xticks(np.arange(len(shapes)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=5)
-    axes.set(ylabel=ylabel)
-    axes.set_title(title, fontsize=7)
-    axes.grid(axis="x", visible=False)
+        first = rows.drop_duplicates(["model", "linear"])
+        values = {(row["model"], row["linear"]): measure(row) for _, row in first.iterrows()}
+        for shape, value in values.items():
+            ends.setdefault(shape, []).append(value)
+        heights = [height for height, shape in enumerate(shapes) if shape in values]
+        axis.plot([values[shapes[height]] for height in heights], heights, zorder=3, **_mark(color))
+    for height, shape in enumerate(shapes):
+        if shape in ends:
+            axis.plot([min(ends[shape]), max(ends[shape])], [height, height], color="0.8", linewidth=0.8, zorder=2)
+    axis.set_yticks(range(len(shapes)), [f"{model} {linear}" for model, linear in shapes], size=SMALL)
+    axis.set_ylim(len(shapes) - 0.4, -0.6)
+    axis.set_xlim(left=0)
+    axis.grid(axis="y", visible=False)
 
 
 def _tflops(row: pd.Series) -> float:
-    return 2 * row.n * row.k * row.tokens / row.value / 1e6
+    return float(2 * row.n * row.k * row.tokens / row.value / 1e6)
 
 
 def _terabytes(row: pd.Series) -> float:
     packed = (
         isinstance(row["bytes"], float | int) and row["bytes"] == row["bytes"] and not isinstance(row.fallback, str)
     )
-    return (row["bytes"] if packed else 2 * row.n * row.k) / row.value / 1e6
+    return float((row["bytes"] if packed else 2 * row.n * row.k) / row.value / 1e6)

@@ -1,9 +1,8 @@
 """Accuracy against speed of the same checkpoints: what a reader gives up for how much."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,22 +11,30 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.frontier import (
-    FillStyle,
-    accuracy_label,
-    fills_of,
-    marking,
-    method_handles,
-    scale_perplexity,
-    variant_handles,
+from analysis.figures.about import gpus, listed
+from analysis.figures.frontier import accuracy_label
+from analysis.figures.labels import Label, Panel, write_labels
+from analysis.figures.scales import scale_perplexity
+from analysis.figures.series import marking
+from analysis.figures.style import (
+    FAINT,
+    INK,
+    SMALL,
+    WIDTHS,
+    Width,
+    add_legend,
+    in_paper_style,
+    new_figure,
+    set_title,
+    style_of,
+    text_ink,
 )
-from analysis.figures.style import INK, WIDTHS, Width, add_legend, new_figure, paper_style, save_figure
-from analysis.names import SOURCES, workload_name, workload_of
+from analysis.names import SOURCES, rank, workload_name, workload_of
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.packed import workloads, wrong
 from patch.errors import UserError
-from patch.methods import label_of
+from patch.methods import METHODS, label_of
 
 # A model in its own right here, not a line across.
 _DENSE: dict[str, Any] = {
@@ -37,6 +44,9 @@ _DENSE: dict[str, Any] = {
     "markerfacecolor": INK,
     "markeredgecolor": "white",
 }
+_FRONT: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
+# What is slower than this share of the next one stands at the edge of the panel, with its speed.
+_FAR = 0.75
 
 
 @dataclass(frozen=True)
@@ -55,11 +65,13 @@ class Placed:
 
 
 def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list[Placed]:
-    """The points that were timed on a workload; of several seeds, the mean speedup.
+    """The points that were timed.
 
     Args:
-        shape: of another model's shapes, on which tile statistics were timed (`analysis.tables.packed.carried_shapes`);
-            the dense model has its place there, too.
+        frame: as from `analysis.rows.load.load_rows`.
+        workload: one of `analysis.tables.packed.workloads`.
+        shape: instead of the checkpoints' own speed, that of their tile statistics on this model's shapes; the dense
+            model is at 1.
 
     Raises:
         UserError: if rows of one point are of different checkpoints (`analysis.rows.same_checkpoint`).
@@ -90,93 +102,117 @@ def pareto(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list
     return kept[::-1]
 
 
-def plot_speed_frontier(
-    frame: pd.DataFrame, path: Path, width: Width = "double", shape: str | None = None
-) -> list[Path]:
+@in_paper_style
+def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str | None = None) -> Figure:
     """Perplexity, and mean accuracy where there are tasks, against end-to-end speedup, a column of panels per workload.
+
+    A point is one checkpoint; the line is the Pareto front. In ``single`` there are two workloads to a row.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`, of one model.
-        path: without suffix.
         shape: as `placed`.
 
     Raises:
         UserError: if nothing was timed, or not all of it on one kind of GPU.
     """
-    with paper_style():
-        return save_figure(draw_speed_frontier(frame, width, shape), path)
-
-
-def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str | None = None) -> Figure:
-    """The figure of `plot_speed_frontier`."""
     timed = workloads(frame)
     if not timed:
         raise UserError("no speed to plot: run a frontier study on a GPU first")
-    timed_on(frame)
+    gpu = timed_on(frame)
     by_workload = {workload: placed(frame, workload, shape) for workload in timed}
-    with_accuracy = any(each.point.mean_accuracy for each in by_workload[timed[0]])
-    rows = 2 if with_accuracy else 1
-    figure = new_figure(WIDTHS[width], 0.4 + 1.9 * rows)
-    grid = figure.add_gridspec(rows, len(timed))
     text = texts(frame)[0]
     points = [each.point for each in by_workload[timed[0]]]
-    fills = fills_of(points)
-    for column, workload in enumerate(timed):
-        top = figure.add_subplot(grid[0, column])
-        here = [each for each in by_workload[workload] if text in each.point.perplexity]
-        _draw(top, [(each, each.point.perplexity[text], 1.0) for each in here], fills, lower_is_better=True)
-        top.set_title(workload_name(workload))
-        lowest = top
-        if with_accuracy:
-            lowest = figure.add_subplot(grid[1, column], sharex=top)
-            top.tick_params(labelbottom=False)
-            means = [(each, each.point.mean_accuracy) for each in by_workload[workload]]
-            _draw(lowest, [(each, mean, 100.0) for each, mean in means if mean], fills, lower_is_better=False)
-        lowest.set_xlabel("Speedup over dense" + (f",\n{shape} shapes" if shape else ""))
-        if column == 0:
-            top.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")
-            if with_accuracy:
-                lowest.set_ylabel(accuracy_label(frame))
-    pruned = [point for point in points if point.method != "dense"]
-    handles = method_handles(pruned)
-    if len(pruned) < len(points):
-        handles.insert(0, Line2D([], [], label=label_of("dense"), linestyle="none", **_DENSE))
-    if any(point.structure == "unstructured" for point in points):
-        hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
-        handles.append(Line2D([], [], label="unstructured", **hollow))
-    handles += variant_handles(points)
-    add_legend(figure, handles, 3 if width == "single" else 7)
+    quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [
+        (f"{SOURCES.get(text.source, text.source)}\nperplexity @{text.length}", lambda p: p.perplexity.get(text), 1.0)
+    ]
+    if any(point.mean_accuracy for point in points):
+        quantities.append((accuracy_label(frame).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
+    columns = min(len(timed), 4 if width == "double" else 2)
+    blocks = math.ceil(len(timed) / columns)
+    rows = blocks * len(quantities)
+    figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows)
+    grid = figure.add_gridspec(rows, columns)
+    written: list[Panel] = []
+    for place, workload in enumerate(timed):
+        block, column = divmod(place, columns)
+        for number, (label, measure, factor) in enumerate(quantities):
+            axis = figure.add_subplot(grid[block * len(quantities) + number, column])
+            here = [(each, found, factor) for each in by_workload[workload] if (found := measure(each.point))]
+            written.append(_draw(axis, here, lower_is_better=factor == 1.0))
+            axis.set_ylabel(label if column == 0 else "")
+            if number == 0:
+                axis.set_title(workload_name(workload))
+            if number == len(quantities) - 1:
+                axis.set_xlabel("Speedup over dense")
+            else:
+                axis.tick_params(labelbottom=False)
+    tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in points if point.tile}
+    on = f"tile statistics on {shape} shapes, " if shape else ""
+    models = listed(dict.fromkeys(point.model for point in points))
+    set_title(figure, f"{models}, {on}tiles of {listed(sorted(tiles))}, timed on one {gpus([gpu])}")
+    add_legend(figure, _key(points), 7 if width == "double" else 3)
+    write_labels(figure, written)
     return figure
 
 
-def _draw(
-    axis: Axes,
-    measured: Sequence[tuple[Placed, Measured, float]],
-    fills: Mapping[str, FillStyle],
-    lower_is_better: bool,
-) -> None:
-    """Points with their errors, and the frontier of those that are results."""
+def _timed_tiles(frame: pd.DataFrame, shape: str) -> set[str]:
+    rows = frame[(frame.stage == f"carried:{shape}") & (frame.metric == "speedup")]
+    return {"x".join(map(str, labels["tile"])) for labels in rows.labels if labels.get("tile")}
+
+
+def _key(points: Sequence[Point]) -> list[Line2D]:
+    """What markers and the line mean."""
+    handles = []
+    for method in sorted({point.method for point in points}, key=lambda method: rank(METHODS, method)):
+        look = marking(method, "2:4") | (_DENSE if method == "dense" else {})
+        handles.append(Line2D([], [], label=label_of(method), **(look | {"linestyle": "none"})))
+    if any(point.structure == "unstructured" for point in points):
+        hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
+        handles.append(Line2D([], [], label="unstructured", **hollow))
+    handles.append(Line2D([], [], label="Pareto front", **_FRONT))
+    return handles
+
+
+def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_is_better: bool) -> Panel:
+    """Points with their errors, and the frontier of those that are results; what is far slower gets its speed said."""
+    labels: list[Label] = []
     results: list[tuple[float, float]] = []
     ends: list[float] = []
+    edge = _edge([each.speedup for each, _, _ in measured])
     for each, quality, factor in measured:
         value, bar = factor * quality.value, None if quality.error is None else factor * quality.error
-        look = marking(each.point.method, each.point.structure, fills.get(each.point.variant, "full"))
-        look |= {"linestyle": "none"}
+        style = style_of(each.point.method)
+        look = marking(each.point.method, each.point.structure) | {"linestyle": "none"}
         if each.point.method == "dense":
             look |= _DENSE
+        x = each.speedup
         if not each.agrees:
             look |= {"markerfacecolor": "none", "markeredgecolor": look["color"], "markeredgewidth": 0.8}
-            axis.annotate("wrong", (each.speedup, value), (3, 3), textcoords="offset points", color=INK)
+            axis.annotate("wrong", (x, value), (3, 3), textcoords="offset points", color=INK, size=SMALL)
         elif math.isfinite(value):
-            results.append((each.speedup, value))
+            results.append((x, value))
             # On a logarithmic scale no bar may reach zero.
             ends += [max(value - (bar or 0.0), value / 2), value + (bar or 0.0)]
-        axis.errorbar([each.speedup], [value], yerr=bar, elinewidth=0.7, capsize=1.5, zorder=3, **look)
-    edge = pareto(results, lower_is_better)
-    axis.step(
-        [x for x, _ in edge], [y for _, y in edge], where="pre", color="0.6", linewidth=0.8, zorder=1, gid="pareto"
-    )
+        if x < edge:
+            x = edge
+            labels.append(Label(f"{each.speedup:.2f}x", (x, value), "right", text_ink(each.point.method)))
+        axis.errorbar([x], [value], yerr=bar, elinewidth=0.6, zorder=style.zorder, **look)
+    front = pareto(results, lower_is_better)
+    axis.step([x for x, _ in front], [y for _, y in front], where="pre", zorder=1, gid="pareto", **_FRONT)
     axis.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)
     if lower_is_better and ends:
         scale_perplexity(axis, min(ends), max(ends))
-    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    low, high = axis.get_xlim()
+    if edge:
+        low = edge - 0.06 * (high - edge)
+        axis.set_xlim(low, high)
+    return axis, labels, {"right": (edge + 0.08 * (high - low), edge + 0.4 * (high - low))}
+
+
+def _edge(speedups: Sequence[float]) -> float:
+    """Where what is far slower than all others is drawn; zero if nothing is."""
+    near = [speedup for speedup in speedups if speedup > _FAR]
+    if not near or len(near) == len(speedups):
+        return 0.0
+    return min(near) - 0.35 * max(max(near) - min(near), 0.1)

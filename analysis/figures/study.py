@@ -1,86 +1,181 @@
-"""Every figure of a study.
+"""Every figure of a study, and of a GPU's bench.
 
-Each ``plot_*`` takes rows and a path, writes ``<path>.png`` and ``<path>.pdf``, and returns the two paths; the same
-rows give the same bytes. Each ``draw_*`` returns the figure, or draws on given axes, and writes nothing.
+Each ``draw_*`` of this package takes rows and returns a figure; the same rows give the same bytes. Which of them a
+study's rows have something for, with a caption each, is said here; nothing is written but by `plot_study`.
 
     >>> frame = load_rows(Path("results/rows"))
     >>> plot_study(frame[frame.model == "embedded"], Path("figures"))
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from analysis.figures.ablation import ablated, plot_ablation
-from analysis.figures.frontier import plot_frontier
-from analysis.figures.kernels import plot_roof, plot_speedup
-from analysis.figures.learning_curves import plot_learning_curves
-from analysis.figures.speed_frontier import plot_speed_frontier
-from analysis.figures.style import Width
-from analysis.figures.tile_maps import plot_layer_sparsity, plot_tile_maps
-from analysis.figures.tile_shapes import plot_tile_shapes, swept
-from analysis.rows.load import records
+from analysis.figures.ablation import ablated, draw_ablation
+from analysis.figures.about import about, gpus
+from analysis.figures.frontier import draw_frontier, frontier_of
+from analysis.figures.kernels import TILE, draw_roof, draw_speedup
+from analysis.figures.layer_sparsity import draw_layer_sparsity
+from analysis.figures.learning_curves import draw_learning_curves
+from analysis.figures.refit import draw_refit, pairs_of
+from analysis.figures.series import MOST_CURVES
+from analysis.figures.speed_frontier import draw_speed_frontier
+from analysis.figures.style import FORMATS, Width, save_figure
+from analysis.figures.tile_maps import draw_tile_maps, drawable, place_of
+from analysis.figures.tile_shapes import draw_tile_shapes, swept
 from analysis.rows.points import Point, gather, texts, trial_labels
+from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.kernels import from_rows
 from analysis.tables.packed import carried_shapes, workloads
 
-_MOST_LINES = 8
+_BARS = "Bars are the spread over seeds, or the standard error of one: all points share their texts and items."
 
 
-def plot_study(frame: pd.DataFrame, folder: Path, width: Width = "double") -> list[Path]:
-    """Every figure that the rows have something for, in one folder; returns the written paths.
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure with its name.
 
-    Of trials that differ only in their seeds, the first stands for the others wherever single masks are shown.
+    Attributes:
+        name: of its file, without suffix.
+        caption: what it shows, of which model, tiles and GPU, and how to read it.
+        figure: as drawn.
+        minor: whether it shows single masks, which few readers look at.
     """
+
+    name: str
+    caption: str
+    figure: Figure
+    minor: bool = False
+
+
+def plot_study(
+    frame: pd.DataFrame, folder: Path, width: Width = "double", formats: Collection[str] = FORMATS[:1]
+) -> list[Path]:
+    """Write every figure of `study_drawings` in one folder; returns the written paths."""
     written: list[Path] = []
-    points = gather(frame)
-    crowded = bool(ablated(points)) and bool(texts(frame))
-    one_sparsity = len({point.sparsity for point in points if point.method != "dense"}) == 1
-    if crowded:
-        written += plot_ablation(frame, folder / "ablation", width)
-    elif texts(frame) and not (one_sparsity and swept(points)):
-        written += plot_frontier(frame, folder / "frontier", width)
-    if workloads(frame):
-        written += plot_speed_frontier(frame, folder / "speed", width)
-    for shape in carried_shapes(frame):
-        written += plot_speed_frontier(frame, folder / f"carried-{_file_name(shape)}", width, shape)
-    if texts(frame) and swept(points):
-        written += plot_tile_shapes(frame, folder / "tile-shapes")
-    kernels = from_rows(frame, "kernels")
-    for model in sorted(set(kernels.model)) if len(kernels) else ():
-        written += plot_speedup(kernels, folder / f"speedup-{_file_name(model)}", model)
-    if len(kernels):
-        written += plot_roof(kernels, folder / "roof")
-    # The masks of an ablation's many variants are not what it is about.
-    # What was refitted has the masks of what it stands on.
-    refitted = {row.trial for row in records(frame.drop_duplicates("trial")) if "refit" in row.definition["pruning"]}
-    hybrid = [] if crowded else [p for p in points if p.structure == "hybrid" and p.trials[0] not in refitted]
-    trials = [point.trials[0] for point in hybrid]
-    labels = trial_labels(frame[frame.trial.isin(trials)])
-    for trial in trials:
-        written += plot_tile_maps(frame, trial, folder / f"tiles-{_file_name(labels[trial])}")
-    for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
-        members = [point for point in hybrid if (point.model, point.method) == (model, method)]
-        several = len({point.model for point in hybrid}) > 1
-        name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
-        for part, shown in _readable(name, members).items():
-            written += plot_layer_sparsity(frame, shown, folder / part, width)
-    learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
-    curves = [] if crowded else [point for point in points if point.trials[0] in learned]
-    for part, shown in _readable("learning-curves", curves).items():
-        written += plot_learning_curves(frame, folder / part, width, shown)
+    for drawing in study_drawings(frame, width):
+        written += save_figure(drawing.figure, folder / drawing.name, formats)
     return written
 
 
-def _readable(name: str, points: Sequence[Point]) -> dict[str, list[str]]:
-    """The first trials of points by the file that shows them: one, or where lines are too many one for each variant."""
-    files: dict[str, list[str]] = {}
+def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Drawing]:
+    """Every figure that the rows have something for.
+
+    Of trials that differ only in their seeds, the first stands for the others wherever single masks are shown.
+    """
+    # Without learning curves and layers, of which most rows are, everything else is quick.
+    everything, frame = frame, frame[frame.step.isna() & frame.layer.isna()]
+    points = gather(frame)
+    measured = texts(frame)
+    pairs = pairs_of(frame, points, measured[0]) if measured else []
+    groups = ablated(points) if measured and not pairs else {}
+    of = about(frame)
+    if pairs:
+        yield Drawing("refit", f"What fitting the kept weights does to each mask: {of}.", draw_refit(frame))
+    elif groups:
+        caption = f"Perplexity of each variant, lowest on top: {of}. Bars are the spread over seeds."
+        yield Drawing("ablation", caption, draw_ablation(frame, width))
+    elif measured and swept(points):
+        yield Drawing(
+            "tile-shapes", f"Perplexity by tile shape, all else equal: {of}. {_BARS}", draw_tile_shapes(frame)
+        )
+    if measured and not pairs and not groups and not _one_sparsity(points) and frontier_of(points):
+        yield Drawing("frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width))
+    yield from _speed_drawings(frame, width)
+    yield from kernel_drawings(from_rows(frame, "kernels"))
+    # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
+    if not pairs and not groups:
+        yield from _mask_drawings(everything, points, width)
+
+
+def _one_sparsity(points: Sequence[Point]) -> bool:
+    """Whether points are a sweep over tile shapes at one sparsity, and nothing else."""
+    return len({point.sparsity for point in points if point.method != "dense"}) == 1 and bool(swept(points))
+
+
+def _speed_drawings(frame: pd.DataFrame, width: Width) -> Iterator[Drawing]:
+    if not workloads(frame):
+        return
+    of = f"{about(frame)}, timed on one {gpus([timed_on(frame)])}"
+    how = "The line is the Pareto front; what is far slower stands at the edge with its speed."
+    yield Drawing(
+        "speed",
+        f"Quality against end-to-end speedup of each checkpoint: {of}. {how}",
+        draw_speed_frontier(frame, width),
+    )
+    for shape in carried_shapes(frame):
+        yield Drawing(
+            f"carried-{_file_name(shape)}",
+            f"Quality against the speed of the same tile statistics on {shape} shapes with random weights: {of}.",
+            draw_speed_frontier(frame, width, shape),
+        )
+
+
+def kernel_drawings(kernels: pd.DataFrame) -> Iterator[Drawing]:
+    """The figures of timed products, as `analysis.tables.kernels` has them."""
+    if kernels.empty:
+        return
+    on = f"tiles of {TILE}, timed on {gpus(kernels.gpu)}"
+    hybrid = kernels[(kernels.implementation == "hybrid") & (kernels.tile == TILE)]
+    for model in dict.fromkeys(hybrid.model):
+        caption = (
+            f"Speedup of the linears of {model} over the fastest dense product (geometric mean), {on}, beside what "
+            "halving instructions (compute limit) or reading fewer bytes (memory limit) would allow."
+        )
+        yield Drawing(f"speedup-{_file_name(model)}", caption, draw_speedup(kernels, model))
+    caption = f"What each product reaches, {on}, beside a large dense product and a large copy."
+    yield Drawing("roof", caption, draw_roof(kernels))
+
+
+def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:
+    """Single masks: their tiles or their sparsity per layer, and how they were learned."""
+    hybrid = [point for point in points if point.structure == "hybrid"]
+    labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
+    layers = frame[frame.metric == "tile_map"].drop_duplicates(["model", "layer"])
+    blocks = {
+        model: len({place_of(layer)[0] for layer in of_model.layer}) for model, of_model in layers.groupby("model")
+    }
+    for point in hybrid:
+        if point.model in blocks and drawable(blocks[point.model]):
+            label = labels[point.trials[0]]
+            caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}."
+            figure = draw_tile_maps(frame, point.trials[0])
+            yield Drawing(f"tiles-{_file_name(label)}", caption, figure, minor=True)
+    several = len({point.model for point in hybrid}) > 1
+    for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
+        members = [point for point in hybrid if (point.model, point.method) == (model, method)]
+        name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
+        for part, shown in _legible(name, members).items():
+            caption = f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}."
+            yield Drawing(part, caption, draw_layer_sparsity(frame, shown, width), minor=True)
+    learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
+    curves = [point for point in points if point.trials[0] in learned]
+    for part, shown in _legible("learning-curves", curves).items():
+        caption = (
+            f"Cross entropy while learning, as a moving average with the logged values behind, and the masks' density "
+            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}."
+        )
+        yield Drawing(part, caption, draw_learning_curves(frame, width, shown), minor=True)
+
+
+def _legible(name: str, points: Sequence[Point]) -> dict[str, list[str]]:
+    """The first trials of points by the figure that shows them: one, or where they are too many one a variant.
+
+    A variant of more than a panel can show is cut into parts.
+    """
+    by_name: dict[str, list[str]] = {}
     for point in points:
-        own = f"{name} {point.variant}" if len(points) > _MOST_LINES else name
-        files.setdefault(_file_name(own), []).append(point.trials[0])
-    return files
+        own = f"{name} {point.method} {point.variant}" if len(points) > MOST_CURVES else name
+        by_name.setdefault(_file_name(own), []).append(point.trials[0])
+    return {
+        name if start == 0 else f"{name}-{start // MOST_CURVES + 1}": trials[start : start + MOST_CURVES]
+        for name, trials in by_name.items()
+        for start in range(0, len(trials), MOST_CURVES)
+    }
 
 
 def _file_name(label: str) -> str:

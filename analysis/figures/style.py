@@ -1,32 +1,44 @@
-"""What all figures share: column widths of a paper, type sizes, colours that the colour-blind tell apart, and writing.
+"""What all figures share: column widths of a paper, type sizes, how a method is drawn, titles and writing.
 
 No figure goes through pyplot, and settings hold only inside `paper_style`: drawing leaves no global state behind.
 """
 
+import functools
+import io
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
-import pandas as pd
-import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from PIL import Image
 
+from patch.errors import check_name
 from patch.files import replacing
 from patch.methods import METHODS
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Width = Literal["single", "double"]
 WIDTHS: Mapping[Width, float] = {"single": 3.35, "double": 7.0}
 """Column widths of a two-column paper, in inches."""
 
-PALETTE = sns.color_palette("colorblind")
 INK = "0.25"
+FAINT = "0.55"
+SMALL = 6.0
+"""Points of labels inside of panels."""
+DPI = 240
+FORMATS = ("png", "pdf")
+
+# Characters of a title to an inch.
+_TITLE_PITCH = 17
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Style:
 
 
 DASHED = (0, (4, 2))
-_UNKNOWN = Style(PALETTE[4], "P")
+_UNKNOWN = Style("#cc78bc", "P")
 # Markers that look smaller than others of their size.
 _SIZES = {"p": 5.0, "^": 4.8}
 
@@ -64,7 +76,7 @@ _RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": "0.9",
+    "grid.color": "0.92",
     "grid.linewidth": 0.5,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -74,7 +86,6 @@ _RC: dict[Any, Any] = {
     "ytick.major.size": 2.5,
     "lines.linewidth": 1.1,
     "pdf.fonttype": 42,
-    "savefig.dpi": 300,
 }
 
 
@@ -88,39 +99,44 @@ def style_of(method: str) -> Style:
     return Style(known.color, known.marker, _SIZES.get(known.marker, Style.size))
 
 
+def text_ink(method: str) -> Any:
+    """The colour of a method, darker: for its name in small type."""
+    return tuple(0.7 * part for part in matplotlib.colors.to_rgb(style_of(method).color))
+
+
 def paper_style() -> AbstractContextManager[None]:
     """Type sizes, lines and colours for a printed column, while the context lasts."""
     return matplotlib.rc_context(_RC)
 
 
-def trial_looks(frame: pd.DataFrame, labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Lines that can be told apart: colour and marker by method, lighter and dashed where sparsity is lower."""
-    members: dict[str, list[str]] = {}
-    methods = frame.drop_duplicates("trial").set_index("trial").method
-    for trial in labels:
-        members.setdefault(methods[trial], []).append(trial)
-    looks = {}
-    dashes = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (4, 1.5, 1, 1.5)))
-    for method, trials in members.items():
-        style = style_of(method)
-        shades = sns.light_palette(style.color, n_colors=len(trials) + 3)[3:][::-1]
-        for place, trial in enumerate(trials):
-            looks[trial] = {
-                "color": shades[place],
-                "linestyle": dashes[place % len(dashes)],
-                "marker": style.marker,
-                "markersize": 2.6,
-                "linewidth": 1.0,
-            }
-    return looks
+def in_paper_style(draw: Callable[P, T]) -> Callable[P, T]:
+    """A function that draws, with the settings of `paper_style` while it does."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        with paper_style():
+            return draw(*args, **kwargs)
+
+    return styled
 
 
 def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
     """A figure in inches that no global state knows of."""
     engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0, wspace=0.02) if constrained else None
-    figure = Figure(figsize=(width, height), layout=engine)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=engine)
     FigureCanvasAgg(figure)
     return figure
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """What the figure is of, over all its panels, flush left, in as many lines as its width needs."""
+    text = textwrap.fill(title, round(_TITLE_PITCH * figure.get_figwidth()))
+    figure.suptitle(text, x=0.005, ha="left", size=7.5, color="0.1")
+
+
+def title_lines(title: str, width: float) -> int:
+    """How many lines `set_title` needs in a figure of that width."""
+    return len(textwrap.wrap(title, round(_TITLE_PITCH * width)))
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
@@ -133,16 +149,32 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
         legend.remove()
 
 
-def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Write ``path`` with ``.png`` and ``.pdf`` appended, each whole or not at all; no time or version in either."""
-    nameless: dict[str, dict[str, Any]] = {
-        "png": {"Software": None},
-        "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-    }
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, which it has no more of to the eye, at a third of the size of a full one."""
+    with paper_style(), io.BytesIO() as small:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+        image.quantize(256).save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+        return small.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, formats: Collection[str] = FORMATS[:1]) -> list[Path]:
+    """Write ``path`` with the suffix of each format appended, each whole or not at all; no time or version in any.
+
+    Raises:
+        UserError: for another format than `FORMATS`.
+    """
     written = []
-    for suffix, metadata in nameless.items():
+    for suffix in formats:
+        check_name("figure format", suffix, FORMATS)
         target = path.with_name(f"{path.name}.{suffix}")
         with replacing(target) as temporary:
-            figure.savefig(temporary, format=suffix, metadata=metadata)
+            if suffix == "png":
+                temporary.write_bytes(png_bytes(figure))
+            else:
+                nameless: dict[str, Any] = {"Creator": None, "Producer": None, "CreationDate": None}
+                with paper_style():
+                    figure.savefig(temporary, format=suffix, metadata=nameless)
         written.append(target)
     return written

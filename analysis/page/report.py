@@ -5,42 +5,24 @@ trials, and the command that makes each study again. The page is `report.html.j2
 """
 
 import base64
-import io
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
-from PIL import Image
 
-from analysis.figures.study import plot_study
-from analysis.figures.style import WIDTHS
+from analysis.figures.study import Drawing, study_drawings
+from analysis.figures.style import WIDTHS, png_bytes
 from analysis.names import workload_of
 from analysis.rows.load import records
 from analysis.rows.points import Measured, Task
 from analysis.tables.render import MISSING, Table, shown_cells
 from analysis.tables.study import study_tables, title
 from patch.methods import label_of
-
-# What each figure of `plot_study` shows, by the beginning of its file's name.
-_CAPTIONS = {
-    "ablation": "Perplexity of each variant, lowest on top; the dashed line is the dense model.",
-    "frontier": "Perplexity and accuracy against sparsity; error bars are standard errors.",
-    "speedup": "Speedup of a model's linears over the fastest dense one, with what bytes and instructions would allow.",
-    "roof": "What the kernels reach by shape, beside what a large dense product and a large copy reach.",
-    "carried": "Accuracy against the speed of the same tile statistics on a larger model's shapes with random weights.",
-    "speed": "Accuracy against end-to-end speedup of the same checkpoints; the grey line is the frontier.",
-    "layer-sparsity": "Sparsity of each layer.",
-    "tile-shapes": "Perplexity against the tile shape, all else equal; the dashed line is the dense model.",
-    "tiles": "Learned or chosen tile maps: dark tiles are dense, light ones 2:4.",
-    "learning-curves": "Learning curves.",
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Speed:
 
     gpu: str
     tables: tuple[tuple[str, Table], ...]
-    figures: tuple[Path, ...]
+    figures: tuple[Drawing, ...]
 
 
 def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
@@ -86,7 +68,7 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
 
 def _study(study: Study) -> dict[str, Any]:
     evaluated = study.frame[study.frame.step.isna() & study.frame.layer.isna()]
-    figures = _figures(study.frame)
+    figures = [_figure(drawing) for drawing in study_drawings(study.frame)]
     return {
         "name": study.name,
         "title": study.title,
@@ -95,8 +77,8 @@ def _study(study: Study) -> dict[str, Any]:
             _table(title(name), table, _origins(table, evaluated)) for name, table in study_tables(study.frame).items()
         ],
         "missing": study.missing,
-        "figures": [figure for figure in figures if not figure["name"].startswith("tiles-")],
-        "tile_maps": [figure for figure in figures if figure["name"].startswith("tiles-")],
+        "figures": [figure for figure in figures if not figure["minor"]],
+        "masks": [figure for figure in figures if figure["minor"]],
         "ran_on": _ran_on(study.frame),
         "facts": [
             {
@@ -213,30 +195,13 @@ def _tasks_of(rows: pd.DataFrame) -> list[tuple[Task | None, dict[str, Any]]]:
     ]
 
 
-def _figures(frame: pd.DataFrame) -> list[dict[str, str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [path for path in plot_study(frame, Path(folder)) if path.suffix == ".png"]
-        return [_figure(path) for path in paths]
-
-
-def _figure(path: Path) -> dict[str, str]:
-    kind = next((kind for kind in _CAPTIONS if path.stem.startswith(kind)), "")
-    subject = path.stem.removeprefix(kind).strip("-").replace("-", " ")
-    caption = " ".join(filter(None, (_CAPTIONS.get(kind, ""), subject and f"({subject})")))
-    with Image.open(path) as image:
-        return {
-            "name": path.stem,
-            "caption": caption or path.stem,
-            "data": "data:image/png;base64," + base64.b64encode(_few_colours(image)).decode(),
-            "width": f"{image.width / image.info['dpi'][0] / WIDTHS['double']:.0%}",
-        }
-
-
-def _few_colours(image: Image.Image) -> bytes:
-    """A PNG of 256 colours, which figures have no more of to the eye, at a third of its size."""
-    with io.BytesIO() as small:
-        image.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-        return small.getvalue()
+def _figure(drawing: Drawing) -> dict[str, Any]:
+    return {
+        "caption": drawing.caption,
+        "data": "data:image/png;base64," + base64.b64encode(png_bytes(drawing.figure)).decode(),
+        "width": f"{drawing.figure.get_figwidth() / WIDTHS['double']:.0%}",
+        "minor": drawing.minor,
+    }
 
 
 def _ran_on(frame: pd.DataFrame) -> list[dict[str, str]]:
@@ -250,5 +215,5 @@ def _speed(speed: Speed) -> dict[str, Any]:
     return {
         "gpu": speed.gpu,
         "tables": [_table(title, table, {}) for title, table in speed.tables],
-        "figures": [_figure(path) for path in speed.figures if path.suffix == ".png"],
+        "figures": [_figure(drawing) for drawing in speed.figures],
     }

@@ -1,15 +1,13 @@
 """Reports: a study's tables and figures as files, a GPU's measured speed, and all of it as one page."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pandas import DataFrame
 
-from analysis.figures.kernels import plot_roof, plot_speedup
-from analysis.figures.study import plot_study
+from analysis.figures.study import Drawing, kernel_drawings, plot_study
 from analysis.page import report
 from analysis.rows.load import load_rows
 from analysis.tables.kernels import kernel_table, load_bench, model_table
@@ -80,32 +78,28 @@ def page(names: Sequence[str], store: Store) -> str:
         if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
             studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
-    with tempfile.TemporaryDirectory() as folder:
-        speeds = [
-            speed(path, Path(folder) / path.name) for path in sorted((store.root / "bench").glob("*")) if path.is_dir()
-        ]
-        if not studies and not speeds:
-            raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
-        commit, dirty = revision()
-        when = time.strftime("%Y-%m-%d", time.gmtime())
-        return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
+    speeds = [speed(path) for path in sorted((store.root / "bench").glob("*")) if path.is_dir()]
+    if not studies and not speeds:
+        raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
+    commit, dirty = revision()
+    when = time.strftime("%Y-%m-%d", time.gmtime())
+    return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
 
 
-def speed(folder: Path, pictures: Path) -> report.Speed:
-    """The tables of one GPU's bench folder, and figures drawn in ``pictures``.
+def speed(folder: Path) -> report.Speed:
+    """The tables and figures of one GPU's bench folder.
 
     Raises:
         UserError: if nothing was timed there, or a file is damaged.
     """
     tables: list[tuple[str, Table]] = []
-    figures: list[Path] = []
+    figures: list[Drawing] = []
     kernels = sorted((folder / "kernels").glob("*.jsonl"))
     if kernels:
         rows = load_bench(kernels)
         for model in dict.fromkeys(rows.model):
             tables.append((title(f"kernels-{model}"), kernel_table(rows[rows.model == model])))
-        figures += plot_speedup(rows, pictures / "speedup")
-        figures += plot_roof(rows, pictures / "roof")
+        figures += kernel_drawings(rows)
     for path in sorted((folder / "model").glob("*.jsonl")):
         tables.append((title(f"model-{path.stem}"), model_table(load_bench([path]))))
     tables += learning_tables(folder).items()

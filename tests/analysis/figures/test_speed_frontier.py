@@ -1,13 +1,12 @@
 """Accuracy against speed: who is on the frontier, who is no result, and what is refused."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from analysis.figures.speed_frontier import draw_speed_frontier, pareto, placed, plot_speed_frontier
+from analysis.figures.speed_frontier import draw_speed_frontier, pareto, placed
 from analysis.tables.packed import workloads
 from patch.errors import UserError
 
@@ -81,8 +80,19 @@ def test_error_bars_end_within_the_panels(frame: pd.DataFrame) -> None:
         assert all(low < y < high for y in ends if y not in (0.8 * 33.0, 1.2 * 33.0))
 
 
-def test_it_is_written(frame: pd.DataFrame, tmp_path: Path) -> None:
-    assert [path.suffix for path in plot_speed_frontier(frame, tmp_path / "speed")] == [".png", ".pdf"]
+def test_the_front_is_in_the_key_and_the_title_says_what_and_where(frame: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(frame.assign(gpu="NVIDIA H200"))
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["Dense", "Wanda", "MaskLLM", "PATCH joint", "Pareto front"]
+    assert " ".join(figure.get_suptitle().split()) == "m, tiles of 64x64, timed on one H200"
+
+
+def test_what_is_far_slower_stands_at_the_edge_with_its_speed(frame: pd.DataFrame) -> None:
+    slow = frame.trial.eq("1" * 12) & frame.metric.eq("speedup")
+    panel = draw_speed_frontier(frame.assign(value=frame.value.where(~slow, 0.2))).axes[0]
+    assert "0.20x" in [text.get_text() for text in panel.texts]
+    xs = [float(x) for line in panel.lines if line.get_marker() in ("^", "D", "o", "*") for x in line.get_xdata()]
+    assert sorted(xs)[1:] == [1.0, 1.3, 1.5, 1.6] and panel.get_xlim()[0] < min(xs) < 1.0
 
 
 def test_without_speed_there_is_nothing_to_plot(demo: pd.DataFrame) -> None:

@@ -1,0 +1,136 @@
+"""Names written at the curves that they mean, where they cover neither points nor each other."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.figures.style import FAINT, SMALL
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name and where its curve ends.
+
+    Attributes:
+        text: in one line; it is wrapped.
+        at: the end of the curve, or the marker, in data.
+        side: where of it the name stands.
+        color: of the text.
+    """
+
+    text: str
+    at: tuple[float, float]
+    side: Side
+    color: Any
+
+
+def spread(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> list[float]:
+    """Middles of intervals of these sizes that do not overlap, as near as may be to the wanted ones, within a range.
+
+    Where they are too many for the range they overlap evenly.
+    """
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    room = sum(sizes)
+    shrink = min(1.0, (high - low) / room) if room else 1.0
+    sizes = [shrink * size for size in sizes]
+    # Blocks of intervals that touch: members and the middle of the whole.
+    blocks: list[list[int]] = []
+    for place in order:
+        blocks.append([place])
+        while len(blocks) > 1 and _start(blocks[-1], wanted, sizes, low, high) < _end(
+            blocks[-2], wanted, sizes, low, high
+        ):
+            last = blocks.pop()
+            blocks[-1] += last
+    middles = [0.0] * len(wanted)
+    for block in blocks:
+        edge = _start(block, wanted, sizes, low, high)
+        for place in block:
+            middles[place] = edge + sizes[place] / 2
+            edge += sizes[place]
+    return middles
+
+
+def _start(block: Sequence[int], wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> float:
+    """Where a block of touching intervals begins: that which moves its members least, within the range."""
+    offset, starts = 0.0, []
+    for place in block:
+        starts.append(wanted[place] - sizes[place] / 2 - offset)
+        offset += sizes[place]
+    return min(max(sum(starts) / len(starts), low), high - offset)
+
+
+def _end(block: Sequence[int], wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> float:
+    return _start(block, wanted, sizes, low, high) + sum(sizes[place] for place in block)
+
+
+Panel = tuple[Axes, Sequence[Label], Mapping[Side, tuple[float, float]]]
+"""Axes, the names in them, and for each side its free column: from the edge beside the points to the other, in data."""
+
+
+def write_labels(figure: Figure, panels: Iterable[Panel]) -> None:
+    """Write the names of each panel into its free columns, with a thin line to what they mean where they had to move.
+
+    Args:
+        figure: with everything else drawn, for the sizes of its panels decide.
+    """
+    panels = list(panels)
+    if not any(labels for _, labels, _ in panels):
+        return
+    figure.draw_without_rendering()
+    pitch = SMALL * figure.dpi / 72
+    for axes, labels, columns in panels:
+        for side, (near, far) in columns.items():
+            members = [label for label in labels if label.side == side]
+            width = abs(axes.transData.transform((near, 1))[0] - axes.transData.transform((far, 1))[0])
+            texts = [wrapped(label.text, max(8, int(width / (0.56 * pitch)))) for label in members]
+            sizes = [(1.25 * (text.count("\n") + 1) + 0.1) * pitch for text in texts]
+            wanted = [axes.transData.transform(label.at)[1] for label in members]
+            box = axes.get_window_extent()
+            heights = spread(wanted, sizes, box.y0 - 0.3 * pitch, box.y1 + 0.3 * pitch)
+            for label, text, height in zip(members, texts, heights, strict=True):
+                _write(axes, label, text, near, height)
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name in lines of so many characters where words allow it; what stands in brackets begins a line."""
+    if len(name) <= width:
+        return name
+    head, bracket, tail = name.partition("(")
+    parts = [part for part in (head.strip(), bracket + tail) if part]
+    return "\n".join(textwrap.fill(part, width, break_long_words=False, break_on_hyphens=False) for part in parts)
+
+
+def _write(axes: Axes, label: Label, text: str, x: float, height: float) -> None:
+    """``height`` in pixels."""
+    y = axes.transData.inverted().transform((0, height))[1]
+    toward = -1 if label.side == "left" else 1
+    written = axes.annotate(
+        text,
+        xy=label.at,
+        xytext=(x, y),
+        ha="right" if label.side == "left" else "left",
+        va="center",
+        size=SMALL,
+        color=label.color,
+        linespacing=1.1,
+        zorder=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.4},
+        arrowprops={
+            "arrowstyle": "-",
+            "color": FAINT,
+            "linewidth": 0.4,
+            "shrinkA": 1,
+            "shrinkB": 3,
+            "relpos": (1, 0.5) if toward < 0 else (0, 0.5),
+        },
+        annotation_clip=False,
+        gid="label",
+    )
+    written.set_in_layout(False)
