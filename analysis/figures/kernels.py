@@ -97,6 +97,7 @@ def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
         _draw_reached(axis, frame[frame.tokens == tokens], shapes, measure)
         reached = float(frame[roof].median())
         axis.axvline(reached, color=INK, linewidth=0.8, linestyle="--", gid="roof")
+        axis.set_xlim(0, 1.04 * max([reached, *(float(x) for line in axis.lines for x in line.get_xdata())]))
         place = ("data", "axes fraction")
         axis.annotate(
             said, (reached, 1), (0, 2), xycoords=place, textcoords="offset points", ha="center", size=SMALL, gid="label"
@@ -148,7 +149,6 @@ def _draw_reached(
             axis.plot([min(ends[shape]), max(ends[shape])], [height, height], color="0.8", linewidth=0.8, zorder=2)
     axis.set_yticks(range(len(shapes)), [f"{model} {linear}" for model, linear in shapes], size=SMALL)
     axis.set_ylim(len(shapes) - 0.4, -0.6)
-    axis.set_xlim(left=0)
     axis.grid(axis="y", visible=False)
 
 

@@ -139,16 +139,18 @@ def report(
     results: Results = Path("results"),
 ) -> None:
     """Print the tables of what was measured, GPU by GPU, and draw their figures."""
+    from analysis.figures.style import save_figure
     from analysis.tables.render import markdown
     from experiments.publish import reports
 
     folders = sorted(path.name for path in (results / "bench").glob("*") if path.is_dir())
     for name in [gpu] if gpu else folders:
-        measured = reports.speed(results / "bench" / name, results / "reports" / f"speed-{name}")
+        measured = reports.speed(results / "bench" / name)
         for title, table in measured.tables:
             console.print(f"{name}: {title}\n\n{markdown(table)}\n", soft_wrap=True)
-        for path in measured.figures:
-            console.print(str(path))
+        for drawing in measured.figures:
+            for path in save_figure(drawing.figure, results / "reports" / f"speed-{name}" / drawing.name):
+                console.print(str(path))
     if not gpu and not folders:
         raise UserError(f"{results / 'bench'} has no rows of any GPU: run `hts bench kernels` on one")
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures.kernels import compute_limit, draw_roof, draw_speedup, memory_limit
-from analysis.figures.style import style_of
+from analysis.figures.style import paper_style, style_of
 from patch.methods import METHODS
 
 SPARSITIES = (0.0, 0.25, 0.35, 0.45, 0.5)
@@ -51,13 +51,14 @@ def test_curves_and_limits_are_named_at_their_ends(frame: pd.DataFrame) -> None:
 
 def test_every_product_has_a_line_and_the_roof_is_named_outside_of_it(frame: pd.DataFrame) -> None:
     figure = draw_roof(frame)
+    with paper_style():
+        figure.draw_without_rendering()
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["llama-2-7b qkv", "llama-2-7b o"]
     for axis, roof, name in zip(figure.axes, (700.0, 4.0), ("large dense product", "large copy"), strict=True):
         (line,) = [line for line in axis.lines if line.get_gid() == "roof"]
         assert list(line.get_xdata()) == [roof, roof]
         (text,) = axis.texts
-        figure.draw_without_rendering()
         assert text.get_text() == name and text.get_window_extent().y0 >= axis.get_window_extent().y1
         marks = [line for line in axis.lines if line.get_marker() == "|"]
         assert [len(line.get_xdata()) for line in marks] == [2, 2, 2, 2]
