@@ -10,6 +10,7 @@ from torch import Tensor
 from patch.errors import UserError, one_line
 from patch.files import existing, read_json
 from patch.layers import prunable_linears
+from patch.mask import TileShape, tile_sizes, tile_sums
 
 INDEX = "model.safetensors.index.json"
 
@@ -63,3 +64,22 @@ def read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tuple
     if tuple(weight.shape) != shape:
         raise UserError(f"{files[name]}: {name} is {tuple(weight.shape)}, the configuration says {shape}")
     return weight
+
+
+def kept_shares(path: str | Path, tile: TileShape) -> dict[str, Tensor]:
+    """Per prunable weight, the share of each tile's elements that are not zero, float32 ``[R, C]`` on the CPU.
+
+    Args:
+        path: a model directory, mostly an unstructured checkpoint; elements that are kept and zero count as dropped.
+        tile: ``(rows, cols)``.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the tile is larger than a weight.
+    """
+    folder = Path(path)
+    files = weight_files(folder)
+    shares = {}
+    for name, shape in prunable_shapes(folder).items():
+        kept = read_weight(folder, files, f"{name}.weight", shape) != 0
+        shares[name] = tile_sums(kept.float(), tile) / tile_sizes(shape, tile)
+    return shares

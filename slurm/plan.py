@@ -64,22 +64,27 @@ class Wave:
         return frozenset(need for step in self.steps for need in step.needs)
 
 
+def _kind(pruning: Pruning) -> Kind:
+    return "learn" if pruning.learns else "prune"
+
+
+def _id(pruning: Pruning) -> str:
+    return f"{_kind(pruning)}-{key(pruning)}"
+
+
 def steps(trials: Iterable[Trial]) -> dict[str, Step]:
     """All steps of some trials by id, each after those that it needs."""
     found: dict[str, Step] = {}
     waiting: dict[str, list[Trial]] = {}
     for trial in trials:
-        needs: tuple[str, ...] = ()
         for pruning in lineage(trial.pruning):
-            if pruning.method == "dense":
-                continue
-            kind: Kind = "learn" if pruning.learns else "prune"
-            id = f"{kind}-{key(pruning)}"
-            found.setdefault(id, Step(id, kind, (), pruning, needs))
-            waiting.setdefault(id, []).append(trial)
-            needs = (*needs, id)
+            if pruning.method != "dense":
+                id, needs = _id(pruning), tuple(_id(before) for before in lineage(pruning)[:-1])
+                found.setdefault(id, Step(id, _kind(pruning), (), pruning, needs))
+                waiting.setdefault(id, []).append(trial)
         id = f"evaluate-{key(trial)}"
-        found[id] = Step(id, "evaluate", (trial,), trial.pruning, needs)
+        made = tuple(_id(pruning) for pruning in lineage(trial.pruning) if pruning.method != "dense")
+        found[id] = Step(id, "evaluate", (trial,), trial.pruning, made)
     return {
         id: Step(id, step.kind, tuple(waiting[id]), step.pruning, step.needs) if id in waiting else step
         for id, step in found.items()

@@ -37,6 +37,7 @@ from patch.learn.state import CHECKPOINT as LEARNER_STATE
 from patch.mask import HybridMask, tile_grid
 from patch.oneshot import prune_model
 from patch.oneshot.refit import refit_model
+from patch.weights import kept_shares
 
 
 def stages(trial: Trial) -> list[str]:
@@ -270,8 +271,8 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
     if ranks.agree(first and path.exists(), machine.device):
         return path
-    if pruning.base:
-        ensure_checkpoint(pruning.base, store, machine)
+    for base in pruning.bases:
+        ensure_checkpoint(base, store, machine)
     with store.lease(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
         # Another process may have finished it while this one waited.
         missing = ranks.agree(first and not path.exists(), machine.device)
@@ -307,7 +308,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
             if metric != "step"
         ]
     else:
-        windows = _calibration_windows(pruning.calibration, tokenizer, machine, sources)
+        windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
         layers = prune_model(
             model,
             pruning.method,
@@ -317,6 +318,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
             windows,
             machine.device,
             dense=_ranked_tiles(pruning, model, windows, store, machine),
+            weight_update=pruning.weight_update,
             on_block=lambda done, total: machine.progress(describe(pruning), done, total),
         )
         masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
@@ -355,12 +357,24 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
 
 
 def _calibration_windows(
-    wanted: Calibration | None, tokenizer: PreTrainedTokenizerBase, machine: Machine, sources: dict[str, str]
+    wanted: Calibration | None,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
 ) -> Tensor | None:
     if wanted is None:
         return None
     documents = text.load_documents(wanted.source, machine.data)
     sources[wanted.source] = documents.sha256
+    if wanted.drawn_from == "stream":
+        stream = text.token_stream(documents, tokenizer, wanted.length, wanted.seed, store.root / "tokens")
+        if stream.windows < wanted.windows:
+            raise UserError(
+                f"calibration needs {wanted.windows} windows of {wanted.length} tokens, but {wanted.source} holds "
+                f"{stream.windows}: ask for fewer or shorter windows, or name a source with more text"
+            )
+        return stream.batch(0, wanted.windows)
     return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
 
 
@@ -396,7 +410,7 @@ def _refit(
 ) -> tuple[dict[str, HybridMask], dict[str, Tensor], list[Fact]]:
     """Mask the dense model's weights as the pruning without refit does, and fit what is kept; the masks, and facts."""
     assert pruning.base is not None
-    windows = _calibration_windows(pruning.refit, tokenizer, machine, sources)
+    windows = _calibration_windows(pruning.refit, tokenizer, store, machine, sources)
     assert windows is not None
     found = store.checkpoint_path(pruning.base)
     masks = load_masks(found)
@@ -438,6 +452,9 @@ def _learn(
         path = store.checkpoint_path(pruning.prior)
         patterns = {name: mask.patterns for name, mask in load_masks(path).items()}
         prior = Prior(patterns=patterns, tile_scores=load_tile_scores(path) or None)
+    if pruning.tile_prior:
+        shares = kept_shares(store.checkpoint_path(pruning.tile_prior), pruning.tile)
+        prior = dataclasses.replace(prior, tile_scores=shares)
 
     def on_step(metrics: Mapping[str, Any]) -> None:
         machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from patch import oneshot
 from patch.budget import check_sparsity
@@ -27,14 +27,28 @@ def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
     return tile_ranking == "model" or oneshot.METHODS[method].statistic is not None
 
 
+DrawnFrom = Literal["documents", "stream"]
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens, one per random document."""
+    """Text that one-shot methods see: ``windows`` windows of ``length`` tokens.
+
+    Attributes:
+        drawn_from: ``documents``: one window per random document that is long enough, as one-shot methods were
+            published; ``stream``: windows of the text that learning sees, all documents one after the other, so that
+            short ones have their share.
+    """
 
     source: str = "c4"
     windows: int = 128
     length: int = 2048
     seed: int = 0
+    # Younger than published rows.
+    drawn_from: DrawnFrom = field(default="documents", metadata={"added": True})
+
+    def __post_init__(self) -> None:
+        check_name("calibration windows drawn from", self.drawn_from, get_args(DrawnFrom))
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,9 @@ class Pruning:
         calibration: text for one-shot methods that need activations.
         learning: text and recipe for learned methods.
         prior: the pruning whose mask a learned method starts from (patterns and tile scores) or, in tile mode, keeps.
+        tile_prior: of a learned mask, the unstructured pruning whose kept share ranks each weight's tiles at the start;
+            None ranks them by the tile scores of ``prior``, where it has some.
+        weight_update: whether a one-shot method that changes the weights it keeps does so.
         tile_ranking: which tiles of a one-shot hybrid mask stay dense: ``weight``, of every weight one share, by the
             method's own scores; ``model``, those that cost the whole model most, as the calibration text shows, if they
             drop what the method's 2:4 mask drops (`patch.learn.sensitivity`).
@@ -80,6 +97,8 @@ class Pruning:
     # Younger than published rows: their prunings keep their names.
     refit: Calibration | None = field(default=None, metadata={"added": True})
     tile_ranking: str = field(default="weight", metadata={"added": True})
+    weight_update: bool = field(default=True, metadata={"added": True})
+    tile_prior: "Pruning | None" = field(default=None, metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
@@ -123,6 +142,14 @@ class Pruning:
         if self.refit is not None and self.structure not in TILED:
             raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
 
+        if not self.weight_update and (self.method not in ONE_SHOT or not oneshot.METHODS[self.method].changes_weights):
+            raise UserError(f"{self.method} changes no weight that it keeps: leave weight_update as it is")
+        if self.tile_prior is not None:
+            if self.method not in ("patch-joint", "patch-tile"):
+                raise UserError(f"{self.method} learns no tiles: leave out the tile prior")
+            if self.tile_prior.structure != "unstructured" or self.tile_prior.model != self.model:
+                raise UserError(f"the tile prior of {self.method} must be an unstructured pruning of the same model")
+
     @property
     def base(self) -> "Pruning | None":
         """The pruning that must be there before: the same without refit, the 2:4 mask that ranks tiles, the prior."""
@@ -132,6 +159,12 @@ class Pruning:
             seen = self.calibration if needs_calibration(self.method) else None
             return dataclasses.replace(self, structure="2:4", sparsity=0.5, calibration=seen, tile_ranking="weight")
         return self.prior
+
+    @property
+    def bases(self) -> "tuple[Pruning, ...]":
+        """All prunings that must be there before."""
+        ranks_tiles = None if self.refit else self.tile_prior
+        return tuple(filter(None, (self.base, ranks_tiles)))
 
     @property
     def learns(self) -> bool:
@@ -271,7 +304,8 @@ class Trial:
 
 def lineage(pruning: Pruning) -> list[Pruning]:
     """A pruning and all that it stands on, itself last."""
-    return [*(lineage(pruning.base) if pruning.base else []), pruning]
+    before = (step for base in pruning.bases for step in lineage(base))
+    return [*dict.fromkeys(before), pruning]
 
 
 def describe(pruning: Pruning) -> str:
@@ -290,6 +324,8 @@ def describe(pruning: Pruning) -> str:
         parts += _changes(pruning.learning.recipe, about.recipe)
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
+    if not pruning.weight_update:
+        parts.append("weights not updated")
     if pruning.tile_ranking != "weight":
         parts.append(f"tile_ranking {pruning.tile_ranking}")
     if pruning.refit:

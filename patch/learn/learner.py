@@ -331,6 +331,8 @@ class _Run:
             entry["pattern_scale"] = settings.pattern_scale
         if self.recipe.mode != "maskllm":
             entry["tile_scale"] = settings.tile_scale
+            if self.recipe.tile_tau is not None:
+                entry["tile_tau"] = settings.tile_tau
         return entry
 
     def _log(self, settings: Settings) -> None:
@@ -377,7 +379,9 @@ class _Step:
         self._factors = torch.zeros(2, device=run.state.device)
         self._packed: Tensor | None = None
         if run.state.device.type == "cuda":
-            self._packed = torch.zeros((len(run.streams(0)), 5), dtype=torch.int32, device=run.state.device)
+            from patch.learn.soft_mask_triton import PACKED
+
+            self._packed = torch.zeros((len(run.streams(0)), PACKED), dtype=torch.int32, device=run.state.device)
         # A graph writes gradients where it wrote them when it was captured. With several micro-batches a step it must
         # add to what is there; with one it had better not read it.
         self._accumulates = run.recipe.batch > run.recipe.microbatch

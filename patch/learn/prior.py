@@ -165,9 +165,13 @@ def _prepare_linear(
         raise UserError(f"the prior's dense tiles are {dense.dtype} {tuple(dense.shape)}, need bool {grid}")
     learned_patterns = learned_tiles = None
     if recipe.mode != "tile":
-        lift = None if patterns is None else recipe.pattern_prior * soft_mask.pattern_prior(patterns)
+        lift = None
+        if patterns is not None and recipe.pattern_prior > 0:
+            lift = recipe.pattern_prior * soft_mask.pattern_prior(patterns)
         seed_of_init = soft_mask.stream_seed("initial patterns", *stream)
-        learned_patterns = _initial((len(KEPT_PAIRS), *groups), lift, recipe.logit_std, seed_of_init, weight.device)
+        shape = (len(KEPT_PAIRS), *groups)
+        noise = lift is None or recipe.pattern_start == "noisy"
+        learned_patterns = _initial(shape, lift, recipe.logit_std, seed_of_init, weight.device, noise)
     if recipe.mode != "maskllm":
         if dense is not None:
             lift = recipe.tile_prior * (2.0 * dense - 1)
@@ -179,9 +183,13 @@ def _prepare_linear(
     return learned_patterns, learned_tiles, fixed
 
 
-def _initial(shape: Sequence[int], lift: Tensor | None, std: float, seed: int, device: torch.device) -> Tensor:
-    """Normal logits, lifted by so many standard deviations."""
-    logits = torch.empty(shape, device=device).normal_(0, std, generator=soft_mask.generator(seed, device))
+def _initial(
+    shape: Sequence[int], lift: Tensor | None, std: float, seed: int, device: torch.device, noise: bool = True
+) -> Tensor:
+    """Normal logits, lifted by so many standard deviations; without ``noise``, what they are lifted by."""
+    logits = torch.zeros(shape, device=device)
+    if noise:
+        logits.normal_(0, std, generator=soft_mask.generator(seed, device))
     if lift is not None:
         logits.add_(lift.to(device), alpha=std)
     return logits

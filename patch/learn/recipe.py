@@ -20,11 +20,14 @@ WeightPenalty = Literal["norm", "square"]
 Density = Literal["sampled", "expected"]
 TileRanking = Literal["weight", "model"]
 LogitDtype = Literal["float32", "bfloat16"]
+PatternStart = Literal["noisy", "prior"]
 Span = tuple[float, float]
 
 # Marks fields younger than published rows: where they hold their default, a recipe's definition leaves them out, so
 # that what was defined before keeps its hash.
 ADDED = {"added": True}
+# Marks those of them that no published method has.
+DEPARTURE = ADDED | {"ours": True}
 # Marks fields that say how learning runs. What is learned does not depend on them, and so no hash does.
 RUNNING = {"running": True}
 
@@ -34,14 +37,21 @@ class Temperatures:
     """How soft the masks of one step are.
 
     Attributes:
-        tau: temperature of the pattern and tile samples, positive.
+        tau: temperature of the pattern samples, positive.
         pattern_scale: factor of the pattern logits.
         tile_scale: factor of the tile logits.
+        tile_tau: temperature of the tile samples, positive; None for that of the patterns.
     """
 
     tau: float
     pattern_scale: float
     tile_scale: float
+    tile_tau: float | None = None
+
+    @property
+    def of_tiles(self) -> float:
+        """Temperature of the tile samples."""
+        return self.tau if self.tile_tau is None else self.tile_tau
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,9 @@ class Settings:
 
     Attributes:
         lr: learning rate.
-        tau: temperature of the pattern and tile samples.
+        tau: temperature of the pattern samples.
         pattern_scale: factor of the pattern logits.
+        tile_tau: temperature of the tile samples.
         tile_scale: factor of the tile logits.
         weight_penalty: factor of the kept weights' size, which is rewarded.
     """
@@ -59,13 +70,14 @@ class Settings:
     lr: float
     tau: float
     pattern_scale: float
+    tile_tau: float
     tile_scale: float
     weight_penalty: float
 
     @property
     def temperatures(self) -> Temperatures:
         """How soft the masks are."""
-        return Temperatures(self.tau, self.pattern_scale, self.tile_scale)
+        return Temperatures(self.tau, self.pattern_scale, self.tile_scale, self.tile_tau)
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,13 @@ class Recipe:
         betas, eps, weight_decay: of AdamW.
         clip: largest norm of all gradients together; None does not clip.
         tau: first and last temperature of the samples; linear in the step, as both scales are.
+        tile_tau: that of the tile samples, where it is another than that of the patterns; None if it is not.
         pattern_scale: first and last factor of the pattern logits.
         tile_scale: first and last factor of the tile logits.
         logit_std: standard deviation of the initial logits.
+        pattern_start: what the prior does to the initial pattern logits: ``noisy``, it is added to them (MaskLLM);
+            ``prior``, it replaces them, so that every group starts at the prior's pattern (PATCH). Without a prior
+            they are noise.
         pattern_prior: in standard deviations, how much one shared kept element lifts a pattern's initial logit.
         tile_prior: in standard deviations, how far the initial logits of dense and 2:4 tiles lie from zero.
         sparsity_penalty: lambda_s, factor of ``|density - target density|``; ``maskllm`` has a fixed density and no use
@@ -142,11 +158,13 @@ class Recipe:
     activation_checkpointing: bool = field(default=True, metadata=RUNNING)
     checkpoint_every: int = field(default=100, metadata=RUNNING)
     log_every: int = field(default=10, metadata=RUNNING)
-    distillation: float = field(default=0.0, metadata=ADDED)
-    density: Density = field(default="sampled", metadata=ADDED)
-    logit_dtype: LogitDtype = field(default="float32", metadata=ADDED)
-    tile_ranking: TileRanking = field(default="weight", metadata=ADDED)
-    block_distillation: float = field(default=0.0, metadata=ADDED)
+    distillation: float = field(default=0.0, metadata=DEPARTURE)
+    density: Density = field(default="sampled", metadata=DEPARTURE)
+    logit_dtype: LogitDtype = field(default="float32", metadata=DEPARTURE)
+    tile_ranking: TileRanking = field(default="weight", metadata=DEPARTURE)
+    block_distillation: float = field(default=0.0, metadata=DEPARTURE)
+    pattern_start: PatternStart = field(default="noisy", metadata=ADDED)
+    tile_tau: Span | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
@@ -154,6 +172,7 @@ class Recipe:
         _check_choice("density", self.density, get_args(Density))
         _check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
         _check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
+        _check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):
@@ -174,6 +193,8 @@ class Recipe:
             self._set("clip", _number("clip", self.clip, positive=True))
         for name in ("tau", "pattern_scale", "tile_scale"):
             self._set(name, _span(name, getattr(self, name), positive=True))
+        if self.tile_tau is not None:
+            self._set("tile_tau", _span("tile_tau", self.tile_tau, positive=True))
         self._set("betas", _span("betas", self.betas, positive=False))
         if max(self.betas) >= 1:
             raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
@@ -206,6 +227,7 @@ class Recipe:
             lr=self._lr(step),
             tau=_linear(self.tau, progress),
             pattern_scale=_linear(self.pattern_scale, progress),
+            tile_tau=_linear(self.tile_tau or self.tau, progress),
             tile_scale=_linear(self.tile_scale, progress),
             weight_penalty=self.weight_penalty * (1 - progress),
         )
@@ -219,7 +241,7 @@ class Recipe:
 
 HOW_IT_RUNS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("running"))
 # What no published method has.
-OURS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("added"))
+OURS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("ours"))
 
 
 def _linear(span: Span, progress: float) -> float:
@@ -249,8 +271,8 @@ def _span(name: str, value: object, positive: bool) -> Span:
     return _number(name, value[0], positive), _number(name, value[1], positive)
 
 
-# Hourri et al., PATCH. The reference code ran transformers' Trainer, whose defaults it kept where it set nothing: eps,
-# clip and a cosine to zero; 5 steps of warm-up are its own.
+# Hourri et al., PATCH: settings of each run as the released code's table has them. That code ran transformers' Trainer,
+# whose defaults it kept where it set nothing: eps, clip and a cosine to zero; 5 steps of warm-up are its own.
 PATCH_JOINT = Recipe(
     mode="joint",
     steps=2000,
@@ -273,16 +295,31 @@ PATCH_JOINT = Recipe(
     sparsity_penalty=7.0,
     weight_penalty=10.0,
     weight_penalty_kind="norm",
+    pattern_start="prior",
+)
+PATCH_JOINT_SPARSER = dataclasses.replace(PATCH_JOINT, tile_tau=(2.0, 0.05))
+PATCH_TILE = dataclasses.replace(
+    PATCH_JOINT,
+    mode="tile",
+    lr=1e-4,
+    tile_tau=(2.0, 0.05),
+    tile_scale=(100.0, 500.0),
+    sparsity_penalty=3.0,
+    weight_penalty=0.1,
+)
+PATCH_TILE_13B = dataclasses.replace(PATCH_TILE, lr=1e-3, sparsity_penalty=2.0, weight_penalty=0.05)
+# The patterns under PATCH tile, which that code learned by itself, not MaskLLM's.
+PATCH_MASKLLM = dataclasses.replace(
+    PATCH_JOINT, mode="maskllm", lr=1e-4, weight_decay=0.1, sparsity_penalty=0.0, weight_penalty=0.0
 )
 
-PATCH_TILE = dataclasses.replace(PATCH_JOINT, mode="tile")
-
-# Fang et al., MaskLLM: scales as in the published scripts (the code's own default is ten times that).
+# Fang et al., MaskLLM: scales as in the published scripts (the code's own default is ten times that); its multiplier of
+# ten is of the whole schedule of the learning rate, both ends.
 MASKLLM = dataclasses.replace(
     PATCH_JOINT,
     mode="maskllm",
     lr=5e-4,
-    lr_end=5e-6,
+    lr_end=5e-5,
     warmup=0,
     eps=1e-5,
     weight_decay=0.1,
@@ -290,7 +327,27 @@ MASKLLM = dataclasses.replace(
     sparsity_penalty=0.0,
     weight_penalty=1e-5,
     weight_penalty_kind="square",
+    pattern_start="noisy",
 )
+
+# Every published run by its name.
+PUBLISHED = {
+    "patch-joint-45": PATCH_JOINT,
+    "patch-joint-35-25": PATCH_JOINT_SPARSER,
+    "patch-tile-7b-8b": PATCH_TILE,
+    "patch-tile-13b": PATCH_TILE_13B,
+    "maskllm-of-patch": PATCH_MASKLLM,
+    "maskllm": MASKLLM,
+}
+
+# What the rows of the first studies call published, and is not quite: pattern logits start with noise, tiles have the
+# settings of PATCH joint, and MaskLLM's learning rate ends at a tenth of its own.
+FIRST_JOINT = dataclasses.replace(PATCH_JOINT, pattern_start="noisy")
+FIRST = {
+    "patch-joint": FIRST_JOINT,
+    "patch-tile": dataclasses.replace(FIRST_JOINT, mode="tile"),
+    "maskllm": dataclasses.replace(MASKLLM, lr_end=5e-6),
+}
 
 # Ours, as changes of a published one: the dense model guides learning, by its predictions, by its hidden states, and by
 # what each tile costs it. Of all that was tried it lowers PATCH joint's perplexity most at equal sparsity and tokens

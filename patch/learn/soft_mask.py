@@ -5,7 +5,7 @@ arXiv:2409.17481), by the Gumbel-softmax (Jang et al., arXiv:1611.01144): ``M = 
 (1 = dense) and ``m24`` per element::
 
     m24 = softmax((pattern_scale * logits + gumbel) / tau) @ table     table: [6, 4], the six ways to keep two of four
-    t   = sigmoid((tile_scale * logit + logistic) / tau)               the two-way Gumbel-softmax over {0, logit}
+    t   = sigmoid((tile_scale * logit + logistic) / tile_tau)          the two-way Gumbel-softmax over {0, logit}
 
 Pattern logits are stored as six planes, ``[6, N, K/4]``: on a CPU the softmax over planes takes 0.12 ms where the
 softmax over a trailing dimension of six takes 2.5 ms (768 x 256 weight, two threads), and a fused kernel reads planes
@@ -186,7 +186,7 @@ def masked_weight(
         soft = None
         kept = torch.full((), weight.numel() / 2, device=weight.device)
     else:
-        soft = soft_tiles(tiles.to(tile_noise.dtype), tile_noise, temperatures.tau, temperatures.tile_scale)
+        soft = soft_tiles(tiles.to(tile_noise.dtype), tile_noise, temperatures.of_tiles, temperatures.tile_scale)
         kept = kept_elements(soft, tile_sizes(weight.shape, tile, weight.device).to(soft.dtype))
     product = weight.detach() * soft_mask(soft, two_four, tile)
     # By way of the norm, which unlike the squares needs no other tensor of the weight's size.

@@ -43,6 +43,8 @@ _THREADS_OF_WARP = 32
 _PROGRAMS = 4096
 # Tiles of patterns alone: any that fill a block and make long rows.
 _PSEUDO_TILE = (32, 512)
+# Words of a draw: two of its key, and four numbers.
+PACKED = 6
 # The interpreter knows no assembly.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -98,7 +100,7 @@ def _exponential(bits):
 
 @triton.jit
 def _packed(draw):
-    """What `pack` wrote: the key, the factor of the pattern logits over log(2), 1 / tau, the factor of tile logits."""
+    """What `pack` wrote: the key; factors of logits and 1 / tau, of patterns (the factor over log(2)) and of tiles."""
     low, high = tl.load(draw).to(tl.uint32, bitcast=True), tl.load(draw + 1).to(tl.uint32, bitcast=True)
     key = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     pattern_scale = tl.load(draw + 2).to(tl.float32, bitcast=True)
@@ -107,6 +109,7 @@ def _packed(draw):
         pattern_scale,
         tl.load(draw + 3).to(tl.float32, bitcast=True),
         tl.load(draw + 4).to(tl.float32, bitcast=True),
+        tl.load(draw + 5).to(tl.float32, bitcast=True),
     )
 
 
@@ -279,10 +282,10 @@ def _forward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
-    key, pattern_scale, inverse_tau, tile_scale = _packed(draw)
+    key, pattern_scale, inverse_tau, tile_scale, inverse_tile_tau = _packed(draw)
     t, rest = 0.0, 1.0
     if tiles is not None:
-        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tile_tau)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
         index, inside, element, element_inside = _place(
@@ -331,10 +334,10 @@ def _backward(
     tiles_across = tl.cdiv(groups, TILE_GROUPS)
     first_row, first_group = tile // tiles_across * TILE_ROWS, tile % tiles_across * TILE_GROUPS
     plane = tl.cast(rows * groups, tl.int64)
-    key, pattern_scale, inverse_tau, tile_scale = _packed(draw)
+    key, pattern_scale, inverse_tau, tile_scale, inverse_tile_tau = _packed(draw)
     t, rest = 0.0, 1.0
     if tiles is not None:
-        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tau)
+        t, rest = _soft_tile(tiles, tile, first_tile_of_all + tile, key, tile_scale, inverse_tile_tau)
     twice = 2 * tl.load(grad_squares)
     grad_t = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
     for step in range(STEPS):
@@ -372,7 +375,7 @@ def _backward(
     if tiles is not None:
         size = _tile_size(rows, groups, first_row, first_group, TILE_ROWS, TILE_GROUPS)
         through_kept = tl.where(chunk == 0, 0.5 * size * tl.load(grad_kept), 0.0)
-        through_logit = tile_scale * inverse_tau * t * rest
+        through_logit = tile_scale * inverse_tile_tau * t * rest
         tl.store(grad_tiles + program, through_logit * (tl.sum(grad_t) + through_kept))
 
 
@@ -444,12 +447,13 @@ class _Draw:
 
 
 def pack(temperatures: Temperatures, streams: Sequence[Sequence[int]]) -> Tensor:
-    """Draws as the kernels read them from memory, int32 ``[draws, 5]`` on the CPU.
+    """Draws as the kernels read them from memory, int32 ``[draws, PACKED]`` on the CPU.
 
     In memory, and not among a kernel's arguments, they can change from one replay of a CUDA graph to the next.
     """
-    scales = [temperatures.pattern_scale / math.log(2), 1 / temperatures.tau, temperatures.tile_scale]
-    packed = torch.empty((len(streams), 5), dtype=torch.int32)
+    scales = [temperatures.pattern_scale / math.log(2), 1 / temperatures.tau]
+    scales += [temperatures.tile_scale, 1 / temperatures.of_tiles]
+    packed = torch.empty((len(streams), PACKED), dtype=torch.int32)
     keys = torch.tensor([stream_seed("masks", *stream) for stream in streams], dtype=torch.int64)
     packed[:, :2] = keys.view(torch.int32).view(-1, 2)
     packed[:, 2:] = torch.tensor(scales, dtype=torch.float32).view(torch.int32)

@@ -60,6 +60,7 @@ def prune_model(
     device: torch.device | str,
     *,
     dense: Mapping[str, Tensor] | None = None,
+    weight_update: bool = True,
     batch: int = 8,
     on_block: Callable[[int, int], None] | None = None,
 ) -> dict[str, PrunedLayer]:
@@ -77,6 +78,7 @@ def prune_model(
         windows: calibration token ids, integer ``[n, length]``; not used by magnitude.
         device: where blocks are run and pruned, one at a time.
         dense: for hybrid pruning, per weight the tiles that stay dense, bool ``[R, C]``; then ``sparsity`` is not used.
+        weight_update: let a method that changes the weights it keeps (SparseGPT) do so; else only its mask counts.
         batch: calibration windows per forward pass.
         on_block: called after each block with the number of blocks done and of all blocks.
 
@@ -87,6 +89,8 @@ def prune_model(
         UserError: if an argument does not fit (before any weight changes), or weights or activations are not finite.
     """
     rule = METHODS[check_name("one-shot method", method, METHODS)]
+    if not weight_update and rule.frozen is not None:
+        rule = rule.frozen
     check_name("one-shot structure", structure, STRUCTURES)
     linears = prunable_linears(model)
     tile = _check_structure(structure, sparsity, tile, linears)

