@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from patch.errors import check_name
-from patch.learn.recipe import MASKLLM, PATCH_JOINT, PATCH_TILE, Recipe
+from patch.learn.recipe import MASKLLM, PATCH_JOINT, PATCH_JOINT_SPARSER, PATCH_TILE, Recipe
 
 Family = Literal["dense", "one-shot", "learned"]
 
@@ -73,11 +73,11 @@ def members(family: Family) -> tuple[str, ...]:
     return tuple(method.name for method in METHODS.values() if method.family == family)
 
 
-def published_recipe(name: str) -> Recipe:
-    """The published recipe of a method that learns."""
+def published_recipe(name: str, sparsity: float = 0.5) -> Recipe:
+    """The published recipe of a method that learns; PATCH joint has one for 45% and one for 35% and less."""
     recipe = METHODS[check_name("learned method", name, members("learned"))].recipe
     assert recipe is not None
-    return recipe
+    return PATCH_JOINT_SPARSER if recipe is PATCH_JOINT and sparsity < 0.4 else recipe
 
 
 def label_of(name: str) -> str:

@@ -197,10 +197,13 @@ def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+# These are outcomes, though they stand among the labels.
+_OUTCOMES = ("tile_map", "window_losses", "items")
+
+
 def _identity(row: Row) -> tuple[str, ...]:
     """What a row is about; rows that agree in this state the same fact."""
-    # A tile map is the outcome, though it stands among the labels.
-    labels = {name: value for name, value in row["labels"].items() if name != "tile_map"}
+    labels = {name: value for name, value in row["labels"].items() if name not in _OUTCOMES}
     return row["trial"], row["stage"], row["metric"], _canonical(labels)
 
 
@@ -208,4 +211,4 @@ def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
     numbers = (record["value"], record["stderr"])
     # nan is not equal to itself.
     readable = ("nan" if number is not None and math.isnan(number) else number for number in numbers)
-    return (*readable, record["labels"].get("tile_map"))
+    return (*readable, *(record["labels"].get(name) for name in _OUTCOMES))

@@ -32,6 +32,7 @@ class PerplexityResult:
         stderr: standard error of ``value`` over windows, by the delta method; None for a single window.
         tokens: predictions made, ``windows * (length - 1)``.
         windows: windows evaluated.
+        window_losses: mean loss of each window, in order: what two models are compared by, window by window.
     """
 
     value: float
@@ -39,6 +40,7 @@ class PerplexityResult:
     stderr: float | None
     tokens: int
     windows: int
+    window_losses: tuple[float, ...] = ()
 
 
 def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -113,4 +115,5 @@ def perplexity(
     mean_loss = per_window.mean()
     value = mean_loss.exp()
     stderr = (value * per_window.std() / math.sqrt(count)).item() if count > 1 else None
-    return PerplexityResult(value.item(), mean_loss.item(), stderr, count * (length - 1), count)
+    each = tuple(per_window.tolist())
+    return PerplexityResult(value.item(), mean_loss.item(), stderr, count * (length - 1), count, each)

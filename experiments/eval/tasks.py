@@ -16,6 +16,7 @@ for every variant; here it is 9 s and 16 s once, and for every variant 28 s in t
 hold the results to those of lm-eval's own ``evaluate`` with its own wrapper.
 """
 
+import base64
 import functools
 import importlib.util
 import json
@@ -129,6 +130,7 @@ _DEFINITIONS = (
 TASKS = {definition.name: definition for definition in _DEFINITIONS}
 EMBEDDED_TASK = "wiki_continuation"
 PRIMARY_METRIC = "acc"
+_ITEMS = "items"
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class TaskResult:
         n: items evaluated.
         num_fewshot: examples in the prompt; always 0.
         primary: whether this is the number that counts for the task that was asked for.
+        items: of `PRIMARY_METRIC` of a task (a group has none of its own), whether each item is right, in the order of
+            the data: what two models are compared by, item by item. As `packed_items` writes it.
     """
 
     task: str
@@ -152,6 +156,12 @@ class TaskResult:
     n: int
     num_fewshot: int
     primary: bool
+    items: str | None = None
+
+
+def packed_items(right: Sequence[float]) -> str:
+    """Zeros and ones, eight a byte, the first in the highest bit, in base64."""
+    return base64.b64encode(np.packbits(np.array(right, dtype=bool)).tobytes()).decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,6 +412,8 @@ def _task_metrics(task: Any, scored: Sequence[tuple[Row, list[tuple[float, bool]
             # Delta method for the perplexity, where lm-eval would draw 100,000 bootstrap samples.
             stderr = mean_stderr(items) * (value if aggregate is perplexity else 1)
         metrics |= {f"{metric},none": value, f"{metric}_stderr,none": stderr}
+    if PRIMARY_METRIC in values:
+        metrics[_ITEMS] = packed_items(values[PRIMARY_METRIC])
     return metrics
 
 
@@ -421,6 +433,7 @@ def _results(metrics: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> 
                 n=metrics[task]["sample_len"],
                 num_fewshot=0,
                 primary=task in names and metric == PRIMARY_METRIC,
+                items=metrics[task].get(_ITEMS) if metric == PRIMARY_METRIC else None,
             )
 
 

@@ -219,6 +219,7 @@ def _perplexity_stage(
         on_batch=lambda done, total: machine.progress(label, done, total),
     )
     labels = {"source": item.source, "length": item.length, "windows": result.windows, "tokens": result.tokens}
+    labels["window_losses"] = [float(f"{loss:.6g}") for loss in result.window_losses]
     facts = [Fact("perplexity", result.value, "ppl", labels, result.stderr)]
     origin = provenance(time.monotonic() - started, {item.source: documents.sha256}, content)
     store.write_rows(trial, stage, facts, origin)
@@ -250,7 +251,8 @@ def _task_stage(
             result.metric,
             result.value,
             "ppl" if result.metric == "perplexity" else "1",
-            {"task": result.task, "num_fewshot": result.num_fewshot, "n": result.n, "primary": result.primary},
+            {"task": result.task, "num_fewshot": result.num_fewshot, "n": result.n, "primary": result.primary}
+            | ({} if result.items is None else {"items": result.items}),
             result.stderr,
         )
         for result in results

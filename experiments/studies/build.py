@@ -15,8 +15,9 @@ from experiments.studies.trial import (
     Trial,
     needs_calibration,
 )
+from patch import oneshot
 from patch.errors import check_name
-from patch.learn.recipe import GUIDED, HOW_IT_RUNS, Recipe
+from patch.learn.recipe import EARLIER, GUIDED, HOW_IT_RUNS, Recipe
 from patch.mask import TileShape
 from patch.methods import METHODS, members, published_recipe
 
@@ -49,6 +50,7 @@ def one_shot(
     tile: TileShape | None,
     calibration: Calibration,
     tile_ranking: str = "weight",
+    weight_update: bool = True,
 ) -> Pruning:
     """A one-shot method; where no calibration text is needed, the hash ignores it."""
     check_name("one-shot method", method, members("one-shot"))
@@ -61,6 +63,7 @@ def one_shot(
         calibration=calibration if needs_calibration(method, tile_ranking) else None,
         revision=models.local_revision(model),
         tile_ranking=tile_ranking,
+        weight_update=weight_update,
     )
 
 
@@ -74,16 +77,25 @@ def learned(
     seed: int = 0,
     recipe: Recipe | None = None,
     start: str | None = "usual",
+    earlier: bool = False,
     **changes: Any,
 ) -> Pruning:
     """A method that learns, from the mask of its usual prior; one-shot priors are found on ``calibration``.
 
+    As published, MaskLLM starts from a sweep that leaves weights as they are, and the tiles that start as dense are
+    those of which the unstructured mask of the same one-shot method, at the target, keeps most; over patterns that were
+    learned, Wanda's.
+
     Args:
         start: another method whose 2:4 mask it starts from, or None for random logits.
-        recipe: the published one of the method by default.
+        recipe: the published one of the method, at this sparsity, by default.
+        earlier: as the first studies' rows were defined, which was not quite as published: `EARLIER` recipes, weights
+            updated, tiles by the 2:4 mask's own scores.
         changes: fields of the recipe to replace.
     """
-    chosen = dataclasses.replace(recipe or published_recipe(method), **changes)
+    published = published_recipe(method, sparsity)
+    usual = EARLIER[method] if earlier else published
+    chosen = dataclasses.replace(recipe or usual, **changes)
     start = METHODS[method].prior if start == "usual" else start
     prior: Pruning | None
     if start is None:
@@ -92,9 +104,14 @@ def learned(
         # Both stages run alike, on the same steps, batches, text and objective; rates and penalties stay their own.
         common = ("steps", "batch", "microbatch", "length", "distillation", "block_distillation", *HOW_IT_RUNS)
         shared = {name: getattr(chosen, name) for name in common}
-        prior = learned(model, start, 0.5, tile, text, calibration, seed, **shared)
+        prior = learned(model, start, 0.5, tile, text, calibration, seed, earlier=earlier, **shared)
     else:
-        prior = one_shot(model, start, "2:4", 0.5, tile, calibration)
+        frozen = published.mode == "maskllm" and not earlier and oneshot.METHODS[start].changes_weights
+        prior = one_shot(model, start, "2:4", 0.5, tile, calibration, weight_update=not frozen)
+    tile_prior = None
+    if start and not earlier and chosen.mode != "maskllm" and chosen.tile_ranking == "weight":
+        ranking = "wanda" if start in members("learned") else start
+        tile_prior = one_shot(model, ranking, "unstructured", sparsity, None, calibration)
     return Pruning(
         model,
         method,
@@ -105,6 +122,7 @@ def learned(
         learning=Learning(text, chosen),
         prior=prior,
         revision=models.local_revision(model),
+        tile_prior=tile_prior,
     )
 
 

@@ -43,7 +43,9 @@ def _learned(method: str, sparsity: float, tile: TileShape = _TILE, **changes: A
         "log_every": 5,
         "lr": {"maskllm": 2e-3, "patch-joint": 3e-3}[method],
     }
-    return learned("embedded", method, sparsity, tile, "embedded/train", _CALIBRATION, **(short | changes))
+    return learned(
+        "embedded", method, sparsity, tile, "embedded/train", _CALIBRATION, earlier=True, **(short | changes)
+    )
 
 
 def _demo() -> list[Pruning]:

@@ -36,6 +36,9 @@ STUDIES = {
     },
     "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2.one_shot_masks),
     "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2.learned_masks),
+    "smollm2-published": Study(
+        "learned masks of SmolLM2-135M as published, and guided ones, on one mixture of text", smollm2.published
+    ),
     "smollm2-tiles": Study("perplexity of SmolLM2-135M against tile shape at 35%", smollm2.tiles),
     "smollm2-recipes": Study("recipes and seeds of SmolLM2-135M at 45% on equal tokens", smollm2.recipes),
     "smollm2-refit": Study("what fitting the kept weights adds to masks of SmolLM2-135M", smollm2.refit),

@@ -17,7 +17,7 @@ from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.learn.recipe import GUIDED, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
-from patch.methods import METHODS, STRUCTURES, TILED, members
+from patch.methods import METHODS, STRUCTURES, TILED, members, published_recipe
 
 
 def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
@@ -142,10 +142,10 @@ class Pruning:
         if self.refit is not None and self.structure not in TILED:
             raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
 
-        if not self.weight_update and (self.method not in ONE_SHOT or not oneshot.METHODS[self.method].changes_weights):
+        if not self.weight_update and (about.family != "one-shot" or not oneshot.METHODS[self.method].changes_weights):
             raise UserError(f"{self.method} changes no weight that it keeps: leave weight_update as it is")
         if self.tile_prior is not None:
-            if self.method not in ("patch-joint", "patch-tile"):
+            if not about.recipe or about.structure != "hybrid":
                 raise UserError(f"{self.method} learns no tiles: leave out the tile prior")
             if self.tile_prior.structure != "unstructured" or self.tile_prior.model != self.model:
                 raise UserError(f"the tile prior of {self.method} must be an unstructured pruning of the same model")
@@ -321,7 +321,7 @@ def describe(pruning: Pruning) -> str:
     elif pruning.prior and pruning.prior.method != about.prior:
         parts.append(f"from {pruning.prior.method}")
     if pruning.learning and about.recipe:
-        parts += _changes(pruning.learning.recipe, about.recipe)
+        parts += _changes(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity))
     if pruning.seed:
         parts.append(f"seed {pruning.seed}")
     if not pruning.weight_update:

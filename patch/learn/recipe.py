@@ -342,10 +342,9 @@ PUBLISHED = {
 
 # What the rows of the first studies call published, and is not quite: pattern logits start with noise, tiles have the
 # settings of PATCH joint, and MaskLLM's learning rate ends at a tenth of its own.
-FIRST_JOINT = dataclasses.replace(PATCH_JOINT, pattern_start="noisy")
-FIRST = {
-    "patch-joint": FIRST_JOINT,
-    "patch-tile": dataclasses.replace(FIRST_JOINT, mode="tile"),
+EARLIER = {
+    "patch-joint": dataclasses.replace(PATCH_JOINT, pattern_start="noisy"),
+    "patch-tile": dataclasses.replace(PATCH_JOINT, mode="tile", pattern_start="noisy"),
     "maskllm": dataclasses.replace(MASKLLM, lr_end=5e-6),
 }
 
