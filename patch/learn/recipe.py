@@ -240,6 +240,7 @@ class Recipe:
 
 
 HOW_IT_RUNS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("running"))
+ADDED_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Recipe) if each.metadata.get("added")}
 # What no published method has.
 OURS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("ours"))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from patch.errors import UserError
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
+from patch.learn.recipe import ADDED_DEFAULTS
 from patch.learn.recipe import Recipe
 
 CHECKPOINT = "learner.pt"
@@ -161,7 +162,8 @@ class State:
     def _check_fingerprint(self, found: dict[str, Any]) -> None:
         differing = [name for name, value in self._fingerprint.items() if found.get(name) != value]
         if "recipe" in differing:
-            ours, theirs = self._fingerprint["recipe"], found.get("recipe", {})
+            # A field that is younger than the checkpoint was at its default.
+            ours, theirs = self._fingerprint["recipe"], ADDED_DEFAULTS | found.get("recipe", {})
             differing.remove("recipe")
             differing += [f"recipe.{name}" for name in ours if theirs.get(name) != ours[name]]
         if differing:
