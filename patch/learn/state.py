@@ -16,8 +16,7 @@ from torch import Tensor
 from patch.errors import UserError
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
-from patch.learn.recipe import ADDED_DEFAULTS
-from patch.learn.recipe import Recipe
+from patch.learn.recipe import ADDED_DEFAULTS, Recipe
 
 CHECKPOINT = "learner.pt"
 FORMAT = 2

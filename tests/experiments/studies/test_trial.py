@@ -102,6 +102,26 @@ def test_tiles_are_learned_over_the_masks_that_are_reported() -> None:
     assert over == reported
 
 
+def test_published_masks_start_from_masks_of_their_own_method() -> None:
+    mixture, tile = Calibration("c4", drawn_from="stream"), (64, 64)
+    joint_, tiles, maskllm = (
+        build.learned("embedded", method, target, tile, "c4", mixture)
+        for method, target in (("patch-joint", 0.35), ("patch-tile", 0.35), ("maskllm", 0.5))
+    )
+    assert [(p.method, p.structure, p.sparsity) for p in joint_.bases] == [
+        ("sparsegpt", "2:4", 0.5),
+        ("sparsegpt", "unstructured", 0.35),
+    ]
+    assert [(p.method, p.structure, p.sparsity) for p in tiles.bases] == [
+        ("maskllm", "2:4", 0.5),
+        ("wanda", "unstructured", 0.35),
+    ]
+    assert [p.weight_update for p in lineage(maskllm)[:-1]] == [False]
+    assert lineage(tiles)[:-1] == [*lineage(maskllm), tiles.tile_prior]
+    guided = build.learned("embedded", "patch-joint", 0.35, tile, "c4", mixture, **GUIDED)
+    assert guided.tile_prior is None, "its tiles are ranked over the model"
+
+
 def test_a_refit_stands_on_the_same_pruning_without_it() -> None:
     plain, fitted = joint(), joint(refit=Calibration())
     assert "refit" not in definition(plain)
@@ -149,6 +169,9 @@ def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
         pytest.param(sparsegpt, {"tile_ranking": "model"}, "not sparsegpt 2:4", id="ranked-2:4"),
         pytest.param(joint, {"tile_ranking": "model"}, "a recipe has its own", id="ranked-learned"),
         pytest.param(sparsegpt, {"tile_ranking": "modle"}, "did you mean model", id="unknown-ranking"),
+        pytest.param(joint, {"weight_update": False}, "changes no weight", id="frozen-learned"),
+        pytest.param(joint, {"tile_prior": sparsegpt()}, "must be an unstructured pruning", id="tile-prior-2:4"),
+        pytest.param(sparsegpt, {"tile_prior": sparsegpt()}, "learns no tiles", id="tile-prior-of-one-shot"),
         pytest.param(sparsegpt, {"method": "dense"}, "cannot have structure 2:4", id="dense-2:4"),
         pytest.param(sparsegpt, {"structure": "unstructured", "sparsity": 1.0}, "not including, 1", id="all-dropped"),
         pytest.param(

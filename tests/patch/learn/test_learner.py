@@ -533,6 +533,15 @@ def test_tile_mode_keeps_the_patterns(tmp_path: Path) -> None:
     assert all(torch.equal(mask.patterns, prior.patterns[name]) for name, mask in learned.masks.items())
 
 
+def test_as_published_every_group_starts_at_the_pattern_of_the_prior(tmp_path: Path) -> None:
+    model = tiny_model()
+    prior = magnitude_prior(model)
+    recipe = dataclasses.replace(SHORT["joint"], steps=0, pattern_start="prior", pattern_prior=0.1)
+    learned = run(model, recipe, tmp_path, prior=prior)
+    assert prior.patterns is not None
+    assert all(torch.equal(mask.patterns, prior.patterns[name]) for name, mask in learned.masks.items())
+
+
 def test_learning_works_without_any_prior(tmp_path: Path) -> None:
     assert run(tiny_model(), SHORT["joint"], tmp_path, prior=Prior()).history
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from patch.errors import UserError
-from patch.learn.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, Recipe
+from patch.learn.recipe import CHANGES, GUIDED, MASKLLM, PATCH_JOINT, PATCH_TILE, PUBLISHED, Recipe
 from patch.methods import members, published_recipe
 
 NAMES = pytest.mark.parametrize("name", members("learned"))
@@ -37,6 +37,39 @@ def test_maskllm_as_published() -> None:
     assert (MASKLLM.at(0).lr, MASKLLM.at(2000).lr) == pytest.approx((5e-4, 5e-5))
     assert (MASKLLM.betas, MASKLLM.eps, MASKLLM.weight_decay, MASKLLM.clip) == ((0.9, 0.95), 1e-5, 0.1, 1)
     assert (MASKLLM.logit_std, MASKLLM.weight_penalty, MASKLLM.weight_penalty_kind) == (0.01, 1e-5, "square")
+
+
+def test_tiles_may_have_a_temperature_of_their_own() -> None:
+    recipe = dataclasses.replace(PATCH_JOINT, steps=10, tau=(4, 2), tile_tau=(2, 1))
+    halfway = recipe.at(5)
+    assert (halfway.tau, halfway.tile_tau, halfway.temperatures.of_tiles) == (3, 1.5, 1.5)
+    assert dataclasses.replace(recipe, tile_tau=None).at(5).tile_tau == 3
+
+
+def test_every_published_run_has_the_settings_of_its_table() -> None:
+    tiles = {
+        name: (r.lr, r.tile_scale, r.tile_tau or r.tau, r.sparsity_penalty, r.weight_penalty)
+        for name, r in PUBLISHED.items()
+        if r.mode != "maskllm"
+    }
+    assert tiles == {
+        "patch-joint-45": (1e-3, (25, 350), (4, 0.05), 7, 10),
+        "patch-joint-35-25": (1e-3, (25, 350), (2, 0.05), 7, 10),
+        "patch-tile-7b-8b": (1e-4, (100, 500), (2, 0.05), 3, 0.1),
+        "patch-tile-13b": (1e-3, (100, 500), (2, 0.05), 2, 0.05),
+    }
+    patterns = {name: (r.lr, r.tau, r.pattern_scale) for name, r in PUBLISHED.items() if r.mode != "tile"}
+    assert {about[1:] for about in patterns.values()} == {((4, 0.05), (100, 500))}
+    assert (patterns["maskllm-of-patch"][0], patterns["maskllm"][0]) == (1e-4, 5e-4)
+    assert not any(getattr(recipe, name) for recipe in PUBLISHED.values() for name in ("distillation",))
+    assert {name for name, recipe in PUBLISHED.items() if recipe.pattern_start == "noisy"} == {"maskllm"}
+
+
+def test_the_published_recipe_of_patch_joint_depends_on_the_target() -> None:
+    assert published_recipe("patch-joint", 0.45) == PUBLISHED["patch-joint-45"]
+    assert (
+        published_recipe("patch-joint", 0.35) == published_recipe("patch-joint", 0.25) == PUBLISHED["patch-joint-35-25"]
+    )
 
 
 @NAMES
@@ -105,6 +138,8 @@ BAD = [
     ("sparsity_penalty", -7),
     ("weight_penalty", None),
     ("weight_penalty_kind", "cube"),
+    ("pattern_start", "random"),
+    ("tile_tau", (2.0, 0.0)),
     ("activation_checkpointing", 1),
     ("checkpoint_every", 0),
     ("log_every", 0),

@@ -48,6 +48,7 @@ SHAPES = [
 TEMPERATURES = [
     pytest.param(Temperatures(4.0, 100.0, 25.0), id="first-step"),
     pytest.param(Temperatures(0.05, 500.0, 350.0), id="last-step"),
+    pytest.param(Temperatures(3.0, 200.0, 100.0, 1.5), id="tiles-of-their-own"),
 ]
 STREAM = (3, 1, 4, 1)
 

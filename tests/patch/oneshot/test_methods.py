@@ -203,6 +203,15 @@ class TestHybrid:
             assert torch.equal(weight[:, alive], layer.weight.float()[:, alive]), "nothing dropped, nothing corrected"
         assert not weight[:, DEAD].any()
 
+    def test_sparsegpt_frozen(self, shape: tuple, tile: tuple, dtype: torch.dtype, kind: str) -> None:
+        layer, dense = make_layer(shape, dtype), make_map(shape, tile, kind)
+        weight, mask = sparsegpt.FROZEN.hybrid(layer.weight, factor_of(layer), tile, dense)
+        alive = layer.weight.double().clone()
+        alive[:, DEAD] = 0
+        keep = naive_hybrid(alive**2 / naive_obs_steps(layer.inputs)[0], tile, dense)
+        assert_agree(mask.keep(), keep, weight, layer.weight.double() * keep)
+        assert torch.equal(weight, layer.weight.float() * mask.keep()), "kept weights do not change"
+
 
 @pytest.mark.parametrize("sparsity", RATIOS)
 @pytest.mark.parametrize(("shape", "tile"), CASES)
@@ -232,6 +241,14 @@ class TestUnstructured:
         weight, keep = sparsegpt.prune_unstructured(layer.weight, factor_of(layer), sparsity)
         expected, expected_keep = naive_sparsegpt(layer, sparsity=sparsity)
         assert_agree(keep, expected_keep, weight, expected)
+        for start in range(0, shape[1], 128):
+            stop = min(start + 128, shape[1])
+            assert int((~keep[:, :stop]).sum()) == round(sparsity * shape[0] * stop)
+
+    def test_sparsegpt_frozen(self, shape: tuple, tile: tuple, sparsity: float) -> None:
+        layer = make_layer(shape)
+        weight, keep = sparsegpt.FROZEN.unstructured(layer.weight, factor_of(layer), sparsity)
+        assert torch.equal(weight, layer.weight * keep), "kept weights do not change"
         for start in range(0, shape[1], 128):
             stop = min(start + 128, shape[1])
             assert int((~keep[:, :stop]).sum()) == round(sparsity * shape[0] * stop)
