@@ -33,7 +33,9 @@ def forty_trials(text: Path) -> tuple[Trial, ...]:
         return build.one_shot("embedded", method, structure, sparsity, TILE, calibration)
 
     def learned(method: str, sparsity: float, **changes: Any) -> Pruning:
-        return build.learned("embedded", method, sparsity, TILE, str(text), calibration, **(short | changes))
+        return build.learned(
+            "embedded", method, sparsity, TILE, str(text), calibration, earlier=True, **(short | changes)
+        )
 
     prunings = [
         build.dense("embedded"),

@@ -22,6 +22,7 @@ def tiny_trials(model: Path, text: Path, **recipe: Any) -> tuple[Trial, ...]:
         str(text),
         calibration,
         recipe=dataclasses.replace(PATCH_JOINT, **short),
+        earlier=True,
     )
     prunings = [
         build.dense(str(model)),
