@@ -28,7 +28,7 @@ class Batch:
         id: unique, and part of ``name``.
         study: the study it was submitted for.
         executor: ``slurm``, ``local`` or ``debug``.
-        stage: the stage of the cluster whose resources it has.
+        kind: of its steps, ``report``, or ``all``; names the resources of the cluster that it has.
         name: of the job.
         steps: ids of `plan.Step`, by array index; of a local process, all steps that it may take up.
         submitted: seconds since the epoch.
@@ -41,7 +41,7 @@ class Batch:
     id: str
     study: str
     executor: str
-    stage: str
+    kind: str
     name: str
     steps: tuple[str, ...]
     submitted: float
@@ -71,7 +71,9 @@ def load_all(store: Store) -> Iterator[Batch]:
     found = []
     for path in (store.root / "sweeps").glob("*/*.json"):
         values = json.loads(path.read_text())
-        found.append(Batch(**values | {"steps": tuple(values["steps"])}))
+        # What is called kind was once written as stage.
+        kind = values.pop("stage", None) or values["kind"]
+        found.append(Batch(**values | {"kind": kind, "steps": tuple(values["steps"])}))
     yield from sorted(found, key=lambda batch: batch.submitted)
 
 

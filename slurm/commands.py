@@ -15,9 +15,9 @@ from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Trial, key
 from patch.errors import UserError, check_name, one_line
-from slurm import batches, checks, plan, progress, queue
+from slurm import batches, checks, plan, queue
 from slurm.cluster import Cluster
-from slurm.progress import STATES, Progress
+from slurm.status import STATES, Status, examine
 
 if TYPE_CHECKING:
     from slurm.submit import Sweep
@@ -44,24 +44,25 @@ def studies_table(cluster: Cluster) -> Table:
 
 def dry_run(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     """Check everything that `sweep` checks, and print what it would submit."""
-    waves = _checked(sweep, retry_failed, {step for _, steps in queue.live(sweep.store) for step in steps})
+    groups = _checked(sweep, retry_failed, {step for _, steps in queue.live(sweep.store) for step in steps})
     table = Table("stage", "after", "tasks", "arrays", "GPUs", "time", "GPU hours", box=None, pad_edge=False)
     size = queue.max_array_size() if sweep.cluster.executor == "slurm" else None
-    for wave in waves:
-        resources, count = sweep.cluster.stages[wave.kind], len(wave.steps)
+    for steps in groups:
+        kind, count = steps[0].kind, len(steps)
+        resources = sweep.cluster.stages[kind]
         arrays = -(-count // size) if size else 1
-        hours = _hours(*checks.gpu_hours(wave.steps, sweep.cluster))
-        before = ", ".join(sorted({need.partition("-")[0] for need in wave.needs})) or "-"
+        hours = _hours(*checks.gpu_hours(steps, sweep.cluster))
+        before = ", ".join(sorted({need.partition("-")[0] for need in plan.needs(steps)})) or "-"
         table.add_row(
-            wave.kind, before, str(count), str(arrays), str(resources.gpus * resources.nodes), resources.time, hours
+            kind, before, str(count), str(arrays), str(resources.gpus * resources.nodes), resources.time, hours
         )
-        for step in wave.steps:
+        for step in steps:
             needed = checks.memory(step, sweep.cluster)
             console.print(step.label + (f" (about {needed:.1f} GiB of GPU memory)" if needed else ""))
     console.print(table)
-    steps = [step for wave in waves for step in wave.steps]
-    total = _hours(*checks.gpu_hours(steps, sweep.cluster))
-    console.print(f"{len(steps)} tasks for {len(sweep.trials)} trials, about {total} GPU hours; nothing was submitted")
+    every = [step for steps in groups for step in steps]
+    total = _hours(*checks.gpu_hours(every, sweep.cluster))
+    console.print(f"{len(every)} tasks for {len(sweep.trials)} trials, about {total} GPU hours; nothing was submitted")
 
 
 def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
@@ -75,7 +76,7 @@ def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     _checked(sweep, retry_failed, set())
     submitted = submit.submit(sweep, retry_failed)
     for batch, _ in submitted:
-        what = f"process {batch.job}" if batch.executor == "local" else f"job {batch.job}: {batch.stage}"
+        what = f"process {batch.job}" if batch.executor == "local" else f"job {batch.job}: {batch.kind}"
         console.print(f"submitted {what}, {len(batch.steps)} tasks")
     failed = 0
     if sweep.cluster.executor == "debug":
@@ -85,21 +86,21 @@ def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
                     failed += 1
                     console.print(Text.assemble(("failed", "red"), f" {one_line(error)}"), soft_wrap=True)
             batches.close(sweep.store, batch)
-    console.print(_summary(progress.examine(sweep.trials, sweep.store)))
+    console.print(_summary(examine(sweep.trials, sweep.store)))
     if failed:
         raise UserError(f"{failed} tasks failed; once the cause is gone, --retry-failed runs them again")
 
 
 def status(trials: Sequence[Trial], store: Store, console: Console, watch: bool, each: bool) -> None:
     """Print where a study stands, once or until nothing runs or waits."""
-    found = progress.examine(trials, store)
+    found = examine(trials, store)
     if not watch:
         console.print(_view(found, each))
         return
     with Live(_view(found, each), console=console, auto_refresh=False) as live:
         while any(found.counts()[state] for state in ("running", "pending", "requeued")) or found.problem:
             time.sleep(_WATCH)
-            found = progress.examine(trials, store)
+            found = examine(trials, store)
             live.update(_view(found, each), refresh=True)
 
 
@@ -108,11 +109,11 @@ def logs(trials: Sequence[Trial], store: Store, id: str | None, lines: int, cons
     if id is not None:
         check_name("trial", id, [key(trial) for trial in trials])
     shown = set()
-    for state in progress.examine(trials, store).trials:
-        if id not in (None, key(state.trial)) or state.attempt is None or state.attempt.log in shown:
+    for state in examine(trials, store).trials:
+        if id not in (None, key(state.trial)) or state.log is None or state.log in shown:
             continue
-        shown.add(state.attempt.log)
-        for path in (state.attempt.log, state.attempt.log.with_suffix(".err")):
+        shown.add(state.log)
+        for path in (state.log, state.log.with_suffix(".err")):
             if path.is_file() and (text := path.read_text(errors="replace").splitlines()[-lines:]):
                 about = f" ({key(state.trial)}, {state.state}): {path}"
                 console.print(Text.assemble((state.trial.label, "bold"), about), soft_wrap=True)
@@ -144,21 +145,21 @@ def _kill(pid: int) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _checked(sweep: "Sweep", retry_failed: bool, busy: set[str]) -> list[plan.Wave]:
-    """The waves to be submitted, after all checks."""
+def _checked(sweep: "Sweep", retry_failed: bool, busy: set[str]) -> list[tuple[plan.Step, ...]]:
+    """What is to be submitted, after all checks."""
     from slurm import submit
 
     checks.check_definitions(sweep.trials, sweep.work.data, sweep.cluster)
-    waves = submit.todo(sweep, busy, retry_failed)
-    checks.check_cluster(sweep.cluster, {wave.kind for wave in waves} | {"report"}, sweep.work.results)
-    return waves
+    groups = submit.todo(sweep, busy, retry_failed)
+    checks.check_cluster(sweep.cluster, {steps[0].kind for steps in groups} | {"report"}, sweep.work.results)
+    return groups
 
 
 def _hours(hours: float, unknown: int) -> str:
     return f"{hours:,.1f}" + (f" + {unknown} unknown" if unknown else "")
 
 
-def _view(found: Progress, each: bool) -> Group:
+def _view(found: Status, each: bool) -> Group:
     parts: list[Table | Text] = [_trials_table(found) if each else _groups_table(found)]
     parts.append(Text(_summary(found)))
     notes = [trial for trial in found.trials if trial.state in ("failed", "missing") and trial.note]
@@ -171,7 +172,7 @@ def _view(found: Progress, each: bool) -> Group:
     return Group(*parts)
 
 
-def _groups_table(found: Progress) -> Table:
+def _groups_table(found: Status) -> Table:
     """Counts of states per model and method."""
     groups: dict[str, dict[str, int]] = {}
     for trial in found.trials:
@@ -185,7 +186,7 @@ def _groups_table(found: Progress) -> Table:
     return table
 
 
-def _trials_table(found: Progress) -> Table:
+def _trials_table(found: Status) -> Table:
     table = Table("trial", "id", "state", "requeued", "note", box=None, pad_edge=False)
     for trial in found.trials:
         cells = (trial.state, str(trial.restarts or ""), trial.note)
@@ -193,7 +194,7 @@ def _trials_table(found: Progress) -> Table:
     return table
 
 
-def _summary(found: Progress) -> str:
+def _summary(found: Status) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in found.counts().items() if count) or "no trials"
     if found.seconds_left is None:
         return counts

@@ -1,9 +1,9 @@
 """What is to be done for a study, once each, and in which order.
 
 A trial takes one step for each pruning it stands on (its priors, then itself) and one to evaluate it. Trials that share
-a pruning share its step. Steps of one kind that stand on equally many others make a wave, which becomes one or more job
-arrays; a wave starts when the arrays that hold what it needs have ended, however they ended, so that one failed trial
-stops nobody but those that stand on it.
+a pruning share its step. Steps of one kind that stand on equally many others become one or more job arrays; those start
+when the arrays that hold what they need have ended, however they ended, so that one failed trial stops nobody but those
+that stand on it.
 """
 
 from collections.abc import Collection, Iterable
@@ -23,7 +23,7 @@ class Step:
 
     Attributes:
         id: its kind and the hash of what it makes.
-        kind: names the stage of the cluster whose resources it takes.
+        kind: of work; names the resources of the cluster that it takes.
         trials: the one it evaluates, or those that need the checkpoint it makes.
         pruning: what it makes or evaluates.
         needs: ids of the steps that must be over before; all of them, whether they still have to run or not.
@@ -49,19 +49,6 @@ class Step:
     def label(self) -> str:
         """A short human name, such as ``learn embedded patch-joint hybrid 45% 64x64``."""
         return f"{self.kind} {self.trials[0].label if self.kind == 'evaluate' else describe(self.pruning)}"
-
-
-@dataclass(frozen=True)
-class Wave:
-    """Steps of one kind that may run at the same time."""
-
-    kind: Kind
-    steps: tuple[Step, ...]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Ids of the steps that must be over before any of this wave starts."""
-        return frozenset(need for step in self.steps for need in step.needs)
 
 
 def _kind(pruning: Pruning) -> Kind:
@@ -102,11 +89,16 @@ def is_done(step: Step, store: Store, can_time: bool = False) -> bool:
     return store.checkpoint_path(step.pruning).exists()
 
 
-def waves(known: dict[str, Step], wanted: Collection[str]) -> list[Wave]:
-    """The wanted steps, as waves in the order in which they can be submitted."""
+def needs(steps: Iterable[Step]) -> set[str]:
+    """Ids of the steps that must be over before any of these starts."""
+    return {need for step in steps for need in step.needs}
+
+
+def ordered(known: dict[str, Step], wanted: Collection[str]) -> list[tuple[Step, ...]]:
+    """The wanted steps in the order in which they can be submitted: those of one kind that may run at the same time."""
     groups: dict[tuple[int, bool, Kind], list[Step]] = {}
     for id, step in known.items():
         if id in wanted:
             # Slurm takes earlier jobs first: what others wait for goes before evaluations, which nobody waits for.
             groups.setdefault((len(step.needs), step.kind == "evaluate", step.kind), []).append(step)
-    return [Wave(kind, tuple(steps)) for (_, _, kind), steps in sorted(groups.items())]
+    return [tuple(steps) for _, steps in sorted(groups.items())]

@@ -28,7 +28,7 @@ _FIELDS = ("ArrayJobID:24", "ArrayTaskID:24", "State:24", "RestartCnt:12", "Name
 
 
 @dataclass(frozen=True)
-class Task:
+class ArrayTask:
     """One task of an array, as Slurm sees it.
 
     Attributes:
@@ -65,7 +65,7 @@ def require() -> None:
         raise UserError("no Slurm here (sbatch is not on the PATH): go to a login node, or use --cluster local")
 
 
-def tasks(asked: Collection[Batch]) -> dict[tuple[str, int], Task]:
+def tasks(asked: Collection[Batch]) -> dict[tuple[str, int], ArrayTask]:
     """The tasks of some batches by batch id and array index, from the queue and, of those that left it, the accounting.
 
     Tasks that neither knows are not in the answer: they are over.
@@ -77,21 +77,21 @@ def tasks(asked: Collection[Batch]) -> dict[tuple[str, int], Task]:
     if not mine:
         return {}
     require()
-    found: dict[tuple[str, int], Task] = {}
+    found: dict[tuple[str, int], ArrayTask] = {}
     # An array's tasks that wait are one entry to the controller: --array unfolds them in squeue itself.
     lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--name={','.join(mine)}", "-O", ",".join(_FIELDS))
     for line in lines.splitlines():
         job, index, state, restarts, name, *reason = line.split()
         if name in mine and (index.isdecimal() or index == "N/A"):
             place = (mine[name].id, int(index) if index.isdecimal() else 0)
-            found[place] = Task(job, state, int(restarts), " ".join(reason))
+            found[place] = ArrayTask(job, state, int(restarts), " ".join(reason))
     left = {
         batch.job: batch
         for batch in mine.values()
         if batch.job is not None and any((batch.id, index) not in found for index in range(len(batch.steps)))
     }
     for job, position, state in _accounted(list(left)):
-        found.setdefault((left[job].id, position), Task(job, state))
+        found.setdefault((left[job].id, position), ArrayTask(job, state))
     return found
 
 
@@ -120,7 +120,7 @@ def live(store: Store) -> list[tuple[Batch, list[str]]]:
         UserError: if Slurm cannot be asked about its jobs: then nobody knows what waits and runs.
     """
     known = [batch for batch in batches.load_all(store) if not batch.over]
-    by_batch: dict[str, dict[int, Task]] = {}
+    by_batch: dict[str, dict[int, ArrayTask]] = {}
     for (id, index), task in tasks(known).items():
         if not task.is_over:
             by_batch.setdefault(id, {})[index] = task

@@ -55,7 +55,7 @@ class Sweep:
         return Store(self.work.results)
 
 
-def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.Wave]:
+def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[tuple[Step, ...]]:
     """What has to be submitted.
 
     Args:
@@ -78,7 +78,7 @@ def todo(sweep: Sweep, busy: Collection[str], retry_failed: bool) -> list[plan.W
             if not _is_made(known[id], store, leased) and (lost or id not in busy):
                 lost = True
                 wanted.add(id)
-    return plan.waves(known, wanted)
+    return plan.ordered(known, wanted)
 
 
 def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[submitit.Job]]]:
@@ -95,18 +95,18 @@ def submit(sweep: Sweep, retry_failed: bool = False) -> list[tuple[Batch, list[s
         live = queue.live(store)
         _tidy(store, [batch for batch, _ in live])
         busy = {step: batch for batch, steps in live for step in steps}
-        waves = todo(sweep, busy, retry_failed)
-        for wave in waves:
-            for step in wave.steps:
+        groups = todo(sweep, busy, retry_failed)
+        for steps in groups:
+            for step in steps:
                 if step.kind == "evaluate":
                     store.clear_failure(step.trials[0])
         if sweep.cluster.executor == "local":
-            return _processes(sweep, waves)
-        submitted = [pair for wave in waves for pair in _arrays(sweep, wave, busy)]
+            return _processes(sweep, groups)
+        submitted = [pair for steps in groups for pair in _arrays(sweep, steps, busy)]
         if submitted and sweep.cluster.executor == "slurm":
             # A report that still waits would be written twice.
-            stale = {batch for batch, _ in live if batch.study == sweep.study and batch.stage == "report"}
-            queue.cancel([batch.job for batch in stale if batch.job])
+            waiting = {batch for batch, _ in live if batch.study == sweep.study and batch.kind == "report"}
+            queue.cancel([batch.job for batch in waiting if batch.job])
             submitted.append(_report(sweep, busy))
         return submitted
 
@@ -142,14 +142,17 @@ def _is_made(step: Step, store: Store, leased: Collection[str]) -> bool:
     return step.kind != "evaluate" and (step.lease in leased or plan.is_done(step, store))
 
 
-def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[tuple[Batch, list[submitit.Job]]]:
-    """Submit a wave, as few arrays as the cluster's limit on their size allows; ``busy`` learns of them."""
-    size = queue.max_array_size() if sweep.cluster.executor == "slurm" else len(wave.steps)
+def _arrays(
+    sweep: Sweep, steps: tuple[Step, ...], busy: dict[str, Batch]
+) -> Iterator[tuple[Batch, list[submitit.Job]]]:
+    """Submit steps of one kind, in as few arrays as the limit on their size allows; ``busy`` learns of them."""
+    kind, needed = steps[0].kind, plan.needs(steps)
+    size = queue.max_array_size() if sweep.cluster.executor == "slurm" else len(steps)
     before: set[str] = set()
-    for start in range(0, len(wave.steps), size):
-        steps = wave.steps[start : start + size]
-        after = _jobs(wave.needs, busy) | before
-        batch, jobs = _submit(sweep, wave.kind, [step.id for step in steps], after, _run_step(sweep, wave.kind), steps)
+    for start in range(0, len(steps), size):
+        some = steps[start : start + size]
+        after = _jobs(needed, busy) | before
+        batch, jobs = _submit(sweep, kind, [step.id for step in some], after, _run_step(sweep, kind), some)
         busy |= dict.fromkeys(batch.steps, batch)
         if sweep.cluster.parallel and batch.job:
             # The cap holds within one array: the next one waits for this one.
@@ -157,10 +160,10 @@ def _arrays(sweep: Sweep, wave: plan.Wave, busy: dict[str, Batch]) -> Iterator[t
         yield batch, jobs
 
 
-def _run_step(sweep: Sweep, stage: str) -> RunStep:
-    resources = sweep.cluster.stages[stage]
+def _run_step(sweep: Sweep, kind: str) -> RunStep:
+    resources = sweep.cluster.stages[kind]
     # The debug executor does everything in this process.
-    alone = stage != "learn" or sweep.cluster.executor == "debug"
+    alone = kind != "learn" or sweep.cluster.executor == "debug"
     return RunStep(sweep.work, ALONE if alone else resources.launch)
 
 
@@ -178,7 +181,7 @@ def _jobs(ids: Collection[str], busy: Mapping[str, Batch]) -> set[str]:
 
 def _submit(
     sweep: Sweep,
-    stage: str,
+    kind: str,
     ids: Sequence[str],
     after: Collection[str],
     call: Callable[..., Any],
@@ -187,29 +190,29 @@ def _submit(
     """Submit one array, recorded before and after."""
     store, executor = sweep.store, sweep.cluster.executor
     unique = secrets.token_hex(4)
-    name = f"hts-{sweep.study}-{stage}-{unique}"
-    batch = Batch(unique, sweep.study, executor, stage, name, tuple(ids), time.time())
+    name = f"hts-{sweep.study}-{kind}-{unique}"
+    batch = Batch(unique, sweep.study, executor, kind, name, tuple(ids), time.time())
     if executor == "debug":
         batch = dataclasses.replace(batch, job=str(os.getpid()), **_here(os.getpid()))
     batches.save(store, batch)
     folder = batches.folder(store, batch)
     try:
-        jobs: list[submitit.Job] = _executor(sweep.cluster, stage, name, after, folder).map_array(call, *arguments)
+        jobs: list[submitit.Job] = _executor(sweep.cluster, kind, name, after, folder).map_array(call, *arguments)
     except (FailedJobError, FailedSubmissionError) as error:
         batches.forget(store, batch)
         with suppress(OSError):
             folder.rmdir()
-        raise UserError(f"Slurm would not take the {stage} stage: {one_line(error)}") from error
+        raise UserError(f"Slurm would not take the {kind} stage: {one_line(error)}") from error
     if executor == "slurm":
         batch = dataclasses.replace(batch, job=jobs[0].job_id.partition("_")[0])
         batches.save(store, batch)
     return batch, jobs
 
 
-def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], folder: Path) -> submitit.Executor:
+def _executor(cluster: Cluster, kind: str, name: str, after: Collection[str], folder: Path) -> submitit.Executor:
     if cluster.executor == "debug":
         return submitit.DebugExecutor(folder)
-    resources: Resources = cluster.stages[stage]
+    resources: Resources = cluster.stages[kind]
     python = shlex.join([sys.executable, "-I", "-S", "-c", LAUNCHER])
     executor = submitit.SlurmExecutor(folder, max_num_timeout=cluster.timeouts, python=python)
     parameters = queue.parameters(cluster, resources) | {
@@ -232,11 +235,11 @@ def _executor(cluster: Cluster, stage: str, name: str, after: Collection[str], f
     return executor
 
 
-def _processes(sweep: Sweep, waves: Sequence[plan.Wave]) -> list[tuple[Batch, list[submitit.Job]]]:
+def _processes(sweep: Sweep, groups: Sequence[tuple[Step, ...]]) -> list[tuple[Batch, list[submitit.Job]]]:
     """Start processes of this machine that share the trials; each takes the GPUs of one learning, in turn."""
     import torch
 
-    ids = [step.id for wave in waves for step in wave.steps]
+    ids = [step.id for steps in groups for step in steps]
     wanted = {id for id in ids if id.startswith("evaluate-")}
     trials = tuple(trial for trial in sweep.trials if f"evaluate-{key(trial)}" in wanted)
     if not trials:

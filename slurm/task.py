@@ -37,7 +37,7 @@ LAUNCHER = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
-Report = Callable[[Trial, Exception | None], None]
+Told = Callable[[Trial, Exception | None], None]
 
 # Seconds for a controller of Slurm to come back.
 _PATIENCE = 300.0
@@ -137,18 +137,18 @@ class RunTrials:
     launch: Launch = ALONE
 
     def __call__(self, trials: tuple[Trial, ...]) -> None:
-        def report(trial: Trial, error: Exception | None) -> None:
+        def tell(trial: Trial, error: Exception | None) -> None:
             print(f"{trial.label}: {f'failed: {error}' if error else 'done'}", flush=True)
 
         store = Store(self.work.results)
         if self.launch.size > 1:
-            self._learn_together(trials, store, report)
+            self._learn_together(trials, store, tell)
             # What failed there must not be tried again by a single process.
             trials = tuple(trial for trial in trials if not store.failure(trial))
         # A failed trial is left to --retry-failed.
-        pipeline.run_trials(trials, store, self.work.machine(), report)
+        pipeline.run_trials(trials, store, self.work.machine(), tell)
 
-    def _learn_together(self, trials: tuple[Trial, ...], store: Store, report: Report) -> None:
+    def _learn_together(self, trials: tuple[Trial, ...], store: Store, tell: Told) -> None:
         """Make the learned checkpoints, those that other processes make last."""
         waiting = [step for step in plan.steps(trials).values() if step.kind == "learn"]
         waiting.sort(key=lambda step: step.lease in store.leased())
@@ -160,7 +160,7 @@ class RunTrials:
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
                 for trial in step.trials:
                     pipeline.record_failure(trial, step.label, error, store)
-                    report(trial, error)
+                    tell(trial, error)
 
 
 def make_checkpoint(step: Step, work: Work, launch: Launch) -> None:

@@ -17,7 +17,7 @@ from forty_study import forty_trials
 from analysis.rows.jsonl import from_lines
 from experiments.run.store import FAILURE, Store
 from experiments.studies.trial import key
-from slurm import batches, plan, progress
+from slurm import batches, plan, status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
@@ -66,8 +66,8 @@ class Sweep(Forty):
         rows = [line.split() for line in out.splitlines()]
         return [(job, name.split("-")[2]) for job, name in rows if name.startswith("hts-forty-")]
 
-    def progress(self) -> progress.Progress:
-        return progress.examine(forty_trials(self.text), Store(self.results))
+    def status(self) -> status.Status:
+        return status.examine(forty_trials(self.text), Store(self.results))
 
     def drained(self) -> bool:
         return not self.queue("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
@@ -128,7 +128,7 @@ def test_forty_trials_survive(
     assert Counter(submitted) == Counter([*known, "report"])
     # The cluster takes 25 tasks an array.
     assert max(len(batch.steps) for batch in batches.load_all(Store(sweep.results))) == 25
-    counts = sweep.progress().counts()
+    counts = sweep.status().counts()
     assert counts["running"] + counts["pending"] + counts["done"] == 40, counts
 
     # A task is cancelled and another one's process killed, while they run.
@@ -145,7 +145,7 @@ def test_forty_trials_survive(
 
     # The controller restarts in the middle.
     cluster.control("restart-controller")
-    counts = sweep.progress().counts()
+    counts = sweep.status().counts()
     assert sum(counts.values()) == 40 and counts["pending"] > 0, counts
 
     # A job of higher priority takes the whole node while masks are learned.
@@ -156,11 +156,11 @@ def test_forty_trials_survive(
         "sbatch", "--parsable", "-p", "main", "-c", "4", "-o", "/dev/null", "--wrap", "sleep 5"
     ).strip()
     wait_until("it runs", lambda: "RUNNING" in cluster.run("squeue", "-h", "-t", "all", "-j", urgent, "-o", "%T"))
-    wait_until("something was requeued", lambda: sweep.progress().counts()["requeued"])
+    wait_until("something was requeued", lambda: sweep.status().counts()["requeued"])
 
     # Whatever happened, the queue runs empty, and status tells what is missing and why.
     wait_until("the queue is empty", sweep.drained, 900)
-    states = {key(trial.trial): trial for trial in sweep.progress().trials}
+    states = {key(trial.trial): trial for trial in sweep.status().trials}
     missing = {id for id, state in states.items() if state.state == "missing"}
     stand_on_lost = {key(trial) for id in lost for trial in known[id].trials}
     failed = {id for id, state in states.items() if state.state == "failed"}
@@ -177,7 +177,7 @@ def test_forty_trials_survive(
     again = [step for b in batches.load_all(Store(sweep.results)) if b.id not in before for step in b.steps]
     assert set(again) == lost | {f"evaluate-{id}" for id in missing} | {"report"}
     wait_until("the queue is empty", sweep.drained, 600)
-    counts = sweep.progress().counts()
+    counts = sweep.status().counts()
     assert (counts["done"], counts["failed"]) == (39, 1), counts
     broken = forty_trials(sweep.text)[-1]
     failure = Store(sweep.results).failure(broken)

@@ -13,7 +13,7 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Evaluation, Perplexity, Trial, key
-from slurm import commands, plan, progress
+from slurm import commands, plan, status
 from slurm.cluster import Cluster, Resources
 from slurm.submit import Sweep, todo
 from slurm.task import Work
@@ -27,7 +27,7 @@ def finish(trial: Trial, store: Store) -> None:
 
 def wanted(trials: tuple[Trial, ...], root: Path, busy: tuple[str, ...] = (), retry: bool = False) -> list[str]:
     sweep = Sweep("test", trials, Cluster(executor="debug"), Work(root))
-    return [step.id for wave in todo(sweep, busy, retry) for step in wave.steps]
+    return [step.id for group in todo(sweep, busy, retry) for step in group]
 
 
 def test_every_pruning_is_one_step_whoever_needs_it() -> None:
@@ -43,12 +43,12 @@ def test_every_pruning_is_one_step_whoever_needs_it() -> None:
     }
 
 
-def test_waves_follow_what_steps_stand_on(tmp_path: Path) -> None:
+def test_steps_follow_what_they_stand_on(tmp_path: Path) -> None:
     steps = plan.steps(forty_trials(tmp_path / "text"))
     seen: set[str] = set()
-    for wave in plan.waves(steps, steps):
-        assert wave.needs <= seen
-        seen |= {step.id for step in wave.steps}
+    for group in plan.ordered(steps, steps):
+        assert plan.needs(group) <= seen and len({step.kind for step in group}) == 1
+        seen |= {step.id for step in group}
     assert seen == set(steps)
 
 
@@ -99,15 +99,15 @@ def test_times_that_a_machine_without_a_gpu_skipped_are_wanted_where_there_is_on
     for gpus, device, missing in ((1, None, True), (1, "cpu", False), (0, None, False)):
         stages = {"evaluate": Resources(gpus=gpus)}
         sweep = Sweep("test", trials, Cluster(stages=stages), Work(tmp_path, device=device))
-        found = [step.id for wave in todo(sweep, (), False) for step in wave.steps]
+        found = [step.id for group in todo(sweep, (), False) for step in group]
         assert found == ([f"evaluate-{key(trials[0])}"] if missing else [])
 
 
 def test_status_says_which_times_a_machine_without_a_gpu_skipped(tmp_path: Path) -> None:
     trials, store = STUDIES["speed-models"].trials()[:1], Store(tmp_path)
-    assert progress.examine(trials, store).trials[0].state == "missing"
+    assert status.examine(trials, store).trials[0].state == "missing"
     pipeline.run_trial(trials[0], store, Machine("cpu", None, lambda *_: None))
-    (found,) = progress.examine(trials, store).trials
+    (found,) = status.examine(trials, store).trials
     assert found.state == "done" and "not timed: run it again on a GPU" in found.note
     shown = io.StringIO()
     commands.status(trials, store, Console(file=shown, width=120), watch=False, each=False)

@@ -14,10 +14,10 @@ from experiments.studies.build import Study
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, key
 from patch.errors import UserError
-from slurm import batches, progress, queue, submit, task
+from slurm import batches, queue, status, submit, task
 from slurm.batches import Batch
 from slurm.cluster import Cluster
-from slurm.queue import Task
+from slurm.queue import ArrayTask
 from slurm.submit import Sweep
 from slurm.task import Work
 
@@ -31,14 +31,14 @@ def hts(hts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[n
 
 
 def counts(trials: tuple[Trial, ...], root: Path) -> dict[str, int]:
-    return {state: count for state, count in progress.examine(trials, Store(root)).counts().items() if count}
+    return {state: count for state, count in status.examine(trials, Store(root)).counts().items() if count}
 
 
 def test_the_debug_executor_runs_a_study_once(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, err = hts("sweep", "tiny", "--cluster", "debug")
     assert code == 0 and "3 done" in out, err
     found = list(batches.load_all(Store(tmp_path / "runs")))
-    assert [(batch.stage, len(batch.steps)) for batch in found] == [
+    assert [(batch.kind, len(batch.steps)) for batch in found] == [
         ("prune", 2),
         ("evaluate", 1),
         ("learn", 1),
@@ -150,8 +150,16 @@ def test_without_submitit_only_submission_is_refused(  # type: ignore[no-untyped
 
 
 def a_batch(**changes: object) -> Batch:
-    fields = {"id": "ab", "study": "tiny", "executor": "slurm", "stage": "evaluate", "name": "hts-tiny-evaluate-ab"}
+    fields = {"id": "ab", "study": "tiny", "executor": "slurm", "kind": "evaluate", "name": "hts-tiny-evaluate-ab"}
     return Batch(**(fields | {"steps": ("x",), "submitted": 0.0} | changes))  # type: ignore[arg-type]
+
+
+def test_a_record_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    batches.save(store, a_batch())
+    path = batches.folder(store, a_batch()).with_suffix(".json")
+    path.write_text(path.read_text().replace('"kind"', '"stage"'))
+    assert list(batches.load_all(store)) == [a_batch()]
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["before-it-died", "never"])
@@ -160,7 +168,7 @@ def test_a_submitter_that_died_is_cleaned_up_after(
 ) -> None:
     store = Store(tmp_path)
     batches.save(store, a_batch())
-    found = {("ab", 0): Task("77", "PENDING")} if arrived else {}
+    found = {("ab", 0): ArrayTask("77", "PENDING")} if arrived else {}
     monkeypatch.setattr(queue, "tasks", lambda asked: found)
     live = queue.live(store)
     assert [(batch.job, steps) for batch, steps in live] == ([("77", ["x"])] if arrived else [])
@@ -171,29 +179,29 @@ def test_a_submitter_that_died_is_cleaned_up_after(
 @pytest.mark.parametrize(
     ("task", "state"),
     [
-        (Task("7", "RUNNING"), "running"),
-        (Task("7", "COMPLETING"), "running"),
-        (Task("7", "PENDING", reason="Priority"), "pending"),
-        (Task("7", "PENDING", restarts=2), "requeued"),
-        (Task("7", "REQUEUE_HOLD"), "requeued"),
-        (Task("7", "OUT_OF_MEMORY"), "missing"),
+        (ArrayTask("7", "RUNNING"), "running"),
+        (ArrayTask("7", "COMPLETING"), "running"),
+        (ArrayTask("7", "PENDING", reason="Priority"), "pending"),
+        (ArrayTask("7", "PENDING", restarts=2), "requeued"),
+        (ArrayTask("7", "REQUEUE_HOLD"), "requeued"),
+        (ArrayTask("7", "OUT_OF_MEMORY"), "missing"),
         (None, "missing"),
     ],
-    ids=lambda value: value.state + str(value.restarts) if isinstance(value, Task) else None,
+    ids=lambda value: value.state + str(value.restarts) if isinstance(value, ArrayTask) else None,
 )
 def test_status_says_what_slurm_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task | None, state: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: ArrayTask | None, state: str
 ) -> None:
     trial, store = Trial(Pruning("embedded", "dense", "dense", 0.0), Evaluation()), Store(tmp_path)
     batches.save(store, a_batch(steps=(f"evaluate-{key(trial)}",), job="7"))
     monkeypatch.setattr(queue, "tasks", lambda asked: {("ab", 0): task} if task else {})
-    [found] = progress.examine([trial], store).trials
+    [found] = status.examine([trial], store).trials
     assert found.state == state
     if task and state == "missing":
         assert "OUT_OF_MEMORY" in found.note
     # Nobody knows better than the rows: a failure that is recorded is one, once the task is over.
     store.write_failure(trial, "evaluate", ValueError("boom"), {})
-    [found] = progress.examine([trial], store).trials
+    [found] = status.examine([trial], store).trials
     assert found.state == ("failed" if state == "missing" else state)
 
 
@@ -206,7 +214,7 @@ def test_without_an_answer_nothing_is_submitted_and_status_says_so(
     trial, store = Trial(Pruning("embedded", "dense", "dense", 0.0), Evaluation()), Store(tmp_path)
     batches.save(store, a_batch(steps=(f"evaluate-{key(trial)}",), job="7"))
     monkeypatch.setattr(queue, "tasks", silent)
-    assert "Unable to contact" in str(progress.examine([trial], store).problem)
+    assert "Unable to contact" in str(status.examine([trial], store).problem)
     with pytest.raises(UserError, match="Unable to contact"):
         submit.submit(Sweep("tiny", (trial,), Cluster(executor="debug"), Work(tmp_path)))
 
@@ -232,7 +240,7 @@ def simulate(count: int, results: Path) -> dict[str, float]:
     # The debug executor's jobs are in this process.
     assert submit.submit(sweep) == []
     lap("submit again")
-    assert len(progress.examine(trials, Store(results)).trials) == count
+    assert len(status.examine(trials, Store(results)).trials) == count
     lap("status")
     return seconds
 

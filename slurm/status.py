@@ -12,23 +12,9 @@ from patch.errors import UserError
 from slurm import batches, plan, queue
 from slurm.batches import Batch
 from slurm.plan import Step
-from slurm.queue import Task
+from slurm.queue import ArrayTask
 
 STATES = ("done", "running", "pending", "requeued", "failed", "missing")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The last submission of a step.
-
-    Attributes:
-        task: what Slurm says about it; None where nobody knows, or if it was not Slurm.
-        log: the log of its task.
-    """
-
-    batch: Batch
-    task: Task | None
-    log: Path
 
 
 @dataclass(frozen=True)
@@ -38,7 +24,8 @@ class TrialState:
     Attributes:
         state: one of `STATES`: ``requeued`` waits again after it had started, ``missing`` is not submitted.
         step: the first of its steps that is not done; None if all are.
-        attempt: the last submission of that step.
+        log: of that step, as it was submitted last; None if it was not.
+        submitted: when that was, in seconds since the epoch.
         restarts: how often Slurm requeued that step.
         note: why it waits or failed, how its last attempt ended, or what is not timed though it is done.
     """
@@ -46,13 +33,14 @@ class TrialState:
     trial: Trial
     state: str
     step: Step | None = None
-    attempt: Attempt | None = None
+    log: Path | None = None
+    submitted: float = 0.0
     restarts: int = 0
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Progress:
+class Status:
     """Where a study stands.
 
     Attributes:
@@ -70,7 +58,7 @@ class Progress:
         return {state: sum(trial.state == state for trial in self.trials) for state in STATES}
 
 
-def examine(trials: Sequence[Trial], store: Store) -> Progress:
+def examine(trials: Sequence[Trial], store: Store) -> Status:
     """Look at the results directory and ask Slurm, once."""
     known = plan.steps(trials)
     started = set(store.listed("rows"))
@@ -83,16 +71,13 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
     relevant = [batch for batch in batches.load_all(store) if any(id in known for id in batch.steps)]
     open_ = [batch for batch in relevant if not done.issuperset(batch.steps)]
     problem = None
-    tasks: dict[tuple[str, int], Task] = {}
+    tasks: dict[tuple[str, int], ArrayTask] = {}
     try:
         tasks = queue.tasks(open_)
     except UserError as error:
         problem = str(error)
-    attempts = {
-        id: Attempt(batch, tasks.get((batch.id, index)), batches.log_path(store, batch, index))
-        for batch in open_
-        for index, id in enumerate(batch.steps)
-    }
+    # A step's last submission: the batch, and its place there.
+    places = {id: (batch, index) for batch in open_ for index, id in enumerate(batch.steps)}
     leased = queue.held(store)
     states = []
     for evaluate in (step for step in known.values() if step.kind == "evaluate"):
@@ -102,34 +87,35 @@ def examine(trials: Sequence[Trial], store: Store) -> Progress:
             continue
         chain = [known[id] for id in (*evaluate.needs, evaluate.id) if id not in done]
         failure = store.failure(trial) if evaluate.hash in started else None
-        states.append(_state(chain, attempts, leased, failure))
-    return Progress(tuple(states), problem, _seconds_left(states, store))
+        batch, index = places.get(chain[0].id, (None, 0))
+        task = tasks.get((batch.id, index)) if batch else None
+        state, note = _state(chain, batch, task, leased, failure)
+        log, submitted = (batches.log_path(store, batch, index), batch.submitted) if batch else (None, 0.0)
+        restarts = task.restarts if task else 0
+        states.append(TrialState(trial, state, chain[0], log, submitted, restarts, note))
+    return Status(tuple(states), problem, _seconds_left(states, store))
 
 
 def _state(
-    chain: list[Step],
-    attempts: dict[str, Attempt],
-    leased: set[str],
-    failure: dict[str, str] | None,
-) -> TrialState:
-    """The state of a trial that is not done, from the steps it still has to take."""
+    chain: list[Step], batch: Batch | None, task: ArrayTask | None, leased: set[str], failure: dict[str, str] | None
+) -> tuple[str, str]:
+    """State and note of a trial that is not done.
+
+    Args:
+        chain: the steps that it still has to take.
+        batch: the last submission of the first of them.
+        task: what Slurm says about that; None where nobody knows, or if it was not Slurm.
+    """
     step, evaluate = chain[0], chain[-1]
-    [trial] = evaluate.trials
-    attempt = attempts.get(step.id)
-    task = attempt.task if attempt else None
-    restarts = task.restarts if task else 0
     if (task and task.runs) or step.lease in leased or evaluate.lease in leased:
-        return TrialState(trial, "running", step, attempt, restarts, step.label)
+        return "running", step.label
     if task and task.waits:
-        state = "requeued" if restarts or task.state != "PENDING" else "pending"
-        return TrialState(trial, state, step, attempt, restarts, task.reason)
+        return "requeued" if task.restarts or task.state != "PENDING" else "pending", task.reason
     if failure:
-        return TrialState(trial, "failed", step, attempt, restarts, failure["error"])
-    if attempt and attempt.batch.executor == "local" and batches.runs_here(attempt.batch):
-        return TrialState(trial, "pending", step, attempt)
-    if attempt:
-        return TrialState(trial, "missing", step, attempt, restarts, f"{step.label} ended {_how(task)}")
-    return TrialState(trial, "missing", step)
+        return "failed", failure["error"]
+    if batch and batch.executor == "local" and batches.runs_here(batch):
+        return "pending", ""
+    return "missing", f"{step.label} ended {_how(task)}" if batch else ""
 
 
 def _untimed(trial: Trial, store: Store) -> str:
@@ -140,14 +126,14 @@ def _untimed(trial: Trial, store: Store) -> str:
     return f"{left} of {len(pipeline.stages(trial))} stages are not timed: run it again on a GPU" if left else ""
 
 
-def _how(task: Task | None) -> str:
+def _how(task: ArrayTask | None) -> str:
     return task.state if task and task.state != "COMPLETED" else "without a result"
 
 
 def _seconds_left(states: Sequence[TrialState], store: Store) -> float | None:
     """Trials that are under way, at the pace at which trials were completed since the sweep began."""
     ahead = sum(state.state in ("running", "pending", "requeued") for state in states)
-    open_ = {state.attempt.batch.submitted for state in states if state.attempt and state.state != "missing"}
+    open_ = {state.submitted for state in states if state.log and state.state != "missing"}
     if not ahead or not open_:
         return None
     began = min(open_)
