@@ -1,6 +1,11 @@
 """What is looked at before anything is submitted: a mistake should cost a line of text, not a night in the queue."""
 
+import grp
+import logging
 import os
+import pwd
+import socket
+import stat
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +18,8 @@ from patch.errors import UserError
 from slurm import plan, queue
 from slurm.cluster import Cluster
 from slurm.plan import Step
+
+logger = logging.getLogger(__name__)
 
 # Allowance of one job for its start: imports, loading the model.
 _START_SECONDS = 60
@@ -67,9 +74,16 @@ def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> Non
     Raises:
         UserError: with Slurm's own message where it has one.
     """
+    if cluster.executor != "debug" and not cluster.trust_writers:
+        _check_writers(results.absolute())
     if cluster.executor != "slurm":
         return
     queue.require()
+    if "%" in str(results.absolute()):
+        raise UserError(
+            f"the results directory {results} has a % in its path, which Slurm expands in the names of logs: "
+            "name another one with --results"
+        )
     for stage in sorted(set(stages)):
         for name, count in (("GPUs", cluster.stages[stage].gpus), ("nodes", cluster.stages[stage].nodes)):
             if count > 1 and stage != "learn":
@@ -77,12 +91,22 @@ def check_cluster(cluster: Cluster, stages: Iterable[str], results: Path) -> Non
                 raise UserError(f"stage {stage} asks for {count} {name}, and uses one: give {option}")
         if cluster.stages[stage].nodes < 1:
             raise UserError(f"stage {stage} asks for no node: give --nodes {stage}=1")
+        if 60 * (minutes := cluster.stages[stage].minutes) <= cluster.signal:
+            raise UserError(
+                f"stage {stage} has a time limit of {minutes} minutes, and is told to stop {cluster.signal} seconds"
+                f" before that (signal): give --time {stage}=M with more minutes"
+            )
         queue.check(cluster, stage, cluster.stages[stage])
+    parts = queue.partition(cluster)
+    if not any(part.serves for part in parts):
+        states = ", ".join(f"{part.nodes} {part.state}" for part in parts) or "it has none"
+        logger.warning("no node of %s is in service (%s): jobs will wait", cluster.partition or "the partition", states)
     if cluster.shared_results:
         return
     place = next(parent for parent in (results.absolute(), *results.absolute().parents) if parent.exists())
     kind = _file_system(place)
-    others = queue.other_nodes(cluster)
+    nodes = {part.nodes for part in parts}
+    others = ",".join(sorted(nodes)) if nodes != {socket.gethostname().partition(".")[0]} else ""
     if others and not kind.startswith(_NETWORK):
         raise UserError(
             f"the results directory {results} is on this machine's own disk ({kind}), and jobs would run on {others}: "
@@ -114,6 +138,33 @@ def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:
             unknown += 1
         hours += ((flops or 0.0) / (1e12 * cluster.gpu_tflops) + _START_SECONDS) / 3600
     return hours, unknown
+
+
+def _check_writers(results: Path) -> None:
+    """Jobs unpickle what lies in the results directory: whoever can write there runs code as its owner."""
+    for folder in (results, results / "sweeps", *sorted((results / "sweeps").glob("*/"))):
+        try:
+            about = folder.stat()
+        except FileNotFoundError:
+            continue
+        mode = about.st_mode
+        # What lies in a sticky folder is its owner's to replace.
+        shared = mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_my_own_group(about.st_gid))
+        if about.st_uid not in (0, os.getuid()) or (shared and not mode & stat.S_ISVTX):
+            raise UserError(
+                f"{folder} can be written by others, who could run code as you: jobs unpickle what lies there. "
+                f"chmod go-w {folder}, name another directory with --results, or, if you trust them, "
+                "write trust_writers = true into the cluster's file"
+            )
+
+
+def _is_my_own_group(gid: int) -> bool:
+    """Whether it is the group of this user alone that many systems make for each."""
+    try:
+        group, me = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return gid == me.pw_gid and group.gr_name == me.pw_name and set(group.gr_mem) <= {me.pw_name}
 
 
 def _file_system(path: Path) -> str:

@@ -18,6 +18,7 @@
 """
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
@@ -31,6 +32,9 @@ from patch.errors import UserError, check_name
 
 EXECUTORS = ("slurm", "local", "debug")
 STAGES = ("prune", "learn", "evaluate", "report")
+
+# Numbers whose zero means something; that of nodes is refused where it is known which stage asks for none.
+_MAY_BE_ZERO = ("gpus", "nodes", "timeouts")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Cluster:
             is told to stop and is requeued.
         timeouts: how often one task may reach its time limit and be requeued.
         shared_results: the results directory is on every node, though it does not look so from here.
+        trust_writers: others may write into the results directory, and so run code as whoever submits.
         gpu_memory: GiB of one GPU; None does not check estimates against it.
         gpu_tflops: what one GPU sustains on this work, for the estimate of GPU hours; an H200's by default.
         stages: resources of each of `STAGES`.
@@ -113,6 +118,7 @@ class Cluster:
     signal: int = 120
     timeouts: int = 100
     shared_results: bool = False
+    trust_writers: bool = False
     gpu_memory: float | None = None
     gpu_tflops: float = H200_TFLOPS
     stages: Mapping[str, Resources] = field(default_factory=lambda: dict(_DEFAULTS))
@@ -132,9 +138,15 @@ def load(name: str) -> Cluster:
         known = sorted({*EXECUTORS, *(file.stem for file in folder.glob("*.toml"))})
         raise UserError(f"no cluster '{name}': {path} is not there; known: {', '.join(known)}")
     try:
-        return parse(tomllib.loads(path.read_text()))
+        return parse(tomllib.loads(path.read_text(encoding="utf-8")))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, UserError) as error:
         raise UserError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse(given: Mapping[str, Any]) -> Cluster:
@@ -234,8 +246,16 @@ def _check(name: str, given: Any, kind: Any) -> Any:
     if not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds):
         wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
         raise UserError(f"{name} is {given!r}: give {wanted}")
-    if isinstance(given, int | float) and given < 0:
-        raise UserError(f"{name} is {given}: give a number from 0")
-    if name.endswith("time"):
-        parse_time(given)
+    if isinstance(given, float) and not math.isfinite(given):
+        raise UserError(f"{name} is {given}: give a finite number")
+    field = name.rpartition(".")[2].removeprefix("--")
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        if given < 0:
+            raise UserError(f"{name} is {given}: give a number from 0")
+        if given == 0 and field not in _MAY_BE_ZERO:
+            raise UserError(f"{name} is 0: give a number above 0, or leave it out")
+    if isinstance(given, str) and not given.isprintable():
+        raise UserError(f"{name} is {given!r}: give one line without control characters")
+    if field == "time" and not parse_time(given):
+        raise UserError(f"{name} is {given!r}: give a time above 0")
     return given

@@ -20,6 +20,9 @@ from slurm.cluster import Cluster, Resources, parse_time
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
+# States of nodes that wait for an administrator.
+_OUT_OF_SERVICE = ("down", "drained", "draining", "fail", "failing", "inval", "maint", "unknown")
+
 # More tasks at a time than any array has.
 NO_CAP = 10**7
 
@@ -187,21 +190,43 @@ def check(cluster: Cluster, stage: str, resources: Resources) -> None:
     if outcome.returncode:
         raise UserError(f"Slurm would not take {asked}: {_message(outcome.stderr)}")
     # Where limits are not enforced at submission, such a job would wait for ever.
-    limit = _partition(cluster)[0]
+    limit = max((part.limit for part in partition(cluster)), default=resources.minutes)
     if resources.minutes > limit:
         raise UserError(f"{asked} asks for more than the partition's limit of {limit} minutes: lower --time")
 
 
-def other_nodes(cluster: Cluster) -> str | None:
-    """The partition's nodes, as Slurm writes them, if there are others than this machine.
+@dataclass(frozen=True)
+class Part:
+    """Nodes of a partition that are in one state.
+
+    Attributes:
+        limit: on a job's time, in minutes.
+        nodes: as Slurm writes them, such as ``node[1-4]``.
+        state: Slurm's word, such as ``idle``, ``drained`` or ``mixed``.
+    """
+
+    limit: int
+    nodes: str
+    state: str
+
+    @property
+    def serves(self) -> bool:
+        """Whether its nodes run jobs, or will without anyone's doing."""
+        # Slurm marks words, such as ``idle~`` for a node that is powered down until it is needed.
+        return self.state.rstrip("*~#!%$@^-+") not in _OUT_OF_SERVICE
+
+
+def partition(cluster: Cluster) -> list[Part]:
+    """The cluster's partition, or Slurm's default one; nothing where it has no nodes.
 
     Raises:
         UserError: with Slurm's message, if it cannot be asked.
     """
-    import socket
-
-    nodes = _partition(cluster)[1]
-    return None if nodes == socket.gethostname().partition(".")[0] else nodes
+    lines = _ask("sinfo", "--noheader", "-o", "%P|%l|%N|%T", *([f"-p{cluster.partition}"] if cluster.partition else []))
+    rows = [[field.strip() for field in line.split("|")] for line in lines.splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    chosen = [row for row in rows if cluster.partition or row[0].endswith("*")] or rows
+    return [Part(parse_time(limit), nodes, state) for _, limit, nodes, state in chosen if nodes]
 
 
 def options(cluster: Cluster, resources: Resources) -> list[str]:
@@ -223,14 +248,6 @@ def parameters(cluster: Cluster, resources: Resources) -> dict[str, Any]:
         "time": resources.minutes,
         "nodes": resources.nodes,
     }
-
-
-def _partition(cluster: Cluster) -> tuple[int, str]:
-    """Time limit in minutes and nodes of the cluster's partition, or of Slurm's default one."""
-    lines = _ask("sinfo", "--noheader", "-o", "%P %l %N", *([f"-p{cluster.partition}"] if cluster.partition else []))
-    rows = [line.split() for line in lines.splitlines()]
-    chosen = [row for row in rows if cluster.partition or row[0].endswith("*")] or rows
-    return max(parse_time(row[1]) for row in chosen), ",".join(sorted({row[2] for row in chosen}))
 
 
 def _describe(cluster: Cluster, resources: Resources) -> str:

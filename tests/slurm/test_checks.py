@@ -1,6 +1,8 @@
 """What is looked at before submission: definitions, memory, and the place of the results."""
 
 import dataclasses
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,12 @@ def test_memory_grows_with_what_is_kept() -> None:
     assert memory() < memory(microbatch=4) < memory(microbatch=4, activation_checkpointing=False)
 
 
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were here, and took any job."""
+    monkeypatch.setattr(queue, "require", lambda: None)
+    monkeypatch.setattr(queue, "check", lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("kind", "others", "told", "refused"),
     [
@@ -106,9 +114,9 @@ def test_results_must_be_where_the_nodes_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, others: str | None, told: bool, refused: bool
 ) -> None:
     monkeypatch.setattr(checks, "_file_system", lambda path: kind)
-    monkeypatch.setattr(queue, "require", lambda: None)
-    monkeypatch.setattr(queue, "check", lambda *_: None)
-    monkeypatch.setattr(queue, "other_nodes", lambda cluster: others)
+    no_slurm(monkeypatch)
+    here = socket.gethostname().partition(".")[0]
+    monkeypatch.setattr(queue, "partition", lambda cluster: [queue.Part(60, others or here, "idle")])
     cluster = Cluster(shared_results=told)
     if refused:
         with pytest.raises(UserError, match=r"shared_results = true"):
@@ -128,10 +136,67 @@ def test_results_must_be_where_the_nodes_are(
 def test_what_would_idle_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, list[str]], message: str
 ) -> None:
-    monkeypatch.setattr(queue, "require", lambda: None)
-    monkeypatch.setattr(queue, "check", lambda *_: None)
+    no_slurm(monkeypatch)
     with pytest.raises(UserError, match=message):
         checks.check_cluster(override(Cluster(), {}, resources), ["prune", "learn", "evaluate"], tmp_path)
+
+
+def test_a_time_limit_within_the_signals_lead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_slurm(monkeypatch)
+    monkeypatch.setattr(queue, "partition", lambda cluster: [queue.Part(60, "node1", "idle")])
+    cluster = override(Cluster(shared_results=True), {}, {"time": ["learn=2"]})
+    with pytest.raises(UserError, match=r"stage learn has a time limit of 2 minutes.* 120 seconds .*--time learn="):
+        checks.check_cluster(cluster, ["learn"], tmp_path)
+    checks.check_cluster(override(cluster, {}, {"time": ["learn=3"]}), ["learn"], tmp_path)
+
+
+def test_a_path_that_slurm_would_expand_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_slurm(monkeypatch)
+    with pytest.raises(UserError, match=r"100%j has a % in its path"):
+        checks.check_cluster(Cluster(), ["learn"], tmp_path / "100%j")
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "warning"),
+    [
+        pytest.param("gpu*|1:00:00|node[1-2]|idle\n", "", id="idle"),
+        pytest.param("gpu*|1:00:00|node1|drained*\ngpu*|1:00:00|node2|mixed\n", "", id="one-of-two-drained"),
+        pytest.param("gpu*|1:00:00|node1|idle~\n", "", id="powered-down-until-needed"),
+        pytest.param(
+            "gpu*|1:00:00|node1|drained\n", "no node of .* is in service (node1 drained): jobs will wait", id="drained"
+        ),
+        pytest.param("gpu*|1:00:00|node1|down*\n", "no node of .* (node1 down*)", id="down"),
+        pytest.param("gpu*|1:00:00||n/a\n", "no node of .* (it has none)", id="no-nodes"),
+        pytest.param("", "no node of .* (it has none)", id="no-answer"),
+    ],
+)
+def test_a_partition_out_of_service_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sinfo: str, warning: str
+) -> None:
+    no_slurm(monkeypatch)
+    monkeypatch.setattr(queue, "_ask", lambda *command: sinfo)
+    checks.check_cluster(Cluster(shared_results=True), ["learn"], tmp_path)
+    assert [re.search(re.escape(warning).replace(r"\.\*", ".*"), line) is not None for line in caplog.messages] == (
+        [True] if warning else []
+    )
+
+
+@pytest.mark.parametrize("executor", ["slurm", "local", "debug"])
+@pytest.mark.parametrize(("place", "mode"), [("", 0o777), ("sweeps", 0o777), ("sweeps/demo", 0o757)])
+def test_folders_whose_pickles_others_can_write_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, place: str, mode: int
+) -> None:
+    no_slurm(monkeypatch)
+    monkeypatch.setattr(queue, "_ask", lambda *command: "")
+    (tmp_path / "sweeps" / "demo").mkdir(parents=True)
+    (tmp_path / place).chmod(mode)
+    cluster = Cluster(executor=executor, shared_results=True)
+    if executor == "debug":
+        checks.check_cluster(cluster, [], tmp_path)
+    else:
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / place))} can be written by others"):
+            checks.check_cluster(cluster, [], tmp_path)
+    checks.check_cluster(dataclasses.replace(cluster, trust_writers=True), [], tmp_path)
 
 
 def test_processes_that_cannot_share_a_microbatch_are_refused() -> None:

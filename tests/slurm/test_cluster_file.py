@@ -64,6 +64,17 @@ def test_the_command_line_wins() -> None:
         ("[stages.learn]\ntime = 'soon'", "time 'soon'"),
         ("[stages.learn]\ngpus = -1", "stages.learn.gpus is -1"),
         ("stages = 3", "unknown stage"),
+        ("parallel = 0", "parallel is 0: give a number above 0"),
+        ("gpu_tflops = 0", "gpu_tflops is 0: give a number above 0"),
+        ("signal = 0", "signal is 0"),
+        ("[stages.learn]\ncpus = 0", "stages.learn.cpus is 0"),
+        ("[stages.learn]\nmemory = 0.0", "stages.learn.memory is 0"),
+        ("[stages.learn]\ntime = 0", "stages.learn.time is '0': give a time above 0"),
+        ("gpu_memory = nan", "gpu_memory is nan: give a finite number"),
+        ("[stages.learn]\nmemory = inf", "stages.learn.memory is inf: give a finite number"),
+        ('partition = "gpu\\n#SBATCH --uid=0"', "partition is .*: give one line without control characters"),
+        ('account = "lab\\u0000"', "account is .*: give one line"),
+        pytest.param("a = " + 5000 * "[", "test.toml", id="deeply-nested"),
         ("partition = ", "test.toml"),
     ],
 )
@@ -72,6 +83,17 @@ def test_a_mistake_is_named_with_the_file(folder: Path, text: str, message: str)
     with pytest.raises(UserError, match=message) as caught:
         load("test")
     assert "test.toml" in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(folder: Path) -> None:
+    (folder / "test.toml").write_bytes(b'partition = "gpu\xff"')
+    with pytest.raises(UserError, match=r"test\.toml: is not UTF-8 \(byte 16\)"):
+        load("test")
+
+
+def test_zero_gpus_and_timeouts_are_numbers_too() -> None:
+    cluster = parse({"timeouts": 0, "stages": {"evaluate": {"gpus": 0}}})
+    assert (cluster.timeouts, cluster.stages["evaluate"].gpus) == (0, 0)
 
 
 def test_an_unknown_cluster_lists_the_known_ones(folder: Path) -> None:
