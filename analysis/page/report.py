@@ -117,7 +117,6 @@ def _table(title: str, table: Table, origins: Mapping[tuple[int, int], str]) -> 
                     "text": "not measured" if text == MISSING and column.kind != "text" else text,
                     "sort": _sort_key(table.rows[row][place]),
                     "best": (row, place) in table.best,
-                    "second": (row, place) in table.second,
                     "origin": origins.get((row, place), ""),
                     "anchor": _anchor(origins.get((row, place), "").partition(", ")[0]),
                     "missing": text == MISSING and column.kind != "text",

@@ -10,12 +10,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.names import PAPER_TASKS, TASKS, percent, rank
+from analysis.rows.items import task_items, window_items
 from analysis.rows.load import records
 from analysis.rows.same_checkpoint import check_one_artefact
 from patch.errors import UserError
@@ -40,12 +42,17 @@ class Measured:
             square), or None.
         spread: standard deviation over seeds; None for a single one.
         seeds: how many.
+        items: what each window or item of the evaluation set adds to the value, so that their mean's error is the
+            value's, where rows have it; of several seeds the mean.
+        parts: what the value is the mean of, if it is one of several tasks.
     """
 
     value: float
     stderr: float | None = None
     spread: float | None = None
     seeds: int = 1
+    items: np.ndarray | None = field(default=None, repr=False, compare=False)
+    parts: "tuple[Measured, ...]" = field(default=(), repr=False, compare=False)
 
     @property
     def error(self) -> float | None:
@@ -172,16 +179,22 @@ def mean_tasks(found: Iterable[Task]) -> list[Task]:
     return paper if len(paper) == len(PAPER_TASKS) else found
 
 
-def _perplexity_rows(frame: pd.DataFrame) -> list[tuple[Text, tuple[float, float]]]:
+def _perplexity_rows(frame: pd.DataFrame) -> list[tuple[Text, tuple[float, float, np.ndarray | None]]]:
     # LAMBADA has a perplexity too, of its last words.
     rows = frame[(frame.metric == "perplexity") & frame.stage.str.startswith("perplexity:")]
-    return [(Text(row.source, int(row.length)), (row.value, row.stderr)) for row in records(rows)]
+    return [
+        (Text(row.source, int(row.length)), (row.value, row.stderr, window_items(row.labels, row.value)))
+        for row in records(rows)
+    ]
 
 
-def _accuracy_rows(frame: pd.DataFrame) -> list[tuple[Task, tuple[float, float]]]:
+def _accuracy_rows(frame: pd.DataFrame) -> list[tuple[Task, tuple[float, float, np.ndarray | None]]]:
     rows = frame[frame.stage.str.startswith("task:")]
     return [
-        (Task(row.task, None if pd.isna(row.limit) else int(row.limit)), (row.value, row.stderr))
+        (
+            Task(row.task, None if pd.isna(row.limit) else int(row.limit)),
+            (row.value, row.stderr, task_items(row.labels)),
+        )
         for row in records(rows)
         if row.labels.get("primary", row.metric == "acc")
     ]
@@ -191,8 +204,8 @@ def _quantities(rows_of: Mapping[Any, pd.DataFrame], trials: Sequence[str], sele
     """What the trials of one pruning measured; they may differ in what they evaluate, not in the outcome."""
     found: dict[Any, Measured] = {}
     for trial in trials:
-        for key, (value, stderr) in select(rows_of[trial]):
-            measured = Measured(value, None if math.isnan(stderr) else stderr)
+        for key, (value, stderr, items) in select(rows_of[trial]):
+            measured = Measured(value, None if math.isnan(stderr) else stderr, items=items)
             if found.setdefault(key, measured) != measured and not math.isnan(value):
                 raise UserError(
                     f"trials {', '.join(trials)} are of the same pruned model, but measured {found[key].value} and "
@@ -214,7 +227,11 @@ def _measured(values: Sequence[Measured]) -> Measured:
     stderr = math.sqrt(statistics.fmean(error**2 for error in errors)) if len(errors) == len(values) else None
     finite = all(map(math.isfinite, numbers))
     spread = statistics.stdev(numbers) if finite else math.nan
-    return Measured(sum(numbers) / len(numbers), stderr, spread, len(values))
+    each = [measured.items for measured in values]
+    alike = len({None if items is None else len(items) for items in each}) == 1 and each[0] is not None
+    items = np.mean(np.stack([items for items in each if items is not None]), axis=0) if alike else None
+    parts = tuple(_measured(part) for part in zip(*(measured.parts for measured in values), strict=True))
+    return Measured(sum(numbers) / len(numbers), stderr, spread, len(values), items, parts)
 
 
 def _mean(accuracy: Mapping[Task, Measured], over: Sequence[Task]) -> Measured:
@@ -222,7 +239,7 @@ def _mean(accuracy: Mapping[Task, Measured], over: Sequence[Task]) -> Measured:
     chosen = [accuracy[task] for task in over]
     errors = [measured.stderr for measured in chosen if measured.stderr is not None]
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(over) if len(errors) == len(over) else None
-    return Measured(statistics.fmean(measured.value for measured in chosen), stderr)
+    return Measured(statistics.fmean(measured.value for measured in chosen), stderr, parts=tuple(chosen))
 
 
 def _canonical(value: Any) -> str:

@@ -1,17 +1,20 @@
 """The accuracy table of a study, as in the pruning papers: a line per pruned model, a column per text and task."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import pandas as pd
 
 from analysis.names import SOURCES, TASKS, percent
+from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, Task, Text, gather, mean_tasks, tasks, texts
 from analysis.tables import published
 from analysis.tables.render import MEASURED, Column, Table, Value
 from patch.errors import UserError
 from patch.methods import label_of
 
+T = TypeVar("T")
 Field = tuple[Column, Callable[[Point], Value]]
 
 
@@ -48,9 +51,9 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
         notes += _other_models_notes(points, text)
     columns = tuple(column for column, _ in fields)
     rows = tuple(tuple(value(point) for _, value in fields) for point in points)
-    best, second = _best(columns, rows, points)
+    best = _best(columns, rows, points)
     sections, trials = tuple(point.model for point in points), tuple(point.trials for point in points)
-    return Table(columns, rows, sections, best, tuple(notes), second, trials)
+    return Table(columns, rows, sections, best, tuple(notes), trials)
 
 
 def identity_fields(points: Sequence[Point]) -> list[Field]:
@@ -164,37 +167,55 @@ def _placed(method: str, sparsity: float) -> str:
 
 def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task]) -> list[str]:
     seeds = any(_seeds(point) > 1 for point in points)
-    notes = ["Perplexity (PPL): lower is better; @ is the window in tokens."]
-    if found:
-        notes.append("Accuracies ± standard error.")
+    notes = ["Perplexity (PPL): lower is better; @ is the window in tokens.", "Numbers ± standard error."]
     if seeds:
         notes.append("Where there are several seeds: mean ± standard deviation over seeds.")
+    notes.append("Bold: best at its sparsity by more than the standard error of each difference, " + _paired(points))
     if 1 < len(over) < len(found):
         left_out = [task_heading(task) for task in found if task not in over]
         notes.append(f"The mean is over the {len(over)} tasks of the PATCH paper, without {', '.join(left_out)}.")
     return notes
 
 
+def _paired(points: Sequence[Point]) -> str:
+    """Whether differences are those of the same windows and items: where rows have what each of them gave."""
+    measured = [each for point in points for each in (*point.perplexity.values(), *point.accuracy.values())]
+    having = sum(each.items is not None for each in measured)
+    if having and having == len(measured):
+        return "window by window and item by item."
+    some = "partly " if having else ""
+    return f"{some}as if each had been measured on a text of its own: the rows lack what each window and item gave."
+
+
 def _best(
     columns: Sequence[Column], rows: Sequence[Sequence[Value]], points: Sequence[Point]
-) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
-    """The best and the second best value of each column among rows of one model at one sparsity; unstructured apart."""
+) -> frozenset[tuple[int, int]]:
+    """The best value of each column among rows of one model at one sparsity, unstructured apart.
+
+    It is none where another is so near that the standard error of their difference is larger.
+    """
     groups: dict[tuple[str, float, bool], list[int]] = {}
     for row, point in enumerate(points):
         groups.setdefault((point.model, point.sparsity, point.structure == "unstructured"), []).append(row)
-    best, second = set(), set()
+    best = set()
     for place, column in enumerate(columns):
         if column.kind not in MEASURED:
             continue
         for members in groups.values():
-            numbers = {
-                row: value.value
-                for row in members
-                if isinstance(value := rows[row][place], Measured) and math.isfinite(value.value)
-            }
-            if len(numbers) > 1:
-                top, *others = sorted(set(numbers.values()), reverse=column.kind != "perplexity")
-                best |= {(row, place) for row, number in numbers.items() if number == top}
-                if len(numbers) > 2 and others:
-                    second |= {(row, place) for row, number in numbers.items() if number == others[0]}
-    return frozenset(best), frozenset(second)
+            found = {row: value for row in members if isinstance(value := rows[row][place], Measured)}
+            first = leader(found, lower_is_better=column.kind == "perplexity")
+            if first is not None:
+                best.add((first, place))
+    return frozenset(best)
+
+
+def leader(found: Mapping[T, Measured], lower_is_better: bool) -> T | None:
+    """The one of several numbers that is better than every other by more than the error of their difference."""
+    finite = {name: measured for name, measured in found.items() if math.isfinite(measured.value)}
+    if len(finite) < 2:
+        return None
+    sign = 1 if lower_is_better else -1
+    first = min(finite, key=lambda name: sign * finite[name].value)
+    others = [measured for name, measured in finite.items() if name != first]
+    ahead = (gap(finite[first], other) for other in others)
+    return first if all(each.exceeds and sign * each.value > 0 for each in ahead) else None

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point
 from analysis.tables.accuracy import heading, task_heading
 from analysis.tables.render import Column, Table, Value, significant
@@ -39,14 +40,8 @@ class Difference:
 
     @property
     def error(self) -> float | None:
-        """Standard error of the difference as if both were measured on samples of their own, None if unknown.
-
-        They were measured on the same items, so this is the most that it can be for results that agree more often than
-        chance, as those of two prunings of one model do.
-        """
-        if self.left.error is None or self.right.error is None:
-            return None
-        return math.hypot(self.left.error, self.right.error)
+        """Standard error of the difference (`analysis.rows.paired`), None if unknown."""
+        return gap(self.left, self.right).error
 
     @property
     def verdict(self) -> str:
@@ -156,11 +151,14 @@ def comparison(left: Point, right: Point) -> Table:
         )
         for each in found
     ]
-    notes = (
-        f"Left: {describe(left)}. Right: {describe(right)}.",
-        "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own.",
-        "Both have the same, so the difference is surer than that.",
-    )
+    if all(gap(each.left, each.right).paired for each in found):
+        sure = "Beyond noise: more than two standard errors of the differences window by window and item by item."
+    else:
+        sure = (
+            "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own. "
+            "Both have the same, so the difference is surer than that."
+        )
+    notes = (f"Left: {describe(left)}. Right: {describe(right)}.", sure)
     return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), notes)
 
 

@@ -59,8 +59,7 @@ class Table:
         columns: what the values of each row are.
         rows: one value per column; None where nothing was measured.
         sections: for each row, what it belongs to (its model); renderers set sections apart.
-        best: (row, column) of the best value among rows at equal sparsity.
-        second: likewise of the second best, where there are three or more; LaTeX underlines it.
+        best: (row, column) of the best value among rows at equal sparsity, where it is beyond doubt.
         trials: for each row, the hashes of the trials that it shows; none where rows are not of trials.
         notes: what a reader must know about the numbers, one sentence each.
     """
@@ -70,7 +69,6 @@ class Table:
     sections: tuple[str, ...]
     best: frozenset[tuple[int, int]]
     notes: tuple[str, ...]
-    second: frozenset[tuple[int, int]] = frozenset()
     trials: tuple[tuple[str, ...], ...] = ()
 
 
@@ -93,7 +91,6 @@ def only(table: Table, names: Sequence[str]) -> Table:
         columns=tuple(table.columns[place] for place in places),
         rows=tuple(tuple(row[place] for place in places) for row in table.rows),
         best=frozenset((row, places.index(place)) for row, place in table.best if place in places),
-        second=frozenset((row, places.index(place)) for row, place in table.second if place in places),
     )
 
 
@@ -138,14 +135,7 @@ def latex(table: Table) -> str:
     breaks = {place for place, (above, below) in enumerate(pairwise(table.sections), 1) if above != below}
     for row, line in enumerate(shown_cells(table)):
         escaped = [_escape_latex(text) for text in line]
-        marked = [
-            rf"\textbf{{{text}}}"
-            if (row, place) in table.best
-            else rf"\underline{{{text}}}"
-            if (row, place) in table.second
-            else text
-            for place, text in enumerate(escaped)
-        ]
+        marked = [rf"\textbf{{{text}}}" if (row, place) in table.best else text for place, text in enumerate(escaped)]
         if row in breaks:
             lines.append(r"\midrule")
         lines.append(" & ".join(marked) + r" \\")
@@ -246,12 +236,12 @@ def _show(column: Column, value: Value) -> str:
 
 def _show_perplexity(value: Measured) -> str:
     text = significant(value.value)
-    if value.spread is None:
+    if value.error is None or not math.isfinite(value.value):
         return text
-    # The spread to the same place as the value.
-    if math.isfinite(value.value) and "e" not in text:
-        return f"{text} ± {value.spread:.{len(text.partition('.')[2])}f}"
-    return f"{text} ± {significant(value.spread)}"
+    # The error to the same place as the value.
+    if "e" not in text:
+        return f"{text} ± {value.error:.{len(text.partition('.')[2])}f}"
+    return f"{text} ± {significant(value.error, 2)}"
 
 
 def _pad(text: str, width: int, left: bool) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from analysis.figures.kernels import compute_limit, memory_limit, plot_roof, plot_speedup
+from analysis.figures.study import kernel_drawings
+from analysis.figures.style import png_bytes
 from analysis.tables.kernels import kernel_table, load_bench
 from analysis.tables.render import shown_cells
 from patch.errors import UserError
@@ -65,13 +66,9 @@ def test_what_is_not_a_bench_file_is_named(text: str | None, message: str, tmp_p
         load_bench([path])
 
 
-def test_limits_of_the_hardware() -> None:
-    assert compute_limit(0.5) == 2
-    assert memory_limit(0.5) == pytest.approx(1 / 0.5625)
-    assert compute_limit(0) == memory_limit(0) == 1
-
-
-def test_figures_are_drawn(tmp_path: Path) -> None:
-    frame = load_bench(kernels(GPUS[0]))
-    for path in (*plot_speedup(frame, tmp_path / "speedup"), *plot_roof(frame, tmp_path / "roof")):
-        assert path.stat().st_size > 5000
+def test_figures_are_drawn_of_every_model() -> None:
+    drawings = list(kernel_drawings(load_bench(kernels(GPUS[0]))))
+    assert [drawing.name for drawing in drawings][:2] == ["speedup-llama-2-7b", "speedup-llama-3.1-8b"]
+    assert drawings[-1].name == "roof" and all("128x128" in drawing.caption for drawing in drawings)
+    assert all("H200" in drawing.caption for drawing in drawings)
+    assert len(png_bytes(drawings[0].figure)) > 5000

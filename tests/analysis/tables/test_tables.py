@@ -63,7 +63,7 @@ def test_the_demo_table(demo: pd.DataFrame) -> None:
         "Tile": "64x64",
         "Target (%)": "45",
         "Achieved (%)": "45.01",
-        "Held-out text PPL @512": "39.80",
+        "Held-out text PPL @512": "39.80 ± 0.40",
         "Continuation (first 400) (%)": "55.0 ± 2.5",
     }
     assert rows[0]["Structure"] == rows[0]["Tile"] == rows[2]["Tile"] == "—"
@@ -110,14 +110,30 @@ def test_the_best_at_equal_sparsity_is_bold(smollm: pd.DataFrame) -> None:
     ]
 
 
-def test_the_second_best_is_underlined_where_there_are_three(demo: pd.DataFrame) -> None:
-    table = accuracy_table(demo)
-    place = next(i for i, column in enumerate(table.columns) if column.kind == "perplexity")
-    target = next(i for i, column in enumerate(table.columns) if column.name == "target_sparsity")
-    ranked = sorted((line[place].value, row) for row, line in enumerate(table.rows) if line[target].value == 0.5)
-    assert len(ranked) > 2 and [row for row, column in table.best if column == place] == [ranked[0][1]]
-    assert [row for row, column in table.second if column == place] == [ranked[1][1]]
-    assert r"\underline{" in render(table, "latex")
+def test_what_is_best_by_less_than_the_error_is_not_bold(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    # The error of each is a hundredth of its value.
+    near = {"wanda": 60.0, "sparsegpt": 60.5, "maskllm": 90.0}
+    frame = study({method: make_trial(method, make_pruning("m", method, "2:4", 0.5), v) for method, v in near.items()})
+    table = accuracy_table(frame)
+    assert not table.best and "**" not in render(table, "md")
+    assert "as if each had been measured on a text of its own" in " ".join(table.notes)
+    alone = accuracy_table(frame[frame.method != "sparsegpt"])
+    assert [alone.rows[row][0:2] for row, _ in alone.best] == [("m", "Wanda")]
+
+
+def test_window_by_window_a_small_difference_counts(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    hard = [3.0, 4.0, 5.0, 4.5]
+    trials = {}
+    for method, value, better in (("wanda", 60.0, 0.0), ("sparsegpt", 59.5, 0.01)):
+        rows = make_trial(method, make_pruning("m", method, "2:4", 0.5), value)
+        losses = [loss - better * (1 + place / 10) for place, loss in enumerate(hard)]
+        for row in rows:
+            if row["metric"] == "perplexity":
+                row["labels"] = row["labels"] | {"window_losses": losses}
+        trials[method] = rows
+    table = accuracy_table(study(trials))
+    assert [table.rows[row][1] for row, _ in table.best] == ["SparseGPT"]
+    assert "window by window and item by item." in " ".join(table.notes)
 
 
 def test_divergence_is_shown_and_never_best(study: Study, make_pruning: Make, make_trial: Make) -> None:
@@ -129,7 +145,7 @@ def test_divergence_is_shown_and_never_best(study: Study, make_pruning: Make, ma
         }
     )
     table = accuracy_table(frame)
-    assert [row["WikiText-2 PPL @2048"] for row in cells(render(table, "md"))] == ["inf", "nan", "60.00"]
+    assert [row["WikiText-2 PPL @2048"] for row in cells(render(table, "md"))] == ["inf", "nan", "60.00 ± 0.60"]
     assert r"$\infty$" in render(table, "latex")
     assert [row[5] for row in csv.reader(io.StringIO(render(table, "csv")))][1:] == ["inf", "nan", "60.0"]
 
@@ -215,7 +231,7 @@ def test_a_narrow_terminal_shows_the_mean_of_the_tasks(smollm: pd.DataFrame) -> 
     for text in (wide, narrow):
         assert "unstructured" in text and "39.95 ± 0.43" in text and "…" not in text
     (dense,) = [line.split() for line in wide.splitlines() if line.strip().startswith("Dense")]
-    assert dense[5:8] == ["21.46", "24.3", "68.1"] and "HellaSwag" in wide
+    assert dense[5:10] == ["21.46", "±", "0.21", "24.3", "68.1"] and "HellaSwag" in wide
     assert "HellaSwag" not in narrow and "too narrow" in narrow and "too narrow" not in wide
 
 
