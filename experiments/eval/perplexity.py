@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patch.contexts import evaluating
+from patch.positions import check_length
 
 # Positions whose float32 logits exist at a time: 0.5 GiB at a vocabulary of 128k.
 _CHUNK = 1024
 
-# What some architectures do to the logits after the output embedding (Gemma 2 and 3, Cohere, Granite).
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Tokens on which a model's parts are compared with the model.
+_PROBE = 16
+
+Parts = tuple[nn.Module, nn.Module]
+"""A decoder and an output embedding that together are the model."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,32 @@ class PerplexityResult:
     window_losses: tuple[float, ...] = ()
 
 
-def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The parts that make the logits, where ``head(decoder(tokens).last_hidden_state)`` is all that the model does."""
+@torch.no_grad()
+def logit_parts(model: nn.Module, tokens: Tensor) -> Parts | None:
+    """Decoder and output embedding, if applied one after the other they give the very logits of the model.
+
+    Many architectures do more than that (soft caps, multipliers, scales, biases), under names that change: so the two
+    are compared, on the first few of ``tokens``. The same operations on the same numbers give the same bits.
+
+    Args:
+        tokens: int64 ``[batch, length]``, on the model's device.
+
+    Returns:
+        The parts, or None where only the whole model gives its logits.
+    """
     if not isinstance(model, PreTrainedModel):
         return None
-    if any(getattr(model.config, name, None) not in (None, 1) for name in _LOGIT_TRANSFORMS):
-        return None
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    return None if head is None or decoder is model else (decoder, head)
+    if head is None or decoder is None or decoder is model:
+        return None
+    probe = tokens[:1, :_PROBE]
+    logits = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
+    whole = model(input_ids=probe, use_cache=False).logits
+    return (decoder, head) if logits.dtype == whole.dtype and torch.equal(logits, whole) else None
 
 
 def target_log_probs(
-    model: nn.Module, tokens: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
+    model: nn.Module, tokens: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, parts: Parts | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens at chosen positions; to be called on a model in evaluation mode.
 
@@ -63,11 +81,12 @@ def target_log_probs(
         rows: int64 ``[P]``, which sequence.
         columns: int64 ``[P]``, the position whose next token is predicted.
         targets: int64 ``[P]``, that next token.
+        parts: as from `logit_parts`, which spare the logits of all positions; None takes those of the whole model.
 
     Returns:
         float32 ``[P]`` natural-log probabilities, and bool ``[P]``: the target is the most probable token.
     """
-    if parts := _decoder_and_head(model):
+    if parts is not None:
         decoder, head = parts
         states = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     else:
@@ -97,17 +116,22 @@ def perplexity(
         device: where the model is moved and run.
         batch: windows per forward pass; changes nothing but speed and memory.
         on_batch: called with (windows done, windows in all).
+
+    Raises:
+        UserError: if the windows are longer than the model has positions for.
     """
-    model.to(device)
     count, length = windows.shape
+    check_length(model, length, "perplexity windows")
+    model.to(device)
     losses = []
     with evaluating(model), torch.inference_mode():
+        parts = logit_parts(model, windows.to(device))
         for start in range(0, count, batch):
             tokens = windows[start : start + batch].to(device)
             size = len(tokens)
             rows = torch.arange(size, device=device).repeat_interleave(length - 1)
             columns = torch.arange(length - 1, device=device).repeat(size)
-            log_probs, _ = target_log_probs(model, tokens, rows, columns, tokens[:, 1:].flatten())
+            log_probs, _ = target_log_probs(model, tokens, rows, columns, tokens[:, 1:].flatten(), parts)
             losses.append(-log_probs.double().reshape(size, length - 1).mean(1).cpu())
             if on_batch:
                 on_batch(start + size, count)

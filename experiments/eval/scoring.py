@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from experiments.eval.perplexity import target_log_probs
+from experiments.eval.perplexity import logit_parts, target_log_probs
 from patch.contexts import evaluating
 from patch.errors import UserError
 
@@ -86,6 +86,8 @@ def score(
         logger.warning("%d of %d prompts are cut from the left to %d tokens", too_long, len(encoded.inputs), longest)
     per_token = []
     with evaluating(model), torch.inference_mode():
+        probe = torch.from_numpy(encoded.inputs[0][:longest].astype(np.int64)).to(device)
+        parts = logit_parts(model, probe[None])
         for start, stop in _batches(encoded.inputs, longest, batch, torch.device(device).type):
             inputs = [tokens[-longest:] for tokens in encoded.inputs[start:stop]]
             padded = np.zeros((len(inputs), max(map(len, inputs))), dtype=np.int64)
@@ -93,7 +95,8 @@ def score(
                 row[: len(tokens)] = tokens
             arrays = (padded, *_answer_positions(encoded, start, stop, longest))
             # Stays on the device: waiting for every batch would leave it idle while the next one is put together.
-            per_token.append(target_log_probs(model, *(torch.from_numpy(array).to(device) for array in arrays)))
+            tensors = (torch.from_numpy(array).to(device) for array in arrays)
+            per_token.append(target_log_probs(model, *tensors, parts=parts))
             if on_batch:
                 on_batch(stop, len(encoded.inputs))
     log_probs, greedy = (torch.cat(parts).cpu().numpy() for parts in zip(*per_token, strict=True))

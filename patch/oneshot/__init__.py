@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patch import methods
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
-from patch.layers import decoder_blocks, prunable_linears
+from patch.layers import Matrix, check_shared, decoder_blocks, prunable_matrices
 from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
 from patch.oneshot import magnitude, sparsegpt, wanda
 from patch.oneshot.calibration import Block, blocks_on, calibrate
@@ -92,10 +92,11 @@ def prune_model(
     if not weight_update and rule.frozen is not None:
         rule = rule.frozen
     check_name("one-shot structure", structure, STRUCTURES)
-    linears = prunable_linears(model)
-    tile = _check_structure(structure, sparsity, tile, linears)
+    check_shared(model)
+    matrices = prunable_matrices(model)
+    tile = _check_structure(structure, sparsity, tile, matrices)
     if dense is not None:
-        _check_dense(dense, structure, tile, linears)
+        _check_dense(dense, structure, tile, matrices)
     budget = UniformBudget(sparsity) if structure == "hybrid" else None
 
     def tile_map(name: str, losses: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def prune_model(
             return dense[name]
         if budget is not None:
             assert tile is not None
-            return budget.cut(losses, tile_sizes(linears[name].weight.shape, tile))
+            return budget.cut(losses, tile_sizes(matrices[name].weight.shape, tile))
         return torch.zeros(losses.shape, dtype=torch.bool)
 
     layers: dict[str, PrunedLayer] = {}
@@ -128,24 +129,23 @@ def _prune_block(
     layers: dict[str, PrunedLayer] = {}
     # Weights that read the same tensor share what is prepared from its statistic.
     prepared: dict[int, Any] = {}
-    for name, linear in block.linears.items():
+    for name, weight in block.weights.items():
         statistic = block.statistics.get(name)
         if id(statistic) not in prepared:
             prepared[id(statistic)] = rule.prepare(name, statistic)
-        layers[name] = _prune_linear(name, linear, rule, prepared[id(statistic)], sparsity, tile, tile_map)
+        layers[name] = _prune_matrix(name, weight, rule, prepared[id(statistic)], sparsity, tile, tile_map)
     return layers
 
 
-def _prune_linear(
+def _prune_matrix(
     name: str,
-    linear: nn.Linear,
+    weight: Tensor,
     rule: Method,
     prepared: Any,
     sparsity: float,
     tile: TileShape | None,
     tile_map: Callable[[str, Tensor], Tensor],
 ) -> PrunedLayer:
-    weight = linear.weight
     if not weight.isfinite().all():
         raise UserError(f"{name}: the weight holds values that are not finite: the checkpoint is damaged")
     if tile is None:
@@ -170,7 +170,7 @@ def _blocks(
 
 
 def _check_structure(
-    structure: str, sparsity: float, tile: TileShape | None, linears: Mapping[str, nn.Linear]
+    structure: str, sparsity: float, tile: TileShape | None, matrices: Mapping[str, Matrix]
 ) -> TileShape | None:
     """The tile shape to use, None for unstructured; raises UserError for whatever does not fit together."""
     if structure == "unstructured":
@@ -180,23 +180,23 @@ def _check_structure(
         raise UserError(f"sparsity {sparsity}: structure 2:4 is 0.5; use 'hybrid' for less")
     if tile is None:
         raise UserError(f"structure {structure} needs a tile shape, such as 64x64")
-    for name, linear in linears.items():
+    for name, matrix in matrices.items():
         try:
-            tile_grid(linear.weight.shape, tile)
+            tile_grid(matrix.weight.shape, tile)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return check_tile(tile)
 
 
 def _check_dense(
-    dense: Mapping[str, Tensor], structure: str, tile: TileShape | None, linears: Mapping[str, nn.Linear]
+    dense: Mapping[str, Tensor], structure: str, tile: TileShape | None, matrices: Mapping[str, Matrix]
 ) -> None:
     if structure != "hybrid" or tile is None:
         raise UserError(f"dense tiles are chosen for structure hybrid, not {structure}")
-    for name, linear in linears.items():
+    for name, matrix in matrices.items():
         if name not in dense:
             raise UserError(f"{name}: nothing says which of its tiles stay dense")
-        grid = tile_grid(linear.weight.shape, tile)
+        grid = tile_grid(matrix.weight.shape, tile)
         if dense[name].dtype != torch.bool or tuple(dense[name].shape) != grid:
             found = f"{dense[name].dtype} {tuple(dense[name].shape)}"
             raise UserError(f"{name}: its dense tiles are {found}, need bool {grid}")

@@ -1,13 +1,13 @@
 """Streams calibration text through a transformers causal language model, one decoder block at a time.
 
 The model stays where it is, usually on the CPU. Each block in turn moves to the device, runs over all windows while a
-statistic of every input of a prunable ``Linear`` is accumulated, is handed to the caller, who prunes it in place, and
+statistic of every input of a prunable matrix is accumulated, is handed to the caller, who prunes it in place, and
 runs again, so that the next block is calibrated on what the pruned model will feed it. Then it moves back. The device
 holds one block, the hidden states of the windows and the statistics of that block, whatever the depth of the model.
 
     >>> for block in calibrate(model, windows, "cuda", 8, InputNorm):
-    ...     for name, linear in block.linears.items():
-    ...         linear.weight.mul_(keep(linear.weight, block.statistics[name]))
+    ...     for name, weight in block.weights.items():
+    ...         weight.mul_(keep(weight, block.statistics[name]))
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,16 +17,18 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from patch.contexts import evaluating
 from patch.errors import UserError
-from patch.layers import decoder_blocks, prunable_linears
+from patch.layers import decoder_blocks, prunable_matrices
+from patch.positions import check_length
 
 Device = torch.device | str
 
 
 class Statistic(Protocol):
-    """What is accumulated over the inputs of a ``Linear``."""
+    """What is accumulated over the inputs of a matrix."""
 
     def add(self, inputs: Tensor, windows: int) -> None:
         """Take in ``inputs``, float32 ``[tokens, K]``, which come from ``windows`` windows."""
@@ -44,13 +46,13 @@ class Block(Generic[S]):
 
     Attributes:
         index: its position among the decoder blocks.
-        linears: its prunable ``Linear``s by full dotted name, in model order.
-        statistics: by the same names; one object for ``Linear``s that read the same tensor (queries, keys and values).
+        weights: its prunable matrices ``[N, K]`` by full dotted name, in model order; views of its parameters.
+        statistics: by the same names; one object for matrices that read the same tensor (queries, keys and values).
             Emptied when the next block is asked for.
     """
 
     index: int
-    linears: dict[str, nn.Linear]
+    weights: dict[str, Tensor]
     statistics: dict[str, S]
 
 
@@ -64,10 +66,9 @@ class _Call:
 
 def blocks_on(model: nn.Module, device: Device) -> Generator[Block[Any], None, None]:
     """Each decoder block without statistics, on ``device`` while it is handed out, then back where it was."""
-    linears = prunable_linears(model)
     for index, block in enumerate(decoder_blocks(model)):
         with _placed(block, device):
-            yield Block(index, _inside(block, linears), {})
+            yield Block(index, _weights(model, block), {})
 
 
 def calibrate(
@@ -90,7 +91,7 @@ def calibrate(
         statistic: makes an empty statistic from ``in_features`` and a device.
 
     Raises:
-        UserError: if the windows do not fit the model, a ``Linear`` reads something that is not finite or is never
+        UserError: if the windows do not fit the model, a matrix reads something that is not finite or is never
             run, or a block needs more than positions and hidden states (inputs per token, caches shared by layers).
     """
     _check_windows(model, windows)
@@ -107,15 +108,14 @@ def _stream(
     statistic: Callable[[int, torch.device], S],
 ) -> Generator[Block[S], None, None]:
     blocks = decoder_blocks(model)
-    linears = prunable_linears(model)
-    with evaluating(model), _without_cache(model):
+    with evaluating(model), _without_cache(model), _one_expert_at_a_time(model):
         states, calls = _record(model, blocks, windows.split(batch), device)
         for index, block in enumerate(blocks):
             with _placed(block, device):
                 call = {size: _moved(per_block[index], device) for size, per_block in calls.items()}
-                here = _inside(block, linears)
-                statistics = _observe(block, here, states, call, lambda k: statistic(k, device))
-                yield Block(index, here, statistics)
+                weights = _weights(model, block)
+                statistics = _observe(block, weights, states, call, lambda k: statistic(k, device))
+                yield Block(index, weights, statistics)
                 # The caller's loop variable still holds the block while the next one is calibrated; its statistics,
                 # the largest thing on the device, must not stay.
                 statistics.clear()
@@ -127,6 +127,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
     if windows.ndim != 2 or not windows.numel() or windows.is_floating_point():
         found = f"{windows.dtype} {tuple(windows.shape)}"
         raise UserError(f"calibration windows are {found}: need token ids, integer [windows, length]")
+    check_length(model, windows.shape[1], "calibration windows")
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Embedding):
         low, high = int(windows.min()), int(windows.max())
@@ -137,9 +138,11 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
             )
 
 
-def _inside(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    here = {id(module) for module in block.modules()}
-    return {name: linear for name, linear in linears.items() if id(linear) in here}
+def _weights(model: nn.Module, block: nn.Module) -> dict[str, Tensor]:
+    """The block's prunable matrices, where the block is now: moving it makes views of its parameters stale."""
+    here = {id(parameter) for parameter in block.parameters()}
+    inside = {name for name, parameter in model.named_parameters() if id(parameter) in here}
+    return {name: matrix.weight for name, matrix in prunable_matrices(model).items() if matrix.parameter in inside}
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -168,6 +171,21 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
         # Backwards: the decoder's configuration may be the model's own, noted twice.
         for config, use_cache in reversed(caches):
             config.use_cache = use_cache
+
+
+@contextmanager
+def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Products of one expert each, not of all in one kernel, so that each expert's own inputs are seen."""
+    chosen: Any = model
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        yield
+        return
+    own = chosen.get_experts_implementation()
+    chosen.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        chosen.set_experts_implementation(own)
 
 
 @torch.no_grad()
@@ -267,47 +285,89 @@ def _advance(block: nn.Module, states: list[Tensor], call: dict[int, _Call]) -> 
         states[position] = _run(block, state, call)
 
 
+class _Taps(TorchFunctionMode):
+    """Hands over what every watched weight is multiplied with, whether a ``Linear`` or one expert of many does it.
+
+    A weight is told by where it begins in memory, as experts are slices of one parameter.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], tap: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._names = {weight.data_ptr(): name for name, weight in weights.items()}
+        self._tap = tap
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if place := _PRODUCTS.get(func):
+            operands = [*args, *(kwargs or {}).values()]
+            inputs, weight = operands[place[0]], operands[place[1]]
+            if isinstance(weight, Tensor) and weight.ndim == 2 and (name := self._names.get(weight.data_ptr())):
+                self._tap(name, inputs)
+        return func(*args, **(kwargs or {}))
+
+
+# Where a product has its inputs and its weight. Conv1D of transformers adds a bias first.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    nn.functional.linear: (0, 1),
+    torch.addmm: (1, 2),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), (0, 1)),
+}
+
+
 def _observe(
     block: nn.Module,
-    linears: dict[str, nn.Linear],
+    weights: dict[str, Tensor],
     states: list[Tensor],
     call: dict[int, _Call],
     statistic: Callable[[int], S],
 ) -> dict[str, S]:
-    """Statistics of what each ``Linear`` reads over all batches.
+    """Statistics of what each matrix is multiplied with over all batches.
 
-    A ``Linear`` called with the very tensor that the one before it was called with shares its statistic.
+    Matrices that read the very same tensor, one after the other, share their statistic (queries, keys and values),
+    unless a batch comes in which they do not.
     """
     statistics: dict[str, S] = {}
-    leaders: dict[str, str] = {}
-    last: tuple[str, Tensor] | None = None
-    windows = 0
-
-    def tap(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(linear: nn.Module, arguments: tuple[Any, ...]) -> None:
-            nonlocal last
-            inputs = arguments[0]
-            if name not in leaders:
-                shares = last is not None and last[1] is inputs
-                leaders[name] = last[0] if shares and last else name
-                statistics[name] = statistics[leaders[name]] if shares else statistic(inputs.shape[-1])
-            if leaders[name] == name:
-                statistics[name].add(inputs.flatten(0, -2).float(), windows)
-            last = leaders[name], inputs
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(tap(name)) for name, linear in linears.items()]
-    try:
-        for state in states:
-            windows, last = len(state), None
-            _run(block, state, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in linears:
+    for sharing in (True, False):
+        statistics.clear()
+        if _gather(block, weights, states, call, statistic, statistics, sharing):
+            break
+    for name in weights:
         if name not in statistics:
             raise UserError(f"{name}: no calibration window reaches this weight, so it cannot be pruned by its inputs")
         if not statistics[name].finite():
             raise UserError(f"{name}: its calibration inputs are not finite (NaN or overflow): try float32 or bfloat16")
     return statistics
+
+
+def _gather(
+    block: nn.Module,
+    weights: dict[str, Tensor],
+    states: list[Tensor],
+    call: dict[int, _Call],
+    statistic: Callable[[int], S],
+    statistics: dict[str, S],
+    sharing: bool,
+) -> bool:
+    """Fill ``statistics``; false, and they are of no use, if matrices that shared their inputs stop doing so."""
+    leaders: dict[str, str] = {}
+    last: tuple[str, Tensor] | None = None
+    windows = 0
+    agree = True
+
+    def tap(name: str, inputs: Tensor) -> None:
+        nonlocal last, agree
+        leader = last[0] if sharing and last is not None and last[1] is inputs else name
+        if name not in leaders:
+            leaders[name] = leader
+            statistics[name] = statistics[leader] if leader != name else statistic(inputs.shape[-1])
+        agree = agree and leaders[name] == leader
+        if leaders[name] == name:
+            statistics[name].add(inputs.reshape(-1, inputs.shape[-1]).float(), windows)
+        last = leader, inputs
+
+    with _Taps(weights, tap):
+        for state in states:
+            windows, last = len(state), None
+            _run(block, state, call)
+            if not agree:
+                return False
+    return True

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from patch.contexts import full_float32
 from patch.errors import UserError
-from patch.layers import decoder_blocks, prunable_linears
+from patch.layers import Matrix, decoder_blocks, prunable_matrices
 from patch.mask import HybridMask
 from patch.oneshot.calibration import calibrate
 from patch.oneshot.sparsegpt import InputHessian
@@ -129,32 +129,32 @@ def refit_model(
         UserError: if masks and weights do not fit each other (before any weight changes), the windows do not fit the
             model, or something is not finite.
     """
-    _check_masks(prunable_linears(model), masks)
+    _check_masks(prunable_matrices(model), masks)
     blocks = len(decoder_blocks(model))
     fits: dict[str, Fit] = {}
     with closing(calibrate(model, windows, device, batch, InputHessian)) as stream:
         for block in stream:
             # Weights that read the same tensor share its Hessian.
             hessians: dict[int, Tensor] = {}
-            for name, linear in block.linears.items():
+            for name, weight in block.weights.items():
                 statistic = block.statistics[name]
                 if id(statistic) not in hessians:
                     hessians[id(statistic)] = statistic.hessian()
-                keep = masks[name].to(linear.weight.device).keep()
-                fitted, fits[name] = refit(linear.weight, keep, hessians[id(statistic)])
+                keep = masks[name].to(weight.device).keep()
+                fitted, fits[name] = refit(weight, keep, hessians[id(statistic)])
                 if not fitted.isfinite().all():
                     raise UserError(f"{name}: the fitted weight is not finite: the checkpoint is damaged")
-                linear.weight.copy_(fitted)
+                weight.copy_(fitted)
             if on_block is not None:
                 on_block(block.index + 1, blocks)
     return fits
 
 
-def _check_masks(linears: Mapping[str, nn.Linear], masks: Mapping[str, HybridMask]) -> None:
-    for name, linear in linears.items():
+def _check_masks(matrices: Mapping[str, Matrix], masks: Mapping[str, HybridMask]) -> None:
+    for name, matrix in matrices.items():
         if name not in masks:
             raise UserError(f"{name}: there is no mask for it, and every prunable weight needs one to be fitted")
-        if masks[name].shape != tuple(linear.weight.shape):
-            raise UserError(f"{name}: mask is for a weight of {masks[name].shape}, it is {tuple(linear.weight.shape)}")
-    if unknown := next((name for name in masks if name not in linears), None):
+        if masks[name].shape != tuple(matrix.weight.shape):
+            raise UserError(f"{name}: mask is for a weight of {masks[name].shape}, it is {tuple(matrix.weight.shape)}")
+    if unknown := next((name for name in masks if name not in matrices), None):
         raise UserError(f"there is a mask for {unknown!r}, which is no prunable weight of the model")

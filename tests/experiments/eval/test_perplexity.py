@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from experiments.eval import perplexity as measuring
-from experiments.eval.perplexity import perplexity, target_log_probs
+from experiments.eval.perplexity import logit_parts, perplexity, target_log_probs
+from patch.errors import UserError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -97,9 +98,12 @@ def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_CHUNK", 16)
     shapes = []
     model.lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+    assert logit_parts(model, windows) is not None
     assert perplexity(model, windows, "cpu", 4).value == pytest.approx(expected, rel=1e-6)
-    assert max(rows for rows, _ in shapes) == 16
-    assert sum(rows for rows, _ in shapes) == 4 * 29
+    positions = [shape[0] for shape in shapes if len(shape) == 2]
+    assert max(positions) == 16
+    assert sum(positions) == 4 * 29
+    assert all(math.prod(shape[:-1]) <= 16 for shape in shapes)
 
 
 def test_bfloat16_model_is_reduced_in_float32() -> None:
@@ -144,7 +148,43 @@ def test_target_log_probs_at_chosen_positions(kind: str) -> None:
         expected = model(tokens).logits.double().log_softmax(-1)[rows, columns]
         best = expected.argmax(1)
         targets = torch.tensor([3, int(best[1]), 96, int(best[3])])
-        log_probs, greedy = target_log_probs(model, tokens, rows, columns, targets)
+        parts = logit_parts(model, tokens)
+        log_probs, greedy = target_log_probs(model, tokens, rows, columns, targets, parts)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected[range(4), targets], rtol=1e-4, atol=1e-5)
     assert greedy.tolist() == (best == targets).tolist()
+
+
+def test_what_changes_logits_after_the_head_is_noticed_whatever_it_is_called() -> None:
+    """As FalconH1's ``lm_head_multiplier`` and Gemma 4's soft cap, which no list of names had."""
+    model, windows = make_model("llama"), make_windows(3, 20)
+    plain = perplexity(model, windows, "cpu", 2).value
+    own = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        outputs = own(**inputs)
+        outputs.logits = outputs.logits * 3
+        return outputs
+
+    model.forward = scaled  # type: ignore[method-assign]
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).exp()
+    assert perplexity(model, windows, "cpu", 2).value == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(plain - expected.item()) > 0.1
+    assert logit_parts(model, windows) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"max_position_embeddings": 16}, 16),
+        ({"max_position_embeddings": 16, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 32),
+    ],
+    ids=["plain", "scaled"],
+)
+def test_windows_longer_than_the_model_are_refused(changes: dict[str, Any], limit: int) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+    assert perplexity(model, make_windows(2, limit), "cpu", 2).windows == 2
+    with pytest.raises(UserError, match=f"max_position_embeddings {limit}"):
+        perplexity(model, make_windows(2, limit + 1), "cpu", 2)

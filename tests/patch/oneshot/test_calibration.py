@@ -112,8 +112,8 @@ def products_by_hooks(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def drop_some(linear: nn.Linear) -> None:
-    linear.weight.view(-1)[::3] = 0
+def drop_some(weight: Tensor) -> None:
+    weight.view(-1)[::3] = 0
 
 
 @pytest.mark.parametrize("batch", [2, 5, 8], ids="batch-{}".format)
@@ -124,11 +124,11 @@ def test_statistics_are_those_of_the_whole_model(build: Any, attention: str, bat
     seen: list[str] = []
     for index, block in enumerate(calibrate(model, windows, "cpu", batch, Total)):
         assert block.index == index
-        assert list(block.linears) == list(block.statistics)
+        assert list(block.weights) == list(block.statistics)
         for name, statistic in block.statistics.items():
             torch.testing.assert_close(statistic.products, expected[name], rtol=1e-4, atol=1e-3)
             assert (statistic.tokens, statistic.windows) == (windows.numel(), len(windows))
-            assert block.linears[name] is prunable_linears(model)[name]
+            assert block.weights[name] is prunable_linears(model)[name].weight
         seen += block.statistics
     assert seen == list(prunable_linears(model))
 
@@ -144,9 +144,9 @@ def test_blocks_are_calibrated_on_what_the_pruned_model_feeds_them(build: Any, a
         for name, statistic in block.statistics.items():
             torch.testing.assert_close(statistic.products, expected[name], rtol=1e-4, atol=1e-3)
             changed += not torch.allclose(expected[name], dense[name], rtol=1e-2)
-        for name, linear in block.linears.items():
-            drop_some(linear)
-            drop_some(prunable_linears(naive)[name])
+        for name, weight in block.weights.items():
+            drop_some(weight)
+            drop_some(prunable_linears(naive)[name].weight)
     assert changed >= 14, "pruning a block must change what the two blocks after it read"
     torch.testing.assert_close(model(windows).logits, naive(windows).logits)
 
