@@ -20,6 +20,7 @@ from experiments.embedded import MODEL as EMBEDDED
 from patch.checkpoint import content_hash
 from patch.errors import UserError, check_name
 from patch.files import sha256
+from patch.positions import longest
 from patch.weights import prunable_shapes
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def resolve(name: str) -> ModelSpec | str:
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: "torch.dtype | None" = None, data: Path | None = None
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: "torch.dtype | None" = None,
+    data: Path | None = None,
+    packed: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal language model and its tokenizer, ready to be pruned or evaluated: eval mode, weights frozen.
 
@@ -127,9 +133,11 @@ def load_model(
         name: of the registry, a path, or a hub id.
         dtype: of the weights; None takes them as they are stored.
         data: data directory that may hold SmolLM2's file (see `experiments.data.smollm2`).
+        packed: a packed checkpoint of `stoicc` will do; where weights are to be pruned it will not.
 
     Raises:
-        UserError: if the model cannot be had (unknown, gated, no network) or its files are damaged or incomplete.
+        UserError: if the model cannot be had (unknown, gated, no network), its weights are quantised, or its files are
+            damaged or incomplete.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,6 +145,7 @@ def load_model(
     source = _directory_or_hub_id(name, data)
     if not Path(source).is_dir():
         _hub_commit(source)
+    _check_quantisation(name, source, packed)
     auto: Any = AutoModelForCausalLM
     try:
         model, report = auto.from_pretrained(
@@ -152,6 +161,50 @@ def load_model(
         raise UserError(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors: incomplete copy?")
     model.requires_grad_(False)
     return model.eval().to(device), tokenizer
+
+
+def _config(source: str) -> dict[str, Any]:
+    """The configuration of a model directory, or of a hub model of which it is in the cache already; {} without one."""
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(source, local_files_only=True)[0]
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_quantisation(name: str, source: str, packed: bool) -> None:
+    """Refuse weights that are codes: without their scales they are other weights, and no zeros can be told in them."""
+    config = _config(source)
+    # Of several parts each may say it: a vision language model's text, say.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if quantised is None:
+        return
+    # Importing it registers the quantizer that reads packed checkpoints.
+    from stoicc.quantizer import METHOD
+
+    kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+    if kind != METHOD:
+        raise UserError(
+            f"{name}: its weights are quantised (quantization_config: {kind}): take the model in bfloat16, float16 or "
+            "float32 that it was made of, and quantise after pruning"
+        )
+    if not packed:
+        raise UserError(
+            f"{name}: a packed checkpoint, which can be evaluated but not pruned again: take the checkpoint or the "
+            "model that it was packed from"
+        )
+
+
+def longest_text(name: str, data: Path | None = None) -> int | None:
+    """Most tokens that a model has positions for; None if it has no such limit or its configuration is not here yet."""
+    from transformers import AutoConfig
+
+    try:
+        return longest(AutoConfig.from_pretrained(_directory_or_hub_id(name, data), local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def fingerprint(name: str) -> str:

@@ -129,7 +129,7 @@ class Artefact:
                 model, tokenizer = self.load(self.unpacked.dtype)
                 compile_model(model, load_masks(self.source))
                 save_packed(path, model, tokenizer)
-        return models.load_model(str(path), device=self.machine.device)[0]
+        return models.load_model(str(path), device=self.machine.device, packed=True)[0]
 
     def disk_bytes(self) -> int:
         """Bytes of the packed checkpoint's weight files; of what has no packed checkpoint, of its tensors."""

@@ -29,7 +29,7 @@ from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Perplexity, Pruning, Trial, definition, describe, key, lineage
 from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
-from patch.layers import prunable_linears
+from patch.layers import check_coverage, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, Stopped, learn
 from patch.learn.prior import Prior
 from patch.learn.sensitivity import most_sensitive_tiles
@@ -188,7 +188,9 @@ def _evaluate(
     tasks_ = {f"task:{task}": task for task in trial.evaluation.tasks}
     if not any(stage in missing for stage in (*perplexities, *tasks_)):
         return
-    model, tokenizer = models.load_model(source, device=machine.device, dtype=machine.dtype, data=machine.data)
+    model, tokenizer = models.load_model(
+        source, device=machine.device, dtype=machine.dtype, data=machine.data, packed=True
+    )
     for stage, item in perplexities.items():
         if stage in missing:
             _perplexity_stage(trial, stage, item, model, tokenizer, content, store, machine)
@@ -289,6 +291,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     model, tokenizer = models.load_model(
         pruning.model, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
+    covered = check_coverage(model, pruning.partial)
     if machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     sources: dict[str, str] = {}
@@ -327,10 +330,11 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         tile_scores = {name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None}
         zeros = {name: layer.zeros for name, layer in layers.items()}
         facts = []
-    elements = {name: linear.weight.numel() for name, linear in prunable_linears(model).items()}
-    achieved = sum(zeros.values()) / sum(elements.values())
+    achieved = sum(zeros.values()) / covered.prunable
     facts += [
         Fact("sparsity", achieved, "1", {}),
+        Fact("prunable_share", covered.share, "1", {}),
+        Fact("block_sparsity", sum(zeros.values()) / covered.matrices, "1", {}),
         Fact("prune_seconds", time.monotonic() - started, "s", {}),
         *_layer_facts(model, masks, zeros),
     ]
@@ -484,8 +488,8 @@ def _learn(
 
 def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mapping[str, int]) -> list[Fact]:
     facts = []
-    for name, linear in prunable_linears(model).items():
-        n, k = linear.weight.shape
+    for name, matrix in prunable_matrices(model).items():
+        n, k = matrix.weight.shape
         labels = {"layer": name, "rows": n, "cols": k}
         facts.append(Fact("layer_sparsity", zeros[name] / (n * k), "1", labels))
         if name in masks:

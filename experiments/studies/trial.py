@@ -77,6 +77,7 @@ class Pruning:
         tile_prior: of a learned mask, the unstructured pruning whose kept share ranks each weight's tiles at the start;
             None ranks them by the tile scores of ``prior``, where it has some.
         weight_update: whether a one-shot method that changes the weights it keeps does so.
+        partial: prune a model of which some matrices cannot be pruned, and leave those dense (`patch.layers.coverage`).
         tile_ranking: which tiles of a one-shot hybrid mask stay dense: ``weight``, of every weight one share, by the
             method's own scores; ``model``, those that cost the whole model most, as the calibration text shows, if they
             drop what the method's 2:4 mask drops (`patch.learn.sensitivity`).
@@ -99,6 +100,7 @@ class Pruning:
     tile_ranking: str = field(default="weight", metadata={"added": True})
     weight_update: bool = field(default=True, metadata={"added": True})
     tile_prior: "Pruning | None" = field(default=None, metadata={"added": True})
+    partial: bool = field(default=False, metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patch.budget import check_sparsity
 from patch.errors import UserError
-from patch.layers import prunable_linears
+from patch.layers import check_shared, prunable_linears, require_linears
 from patch.learn import soft_mask
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
@@ -18,6 +18,7 @@ from patch.learn.recipe import Recipe
 from patch.learn.sensitivity import most_sensitive_tiles
 from patch.learn.soft_mask import SampledWeight
 from patch.mask import GROUP, KEPT_PAIRS, TileShape, best_patterns, tile_sizes
+from patch.positions import check_length
 
 # Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
 RANKED_BY = 128
@@ -79,7 +80,9 @@ def masked_linears(
         raise UserError(f"mode maskllm prunes every tile: its target sparsity is 0.5, not {sparsity}")
     if recipe.mode == "tile" and prior.patterns is None:
         raise UserError("mode tile keeps the patterns of a prior: give the patterns of a 2:4 mask")
-    linears = prunable_linears(model)
+    check_shared(model)
+    check_length(model, recipe.length, "learning sequences")
+    linears = require_linears(model, "learning")
     if not linears:
         raise UserError(f"{type(model).__name__} has no prunable weights")
     prepared = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 from patch.budget import check_sparsity, cut_globally
 from patch.contexts import evaluating, full_float32
 from patch.errors import UserError
-from patch.layers import prunable_linears
+from patch.layers import prunable_linears, require_linears
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.soft_mask import generator, stream_seed
 from patch.mask import GROUP, TileShape, decode_patterns, tile_grid, tile_sizes, tile_sums
@@ -55,7 +55,7 @@ def tile_sensitivity(
     Raises:
         UserError: if a weight has no patterns or other ones, or a gradient is not finite.
     """
-    linears = prunable_linears(model)
+    linears = require_linears(model, "ranking tiles over the model")
     for name, linear in linears.items():
         n, k = linear.weight.shape
         if name not in patterns:

@@ -28,12 +28,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import stoicc
 from experiments.data import models, smollm2
 from experiments.data.models import REGISTRY, ModelSpec, fingerprint, load_model, resolve
 from experiments.embedded import MODEL as EMBEDDED
 from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.layers import prunable_linears
+from patch.oneshot import prune_model
 
 FAMILIES = {
     "gemma": (Gemma3TextConfig, Gemma3ForCausalLM),
@@ -510,3 +512,47 @@ def test_the_command(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit, match="already there"):
         smollm2.main()
     assert models.resolve(str(tmp_path / "out")) == str(tmp_path / "out")
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "no method": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("nested", [False, True], ids=["text", "wrapped"])
+def test_quantised_models_are_refused_before_a_weight_is_read(tmp_path: Path, kind: str, nested: bool) -> None:
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    about = {"quantization_config": QUANTISED[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(config | ({"text_config": about} if nested else about)))
+    with pytest.raises(UserError, match=r"quantised .quantization_config.*bfloat16") as refused:
+        load_model(str(tmp_path), packed=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_packed_checkpoint_is_evaluated_but_not_pruned(tmp_path: Path) -> None:
+    model, tokenizer = load_model("embedded")
+    masks = {
+        name: layer.mask
+        for name, layer in prune_model(model, "magnitude", "2:4", 0.5, (64, 64), None, "cpu").items()
+        if layer.mask
+    }
+    tokens = torch.arange(20)[None]
+    expected = model(tokens).logits
+    stoicc.compile_model(model, masks)
+    stoicc.save_packed(tmp_path / "packed", model, tokenizer)
+    with pytest.raises(UserError, match="packed checkpoint, which can be evaluated but not pruned"):
+        load_model(str(tmp_path / "packed"))
+    packed, _ = load_model(str(tmp_path / "packed"), packed=True)
+    assert not prunable_linears(packed)
+    torch.testing.assert_close(packed(tokens).logits, expected, rtol=0.1, atol=0.1)
+
+
+def test_how_long_a_text_may_be() -> None:
+    assert models.longest_text("embedded") == 512
+    assert models.longest_text("nobody/nothing") is None
