@@ -8,7 +8,7 @@ from torch import Tensor
 from patch.checkpoint import INFO_FILE, load_info, load_masks
 from patch.errors import UserError
 from patch.mask import HybridMask, TileShape, infer, tile_sums
-from patch.weights import prunable_shapes, read_weight, weight_files
+from patch.weights import prunable_weights
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class AuditRow:
     """What the zeros of one weight look like.
 
     Attributes:
-        layer: dotted name of the weight's ``Linear``.
+        layer: dotted name of the matrix (`patch.layers.Matrix`).
         shape: ``(N, K)``.
         tiles: how many; the three below add up to it. All are 0 where no tile shape applies (unstructured pruning).
         dense: tiles that keep everything.
@@ -35,7 +35,7 @@ class AuditRow:
 
 
 def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
-    """Compare the weights of a checkpoint with its masks, weight by weight, one in memory at a time.
+    """Compare the weights of a checkpoint with its masks, weight by weight (`patch.weights.prunable_weights`).
 
     In a hybrid checkpoint a tile violates if a weight that its mask drops is not zero. In a foreign one the masks are
     inferred from the zeros (`patch.mask.infer`), for which ``tile`` is needed. An unstructured checkpoint is inferred
@@ -62,11 +62,7 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
         tile = tile or info["tile"]
     elif tile is None:
         raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
-    files = weight_files(folder)
-    rows = []
-    for name, shape in prunable_shapes(folder).items():
-        weight = read_weight(folder, files, f"{name}.weight", shape)
-        rows.append(_audit_weight(name, weight, masks.get(name), tile))
+    rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]
     # Last, so that changed weights show where they violate, which says more than that a hash differs.
     if own and not any(row.violating for row in rows):
         load_info(folder, verify_weights=True)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from patch.errors import UserError, one_line
 from patch.files import existing, new_directory, read_json, sha256
-from patch.layers import prunable_linears
+from patch.layers import prunable_matrices
 from patch.mask import GROUP, HybridMask, TileShape, check_tile, tile_grid
 from patch.weights import INDEX, tensor_names, weight_files
 
@@ -127,11 +127,11 @@ def restore_checkpoint(
     """
     info = load_info(masks, masks_alone=True)
     found, scores = load_masks(masks, alone=True), load_tile_scores(masks, alone=True)
-    linears = prunable_linears(model)
+    matrices = prunable_matrices(model)
     for name, mask in found.items():
-        if name not in linears or tuple(linears[name].weight.shape) != mask.shape:
+        if name not in matrices or tuple(matrices[name].weight.shape) != mask.shape:
             raise UserError(f"{masks}: a mask is for {name} {mask.shape}, which this {type(model).__name__} has not")
-        weight = linears[name].weight
+        weight = matrices[name].weight
         weight.copy_(mask.to(weight.device).apply(weight))
     kept = {key: value for key, value in info.items() if key not in _OWN_KEYS}
     record = _record(model, found, kept, scores)
@@ -267,7 +267,7 @@ def _check_parts(
     model: "PreTrainedModel", masks: Mapping[str, HybridMask], info: Mapping[str, Any], scores: Mapping[str, Tensor]
 ) -> TileShape | None:
     """Whether masks, info and the model's weights agree; the tile shape of the masks."""
-    linears = prunable_linears(model)
+    matrices = prunable_matrices(model)
     for key in _OWN_KEYS:
         if key in info:
             raise UserError(f"checkpoint info must not have '{key}': it is written from the masks")
@@ -275,17 +275,17 @@ def _check_parts(
     if (structure in TILED) != bool(masks):
         raise UserError(f"checkpoint info has structure {structure!r}, but there are {len(masks)} masks")
     for name in [*masks, *scores, *info.get("zeros", {})]:
-        if name not in linears:
+        if name not in matrices:
             raise UserError(f"{name} is not a prunable weight of {type(model).__name__}")
     for name, mask in masks.items():
-        weight = linears[name].weight
+        weight = matrices[name].weight
         if tuple(weight.shape) != mask.shape:
             raise UserError(f"{name}: the mask is for {mask.shape}, the weight is {tuple(weight.shape)}")
         left = int(torch.count_nonzero(weight.masked_fill(mask.to(weight.device).keep(), 0)))
         if left:
             raise UserError(f"{name}: {left} weights are not zero though the mask drops them: apply the mask first")
     for name, zeros in info.get("zeros", {}).items():
-        found = int((linears[name].weight == 0).sum())
+        found = int((matrices[name].weight == 0).sum())
         if found < zeros:
             raise UserError(f"{name}: {found} zeros in the weight, but {zeros} elements are said to be dropped")
     for name, values in scores.items():

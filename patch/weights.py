@@ -1,7 +1,8 @@
 """The weights of a model directory, read one tensor at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from patch.errors import UserError, one_line
 from patch.files import existing, read_json
-from patch.layers import prunable_linears
+from patch.layers import prunable_linears, prunable_matrices
 from patch.mask import TileShape, tile_sizes, tile_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,8 +39,8 @@ def tensor_names(file: Path) -> list[str]:
         raise UserError(f"{file}: truncated or damaged: {one_line(error)}") from error
 
 
-def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name and shape of every prunable weight, from the configuration alone: the model is built without memory.
+def without_weights(folder: Path) -> "PreTrainedModel":
+    """The model of a directory from its configuration alone, on the meta device: it takes no memory.
 
     Raises:
         UserError: if the configuration is missing or is not that of a causal language model.
@@ -47,10 +51,52 @@ def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: not a causal language model: {one_line(error)}") from error
-    return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(model).items()}
+
+
+def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name and ``(N, K)`` of every prunable matrix, without loading a weight.
+
+    Raises:
+        UserError: as `without_weights`.
+    """
+    matrices = prunable_matrices(without_weights(folder))
+    return {name: (matrix.weight.shape[0], matrix.weight.shape[1]) for name, matrix in matrices.items()}
+
+
+def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every prunable matrix ``[N, K]`` by name, in model order, one in memory at a time where files allow it.
+
+    They do where each is a tensor of its own under the name that it has in the model. Experts that are split on disk,
+    and models that are wrapped in another, are loaded whole by transformers, which knows how the names translate.
+
+    Raises:
+        UserError: as `without_weights`; or if a tensor is missing, damaged, or of another shape.
+    """
+    files = weight_files(folder)
+    skeleton = without_weights(folder)
+    linears, matrices = prunable_linears(skeleton), prunable_matrices(skeleton)
+    if linears.keys() == matrices.keys() and any(f"{name}.weight" in files for name in linears):
+        for name, linear in linears.items():
+            yield name, read_weight(folder, files, f"{name}.weight", (linear.out_features, linear.in_features))
+        return
+    for name, matrix in prunable_matrices(_whole(folder)).items():
+        yield name, matrix.weight.detach()
+
+
+def _whole(folder: Path) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    try:
+        model, report = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be loaded: {one_line(error)}") from error
+    for name in sorted(report["missing_keys"]):
+        raise UserError(f"{folder}: tensor {name} is missing from its weights")
+    return model
 
 
 def read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor:
