@@ -1,5 +1,6 @@
 """Commands on one model: prune or learn, evaluate, audit, and share its masks."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from experiments.cli.options import (
     Data,
     Device,
     Model,
+    Partial,
     Refit,
     Results,
     Tile,
@@ -23,6 +25,9 @@ from patch.errors import UserError, check_name
 if TYPE_CHECKING:
     from experiments.studies.trial import Pruning
 
+WINDOW = 2048
+_WINDOW = f"Tokens of a window; {WINDOW} unless the model takes fewer."
+
 
 def prune(
     model: Model,
@@ -32,12 +37,13 @@ def prune(
     tile: Tile = "128x128",
     calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
     tile_ranking: Annotated[
         str, typer.Option(help="Which tiles stay dense: ranked within each weight, or over the model.")
     ] = "weight",
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     refit: Refit = False,
+    partial: Partial = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
@@ -47,10 +53,12 @@ def prune(
     from experiments.studies import build
     from experiments.studies.trial import Calibration
 
-    seen = Calibration(calibration, windows, length, seed)
+    seen = Calibration(calibration, windows, length or _window(model, data), seed)
     pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
     if refit:
         pruning = build.refitted(pruning, seen)
+    if partial:
+        pruning = dataclasses.replace(pruning, partial=True)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -62,7 +70,7 @@ def learn(
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
     calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior, and of --refit.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    calibration_length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
     recipe: Annotated[
         str, typer.Option(help="published, or guided: by the dense model, which lowers PATCH joint's perplexity.")
     ] = "published",
@@ -101,7 +109,7 @@ def learn(
     given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
     given |= {"distillation": distillation, "block_distillation": block_distillation}
     given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
-    seen = Calibration(calibration, calibration_windows, calibration_length)
+    seen = Calibration(calibration, calibration_windows, calibration_length or _window(model, data))
     check_name("recipe", recipe, CHANGES)
     changes = CHANGES[recipe] | {name: value for name, value in given.items() if value is not None}
     pruning = build.learned(model, method, sparsity, tile_shape(tile), text, seen, seed, **changes)
@@ -112,9 +120,7 @@ def learn(
 
 def evaluate(
     model: Model,
-    perplexity: Annotated[
-        list[str] | None, typer.Option(help="Text, or TEXT@LENGTH for another window than 2048 tokens. Repeatable.")
-    ] = None,
+    perplexity: Annotated[list[str] | None, typer.Option(help=f"Text, or TEXT@LENGTH. {_WINDOW} Repeatable.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval-harness. Repeatable.")] = None,
     limit: Annotated[
         int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")
@@ -134,8 +140,8 @@ def evaluate(
 
     items = []
     for name in perplexity or ([] if task else ["wikitext2/test"]):
-        source, _, window = name.partition("@")
-        items.append(Perplexity(source, int(window or 2048)))
+        source, length = text_and_length(name)
+        items.append(Perplexity(source, length or _window(model, data)))
     trial = Trial(build.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
     store = Store(results)
     pipeline.validate([trial], data)
@@ -211,6 +217,30 @@ def list_models() -> None:
     for name, spec in REGISTRY.items():
         table.add_row(name, str(spec.blocks), str(spec.hidden), str(spec.intermediate), spec.source)
     console.print(table)
+
+
+def text_and_length(name: str) -> tuple[str, int | None]:
+    """``TEXT@LENGTH`` in its two parts; a text, which may be a path, without a length is all of it.
+
+    Raises:
+        UserError: if the length is no whole number from 2.
+    """
+    source, mark, length = name.rpartition("@")
+    # An @ inside a path is part of it.
+    if not mark or "/" in length or "." in length:
+        return name, None
+    if not length.isdecimal() or int(length) < 2:
+        raise UserError(
+            f"--perplexity {name}: {length!r} is no length of windows: give TEXT@LENGTH, such as {source}@2048"
+        )
+    return source, int(length)
+
+
+def _window(model: str, data: Path | None) -> int:
+    """Tokens of a window where none is asked for."""
+    from experiments.data.models import longest_text
+
+    return min(WINDOW, longest_text(model, data) or WINDOW)
 
 
 def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:

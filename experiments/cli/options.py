@@ -32,6 +32,10 @@ Where = Annotated[
 ]
 Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
 Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]
+Partial = Annotated[
+    bool,
+    typer.Option("--partial", help="Prune a model of which some matrices cannot be pruned, and leave those dense."),
+]
 Refit = Annotated[
     bool,
     typer.Option(

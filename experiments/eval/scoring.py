@@ -95,8 +95,8 @@ def score(
                 row[: len(tokens)] = tokens
             arrays = (padded, *_answer_positions(encoded, start, stop, longest))
             # Stays on the device: waiting for every batch would leave it idle while the next one is put together.
-            tensors = (torch.from_numpy(array).to(device) for array in arrays)
-            per_token.append(target_log_probs(model, *tensors, parts=parts))
+            ids, rows, columns, targets = (torch.from_numpy(array).to(device) for array in arrays)
+            per_token.append(target_log_probs(model, ids, rows, columns, targets, parts))
             if on_batch:
                 on_batch(stop, len(encoded.inputs))
     log_probs, greedy = (torch.cat(parts).cpu().numpy() for parts in zip(*per_token, strict=True))

@@ -75,6 +75,7 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
             if tile:
                 tile_grid(shape, tile)
     tasks.check_tasks(sorted({task for trial in trials for task in trial.evaluation.tasks}), data)
+    _check_lengths(trials, data)
     for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
         text.check_source(source, data)
     for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
@@ -82,6 +83,26 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
             text.check_source(calibration.source, data)
         if pruning.learning:
             text.check_source(pruning.learning.source, data)
+
+
+def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
+    """No text may be longer than the model has positions for, as far as its configuration is at hand."""
+    wanted: dict[str, set[tuple[str, int]]] = {}
+    for trial in trials:
+        lengths = wanted.setdefault(trial.pruning.model, set())
+        lengths |= {("perplexity windows", item.length) for item in trial.evaluation.perplexity}
+        for pruning in lineage(trial.pruning):
+            seen = filter(None, (pruning.calibration, pruning.refit))
+            lengths |= {("calibration windows", calibration.length) for calibration in seen}
+            if pruning.learning:
+                lengths.add(("learning sequences", pruning.learning.recipe.length))
+    for model, lengths in wanted.items():
+        limit = models.longest_text(model, data)
+        for what, length in sorted(lengths):
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"{model}: {what} of {length} tokens, but its max_position_embeddings is {limit}: choose fewer"
+                )
 
 
 def run_trials(

@@ -41,6 +41,8 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["eval", "no/such/model"], "no such model directory"),
         (["eval", "embedded", "--task", "piqua"], "did you mean piqa"),
         (["eval", "embedded", "--perplexity", "wikitext2/tst"], "did you mean wikitext2/test"),
+        (["eval", "embedded", "--perplexity", "embedded/test@1024"], "max_position_embeddings is 512"),
+        (["eval", "embedded", "--perplexity", "embedded/test@abc"], "'abc' is no length of windows"),
         (["eval", "embedded", "--data", "/nowhere"], "/nowhere"),
         (["prune", "embedded", "--method", "wandas"], "did you mean wanda"),
         (["prune", "embedded", "--method", "magnitude", "--tile", "64x66"], "multiple of 4"),
