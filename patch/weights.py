@@ -1,6 +1,6 @@
 """The weights of a model directory, read one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,11 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         for name, linear in linears.items():
             yield name, read_weight(folder, files, f"{name}.weight", (linear.out_features, linear.in_features))
         return
-    for name, matrix in prunable_matrices(_whole(folder)).items():
+    for name, matrix in prunable_matrices(_whole(folder, [matrix.parameter for matrix in matrices.values()])).items():
         yield name, matrix.weight.detach()
 
 
-def _whole(folder: Path) -> "PreTrainedModel":
+def _whole(folder: Path, needed: Sequence[str]) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
@@ -94,7 +94,9 @@ def _whole(folder: Path) -> "PreTrainedModel":
         model, report = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be loaded: {one_line(error)}") from error
-    for name in sorted(report["missing_keys"]):
+    if lost := set(report["missing_keys"]):
+        # One that was asked for says more than one that was not.
+        name = next((name for name in needed if name in lost), min(lost))
         raise UserError(f"{folder}: tensor {name} is missing from its weights")
     return model
 
