@@ -1,10 +1,13 @@
-"""What it takes to reproduce each published table and figure: the table in ``experiments/publish/REPRODUCTION.md``."""
+"""What learning takes, and what it takes to reproduce each published table and figure: tables of the docs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from experiments.data.models import REGISTRY
 from experiments.studies import cost
+from experiments.studies.build import learned
 from experiments.studies.registry import STUDIES
-from experiments.studies.trial import Trial
+from experiments.studies.trial import Calibration, Trial
 
 # What a GPU sustains, in 1e12 operations a second: the H200's is measured, the others' are that times the ratio of
 # dense bfloat16 peaks.
@@ -51,6 +54,37 @@ def table() -> str:
             *map(_rounded, hours),
             _rounded(cost.disk(trial.pruning for trial in trials)),
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# What is learned, as a heading and changes of the published recipe of PATCH joint, or of tiles alone.
+_LEARNED: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "joint": ("patch-joint", {}),
+    "joint, bfloat16 logits": ("patch-joint", {"logit_dtype": "bfloat16"}),
+    "tiles alone": ("patch-tile", {}),
+}
+# Tokens of learning, as steps, sequences a step and tokens a sequence: what the small model's results took, and what is
+# published.
+_LENGTHS = {"33 million tokens": (2000, 16, 1024), "2100 million tokens": (2000, 256, 4096)}
+
+
+def needs() -> str:
+    """Markdown: for each model of the registry the GiB that learning takes on one GPU, and H200 hours."""
+    heads = [f"{name} (GiB)" for name in _LEARNED] + [f"{name} (H200 hours)" for name in _LENGTHS]
+    lines = ["| model | parameters | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
+    seen = Calibration("c4", 128, 2048)
+    for name, spec in REGISTRY.items():
+        if name == "embedded":
+            continue
+        masks = [learned(name, method, 0.45, (128, 128), "c4", seen, **new) for method, new in _LEARNED.values()]
+        sizes = [cost.memory(mask) or 0.0 for mask in masks]
+        runs = [
+            learned(name, "patch-joint", 0.45, (128, 128), "c4", seen, steps=steps, batch=batch, length=length)
+            for steps, batch, length in _LENGTHS.values()
+        ]
+        hours = [(cost.pruning_flops(run) or 0.0) / (1e12 * cost.H200_TFLOPS) / 3600 for run in runs]
+        cells = [f"`{name}`", f"{spec.parameters / 1e9:.2g} billion", *map(_rounded, [*sizes, *hours])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,243 @@
+"""The tables and numbers of README and docs, made from the committed rows.
+
+``python -m experiments.publish.pages`` rewrites in every page what stands between a marker and ``<!-- end -->``:
+
+    <!-- table NAME -->                                   a table of `TABLES`, on lines of its own
+    <!-- value NAME -->                                   a number of `VALUES`, within a line
+    <!-- cell STUDY TABLE COLUMN at SELECTOR -->          one cell of a study's table, within a line
+
+A cell's column is named by the beginning of its name, its row as in ``hts compare``:
+``<!-- cell smollm2-learned accuracy perplexity at method=patch-joint,target=0.45 -->44.97<!-- end -->``.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from pandas import DataFrame
+
+from analysis.rows.points import Measured, Point, gather
+from analysis.tables.compare import select
+from analysis.tables.kernels import kernel_table, load_bench, model_table
+from analysis.tables.learning import learning_tables, rates_table
+from analysis.tables.render import Table, markdown, only, shown_cells
+from analysis.tables.study import study_tables
+from experiments.publish import reports, reproduction
+from experiments.run.store import Store
+from experiments.studies.build import TARGETS
+from experiments.studies.registry import STUDIES
+from patch.errors import UserError, check_name
+from patch.files import write_atomic
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+# The GPU whose speed is shown; what learning costs is shown of all.
+BENCH = RESULTS / "bench" / "nvidia-h100-80gb-hbm3"
+LEARNING = sorted((RESULTS / "bench").glob("*/learning/*.jsonl"))
+
+_BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+_VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -->)")
+_CELL = re.compile(
+    r"(<!-- cell (?P<study>\S+) (?P<table>\S+) (?P<column>.+?) at (?P<selector>.+?) -->)(?P<value>.*?)(<!-- end -->)"
+)
+
+
+def pages() -> list[Path]:
+    """README, and every page of the docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@cache
+def _points(study: str) -> list[Point]:
+    return gather(_frame(study))
+
+
+@cache
+def _frame(study: str) -> DataFrame:
+    return reports.frame(STUDIES[check_name("study", study, STUDIES)].trials(), Store(RESULTS))
+
+
+@cache
+def _tables(study: str) -> dict[str, Table]:
+    return study_tables(_frame(study))
+
+
+def _study_table(study: str, name: str, columns: Sequence[str]) -> Table:
+    """A study's table with some of its columns, by the beginning of their names."""
+    return only(_tables(study)[name], columns)
+
+
+def _front() -> Table:
+    """Accuracy and speed of the same checkpoints: five that tell the whole story."""
+    study = "frontier-smollm2"
+    chosen = (
+        "method=dense",
+        "method=sparsegpt,structure=2:4",
+        "method=maskllm,variant=distillation=1",
+        "method=patch-joint,target=0.45,variant=distillation=1",
+        "method=patch-joint,target=0.25,variant=distillation=1",
+    )
+    trials = [select(_points(study), selector).trials for selector in chosen]
+    accuracy = only(_tables(study)["accuracy"], ("method", "structure", "achieved_sparsity", "perplexity", "mean_acc"))
+    speed = only(_tables(study)["speed"], ("packed_share", "speedup decode@1x1", "speedup prefill@8x2048"))
+    left, right = ({of: row for of, row in zip(table.trials, table.rows, strict=True)} for table in (accuracy, speed))
+    rows = tuple(left[of] + right[of] for of in trials)
+    return Table(accuracy.columns + speed.columns, rows, tuple("" for _ in rows), frozenset(), ())
+
+
+@cache
+def _kernels() -> DataFrame:
+    return load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
+
+
+def _learning_table(place: int) -> Table:
+    return tuple(learning_tables(BENCH).values())[place]
+
+
+_ABOUT = ("method", "structure", "achieved_sparsity")
+_ACCURACY = ("method", "structure", "variant", "achieved_sparsity", "perplexity", "accuracy lambada", "mean_accuracy")
+_PERPLEXITY = ("method", "structure", "variant", "achieved_sparsity", "perplexity")
+
+TABLES: Mapping[str, Callable[[], Table | str]] = {
+    "front": _front,
+    "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
+    "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
+    "recipes": partial(_study_table, "smollm2-recipes", "accuracy", ("method", "variant", "seeds", "perplexity")),
+    "oneshot": partial(_study_table, "smollm2-oneshot", "accuracy", _ACCURACY),
+    "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
+    "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
+    "tiles": partial(
+        _study_table, "smollm2-tiles", "accuracy", ("method", "variant", "tile", "achieved_sparsity", "perplexity")
+    ),
+    "joined": partial(_study_table, "frontier-smollm2", "speed", (*_PERPLEXITY, "packed_perplexity", "speedup")),
+    "carried": partial(
+        _study_table,
+        "frontier-smollm2",
+        "carried-llama-2-7b",
+        ("method", "target_sparsity", "packed_share", "peak_memory", "speedup"),
+    ),
+    "kernels": lambda: kernel_table(_kernels()),
+    "model": lambda: model_table(load_bench([BENCH / "model" / "llama-2-7b.jsonl"])),
+    "masks": partial(_learning_table, 0),
+    "steps": partial(_learning_table, 1),
+    "rates": lambda: rates_table(LEARNING),
+    "published": reproduction.table,
+    "needs": reproduction.needs,
+}
+
+
+def _perplexity(point: Point) -> float:
+    """Of a point that has been measured on one text."""
+    return next(iter(point.perplexity.values())).value
+
+
+def _closed(variant: str, baseline: str) -> str:
+    """How much a variant of PATCH joint closes of the distance of one of MaskLLM to dense, in percent, by sparsity."""
+    points = _points("smollm2-learned")
+    found = {(point.method, point.sparsity, point.variant): _perplexity(point) for point in points}
+    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, baseline]
+    patch = [found["patch-joint", target, variant] for target in TARGETS]
+    *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for value in patch)
+    return f"{', '.join(first)} and {last}%"
+
+
+def _of_tile(tile: str) -> str:
+    """The perplexity of the embedded model at 35% with tiles of this shape."""
+    (found,) = (_perplexity(point) for point in _points("embedded-tiles") if point.tile == tile)
+    return f"{found:.1f}"
+
+
+def _max_autotune_gain() -> str:
+    """How much less time than cuBLAS torch.compile's choice takes with one token: the range over linears."""
+    kernels = _kernels()
+    one = kernels[(kernels.tokens == 1) & kernels.implementation.isin(["cublas", "compiled"])]
+    times = one.pivot_table(index="linear", columns="implementation", values="value")
+    saved = 100 * (1 - times.compiled / times.cublas)
+    return f"{saved.min():.0f} to {saved.max():.0f}%"
+
+
+def _hours(model: str, tokens: float) -> str:
+    """How long learning on so many tokens takes at the measured rate."""
+    rates = rates_table(LEARNING)
+    column = [column.name for column in rates.columns].index("rate")
+    (rate,) = (row[column] for row in rates.rows if row[0] == model)
+    assert isinstance(rate, Measured)
+    return f"{tokens / rate.value / 3600:.1f}"
+
+
+def _gain_of_two() -> str:
+    """How much faster two GPUs of a kind learn than one, the shapes and passes being the same."""
+    rates = rates_table(LEARNING)
+    gpus, rate = ([column.name for column in rates.columns].index(name) for name in ("gpus", "rate"))
+    by_gpus = {row[gpus]: row[rate] for row in rates.rows}
+    (pair,) = (name for name in by_gpus if str(name).startswith("2 x "))
+    together, alone = by_gpus[pair], by_gpus[str(pair).replace("2 x", "1 x")]
+    assert isinstance(together, Measured) and isinstance(alone, Measured)
+    return f"{together.value / alone.value:.2f}"
+
+
+def _pins() -> str:
+    """The versions that the package asks for, of what matters most."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [text.partition(";")[0] for text in project["dependencies"]]
+    found = [text for text in wanted if re.match(r"(torch|triton|transformers)\b", text)]
+    return ", ".join([f"Python {project['requires-python']}", *found])
+
+
+VALUES: Mapping[str, Callable[[], str]] = {
+    "pins": _pins,
+    "closed": partial(_closed, "", ""),
+    "closed-distilled": partial(_closed, "distillation=1", "distillation=1"),
+    "closed-guided": partial(_closed, "guided", "distillation=1"),
+    "max-autotune": _max_autotune_gain,
+    "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
+    "two-gpus": _gain_of_two,
+    "smallest-tile": partial(_of_tile, "16x16"),
+    "largest-tile": partial(_of_tile, "128x128"),
+}
+
+
+@cache
+def table(name: str) -> str:
+    """A table by name, as Markdown without notes."""
+    made = TABLES[check_name("table of pages", name, TABLES)]()
+    return made if isinstance(made, str) else markdown(made, notes=False)
+
+
+@cache
+def value(name: str) -> str:
+    """A number by name."""
+    return VALUES[check_name("value of pages", name, VALUES)]()
+
+
+@cache
+def cell(study: str, name: str, column: str, selector: str) -> str:
+    """What a study's table shows of one point, without its error."""
+    found = _tables(study)[check_name("table", name, _tables(study))]
+    trials = select(_points(study), selector).trials
+    shown = only(found, (column,))
+    if len(shown.columns) != 1:
+        raise UserError(f"{study} {name}: '{column}' means {len(shown.columns)} columns: name one by its beginning")
+    place = found.trials.index(trials)
+    return shown_cells(dataclasses.replace(shown, best=frozenset()))[place][0].partition(" ±")[0]
+
+
+def fill(text: str) -> str:
+    """A page with its tables and numbers as the rows have them.
+
+    Raises:
+        UserError: if a marker names something that is not there.
+    """
+    text = _BLOCK.sub(lambda block: f"{block[1]}\n{table(block['name'])}\n\n{block[4]}", text)
+    text = _VALUE.sub(lambda found: f"{found[1]}{value(found['name'])}{found[4]}", text)
+    return _CELL.sub(
+        lambda found: f"{found[1]}{cell(*found.group('study', 'table', 'column', 'selector'))}{found[7]}", text
+    )
+
+
+if __name__ == "__main__":
+    for page in pages():
+        write_atomic(page, fill(page.read_text()))

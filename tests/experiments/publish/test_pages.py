@@ -1,0 +1,115 @@
+"""README and docs: tables, numbers, links and figures; and the committed reports are what the committed rows say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from analysis.tables.render import render
+from analysis.tables.study import study_tables
+from experiments.publish import figures, pages, reports
+from experiments.run.store import Store
+from experiments.studies.registry import STUDIES
+from patch.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+STORE = Store(ROOT / "results")
+REPORTED = (
+    "demo",
+    "smollm2-oneshot",
+    "smollm2-learned",
+    "recipe-ablation",
+    "frontier",
+    "frontier-smollm2",
+    "embedded-tiles",
+)
+LINKED = [*pages.pages(), ROOT / "CONTRIBUTING.md"]
+EVERYTHING = "".join(page.read_text() for page in pages.pages())
+
+
+def named(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("page", pages.pages(), ids=named)
+def test_pages_show_what_was_measured(page: Path) -> None:
+    assert pages.fill(page.read_text()) == page.read_text(), "run python -m experiments.publish.pages"
+
+
+def test_what_can_be_shown_is_shown() -> None:
+    assert set(re.findall(r"<!-- table ([\w-]+) -->", EVERYTHING)) == set(pages.TABLES)
+    assert set(re.findall(r"<!-- value ([\w-]+) -->", EVERYTHING)) == set(pages.VALUES)
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("<!-- table fronts -->\n<!-- end -->", "did you mean front"),
+        ("<!-- value pin --><!-- end -->", "did you mean pins"),
+        ("<!-- cell demos accuracy perplexity at method=dense --><!-- end -->", "did you mean demo"),
+        ("<!-- cell demo accuracies perplexity at method=dense --><!-- end -->", "did you mean accuracy"),
+        ("<!-- cell demo accuracy hours at method=dense --><!-- end -->", "'hours' means 0 columns"),
+        ("<!-- cell demo accuracy perplexity at method=sparsgpt --><!-- end -->", "means none of these"),
+    ],
+    ids=["table", "value", "study", "table of a study", "column", "point"],
+)
+def test_a_marker_of_nothing_is_refused(marker: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pages.fill(marker)
+
+
+def test_a_cell_is_what_its_table_shows() -> None:
+    table = pages.table("demo")
+    shown = pages.cell("demo", "accuracy", "perplexity", "method=patch-joint,target=0.45")
+    assert re.search(rf"PATCH joint +\| hybrid +\| +44.99 \| +{re.escape(shown)} ", table)
+
+
+def test_the_readme_can_be_read() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    commands = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ours = [line for line in commands if line.startswith(("make", "hts"))]
+    assert ours[:3] == ["make demo", "make demo", "make test"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs spell them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_of_the_docs_is_in_its_navigation() -> None:
+    listed = re.findall(r"[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
+    shown = {Path(name).stem for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", EVERYTHING)}
+    assert shown == set(figures.SHOWN) == {path.stem for path in figures.FOLDER.iterdir()}
+    assert sum(path.stat().st_size for path in figures.FOLDER.iterdir()) < 2**20
+
+
+def test_a_figure_is_made_small(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.effect_noise((2000, 400), 50).save(tmp_path / "large.png")
+    figures.optimise(tmp_path / "large.png", tmp_path / "made" / "small.png")
+    assert Image.open(tmp_path / "made" / "small.png").size == (1600, 320)
+    assert (tmp_path / "made" / "small.png").stat().st_size < (tmp_path / "large.png").stat().st_size
+
+
+@pytest.mark.parametrize("study", REPORTED)
+def test_committed_tables_are_those_of_the_rows(study: str) -> None:
+    for name, table in study_tables(reports.frame(STUDIES[study].trials(), STORE)).items():
+        for format, suffix in (("md", "md"), ("csv", "csv"), ("latex", "tex")):
+            text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text()
+            assert text == render(table, format) + "\n"
