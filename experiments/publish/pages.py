@@ -120,6 +120,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
         ("method", "target_sparsity", "packed_share", "peak_memory", "speedup"),
     ),
     "kernels": lambda: kernel_table(_kernels()),
+    "kernels-front": lambda: kernel_table(_kernels()[_kernels().tokens.isin([1, 16, 64, 512, 2048, 8192])]),
     "model": lambda: model_table(load_bench([BENCH / "model" / "llama-2-7b.jsonl"])),
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
@@ -184,7 +185,9 @@ def _pins() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [text.partition(";")[0] for text in project["dependencies"]]
     found = [text for text in wanted if re.match(r"(torch|triton|transformers)\b", text)]
-    return ", ".join([f"Python {project['requires-python']}", *found])
+    return ", ".join(
+        [f"Python {project['requires-python'].removeprefix('>=')} or newer", *(f"`{text}`" for text in found)]
+    )
 
 
 VALUES: Mapping[str, Callable[[], str]] = {

@@ -1,11 +1,11 @@
 """Every command that README and docs show: run, on committed rows or the embedded model, or at least parsed.
 
-Commands in ``console`` blocks are run in the order of their page, in a folder beside the committed results. Those that
-need what a test has not are parsed by the command line, or left alone; both lists are here. Those within text are parsed.
+Commands in ``console`` blocks are run in the order of their page, in a folder beside the committed results. What needs
+more than a test has is parsed by the command line, or left alone; both lists are here. Commands within text are parsed.
 """
 
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -132,6 +132,17 @@ def test_commands_run(hts, folder: Path, page: str) -> None:  # type: ignore[no-
 def test_commands_within_text_are_accepted(page: str) -> None:
     for command in inline(TEXTS[page]):
         parse(shlex.split(command)[1:], whole=False)
+
+
+def test_other_names_within_text_are_there(page: str) -> None:
+    text = TEXTS[page]
+    for module in re.findall(r"`python -m ([\w.]+)", " ".join(text.split())):
+        assert importlib.util.find_spec(module), module
+    for target in re.findall(r"`make ([\w-]+)`", text):
+        assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for listed in re.findall(r"pip install [^`]*\[([\w,]+)\]", text):
+        assert set(listed.split(",")) <= set(extras)
 
 
 def test_lists_name_nothing_that_is_not_shown() -> None:

@@ -36,6 +36,12 @@ def test_pages_show_what_was_measured(page: Path) -> None:
     assert pages.fill(page.read_text()) == page.read_text(), "run python -m experiments.publish.pages"
 
 
+@pytest.mark.parametrize("page", pages.pages(), ids=named)
+def test_no_number_begins_a_line(page: Path) -> None:
+    # A comment that begins a line is a block of its own, and ends the paragraph.
+    assert not re.findall(r"^ *<!-- (?:value|cell) .*", page.read_text(), re.MULTILINE)
+
+
 def test_what_can_be_shown_is_shown() -> None:
     assert set(re.findall(r"<!-- table ([\w-]+) -->", EVERYTHING)) == set(pages.TABLES)
     assert set(re.findall(r"<!-- value ([\w-]+) -->", EVERYTHING)) == set(pages.VALUES)
@@ -93,7 +99,7 @@ def test_every_page_of_the_docs_is_in_its_navigation() -> None:
 
 
 def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
-    shown = {Path(name).stem for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", EVERYTHING)}
+    shown = {Path(name).stem for name in re.findall(r"""(?:!\[[^]]*\]\(|<img src=")([^)"]+)""", EVERYTHING)}
     assert shown == set(figures.SHOWN) == {path.stem for path in figures.FOLDER.iterdir()}
     assert sum(path.stat().st_size for path in figures.FOLDER.iterdir()) < 2**20
 
