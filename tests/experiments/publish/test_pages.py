@@ -104,15 +104,6 @@ def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
     assert sum(path.stat().st_size for path in figures.FOLDER.iterdir()) < 2**20
 
 
-def test_a_figure_is_made_small(tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.effect_noise((2000, 400), 50).save(tmp_path / "large.png")
-    figures.optimise(tmp_path / "large.png", tmp_path / "made" / "small.png")
-    assert Image.open(tmp_path / "made" / "small.png").size == (1600, 320)
-    assert (tmp_path / "made" / "small.png").stat().st_size < (tmp_path / "large.png").stat().st_size
-
-
 @pytest.mark.parametrize("study", REPORTED)
 def test_committed_tables_are_those_of_the_rows(study: str) -> None:
     for name, table in study_tables(reports.frame(STUDIES[study].trials(), STORE)).items():
