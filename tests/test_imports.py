@@ -40,7 +40,8 @@ ARROWS: dict[str, set[str]] = {
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
     | {"stoicc", "stoicc.format", "stoicc.kernels"},
     "experiments.publish": {"analysis", "analysis.figures", "analysis.page", "analysis.rows", "analysis.tables"}
-    | {"experiments.run", "experiments.run.provenance", "experiments.studies", "patch", "patch.methods"},
+    | {"experiments.data", "experiments.run", "experiments.run.provenance", "experiments.studies"}
+    | {"patch", "patch.methods"},
 }
 # Rooms of commands: they may use all that stands below them.
 ARROWS["experiments.cli"] = set(ARROWS)

@@ -5,8 +5,8 @@ They are drawn as reports draw them, and `docs/figures` is the one place where f
 
 from collections.abc import Iterator, Mapping
 
-from analysis.figures.style import save_figure
 from analysis.figures.study import Drawing, study_drawings
+from analysis.figures.style import save_figure
 from experiments.publish import reports
 from experiments.publish.pages import BENCH, RESULTS, ROOT
 from experiments.run.store import Store

@@ -182,7 +182,7 @@ def _gain_of_two() -> str:
 
 def _pins() -> str:
     """The versions that the package asks for, of what matters most."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [text.partition(";")[0] for text in project["dependencies"]]
     found = [text for text in wanted if re.match(r"(torch|triton|transformers)\b", text)]
     return ", ".join(
@@ -243,4 +243,4 @@ def fill(text: str) -> str:
 
 if __name__ == "__main__":
     for page in pages():
-        write_atomic(page, fill(page.read_text()))
+        write_atomic(page, fill(page.read_text(encoding="utf-8")))

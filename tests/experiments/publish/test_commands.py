@@ -25,7 +25,7 @@ from slurm import cli, cluster
 
 ROOT = Path(__file__).parents[3]
 PAGES = [*pages.pages(), ROOT / "CONTRIBUTING.md"]
-TEXTS = {page.name: page.read_text() for page in PAGES}
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 
 # How those begin that are not run: they need the hub, a GPU, a cluster or hours. Every word must be accepted.
 PARSED = (
@@ -139,8 +139,8 @@ def test_other_names_within_text_are_there(page: str) -> None:
     for module in re.findall(r"`python -m ([\w.]+)", " ".join(text.split())):
         assert importlib.util.find_spec(module), module
     for target in re.findall(r"`make ([\w-]+)`", text):
-        assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for listed in re.findall(r"pip install [^`]*\[([\w,]+)\]", text):
         assert set(listed.split(",")) <= set(extras)
 

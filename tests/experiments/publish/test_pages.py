@@ -24,7 +24,7 @@ REPORTED = (
     "embedded-tiles",
 )
 LINKED = [*pages.pages(), ROOT / "CONTRIBUTING.md"]
-EVERYTHING = "".join(page.read_text() for page in pages.pages())
+EVERYTHING = "".join(page.read_text(encoding="utf-8") for page in pages.pages())
 
 
 def named(path: Path) -> str:
@@ -33,13 +33,15 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("page", pages.pages(), ids=named)
 def test_pages_show_what_was_measured(page: Path) -> None:
-    assert pages.fill(page.read_text()) == page.read_text(), "run python -m experiments.publish.pages"
+    assert pages.fill(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), (
+        "run python -m experiments.publish.pages"
+    )
 
 
 @pytest.mark.parametrize("page", pages.pages(), ids=named)
 def test_no_number_begins_a_line(page: Path) -> None:
     # A comment that begins a line is a block of its own, and ends the paragraph.
-    assert not re.findall(r"^ *<!-- (?:value|cell) .*", page.read_text(), re.MULTILINE)
+    assert not re.findall(r"^ *<!-- (?:value|cell) .*", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_what_can_be_shown_is_shown() -> None:
@@ -71,7 +73,7 @@ def test_a_cell_is_what_its_table_shows() -> None:
 
 
 def test_the_readme_can_be_read() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     commands = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     ours = [line for line in commands if line.startswith(("make", "hts"))]
@@ -80,13 +82,15 @@ def test_the_readme_can_be_read() -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MkDocs spell them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", LINKED, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+    for link in re.findall(
+        r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), link
@@ -94,7 +98,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_of_the_docs_is_in_its_navigation() -> None:
-    listed = re.findall(r"[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r"[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
@@ -108,5 +112,5 @@ def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
 def test_committed_tables_are_those_of_the_rows(study: str) -> None:
     for name, table in study_tables(reports.frame(STUDIES[study].trials(), STORE)).items():
         for format, suffix in (("md", "md"), ("csv", "csv"), ("latex", "tex")):
-            text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text()
+            text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text(encoding="utf-8")
             assert text == render(table, format) + "\n"
