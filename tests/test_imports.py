@@ -34,7 +34,13 @@ ARROWS: dict[str, set[str]] = {
     "experiments.studies": {"analysis", "experiments.data", "experiments.eval"}
     | {"patch", "patch.learn", "patch.methods", "patch.oneshot"},
     "experiments.run.provenance": {"patch"},
-    "experiments.bench": {"analysis", "analysis.rows", "experiments.data", "experiments.run.provenance"}
+    "experiments.bench": {
+        "analysis",
+        "analysis.rows",
+        "analysis.tables",
+        "experiments.data",
+        "experiments.run.provenance",
+    }
     | {"experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot", "stoicc", "stoicc.format"},
     "experiments.run": {"analysis.rows", "experiments.bench", "experiments.data", "experiments.eval"}
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}

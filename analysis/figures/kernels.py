@@ -52,6 +52,7 @@ def memory_limit(sparsity: Any) -> Any:
 @in_paper_style
 def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = "single") -> Figure:
     """Geometric-mean speedup over a model's linears against sparsity, tiles of 128x128, for some numbers of tokens."""
+    frame = _times(frame)
     chosen = frame[frame.model == model]
     hybrid = chosen[(chosen.implementation == "hybrid") & (chosen.tile == TILE)]
     means = hybrid.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean)
@@ -84,6 +85,7 @@ def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
 
     A line a product, a mark for each sparsity; the dashed lines are what a large dense product and a large copy reach.
     """
+    frame = _times(frame)
     quantities = (
         (4096, "TFLOP/s, dense-equivalent", _tflops, "matmul_roof", "large dense product"),
         (1, "TB/s of weights", _terabytes, "copy_roof", "large copy"),
@@ -112,6 +114,11 @@ def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
     return figure
 
 
+def _times(frame: pd.DataFrame) -> pd.DataFrame:
+    """The times in bfloat16: what else was timed beside them is in the tables."""
+    return frame[(frame.metric == "time") & (frame.precision == "bf16")]
+
+
 def _shades(count: int) -> Sequence[Any]:
     """From light to dark, all of them dark enough for a line on white, and none a method's."""
     return sns.light_palette("#4a1486", count + 2)[2:]
@@ -132,12 +139,12 @@ def _mark(color: Any) -> dict[str, Any]:
 def _draw_reached(
     axis: Axes, frame: pd.DataFrame, shapes: Sequence[tuple[str, str]], measure: Callable[[pd.Series], float]
 ) -> None:
-    dense = frame.implementation.isin(DENSE) & (frame.value == frame.dense)
+    dense = frame.implementation.isin(DENSE["bf16"]) & (frame.value == frame.dense)
     chosen = frame[dense | (frame.implementation.eq("hybrid") & frame.tile.eq(TILE))]
     chosen = chosen[chosen.tiles.isna() | chosen.tiles.eq("uneven") | chosen.sparsity.eq(0.5)]
     ends: dict[tuple[str, str], list[float]] = {}
     for (_, sparsity), color in zip(_kinds(), _colors(), strict=True):
-        rows = chosen[chosen.implementation.isin(DENSE) if sparsity is None else chosen.sparsity.eq(sparsity)]
+        rows = chosen[chosen.implementation.isin(DENSE["bf16"]) if sparsity is None else chosen.sparsity.eq(sparsity)]
         first = rows.drop_duplicates(["model", "linear"])
         values = {(row["model"], row["linear"]): measure(row) for _, row in first.iterrows()}
         for shape, value in values.items():

@@ -1,52 +1,96 @@
-"""Rows of a bench as tables: speedup over the fastest dense implementation.
+"""Rows of a bench as tables: speedup over the fastest dense implementation of the same precision.
 
-A bench file is JSON lines; the first says where its rows come from. No torch.
+A bench file has rows as a study's stage does. Older ones are JSON lines of another form, of which the first says where
+the others come from; there a whole model's dense baseline has separate projections, which is superseded. No torch.
 """
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.names import percent, workload_name
+from analysis.rows.format import SCHEMA, Row
+from analysis.rows.jsonl import numbered
 from analysis.rows.load import records
 from analysis.rows.points import Measured
 from analysis.tables.render import Column, Table, Value
 from patch.errors import UserError
 
-SCHEMA = 1
-DENSE = ("cublas", "compiled", "dense")
+# The form of a bench file before its rows were those of a stage.
+OLD_SCHEMA = 1
+# What is dense, by precision; of a whole model, "dense" has separate projections and counts only where nothing else is.
+DENSE = {
+    "bf16": ("cublas", "compiled", "fused", "dense"),
+    "fp8": ("fp8_rowwise", "fp8_tensorwise"),
+    "int4": ("int4",),
+}
+LIBRARIES = ("cusparselt", "cusparselt_fp8", "semi_structured")
+PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "int4": "INT4"}
+SUPERSEDED = (
+    "Superseded: over the dense model with separate projections; with query, key and value, and gate and up, computed "
+    "as one it is 4 to 11% faster."
+)
+
+
+def measurements(path: Path) -> list[Row]:
+    """The rows of a bench file, of either form, each with metric, value, unit, stage, labels and provenance.
+
+    Raises:
+        UserError: if it is missing or is not a bench file, naming it and the line.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such bench file: run `hts bench`")
+    data = path.read_bytes()
+    lines = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: line {number} is not JSON: the file is damaged, measure it again") from None
+    schema = lines[0].get("schema") if lines and isinstance(lines[0], dict) else None
+    if schema == OLD_SCHEMA:
+        return list(_renewed(*lines))
+    if not isinstance(schema, int) or not OLD_SCHEMA < schema <= SCHEMA:
+        raise UserError(f"{path}: not a bench file of schema {OLD_SCHEMA} to {SCHEMA}")
+    return [row for _, row in numbered(data, str(path))]
+
+
+def _renewed(header: Row, *rows: Row) -> Iterable[Row]:
+    """Rows of the older form in the newer one."""
+    common = {"stage": "bench", "provenance": header["provenance"]}
+    for row in rows:
+        labels = row["cell"] | {
+            name: value for name, value in row.items() if name not in ("metric", "value", "unit", "cell")
+        }
+        yield common | {name: row[name] for name in ("metric", "value", "unit")} | {"labels": labels}
+    for name, value in header["roof"].items():
+        unit = {"copy": "TB/s", "matmul": "TFLOP/s"}[name]
+        yield common | {"metric": f"{name}_roof", "value": value, "unit": unit, "labels": {}}
 
 
 def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
-    """One row a measurement: the cell's fields, implementation, time in microseconds, the best dense time, speedup.
+    """One row a measurement: its labels, metric and value, the best dense times of its cell, and speedups over them.
 
     Raises:
-        UserError: if a file is missing or is not a bench file, naming it and the line.
+        UserError: as `measurements`, or if something that was timed is wrong.
     """
     frames = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such bench file: run `hts bench kernels`")
-        rows = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise UserError(f"{path}: line {number} is not JSON: the file is damaged, measure it again") from None
-        if not rows or rows[0].get("schema") != SCHEMA:
-            raise UserError(f"{path}: not a bench file of schema {SCHEMA}")
-        header, *measured = rows
-        frame = pd.DataFrame([row["cell"] | {k: v for k, v in row.items() if k != "cell"} for row in measured])
-        frame["copy_roof"], frame["matmul_roof"] = header["roof"]["copy"], header["roof"]["matmul"]
-        frame["gpu"], frame["git"], frame["origin"] = (
-            header["provenance"]["gpu"],
-            header["provenance"]["git"],
-            str(path),
+        rows = measurements(path)
+        origin = {"origin": str(path)}
+        frames.append(
+            _frame(
+                row["labels"]
+                | {name: row[name] for name in ("metric", "value", "stage")}
+                | {name: row["provenance"][name] for name in ("gpu", "git")}
+                | origin
+                for row in rows
+            )
         )
-        frames.append(frame)
     return _compared(pd.concat(frames, ignore_index=True))
 
 
@@ -58,67 +102,146 @@ def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
         kind: ``kernels`` or ``model``; where nothing of it was timed, the table is empty.
     """
     chosen = rows[rows.stage.str.startswith(f"{kind}:")]
-    timed = chosen[chosen.metric.isin(["time", "bytes"])]
-    if timed.empty:
+    if not (chosen.metric == "time").any():
         return pd.DataFrame()
-    same = ("metric", "value", "gpu", "git", "origin")
-    frame = pd.DataFrame([row.labels | {name: getattr(row, name) for name in same} for row in records(timed)])
-    for roof in ("copy_roof", "matmul_roof"):
-        frame[roof] = chosen[chosen.metric == roof].value.median()
-    return _compared(frame)
+    same = ("metric", "value", "stage", "gpu", "git", "origin")
+    return _compared(_frame(row.labels | {name: getattr(row, name) for name in same} for row in records(chosen)))
+
+
+def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of one or more parts as a table, the roofs that were measured beside them as columns."""
+    frame = pd.DataFrame(list(rows))
+    roofs = {name: frame[frame.metric == name].value.median() for name in ("copy_roof", "matmul_roof")}
+    frame = frame[~frame.metric.isin(tuple(roofs))]
+    return frame.assign(**roofs)
 
 
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
-    """With the best dense time of each cell, and the speedup over it.
+    """With the best dense times of each cell, in bfloat16 and in the row's own precision, and speedups over them.
 
     Raises:
-        UserError: if a product was further from float64 than cuBLAS's: its time says nothing.
+        UserError: if something that was timed was further from float64 than it may be: its time says nothing.
     """
-    for column in ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status"):
-        if column not in frame:
-            frame[column] = None
+    missing = ("sparsity", "tile", "tiles", "fallback", "bytes", "error", "status", "precision", "clock", "power")
+    frame = frame.assign(**{column: None for column in missing if column not in frame})
     for row in records(frame[frame.status == "wrong"]):
-        raise UserError(
-            f"{row.origin}: {row.linear} with {row.tokens} tokens is wrong by {row.error:.2g}: mend the kernel"
+        what = (
+            f"{row.linear} with {row.tokens:.0f} tokens"
+            if "linear" in frame
+            else f"{row.kind} {row.batch:.0f}x{row.length:.0f}"
         )
+        error = row.value if row.metric == "error" else row.error
+        raise UserError(f"{row.origin}: {row.implementation}, {what}, is wrong by {error:.2g}: mend the kernel")
+    frame["precision"] = frame.precision.where(frame.precision.notna(), "bf16")
     frame["tile"] = [f"{t[0]}x{t[1]}" if isinstance(t, list) else None for t in frame.tile]
-    cell = ["model", "linear", "tokens"] if "linear" in frame else ["model", "sparsity", "kind", "batch", "length"]
-    dense = frame[frame.implementation.isin(DENSE)].groupby(cell).value.min().rename("dense")
-    frame = frame.join(dense, on=cell)
-    frame["speedup"] = frame.dense / frame.value
-    return frame
+    if "linear" in frame:
+        cell = ["model", "linear", "tokens"]
+    else:
+        # Older rows name the sparsity that the dense model was timed beside, newer ones the stage.
+        frame["beside"] = frame.stage.where(frame.stage != "bench", frame.sparsity.astype(str))
+        cell = ["model", "beside", "kind", "batch", "length"]
+    timed = frame[frame.metric == "time"]
+    fused = set(map(tuple, timed[timed.implementation == "fused"][cell].to_numpy().tolist()))
+    superseded = [
+        row[-1] == "dense" and tuple(row[:-1]) in fused for row in timed[[*cell, "implementation"]].to_numpy().tolist()
+    ]
+    timed = timed[~np.array(superseded, dtype=bool)]
+    for name, some in (("dense", DENSE["bf16"]), *DENSE.items()):
+        best = timed[timed.implementation.isin(some)].groupby(cell).value.min().rename(name)
+        frame = frame.join(best, on=cell)
+    frame["own"] = [getattr(row, row.precision) for row in records(frame)]
+    times = frame.value.where(frame.metric == "time")
+    frame["speedup"], frame["own_speedup"] = frame.dense / times, frame.own / times
+    return frame.drop(columns=list(DENSE))
 
 
 def geometric_mean(values: pd.Series) -> float:
     return float(np.exp(np.log(values.astype(float)).mean()))
 
 
-def kernel_table(frame: pd.DataFrame, tile: str = "128x128") -> Table:
-    """Geometric-mean speedup over the linears of a model, by tokens and sparsity.
+def precisions(frame: pd.DataFrame) -> list[str]:
+    """Those in which hybrid weights were timed."""
+    found = set(frame[frame.implementation == "hybrid"].precision)
+    return [precision for precision in PRECISIONS if precision in found]
+
+
+def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
+    """The tables of what was timed, by name: ``kernels-<model>``, of other precisions ``kernels fp8-<model>``, and
+    ``model-<model>`` and ``energy-<model>``.
+
+    Args:
+        frame: as from `load_bench`, of kernels or of whole models.
+    """
+    found: dict[str, Table] = {}
+    for model in sorted(set(frame.model)):
+        own = frame[frame.model == model]
+        if "linear" in frame:
+            for precision in precisions(own):
+                kind = "kernels" if precision == "bf16" else f"kernels {precision}"
+                found[f"{kind}-{model}"] = kernel_table(own, precision=precision)
+        elif (own.implementation == "hybrid").any():
+            found[f"model-{model}"] = model_table(own)
+            if energy := energy_table(own):
+                found[f"energy-{model}"] = energy
+    return found
+
+
+def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "bf16") -> Table:
+    """Geometric-mean speedup over the linears of a model, by tokens and sparsity, over dense of the same precision.
 
     Args:
         frame: as from `load_bench`, of the kernels of one model.
     """
-    chosen = frame[(frame.implementation == "hybrid") & (frame.tile == tile)]
-    means = chosen.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean).unstack()
+    timed = frame[frame.metric == "time"]
+    own = timed[timed.precision == precision]
+    chosen = own[(own.implementation == "hybrid") & (own.tile == tile)]
+    means = chosen.groupby(["tokens", "sparsity"]).own_speedup.apply(geometric_mean).unstack()
     sparsities = [float(str(sparsity)) for sparsity in means.columns]
-    library = frame[frame.implementation.isin(("cusparselt", "semi_structured"))]
-    best = dict(library.groupby(["tokens", "linear"]).speedup.max().groupby("tokens").apply(geometric_mean).items())
+    more = {"Best 2:4 library, 50%": _best(own[own.implementation.isin(LIBRARIES)], "own_speedup")}
+    name = PRECISIONS[precision]
+    if precision == "bf16":
+        eight = _best(timed[timed.implementation.isin(DENSE["fp8"])], "speedup")
+        four = _best(timed[timed.implementation.isin(DENSE["int4"])], "speedup")
+        more |= {"Dense FP8": eight} if eight else {}
+        more |= {"Dense INT4": four} if four else {}
+    else:
+        more[f"Dense {name} over bfloat16"] = _best(own[own.implementation.isin(DENSE[precision])], "speedup")
     columns = [
         Column("tokens", "Tokens", "count"),
         *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
-        Column("library", "Best 2:4 library, 50%", "ratio"),
+        *(Column(heading.lower(), heading, "ratio") for heading in more),
     ]
     rows = [
-        (Measured(float(str(tokens))), *map(Measured, row), Measured(best[tokens]) if tokens in best else None)
+        (
+            Measured(float(str(tokens))),
+            *map(Measured, row),
+            *(Measured(found[tokens]) if tokens in found else None for found in more.values()),
+        )
         for tokens, row in means.iterrows()
     ]
-    compiled = sorted(frame[frame.implementation == "compiled"].tokens.unique())
+    compiled = sorted(timed[timed.implementation == "compiled"].tokens.unique())
     dense = "Dense is cuBLAS."
     if compiled:
-        some = "" if len(compiled) == frame.tokens.nunique() else " where that was timed"
+        some = "" if len(compiled) == timed.tokens.nunique() else " where that was timed"
         dense = f"Dense is the faster of cuBLAS and torch.compile's max-autotune{some}."
+    if precision != "bf16":
+        dense = f"Over the faster dense {name} product; activations are quantised within what is timed."
     return _plain(columns, rows, [dense])
+
+
+def _best(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
+    """The best of some implementations on each linear, as the geometric mean over linears, by tokens."""
+    if rows.empty:
+        return {}
+    return dict(rows.groupby(["tokens", "linear"])[speedup].max().groupby("tokens").apply(geometric_mean).items())
+
+
+# Of whole models: implementations whose speedup stands beside that of packed weights.
+_BESIDE = {
+    "Dense, separate projections": ("dense",),
+    "Dense FP8": DENSE["fp8"],
+    "Dense INT4": DENSE["int4"],
+}
 
 
 def model_table(frame: pd.DataFrame) -> Table:
@@ -127,22 +250,86 @@ def model_table(frame: pd.DataFrame) -> Table:
     Args:
         frame: as from `load_bench`, of one whole model.
     """
-    hybrid = frame[frame.implementation == "hybrid"]
-    times = hybrid[hybrid.metric == "time"]
-    sizes = frame[frame.metric == "bytes"].pivot_table(index="sparsity", columns="implementation", values="value")
-    sparsities = sorted(times.sparsity.unique())
+    times = frame[frame.metric == "time"]
+    fused = bool((times.implementation == "fused").any())
+    hybrid = times[times.implementation == "hybrid"]
+    sparsities = sorted(hybrid.sparsity.unique())
+    beside = {
+        heading: times[times.implementation.isin(names)]
+        for heading, names in _BESIDE.items()
+        if fused and times.implementation.isin(names).any()
+    }
     columns = [
         Column("workload", "Workload", "text"),
         *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
+        *(Column(heading.lower(), heading, "ratio") for heading in beside),
     ]
     rows: list[tuple[Value, ...]] = []
-    for (kind, batch, length), group in times.groupby(["kind", "batch", "length"]):
+    for work, group in hybrid.groupby(["kind", "batch", "length"]):
         by_sparsity = group.set_index("sparsity").speedup
-        name = workload_name(f"{kind}@{batch:.0f}x{length:.0f}")
-        rows.append((name, *(Measured(float(by_sparsity[sparsity])) for sparsity in sparsities)))
-    shares = (Measured(float(sizes.hybrid[sparsity] / sizes.dense[sparsity])) for sparsity in sparsities)
-    rows.append(("Bytes of the masked weights (x dense)", *shares))
-    return _plain(columns, rows)
+        others = (_of_workload(some, work).speedup.max() for some in beside.values())
+        rows.append(
+            (
+                _workload(work),
+                *(Measured(float(by_sparsity[sparsity])) for sparsity in sparsities),
+                *(None if np.isnan(value) else Measured(float(value)) for value in others),
+            )
+        )
+    shares = _shares(frame)
+    rows.append(
+        (
+            "Bytes of the masked weights (x dense)",
+            *(Measured(shares[sparsity]) if sparsity in shares else None for sparsity in sparsities),
+            *(None for _ in beside),
+        )
+    )
+    return _plain(columns, rows, [] if fused else [SUPERSEDED])
+
+
+def energy_table(frame: pd.DataFrame) -> Table | None:
+    """Joules a token of a whole model by workload, dense and packed; None where they were not counted.
+
+    Args:
+        frame: as from `load_bench`, of one whole model.
+    """
+    energy = frame[frame.metric == "energy"]
+    if energy.empty:
+        return None
+    kinds = {"Dense": energy[energy.implementation == "fused"]}
+    kinds |= {
+        heading: energy[energy.implementation.isin(names)]
+        for heading, names in _BESIDE.items()
+        if heading != "Dense, separate projections" and energy.implementation.isin(names).any()
+    }
+    hybrid = energy[energy.implementation == "hybrid"]
+    kinds |= {percent(sparsity): hybrid[hybrid.sparsity == sparsity] for sparsity in sorted(hybrid.sparsity.unique())}
+    columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
+    rows: list[tuple[Value, ...]] = []
+    for work, _ in energy.groupby(["kind", "batch", "length"]):
+        values = (_of_workload(some, work).value for some in kinds.values())
+        rows.append((_workload(work), *(Measured(float(found.median())) if len(found) else None for found in values)))
+    return _plain(columns, rows, ["Of the whole GPU, by its own counter, over a second of steady work."])
+
+
+def _workload(work: Any) -> str:
+    kind, batch, length = work
+    return workload_name(f"{kind}@{batch:.0f}x{length:.0f}")
+
+
+def _of_workload(rows: pd.DataFrame, work: Any) -> pd.DataFrame:
+    kind, batch, length = work
+    return rows[(rows.kind == kind) & (rows.batch == batch) & (rows.length == length)]
+
+
+def _shares(frame: pd.DataFrame) -> dict[float, float]:
+    """Bytes of the masked weights over dense, by sparsity."""
+    sizes = frame[frame.metric == "bytes"]
+    if len(sizes):
+        table = sizes.pivot_table(index="sparsity", columns="implementation", values="value")
+        return {float(str(sparsity)): float(row.hybrid / row.dense) for sparsity, row in table.iterrows()}
+    packed = frame[(frame.implementation == "hybrid") & frame.bytes.notna()]
+    dense = frame[(frame.implementation == "fused") & frame.bytes.notna()].bytes
+    return {} if dense.empty else {row.sparsity: row.bytes / dense.max() for row in records(packed)}
 
 
 def _plain(columns: Sequence[Column], rows: Sequence[tuple[Value, ...]], notes: Sequence[str] = ()) -> Table:

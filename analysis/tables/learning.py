@@ -32,9 +32,9 @@ def learning_tables(folder: Path) -> dict[str, Table]:
         UserError: if a file there is damaged.
     """
     found: dict[str, Table] = {}
-    relax = folder / "relax.jsonl"
-    if relax.exists():
-        rows = _read(relax)
+    masks = folder / "soft_mask.jsonl"
+    if masks.exists():
+        rows = _read(masks)
         found["Soft masks of LLaMA-3.2-1B, forward and backward pass"] = masks_table(rows)
         if any(row["metric"] == "step" for row in rows):
             found["A step on 1 x 4096 tokens, LLaMA-3.2-1B"] = steps_table(rows)

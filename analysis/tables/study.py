@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis.tables.accuracy import accuracy_table
-from analysis.tables.kernels import from_rows, kernel_table, model_table
+from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
 from analysis.tables.packed import carried_shapes, carried_table, speed_table
 from analysis.tables.render import Table
 
@@ -13,7 +13,8 @@ GRID_STAGES = ("kernels:", "model:")
 def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[str, Table]:
     """The tables that the rows have something for, by name.
 
-    Of pruned models ``accuracy``, ``speed``, ``carried-<model>``; of grids ``kernels-<model>``, ``model-<model>``.
+    Of pruned models ``accuracy``, ``speed``, ``carried-<model>``; of grids those of
+    `analysis.tables.kernels.speed_tables`.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
@@ -23,10 +24,10 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
         UserError: if there are no rows, or they contradict each other.
     """
     found: dict[str, Table] = {}
-    for kind, table in (("kernels", kernel_table), ("model", model_table)):
+    for kind in ("kernels", "model"):
         timed = from_rows(frame, kind)
-        for model in sorted(set(timed.model)) if len(timed) else ():
-            found[f"{kind}-{model}"] = table(timed[timed.model == model])
+        if len(timed):
+            found |= speed_tables(timed)
     if frame.stage.str.startswith(GRID_STAGES).all():
         # Where nothing could be timed there is nothing to show either.
         return found
@@ -42,9 +43,14 @@ def title(name: str) -> str:
     """What a table of `study_tables` shows, in a line."""
     if name.startswith("carried-"):
         return f"Tile statistics carried onto the shapes of {name.removeprefix('carried-')}"
-    if name.startswith("kernels-"):
-        model = name.removeprefix("kernels-")
-        return f"{model}: its linears, speedup over dense by sparsity, 128x128 tiles, geometric mean"
+    for precision, spelled in PRECISIONS.items():
+        kind = "kernels" if precision == "bf16" else f"kernels {precision}"
+        if name.startswith(f"{kind}-"):
+            own = "" if precision == "bf16" else f" {spelled}"
+            model = name.removeprefix(f"{kind}-")
+            return f"{model}: its linears{own}, speedup over dense{own} by sparsity, 128x128 tiles, geometric mean"
     if name.startswith("model-"):
         return f"{name.removeprefix('model-')}: end to end, speedup over dense by sparsity"
+    if name.startswith("energy-"):
+        return f"{name.removeprefix('energy-')}: end to end, joules a token"
     return {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}[name]

@@ -1,40 +1,39 @@
-"""Kernel speed: hybrid weights against dense and 2:4 libraries, side by side in one process.
+"""Kernel speed: hybrid weights against dense ones of several precisions and 2:4 libraries, side by side in one process.
 
-A *cell* is one product: a linear of a model of the registry (query, key and value fused, gate and up fused), a number
-of tokens, a sparsity, a tile shape, and whether the dense tiles are spread evenly or as unevenly as learned maps are.
-Every hybrid result is compared with float64 before its time counts.
-
-Rows go to ``<results>/bench/<gpu>/kernels/<model>-<linear>.jsonl``, one file per linear, written when it is complete,
-so a bench that was interrupted goes on with the next one.
+A case is one product: a linear of a model of the registry (query, key and value fused, gate and up fused) and a number
+of tokens. Its entries are the implementations of `IMPLEMENTATIONS`: dense ones, libraries at 50%, and hybrid weights at
+every sparsity and tile shape, with tiles spread evenly or as unevenly as learned maps are. Every result is compared
+with float64, of the quantised operands where they are.
 """
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from experiments.bench import baselines
+from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.models import REGISTRY
-from experiments.run.provenance import provenance
-from patch.files import write_atomic
+from experiments.studies.trial import KernelGrid, Trial
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
-from stoicc import configs
-from stoicc.dispatch import run
-from stoicc.format import HybridWeight, pack
-from stoicc.matmul import choose
-from stoicc.timing import CACHE_BYTES, Call, Roof, Timing, time_in_turns
+from stoicc import configs, dispatch, matmul
+from stoicc.format import pack
+from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
 
-SCHEMA = 1
 # From here on a product is long enough to be timed alone, with a cold cache.
 LONG = 512
 CHECKED_TOKENS = 256
+# The kernel of 4-bit weights is for decoding.
+INT4_TOKENS = 128
+# Relative errors: of a float32 sum of bfloat16 products, rounded to bfloat16; and of FP8's fast accumulation.
+BOUND, FP8_BOUND = 5e-3, 1e-2
+# How much further from float64 than cuBLAS a hybrid product may be.
+OVER_CUBLAS = 1.1
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,35 @@ class Variant:
     sparsity: float
     tile: TileShape
     tiles: str
+
+    @property
+    def labels(self) -> Labels:
+        return {"sparsity": self.sparsity, "tile": list(self.tile), "tiles": self.tiles}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What is multiplied, but for the activations.
+
+    Attributes:
+        weight: ``[N, K]``, bfloat16.
+        masks: of each variant.
+        compiled: also time ``torch.compile`` in max-autotune mode.
+    """
+
+    linear: Linear
+    weight: Tensor
+    masks: Mapping[Variant, HybridMask]
+    compiled: bool
+
+    @property
+    def half(self) -> tuple[Variant, HybridMask] | None:
+        """The first variant that is 2:4 throughout."""
+        return next(((variant, mask) for variant, mask in self.masks.items() if variant.sparsity == 0.5), None)
+
+
+# Prepares one implementation's weights, once for all numbers of tokens; what it returns takes activations ``[T, K]``.
+Implementation = Callable[[Operands], Callable[[Tensor], Iterator[Entry]]]
 
 
 def fused_linears(model: str) -> list[Linear]:
@@ -90,149 +118,218 @@ def random_mask(n: int, k: int, variant: Variant, scores: Tensor, generator: tor
     return HybridMask((n, k), tile, dense.reshape(rows, cols), best_patterns(scores))
 
 
-def bench_linear(
-    linear: Linear,
-    tokens: Sequence[int],
-    tiles: Sequence[TileShape],
-    sparsities: Sequence[float],
-    rounds: int,
-    compiled: bool,
-    on_tokens: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """All rows of one linear.
-
-    Args:
-        rounds: timed runs of each implementation.
-        compiled: also time ``torch.compile`` in max-autotune mode, which takes seconds to compile for each shape.
-        on_tokens: called after each number of tokens.
-    """
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(linear.n, linear.k, device="cuda", dtype=torch.bfloat16, generator=generator) / linear.k**0.5
-    packed = {}
-    for variant in variants(tiles, sparsities):
-        mask = random_mask(linear.n, linear.k, variant, weight.abs(), generator)
-        packed[variant] = (pack(weight, mask), mask.apply(weight))
-    rows = []
-    for count in tokens:
-        x = torch.randn(count, linear.k, device="cuda", dtype=torch.bfloat16, generator=generator)
-        rows += _bench_tokens(linear, x, weight, packed, list(variants(tiles, sparsities)), rounds, compiled)
-        on_tokens(count)
-    return rows
+def operands(linear: Linear, grid: KernelGrid, device: str, generator: torch.Generator) -> Operands:
+    """A random weight of a linear, and a mask of each variant."""
+    weight = torch.randn(linear.n, linear.k, device=device, dtype=torch.bfloat16, generator=generator)
+    weight /= linear.k**0.5
+    masks = {
+        variant: random_mask(linear.n, linear.k, variant, weight.abs(), generator)
+        for variant in variants(grid.tiles, grid.sparsities)
+    }
+    return Operands(linear, weight, masks, grid.compiled)
 
 
-def _bench_tokens(
-    linear: Linear,
-    x: Tensor,
-    weight: Tensor,
-    packed: dict[Variant, tuple[HybridWeight, Tensor]],
-    wanted: list[Variant],
-    rounds: int,
-    compiled: bool,
-) -> list[dict[str, Any]]:
-    tokens = x.shape[0]
-    long = tokens >= LONG
-    copies = 1 if long else max(2, -(-3 * CACHE_BYTES // (2 * weight.numel() * 2)))
-    calls: dict[str, Sequence[Call]] = {}
-    about: dict[str, dict[str, Any]] = {}
-    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-    calls["cublas"] = [partial(dense_linear, x, one) for one in weights]
-    if compiled:
-        # Otherwise the ninth shape of the one function would meet dynamo's limit, and run uncompiled without a word.
-        torch.compiler.reset()
-        best = torch.compile(dense_linear, mode="max-autotune-no-cudagraphs", dynamic=False)
-        calls["compiled"] = [partial(best, x, one) for one in weights]
-    rows: list[dict[str, Any]] = []
-    half = next((v for v in wanted if v.sparsity == 0.5), None)
-    if half:
-        for name, make in (("cusparselt", _cusparselt), ("semi_structured", _semi_structured)):
-            try:
-                calls[name] = make(x, packed[half][1], copies)
-                about[name] = {"error": _errors(x, packed[half][1], calls[name][0]())[0]}
-            except (RuntimeError, NotImplementedError, ValueError, AssertionError) as failure:
-                rows.append(
-                    _row(linear, tokens, name, half, None, {"status": f"failed: {str(failure).splitlines()[0]}"})
-                )
-    for variant in wanted:
-        name = f"{variant}"
-        hybrid, masked = packed[variant]
-        config = choose(x.device, linear.n, linear.k, hybrid.band, configs.token_bucket(tokens))
-        about[name] = {"kernel": configs.kernel_name(config), "config": asdict(config), "bytes": hybrid.nbytes}
-        if not faster_packed(x.device, hybrid, [tokens]):
-            calls[name], about[name]["fallback"] = calls["cublas"], "predicted slower than dense"
-            continue
-        own = max(copies, 1 if long else -(-3 * CACHE_BYTES // (2 * hybrid.nbytes)))
-        held = [hybrid, *(hybrid.copy() for _ in range(own - 1))]
-        calls[name] = [partial(run, x, one, None, config) for one in held]
-        error, cublas = _errors(x, masked, run(x, hybrid, None, config))
-        about[name] |= {"error": error, "cublas_error": cublas, "status": "ok" if error <= 1.1 * cublas else "wrong"}
-    times = time_in_turns(calls, rounds, flush=long)
-    for name in ("cublas", "compiled"):
-        if name in times:
-            rows.append(_row(linear, tokens, name, None, times[name], {}))
-    for name in ("cusparselt", "semi_structured"):
-        if name in times:
-            rows.append(_row(linear, tokens, name, half, times[name], about[name]))
-    return rows + [_row(linear, tokens, "hybrid", v, times[f"{v}"], about[f"{v}"]) for v in wanted]
+def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, Iterator[Case]]]:
+    """Every linear."""
+    for linear in fused_linears(trial.pruning.model):
+        part = f"kernels:{linear.name}"
+        if part in parts:
+            yield part, products(linear, trial.evaluation.grid, lab)
 
 
-def _row(
-    linear: Linear,
-    tokens: int,
-    implementation: str,
-    variant: Variant | None,
-    timing: Timing | None,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    cell = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": tokens}
-    if variant:
-        cell |= {"sparsity": variant.sparsity, "tile": list(variant.tile), "tiles": variant.tiles}
-    measured = (
-        {
-            "value": round(timing.median, 3),
-            "p20": round(timing.p20, 3),
-            "p80": round(timing.p80, 3),
-            "runs": timing.runs,
-        }
-        if timing
-        else {"value": None}
-    )
-    return {"metric": "time", "unit": "us", "cell": cell, "implementation": implementation, **measured} | more
+def products(linear: Linear, grid: Any, lab: Lab) -> Iterator[Case]:
+    """A linear with every number of tokens of a `KernelGrid`."""
+    # Otherwise a function's ninth shape would meet dynamo's limit, and run uncompiled without a word.
+    torch.compiler.reset()
+    generator = torch.Generator(lab.device).manual_seed(0)
+    given = operands(linear, grid, lab.device, generator)
+    ready = [implementation(given) for implementation in IMPLEMENTATIONS]
+    for done, tokens in enumerate(grid.tokens):
+        lab.progress(f"{linear.model} {linear.name}", done, len(grid.tokens))
+        x = torch.randn(tokens, linear.k, device=lab.device, dtype=torch.bfloat16, generator=generator)
+        entries = [entry for make in ready for entry in make(x)]
+        about = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": tokens}
+        yield Case(about, entries, grid.rounds, flush=tokens >= LONG)
 
 
-def _errors(x: Tensor, masked: Tensor, y: Tensor) -> tuple[float, float]:
-    """Relative errors against float64 of ``y`` and of cuBLAS, over at most ``CHECKED_TOKENS`` evenly spaced tokens."""
-    some = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], CHECKED_TOKENS), device=x.device).long()
-    exact = x[some].double() @ masked.double().T
-    return tuple(  # type: ignore[return-value]
-        float((value[some].double() - exact).norm() / exact.norm()) for value in (y, dense_linear(x, masked))
-    )
+# Implementations
 
 
-def _cusparselt(x: Tensor, masked: Tensor, copies: int) -> list[Call]:
-    """cuSPARSELt with its own search for the fastest algorithm; it needs at least eight tokens."""
-    padded = torch.cat([x, x.new_zeros(-len(x) % 16, x.shape[1])]).T
-    held = [torch._cslt_compress(masked) for _ in range(copies)]
-    algorithm = torch._cslt_sparse_mm_search(held[0], padded, transpose_result=True)
-
-    def multiply(weight: Tensor) -> Tensor:
-        return torch._cslt_sparse_mm(weight, padded, transpose_result=True, alg_id=int(algorithm))[: len(x)]
-
-    return [partial(multiply, one) for one in held]
+def copies(x: Tensor, nbytes: int) -> int:
+    """How many weights of so many bytes are taken in turns, so that none is read from the L2 cache."""
+    return 1 if len(x) >= LONG else max(2, -(-3 * CACHE_BYTES // (2 * nbytes)))
 
 
-def _semi_structured(x: Tensor, masked: Tensor, copies: int) -> list[Call]:
-    """What a user of ``torch.sparse`` gets."""
-    held = [torch.sparse.to_sparse_semi_structured(masked.clone()) for _ in range(copies)]
-    calls: list[Call] = [partial(dense_linear, x, one) for one in held]
-    calls[0]()
-    return calls
+def error(x: Tensor, weight: Tensor, y: Tensor) -> float:
+    """Relative error of ``y`` against ``x @ weight^T`` in float64, over some evenly spaced tokens."""
+    some = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_TOKENS), device=x.device).long()
+    exact = x[some].double() @ weight.double().T
+    return float((y[some].double() - exact).norm() / exact.norm())
 
 
-def bench_file(results: Path, gpu: str, linear: Linear) -> Path:
-    return results / "bench" / configs.gpu_slug(gpu) / "kernels" / f"{linear.model}-{linear.name}.jsonl"
+def cublas(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare() -> Ready:
+            weights = [given.weight, *(given.weight.clone() for _ in range(copies(x, given.weight.nbytes) - 1))]
+            calls = [partial(dense_linear, x, weight) for weight in weights]
+            return Ready(calls, lambda y: (error(x, given.weight, y), BOUND))
+
+        yield Entry({"implementation": "cublas", "precision": "bf16"}, prepare)
+
+    return entries
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], roof: Roof, started: float) -> None:
-    """One file of a bench: a first line that says where its rows come from, then the rows."""
-    header = {"schema": SCHEMA, "roof": asdict(roof), "provenance": provenance(time.time() - started)}
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in (header, *rows)))
+def compiled(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare() -> Ready:
+            best = torch.compile(dense_linear, mode="max-autotune-no-cudagraphs", dynamic=False)
+            weights = [given.weight, *(given.weight.clone() for _ in range(copies(x, given.weight.nbytes) - 1))]
+            calls = [partial(best, x, weight) for weight in weights]
+            return Ready(calls, lambda y: (error(x, given.weight, y), BOUND))
+
+        if given.compiled:
+            yield Entry({"implementation": "compiled", "precision": "bf16"}, prepare)
+
+    return entries
+
+
+def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    """Both ways to scale, activations quantised by a compiled kernel."""
+    by_row, whole = baselines.fp8_scale(given.weight, dim=1), baselines.fp8_scale(given.weight)
+    quantised = {"rowwise": (by_row, baselines.to_fp8(given.weight, by_row))}
+    quantised["tensorwise"] = (whole, baselines.to_fp8(given.weight, whole))
+
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare(way: str) -> Ready:
+            scale, weight = quantised[way]
+            weights = [weight, *(weight.clone() for _ in range(copies(x, weight.nbytes) - 1))]
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            calls: list[Call]
+            if way == "rowwise":
+                x_scale = baselines.fp8_scale(x, dim=1)
+                rowwise = torch.compile(baselines.fp8_rowwise)
+                calls = [partial(rowwise, x, one, scale) for one in weights]
+            else:
+                x_scale = baselines.fp8_scale(x)
+                tensorwise = torch.compile(baselines.fp8_tensorwise)
+                calls = [partial(tensorwise, x, one, scale, x_scale) for one in weights]
+
+            def check(y: Tensor) -> tuple[float, float]:
+                x8 = baselines.to_fp8(x, x_scale).double() * x_scale
+                return error(x8, weight.double() * scale, y), FP8_BOUND
+
+            return Ready(calls, check)
+
+        for way in quantised:
+            yield Entry({"implementation": f"fp8_{way}", "precision": "fp8"}, partial(prepare, way))
+
+    return entries
+
+
+def int4(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare() -> Ready:
+            values, scale = baselines.to_int4(given.weight)
+            packed, scales = baselines.pack_int4(values, scale)
+            weights = [packed, *(packed.clone() for _ in range(copies(x, packed.nbytes) - 1))]
+            calls = [partial(baselines.int4, x, one, scales) for one in weights]
+            return Ready(calls, lambda y: (error(x, baselines.from_int4(values, scale), y), BOUND))
+
+        if len(x) <= INT4_TOKENS:
+            yield Entry({"implementation": "int4", "precision": "int4"}, prepare)
+
+    return entries
+
+
+def libraries(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    """cuSPARSELt with its own search for the fastest algorithm, bfloat16 and FP8, and what ``torch.sparse`` gives."""
+
+    def entries(x: Tensor) -> Iterator[Entry]:
+        if given.half is None:
+            return
+        variant, mask = given.half
+        # cuSPARSELt takes tokens by eight at least.
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
+
+        def cusparselt() -> Ready:
+            masked = mask.apply(given.weight)
+            held = [torch._cslt_compress(masked) for _ in range(copies(x, masked.nbytes))]
+            algorithm = int(torch._cslt_sparse_mm_search(held[0], padded.T, transpose_result=True))
+
+            def multiply(weight: Tensor) -> Tensor:
+                return torch._cslt_sparse_mm(weight, padded.T, transpose_result=True, alg_id=algorithm)[: len(x)]
+
+            return Ready([partial(multiply, one) for one in held], lambda y: (error(x, masked, y), BOUND))
+
+        def cusparselt_fp8() -> Ready:
+            # Masked, then quantised: the scale is that of what is kept. It is left to whatever follows to multiply by.
+            masked = mask.apply(given.weight)
+            scale, x_scale = baselines.fp8_scale(masked), baselines.fp8_scale(x)
+            weight = baselines.to_fp8(masked, scale)
+            held = [torch._cslt_compress(weight) for _ in range(copies(x, weight.nbytes))]
+            torch._dynamo.maybe_mark_dynamic(padded, 0)
+            quantise = torch.compile(baselines.to_fp8)
+            how: dict[str, Any] = {"transpose_result": True, "out_dtype": torch.bfloat16}
+            algorithm = int(torch._cslt_sparse_mm_search(held[0], quantise(padded, x_scale).T, **how))
+
+            def multiply(one: Tensor) -> Tensor:
+                return torch._cslt_sparse_mm(one, quantise(padded, x_scale).T, alg_id=algorithm, **how)[: len(x)]
+
+            def check(y: Tensor) -> tuple[float, float]:
+                return error(baselines.to_fp8(x, x_scale).double(), weight.double(), y), FP8_BOUND
+
+            return Ready([partial(multiply, one) for one in held], check)
+
+        def semi_structured() -> Ready:
+            masked = mask.apply(given.weight)
+            made = [torch.sparse.to_sparse_semi_structured(masked.clone()) for _ in range(copies(x, masked.nbytes))]
+            return Ready([partial(dense_linear, x, one) for one in made], lambda y: (error(x, masked, y), BOUND))
+
+        for name, precision, prepare in (
+            ("cusparselt", "bf16", cusparselt),
+            ("cusparselt_fp8", "fp8", cusparselt_fp8),
+            ("semi_structured", "bf16", semi_structured),
+        ):
+            yield Entry({"implementation": name, "precision": precision} | variant.labels, prepare)
+
+    return entries
+
+
+def hybrid(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    """Every variant, with the kernel that the tables choose; dense where they say that packed would be slower."""
+    packed = {variant: pack(given.weight, mask) for variant, mask in given.masks.items()}
+    n, k = given.linear.n, given.linear.k
+
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare(variant: Variant) -> Ready:
+            weight = packed[variant]
+            masked = given.masks[variant].apply(given.weight)
+            about: Labels = {"bytes": weight.nbytes}
+            bound = OVER_CUBLAS * error(x, masked, dense_linear(x, masked))
+            check = lambda y: (error(x, masked, y), bound)  # noqa: E731
+            if x.device.type == "cpu":
+                return Ready([partial(matmul.linear, x, weight)], check, about)
+            config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)))
+            about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
+            if not faster_packed(x.device, weight, [len(x)]):
+                dense = [masked, *(masked.clone() for _ in range(copies(x, masked.nbytes) - 1))]
+                about["fallback"] = "predicted slower than dense"
+                return Ready([partial(dense_linear, x, one) for one in dense], check, about)
+            held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
+            return Ready([partial(dispatch.run, x, one, None, config) for one in held], check, about)
+
+        for variant in packed:
+            labels = {"implementation": "hybrid", "precision": "bf16"} | variant.labels
+            yield Entry(labels, partial(prepare, variant))
+
+    return entries
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (cublas, compiled, fp8, int4, libraries, hybrid)
+
+BENCH = Bench(
+    title="every linear of a model",
+    parts=lambda trial: trial.evaluation.grid.parts,
+    cases=cases,
+    file=lambda trial, part: f"kernels/{trial.pruning.model}-{part.partition(':')[2]}.jsonl",
+)

@@ -2,45 +2,47 @@
 
 Models of the registry's shapes with random weights in bfloat16, PATCH joint over tiles of 128x128, random tokens::
 
-    python -m experiments.bench.learning results llama-3.2-1b
-    torchrun --nproc-per-node 2 -m experiments.bench.learning results llama-3.2-1b
-    python -m experiments.bench.learning results llama-3.1-8b --logits bfloat16 --checkpointing
+    hts bench learning llama-3.2-1b
+    torchrun --nproc-per-node 2 -m experiments bench learning llama-3.2-1b
+    hts bench learning llama-3.1-8b --logits bfloat16 --checkpointing
 
 The step is the same whatever the number of processes: ``--batch`` sequences of 4096 tokens, in micro-batches of
-``--microbatch``. Rows go to ``<results>/bench/<gpu>/learning/``, the learning curve of the steps among them, so that
-one can be laid over the other.
+``--microbatch``. The learning curve of the steps is among the rows, so that one can be laid over the other. Before
+anything is timed, the first step of one block must have the loss that it has with the eager mask and nothing compiled.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import os
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from analysis.rows.format import SCHEMA
-from analysis.rows.jsonl import to_lines
-from experiments.bench.model import build
+from analysis.rows.format import Fact
+from experiments.bench import harness
+from experiments.bench.harness import Lab, Verified
+from experiments.bench.model import build, forget_compiled
 from experiments.data.models import REGISTRY
-from experiments.run.provenance import provenance
 from experiments.studies.trial import definition, digest
-from patch.files import write_atomic
+from patch.errors import UserError, check_name
+from patch.learn import soft_mask
 from patch.learn.distributed import Ranks, joined
-from patch.learn.learner import learn
+from patch.learn.learner import Implementation, learn
 from patch.learn.prior import Prior
-from patch.learn.recipe import PATCH_JOINT, Recipe
-from stoicc.configs import gpu_slug
+from patch.learn.recipe import PATCH_JOINT, LogitDtype, Recipe
 from stoicc.timing import timing
 
 TILE = (128, 128)
 SPARSITY = 0.45
 # Steps that are not timed: they compile, and the fourth micro-batch captures.
 WARMUP = 5
+STEPS = 8
+PART = "learning"
+# How far, relatively, the first step's cross-entropy may be from that of eager masks, which draw other noise.
+BOUND = 0.05
 
 
 class _Enough(Exception):
@@ -57,10 +59,52 @@ class Bench:
     processes: int
 
 
-def steps(bench: Bench, ranks: Ranks, device: str, count: int) -> tuple[list[float], list[dict[str, float]]]:
-    """Seconds of each timed step, and what each step reported."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A bench among its processes.
+
+    Attributes:
+        steps: timed steps.
+    """
+
+    bench: Bench
+    steps: int
+    ranks: Ranks
+    device: str
+
+
+def bench_of(
+    model: str, blocks: int | None, batch: int, microbatch: int, length: int, logits: LogitDtype, checkpointing: bool
+) -> Bench:
+    """What is measured, among the processes that ``torchrun`` started.
+
+    Raises:
+        UserError: if the model is not of the registry, or a field of the recipe is wrong.
+    """
+    check_name("model", model, REGISTRY)
+    recipe = dataclasses.replace(
+        PATCH_JOINT,
+        batch=batch,
+        microbatch=microbatch,
+        length=length,
+        logit_dtype=logits,
+        activation_checkpointing=checkpointing,
+        log_every=10**6,
+        checkpoint_every=10**6,
+    )
+    return Bench(model, blocks or REGISTRY[model].blocks, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def steps(case: Case, blocks: int, count: int, implementation: Implementation | None = None) -> list[dict[str, float]]:
+    """What each of some steps reports.
+
+    Args:
+        blocks: of the model.
+        implementation: as `patch.learn.learner.learn`.
+    """
+    bench, device = case.bench, case.device
     torch.manual_seed(0)
-    model = build(bench.model, device, bench.blocks)
+    model = build(bench.model, device, blocks)
     spec, recipe = REGISTRY[bench.model], bench.recipe
     seen: list[dict[str, float]] = []
 
@@ -70,91 +114,74 @@ def steps(bench: Bench, ranks: Ranks, device: str, count: int) -> tuple[list[flo
 
     def on_step(entry: Mapping[str, float]) -> None:
         seen.append(dict(entry))
-        if len(seen) == count + WARMUP:
+        if len(seen) == count:
             raise _Enough
 
     with tempfile.TemporaryDirectory() as work, contextlib.suppress(_Enough):
         learn(
             model, recipe, batches, sparsity=SPARSITY, tile=TILE, seed=0, prior=Prior(), work=Path(work),
-            device=device, on_step=on_step, ranks=ranks,
+            device=device, on_step=on_step, ranks=case.ranks, implementation=implementation,
         )  # fmt: skip
-    tokens = recipe.batch * recipe.length
-    return [tokens / entry["tokens_per_second"] for entry in seen[WARMUP:]], seen
+    return seen
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("model", choices=REGISTRY)
-    parser.add_argument("--blocks", type=int, help="fewer decoder blocks than the model has")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--microbatch", type=int, default=2, help="sequences a forward pass, of all processes together")
-    parser.add_argument("--length", type=int, default=4096, help="tokens a sequence")
-    parser.add_argument("--logits", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps")
-    asked = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    started = time.time()
-    recipe = dataclasses.replace(
-        PATCH_JOINT,
-        batch=asked.batch,
-        microbatch=asked.microbatch,
-        length=asked.length,
-        logit_dtype=asked.logits,
-        activation_checkpointing=asked.checkpointing,
-        log_every=10**6,
-        checkpoint_every=10**6,
-    )
-    blocks = asked.blocks or REGISTRY[asked.model].blocks
-    with joined(device) as ranks:
-        bench = Bench(asked.model, blocks, recipe, ranks.size)
-        seconds, seen = steps(bench, ranks, device, asked.steps)
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-        if ranks.rank:
-            return
-        gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        write(bench, seconds, seen, peak, gpu, asked.results, started)
+def cases(bench: Bench, parts: Sequence[str], lab: Lab, count: int = STEPS) -> Iterator[tuple[str, Iterator[Case]]]:
+    """The one part, once for all processes together."""
+    with joined(lab.device) as ranks:
+        yield PART, iter([Case(bench, count, ranks, lab.device)])
 
 
-def write(
-    bench: Bench,
-    seconds: list[float],
-    seen: list[dict[str, float]],
-    peak: int,
-    gpu: str,
-    results: Path,
-    started: float,
-) -> None:
-    """Rows in the format of `experiments.run.store`, and a line for the terminal."""
-    spread = timing([1e3 * value for value in seconds])
+def verify(case: Case) -> Verified:
+    """The first step of one block costs what it costs with the eager mask; masks' noise differs, and little else.
+
+    Raises:
+        UserError: if it does not.
+    """
+    eager = Implementation(soft_mask.sampled_weight)
+    fast, plain = (steps(case, 1, 1, way)[0]["cross_entropy"] for way in (None, eager))
+    forget_compiled()
+    error = abs(fast - plain) / plain
+    if not error <= BOUND:
+        raise UserError(f"the first step's cross-entropy is {fast:.4g}, with eager masks {plain:.4g}: not timed")
+    return Verified([Fact("error", error, "1", {"of": "cross_entropy", "bound": BOUND, "status": "ok"})])
+
+
+def time_case(case: Case, verified: Verified, lab: Lab) -> list[Fact]:
+    """The timed steps, and the learning curve of all."""
+    on_gpu = case.device != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seen = steps(case, case.bench.blocks, case.steps + WARMUP)
+    return facts_of(case.bench, seen, torch.cuda.max_memory_allocated() if on_gpu else 0)
+
+
+def facts_of(bench: Bench, seen: Sequence[Mapping[str, float]], peak: int) -> list[Fact]:
+    """Speed of all steps after the first `WARMUP`, memory in bytes, and what each step reported."""
     tokens = bench.recipe.batch * bench.recipe.length
-    # Unlike what is learned, how long it takes depends on how a recipe runs.
-    name = digest(definition(bench))
-    common = {"schema": SCHEMA, "trial": name, "definition": definition(bench), "stage": "bench:learning"}
-    common |= {"stderr": None, "p20": None, "p80": None, "runs": 1, "provenance": provenance(time.time() - started)}
-
-    def row(metric: str, value: float, unit: str, **changes: Any) -> dict[str, Any]:
-        return common | {"metric": metric, "value": value, "unit": unit, "labels": {}} | changes
-
-    rows = [
-        row("step", spread.median, "ms", p20=spread.p20, p80=spread.p80, runs=spread.runs),
-        row("tokens_per_second", 1e3 * tokens / spread.median, "1/s", runs=spread.runs),
-        row("peak_memory", peak, "B", labels={"of": "rank 0"}),
+    spread = timing([1e3 * tokens / entry["tokens_per_second"] for entry in seen[WARMUP:]])
+    facts = [
+        Fact("step", spread.median, "ms", {}, p20=spread.p20, p80=spread.p80, runs=spread.runs),
+        Fact("tokens_per_second", 1e3 * tokens / spread.median, "1/s", {}, runs=spread.runs),
+        Fact("peak_memory", peak, "B", {"of": "rank 0"}),
     ]
     for entry in seen:
         for metric in ("loss", "cross_entropy", "density", "grad_norm"):
-            rows.append(row(metric, entry[metric], "1", labels={"step": int(entry["step"])}))
-    path = results / "bench" / gpu_slug(gpu) / "learning" / f"{bench.model}-{name}.jsonl"
-    write_atomic(path, to_lines(rows))
-    print(
-        f"{bench.model}, {bench.blocks} blocks, {bench.processes} processes, logits {bench.recipe.logit_dtype}: "
-        f"step {spread.median:.1f} ms [{spread.p20:.1f}, {spread.p80:.1f}], "
-        f"{1e3 * tokens / spread.median:.0f} tokens/s, {peak / 2**30:.1f} GiB, "
-        f"losses {[round(entry['loss'], 5) for entry in seen]}"
-    )
-    print(path, flush=True)
+            facts.append(Fact(metric, entry[metric], "1", {"step": int(entry["step"])}))
+    return facts
 
 
-if __name__ == "__main__":
-    main()
+def identity(bench: Bench) -> str:
+    """Unlike what is learned, how long it takes depends on how a recipe runs."""
+    return digest(definition(bench))
+
+
+BENCH = harness.Bench(
+    title="learning",
+    parts=lambda bench: [PART],
+    cases=cases,
+    file=lambda bench, part: f"learning/{bench.model}-{identity(bench)}.jsonl",
+    verify=verify,
+    time=time_case,
+    identity=identity,
+    roof=False,
+)

@@ -1,36 +1,42 @@
-"""End-to-end speed: a whole model with packed weights against the same model dense.
+"""End-to-end speed: a whole model with packed weights against the same model dense, in several precisions.
 
 Any model of LLaMA's form can be timed (`measure`), as it was loaded; ``hts bench model`` makes its own, of a model of
 the registry with random weights, which time does not mind, and random uneven tile maps. All models run the same way,
 the strongest that a user has: every decoder block through ``torch.compile``, whose kernels begin while the one before
 them ends (``TORCHINDUCTOR_ENABLE_PDL=1`` sets the same), the whole pass replayed as a CUDA graph, the cache of keys and
-values preallocated, logits of the last token only.
+values preallocated, logits of the last token only. The dense model that others are compared with computes query, key
+and value as one product, and gate and up, as servers do and as packed weights are.
 
     decode   one step for a batch of sequences that are ``CONTEXT`` tokens long
     prefill  a batch of prompts
 
-Rows go to ``<results>/bench/<gpu>/model/<model>.jsonl``.
+A case is a workload. Its entries are the dense models (part ``model:dense``), or the fused dense model and that whose
+weights are packed at one sparsity (part ``model:25%``). Each must give the logits, of eager blocks, of the dense model
+with the same masked weights, up to the rounding of its precision.
 """
 
-import functools
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from analysis.rows.format import Fact
+from experiments.bench import baselines
+from experiments.bench.harness import SECONDS, Bench, Case, Entry, Lab, Labels, Reading, Ready, read_gpu
 from experiments.bench.kernels import Variant, random_mask
 from experiments.data.models import REGISTRY
-from experiments.studies.trial import Workload
+from experiments.studies.trial import DENSE_PART, ModelGrid, Trial, Workload
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
 from patch.mask import TileShape
-from stoicc import configs
-from stoicc.linear import Report, compile_model
-from stoicc.timing import Call, Timing, time_in_turns
+from stoicc.format import unpack
+from stoicc.linear import Report, compile_model, install, packed_modules
+from stoicc.timing import Call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +44,10 @@ if TYPE_CHECKING:
 CONTEXT = 512
 # Buffers of packed modules whose length differs from block to block with how much is kept.
 VARYING = ("records", "values")
-
+# How often a block may be compiled, for all models and workloads of a process.
+RECOMPILATIONS = 1024
+# How far the last logits may be from those of eager dense blocks, relatively: what is timed must be no other model.
+BOUNDS = {"bf16": 0.05, "fp8": 0.2, "int4": 0.5}
 
 # Architectures whose blocks take what `make_pass` gives them, and whose logits are the head of the normalised states.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,9 +55,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model and workload: microseconds a pass, and the bytes of GPU memory that the model and a pass take."""
+    """Of one model and workload: what was read, in microseconds a pass, and the bytes that model and pass take."""
 
-    time: Timing
+    reading: Reading
     peak: int
 
 
@@ -89,15 +98,21 @@ def build(name: str, device: torch.device | str, blocks: int | None = None) -> "
     return model.eval().requires_grad_(False)
 
 
-def make_hybrid(model: "PreTrainedModel", sparsity: float | Mapping[str, float], tile: TileShape) -> Report:
-    """Pack the model's linears with random uneven maps, all at one sparsity or each at its own, by name."""
+def make_hybrid(
+    model: "PreTrainedModel", sparsity: float | Mapping[str, float], tile: TileShape, keep_dense: bool = True
+) -> Report:
+    """Pack the model's linears with random uneven maps, all at one sparsity or each at its own, by name.
+
+    Args:
+        keep_dense: as `stoicc.linear.compile_model`.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     masks = {}
     for name, linear in prunable_linears(model).items():
         variant = Variant(sparsity[name] if isinstance(sparsity, Mapping) else sparsity, tile, "uneven")
         masks[name] = random_mask(linear.out_features, linear.in_features, variant, linear.weight.abs(), generator)
-    return compile_model(model, masks)
+    return compile_model(model, masks, keep_dense=keep_dense)
 
 
 def prepare(model: "PreTrainedModel") -> None:
@@ -149,35 +164,68 @@ def make_pass(model: "PreTrainedModel", work: Workload, wrap: Callable[[Any], An
     return run
 
 
+def ready(model: "PreTrainedModel", work: Workload, expected: Tensor, bound: float) -> Ready:
+    """A model's pass, compiled, with the peak of memory that it takes.
+
+    Args:
+        model: `prepare` was called on it.
+        expected: the logits that the pass must return.
+        bound: how far from them it may be, relatively.
+    """
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    run = seeded_pass(model, work, partial(torch.compile, dynamic=False))
+
+    def call() -> Tensor:
+        with compiling(RECOMPILATIONS):
+            return run()
+
+    call()  # compiles
+    peak = 0
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before + tensor_bytes(model)
+    return Ready([call], lambda logits: (distance(logits, expected), bound), facts=[Fact("peak_memory", peak, "B", {})])
+
+
+def seeded_pass(model: "PreTrainedModel", work: Workload, wrap: Callable[[Any], Any]) -> Call:
+    """`make_pass` on the same tokens, and cached keys and values, every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_pass(model, work, wrap)
+
+
+def eager_logits(model: "PreTrainedModel", work: Workload) -> Tensor:
+    """What a model's pass returns without compilation."""
+    return seeded_pass(model, work, lambda block: block)()
+
+
+def distance(logits: Tensor, expected: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    return float((logits - expected).double().norm() / expected.double().norm())
+
+
 def measure(models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int) -> dict[str, Speed]:
-    """Time models in turns, on the GPU that they are on, and measure the memory that each takes.
+    """Time models in turns, on the GPU that they are on, with their energy and the memory that each takes.
 
     Args:
         models: by name, each of its own weights; `prepare` is called on them.
         rounds: timed runs of each.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as `prepare`, and if a compiled pass returns something else than the blocks as they are.
     """
-    blocks = max(len(decoder_blocks(model)) for model in models.values())
-    for model in models.values():
+    made: dict[str, Ready] = {}
+    for name, model in models.items():
         prepare(model)
-    compiled = functools.partial(torch.compile, dynamic=False)
-    calls: dict[str, list[Call]] = {}
-    peaks = {}
-    with compiling(limit=64 + 4 * blocks * len(models)):
-        for name, model in models.items():
-            before = torch.cuda.memory_allocated()
-            call = make_pass(model, work, compiled)
-            call()  # compiles
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            torch.cuda.synchronize()
-            peaks[name] = torch.cuda.max_memory_allocated() - before + tensor_bytes(model)
-            calls[name] = [call]
-        times = time_in_turns(calls, rounds, flush=False)
-    return {name: Speed(times[name], peaks[name]) for name in models}
+        made[name] = ready(model, work, eager_logits(model, work), BOUNDS["bf16"])
+        error, bound = made[name].check(made[name].calls[0]())
+        if not error <= bound:
+            raise UserError(f"the {name} model's compiled pass is wrong: its logits are off by {error:.2g}")
+    readings = read_gpu({name: each.calls for name, each in made.items()}, rounds, False, SECONDS)
+    return {name: Speed(readings[name], int(made[name].facts[0].value or 0)) for name in models}
 
 
 @contextmanager
@@ -210,45 +258,95 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def bench_model(
-    name: str,
-    sparsities: Sequence[float],
-    tile: TileShape,
-    workloads: Sequence[Workload],
-    rounds: int,
-    on_done: Callable[[Workload, float], None],
-    device: str = "cuda",
-) -> list[dict[str, Any]]:
-    """Rows of dense and hybrid times for every workload and sparsity, and of the bytes of the masked weights."""
-    dense = build(name, device)
-    rows: list[dict[str, Any]] = []
-    for sparsity in sparsities:
-        hybrid = build(name, device)
-        report = make_hybrid(hybrid, sparsity, tile)
-        cell = {"model": name, "sparsity": sparsity, "tile": list(tile), "tiles": "uneven"}
-        for implementation, size in (("dense", report.bytes_before), ("hybrid", report.bytes_after)):
-            rows.append({"metric": "bytes", "unit": "B", "cell": cell, "implementation": implementation, "value": size})
-        for work in workloads:
-            for implementation, speed in measure({"dense": dense, "hybrid": hybrid}, work, rounds).items():
-                timing = speed.time
-                about = cell | {"kind": work.kind, "batch": work.batch, "length": work.length}
-                measured = {"value": round(timing.median, 2), "p20": round(timing.p20, 2), "p80": round(timing.p80, 2)}
-                rows.append(
-                    {"metric": "time", "unit": "us", "cell": about, "implementation": implementation}
-                    | measured
-                    | {"runs": timing.runs}
-                )
-            on_done(work, sparsity)
-        del hybrid
-        forget_compiled()
-    return rows
+def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, Iterator[Case]]]:
+    """The dense models and each sparsity, with every workload."""
+    grid = trial.evaluation.grid
+    assert isinstance(grid, ModelGrid)
+    dense = build(trial.pruning.model, lab.device, grid.blocks)
+    prepare(dense)
+    largest: dict[str, Tensor] = {}
+    with baselines.watching(dense, largest):
+        expected = {work: eager_logits(dense, work) for work in grid.workloads}
+    fused = baselines.sharing(dense)
+    baselines.fused(fused)
+    of = partial(workloads, trial, lab=lab)
+    if DENSE_PART in parts:
+        models = {"dense": dense, "fused": fused}
+        # Weights of four bits cannot be arranged for its kernel elsewhere.
+        for way in ("fp8_rowwise", "fp8_tensorwise", *(["int4"] if lab.device != "cpu" else [])):
+            models[way] = baselines.sharing(dense)
+            baselines.quantised(models[way], way, largest)
+        yield DENSE_PART, of(DENSE_PART, models, dict.fromkeys(models, expected), {})
+        del models
+    for sparsity in grid.sparsities:
+        if (part := grid.part(sparsity)) in parts:
+            hybrid = baselines.sharing(dense)
+            report = make_hybrid(hybrid, sparsity, grid.tile, keep_dense=False)
+            masked = unpacked(hybrid)
+            logits = {"fused": expected, "hybrid": {work: eager_logits(masked, work) for work in grid.workloads}}
+            del masked
+            labels = {"sparsity": sparsity, "tile": list(grid.tile), "tiles": "uneven", "bytes": report.bytes_after}
+            about: dict[str, Labels] = {"fused": {"bytes": report.bytes_before}, "hybrid": labels}
+            yield part, of(part, {"fused": fused, "hybrid": hybrid}, logits, about)
+            del hybrid
+    forget_compiled()
+
+
+def workloads(
+    trial: Trial,
+    part: str,
+    models: Mapping[str, "PreTrainedModel"],
+    expected: Mapping[str, Mapping[Workload, Tensor]],
+    about: Mapping[str, Labels],
+    lab: Lab,
+) -> Iterator[Case]:
+    """Every workload with some models.
+
+    Args:
+        models: by their implementation.
+        expected: logits of each model and workload.
+        about: labels of each model.
+    """
+    grid = trial.evaluation.grid
+    assert isinstance(grid, ModelGrid)
+    for model in models.values():
+        prepare(model)
+    for done, work in enumerate(grid.workloads):
+        gc.collect()
+        lab.progress(f"{trial.pruning.model} {part.partition(':')[2]}", done, len(grid.workloads))
+        entries = []
+        for implementation, model in models.items():
+            precision = implementation.partition("_")[0]
+            precision = precision if precision in BOUNDS else "bf16"
+            # The kernel of 4-bit weights is for decoding.
+            if precision != "int4" or work.kind == "decode":
+                labels = {"implementation": implementation, "precision": precision} | about.get(implementation, {})
+                prepared = partial(ready, model, work, expected[implementation][work], BOUNDS[precision])
+                entries.append(Entry(labels, prepared))
+        cell = {"model": trial.pruning.model, "kind": work.kind, "batch": work.batch, "length": work.length}
+        yield Case(cell, entries, grid.rounds, flush=False, tokens=work.batch * work.length)
+        del entries
+
+
+def unpacked(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy of a packed model that computes dense, with the weights that the packed ones stand for."""
+    copied = baselines.sharing(model)
+    for module in packed_modules(copied):
+        install(copied, baselines.DenseLinear(module.parts, unpack(module.checked()), module.bias))
+    return copied
 
 
 def forget_compiled() -> None:
     """Drop compiled blocks, which hold on to nothing of models that are gone, and give memory back."""
+    gc.collect()
     torch._dynamo.reset()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def bench_file(results: Path, gpu: str, model: str) -> Path:
-    return results / "bench" / configs.gpu_slug(gpu) / "model" / f"{model}.jsonl"
+BENCH = Bench(
+    title="a whole model, end to end",
+    parts=lambda trial: trial.evaluation.grid.parts,
+    cases=cases,
+    file=lambda trial, part: f"model/{trial.pruning.model}.jsonl",
+)

@@ -1,29 +1,23 @@
 """How fast soft masks are built: the fused mask beside the eager one, and what a step of learning costs with each.
 
 The linears of LLaMA-3.2-1B, random weights in bfloat16, tiles of 128x128, logits in float32 and bfloat16, one process,
-one GPU::
-
-    python -m experiments.bench.soft_mask [results directory]
+one GPU.
 
 First the fused mask is compared with the eager one in float64 on every shape, given the same noise: values, sums and
-gradients, and that it repeats bit by bit. Nothing is timed if that fails. Then, in turns:
+gradients, and that it repeats bit by bit. What is wrong is not timed. Then, in turns:
 
 * forward and backward pass of every mask of the model (`time`: launches queued ahead of the GPU; `time_with_host`: as
   Python launches them), and the peak of transient memory, one weight at a time and with a block's masks held at once;
 * a whole step of learning on 1 x 4096 tokens, and that of the frozen model alone: forward pass and backward pass to the
   embeddings.
-
-Rows go to ``<results>/bench/<gpu>/relax.jsonl``, in the format of `experiments.run.store`.
 """
 
 import contextlib
 import dataclasses
 import gc
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.rows.format import SCHEMA
-from analysis.rows.jsonl import to_lines
-from experiments.bench import model
+from analysis.rows.format import Fact
+from experiments.bench import harness, model
+from experiments.bench.harness import Lab, Verified
 from experiments.data.models import REGISTRY
-from experiments.run.provenance import provenance
-from experiments.studies.trial import definition, key
 from patch.errors import UserError
-from patch.files import write_atomic
 from patch.layers import decoder_blocks
 from patch.learn import philox, soft_mask, soft_mask_triton
 from patch.learn.cuda_graph import Replayed
@@ -48,11 +39,11 @@ from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Temperatures
 from patch.learn.soft_mask import Masked, SampledWeight
 from patch.mask import GROUP, TileShape, tile_grid
-from stoicc.configs import gpu_slug
 from stoicc.timing import Timing, timing
 
 MODEL = "llama-3.2-1b"
 MODES = ("joint", "tile", "maskllm")
+MASKS_PART, STEPS_PART = "soft_mask:masks", "soft_mask:steps"
 # Of the masks that are timed.
 TEMPERATURES = Temperatures(2.0, 300.0, 190.0)
 # Steps of learning that are not timed: they compile, and the fourth captures.
@@ -96,21 +87,8 @@ class Weight:
         return [logits for logits in (self.patterns, self.tiles) if logits is not None and logits.requires_grad]
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One measurement."""
-
-    metric: str
-    value: float
-    unit: str
-    labels: dict[str, Any]
-    p20: float | None = None
-    p80: float | None = None
-    runs: int = 1
-
-
 def _times(metric: str, spread: Timing, labels: dict[str, Any]) -> Fact:
-    return Fact(metric, spread.median, "ms", labels, spread.p20, spread.p80, spread.runs)
+    return Fact(metric, spread.median, "ms", labels, p20=spread.p20, p80=spread.p80, runs=spread.runs)
 
 
 def draw(
@@ -191,17 +169,48 @@ def compare(
     return facts
 
 
-def check(bench: Bench) -> list[Fact]:
-    """Every shape of the bench and some odd ones, every mode, from the first step's temperatures to the last one's."""
+@dataclass(frozen=True)
+class Case:
+    """Masks of one mode, with logits of one dtype: verified, then timed, alone or within steps of learning."""
+
+    bench: Bench
+    mode: str
+    logits: torch.dtype
+    steps: bool
+
+
+def cases(bench: Bench, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, Iterator[Case]]]:
+    """Masks of every mode, then steps."""
+    torch.manual_seed(0)
+    if MASKS_PART in parts:
+        both = (torch.float32, torch.bfloat16)
+        wanted = ((mode, logits) for mode in MODES for logits in (both if mode == "joint" else both[:1]))
+        yield MASKS_PART, (Case(bench, mode, logits, steps=False) for mode, logits in wanted)
+    if STEPS_PART in parts:
+        yield STEPS_PART, iter([Case(bench, "joint", torch.float32, steps=True)])
+
+
+def verify(case: Case) -> Verified:
+    """Every shape of the bench and some odd ones, from the first step's temperatures to the last one's.
+
+    Raises:
+        UserError: if a mask is wrong.
+    """
+    bench = case.bench
     schedule = [Temperatures(4.0, 100.0, 25.0), Temperatures(2.0, 300.0, 190.0), Temperatures(0.05, 500.0, 350.0)]
-    cases = [(shape, bench.tile) for shape in dict.fromkeys(shape for _, shape in bench.linears)]
-    cases += [((576, 1536), (64, 64)), ((1000, 1004), (96, 100)), ((300, 500), (300, 500)), ((64, 2048), (1, 2048))]
+    shapes = [(shape, bench.tile) for shape in dict.fromkeys(shape for _, shape in bench.linears)]
+    shapes += [((576, 1536), (64, 64)), ((1000, 1004), (96, 100)), ((300, 500), (300, 500)), ((64, 2048), (1, 2048))]
     facts = []
-    for shape, tile in cases:
-        for mode in MODES:
-            for logits in (torch.float32, torch.bfloat16):
-                for temperatures in schedule:
-                    facts += compare(shape, mode, tile, logits, temperatures)
+    for shape, tile in shapes:
+        for temperatures in schedule:
+            facts += compare(shape, case.mode, tile, case.logits, temperatures)
+    return Verified(facts)
+
+
+def time_case(case: Case, verified: Verified, lab: Lab) -> list[Fact]:
+    """What `measure_steps` or `measure_masks` finds."""
+    facts = measure_steps(case.bench) if case.steps else measure_masks(case.bench, case.mode, case.logits)
+    torch.cuda.empty_cache()
     return facts
 
 
@@ -413,44 +422,12 @@ def measure_steps(bench: Bench) -> list[Fact]:
     return facts
 
 
-def write(bench: Bench, facts: Sequence[Fact], results: Path, started: float) -> Path:
-    """All rows, at once."""
-    path = results / "bench" / gpu_slug(torch.cuda.get_device_name()) / "relax.jsonl"
-    common = {"schema": SCHEMA, "trial": key(bench), "definition": definition(bench), "stage": "bench:relax"}
-    origin = {"stderr": None, "provenance": provenance(time.time() - started)}
-    write_atomic(path, to_lines(common | dataclasses.asdict(fact) | origin for fact in facts))
-    return path
-
-
-def report(facts: Sequence[Fact]) -> None:
-    """What was measured, a line each."""
-    for fact in facts:
-        spread = "" if fact.p20 is None else f"  [{fact.p20:.2f}, {fact.p80:.2f}]"
-        value = f"{fact.value / 2**30:.3f} GiB" if fact.unit == "B" else f"{fact.value:.3f} {fact.unit}"
-        print(f"{fact.metric:17} {value:>14}{spread:20} {json.dumps(fact.labels)}", flush=True)
-
-
-def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this needs a CUDA GPU: torch sees none")
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("results")
-    started, bench = time.time(), Bench()
-    torch.manual_seed(0)
-    facts = check(bench)
-    worst = max(facts, key=lambda fact: fact.value)
-    print(f"right in {len(facts)} comparisons, {time.time() - started:.0f} s; the largest error:")
-    report([worst])
-    for mode in MODES:
-        for logits in (torch.float32, torch.bfloat16) if mode == "joint" else (torch.float32,):
-            facts += (measured := measure_masks(bench, mode, logits))
-            report(measured)
-            torch.cuda.empty_cache()
-    # Kept even if a step should fail.
-    write(bench, facts, results, started)
-    facts += (measured := measure_steps(bench))
-    report(measured)
-    print(write(bench, facts, results, started))
-
-
-if __name__ == "__main__":
-    main()
+BENCH = harness.Bench(
+    title="soft masks and steps of learning",
+    parts=lambda bench: [MASKS_PART, STEPS_PART],
+    cases=cases,
+    file=lambda bench, part: "soft_mask.jsonl",
+    verify=verify,
+    time=time_case,
+    roof=False,
+)

@@ -2,18 +2,25 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
 
-from experiments.cli.options import console
+from experiments.cli.options import Results, console
 from patch.errors import UserError
 
 bench = typer.Typer(help="Time kernels and models on this GPU, side by side with dense and 2:4 libraries.")
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model of the registry; may be repeated.")]
-Results = Annotated[Path, typer.Option(help="Results directory.")]
+DEFAULT_RESULTS = Path("results")
+Again = Annotated[bool, typer.Option(help="Measure again what has rows.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="A git revision to compare with on this machine: this one, it, this one again. Writes no rows."),
+]
+Sparsities = Annotated[list[float] | None, typer.Option(help="Share of zeros; may be repeated.")]
 Rounds = Annotated[int | None, typer.Option(help="Timed runs of each implementation.")]
 
 
@@ -52,83 +59,140 @@ def tune(
 
 @bench.command()
 def kernels(
+    context: typer.Context,
     model: Models = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated.")] = None,
+    sparsity: Sparsities = None,
     quick: Annotated[
-        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; less than two minutes.")
+        bool, typer.Option(help="LLaMA-2-7B, tiles of 128x128, 1, 16 and 4096 tokens; a few minutes.")
     ] = False,
     compiled: Annotated[bool, typer.Option(help="Also time torch.compile in max-autotune mode (slow).")] = False,
     rounds: Rounds = None,
-    again: Annotated[bool, typer.Option(help="Measure linears again whose rows are there.")] = False,
-    results: Results = Path("results"),
+    again: Again = False,
+    results: Results = DEFAULT_RESULTS,
+    base: Base = None,
 ) -> None:
-    """Time every linear of the models at several sparsities, and print the speedup over dense."""
-    import torch
-
-    from analysis.tables.kernels import kernel_table, load_bench
-    from analysis.tables.render import markdown
-    from analysis.tables.study import title
-    from experiments.bench import kernels
+    """Time every linear of the models, hybrid, dense of several precisions and 2:4, and print the speedups."""
+    from experiments.studies.build import dense
     from experiments.studies.speed import TIMED
-    from experiments.studies.trial import KernelGrid
-    from stoicc.timing import measure_roof
+    from experiments.studies.trial import Evaluation, KernelGrid, Trial
 
-    _gpu()
-    gpu, grid = torch.cuda.get_device_name(), KernelGrid()
-    names = model or (("llama-2-7b",) if quick else tuple(TIMED))
-    counts = tuple(tokens or ((1, 16, 4096) if quick else grid.tokens))
-    linears = [linear for name in names for linear in kernels.fused_linears(name)]
-    paths = [kernels.bench_file(results, gpu, linear) for linear in linears]
-    missing = [(linear, path) for linear, path in zip(linears, paths, strict=True) if again or not path.exists()]
-    with Progress(console=console) as progress:
-        task = progress.add_task("timing", total=len(missing) * len(counts))
-        for linear, path in missing:
-            started = time.time()
-            tiles = ((128, 128),) if quick else TIMED.get(linear.model, ((128, 128),))
-            rows = kernels.bench_linear(
-                linear,
-                counts,
-                tiles,
-                grid.sparsities,
-                rounds or grid.rounds,
-                compiled,
-                lambda _: progress.advance(task),
-            )
-            kernels.write_rows(path, rows, measure_roof(), started)
-    frame = load_bench(paths)
-    for name in dict.fromkeys(frame.model):
-        table = markdown(kernel_table(frame[frame.model == name]))
-        console.print(f"{title(f'kernels-{name}')}\n\n{table}\n", soft_wrap=True)
+    grid = KernelGrid()
+    trials = []
+    for name in model or (("llama-2-7b",) if quick else tuple(TIMED)):
+        own = KernelGrid(
+            tokens=tuple(tokens or ((1, 16, 4096) if quick else grid.tokens)),
+            tiles=((128, 128),) if quick else TIMED.get(name, ((128, 128),)),
+            sparsities=tuple(sparsity or grid.sparsities),
+            rounds=rounds or grid.rounds,
+            compiled=compiled,
+        )
+        trials.append(Trial(dense(name), Evaluation((), grid=own)))
+    _run("kernels", trials, results, again, base, context)
 
 
 @bench.command(name="model")
 def whole_model(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A model of the registry.")] = "llama-2-7b",
-    sparsity: Annotated[list[float] | None, typer.Option(help="Target sparsity; may be repeated.")] = None,
+    sparsity: Sparsities = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help="Such as decode@16x1 or prefill@8x2048; may be repeated.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="Fewer decoder blocks than the model has.")] = None,
     rounds: Rounds = None,
-    results: Results = Path("results"),
+    again: Again = False,
+    results: Results = DEFAULT_RESULTS,
+    base: Base = None,
 ) -> None:
-    """Time decoding and prefill of a whole model, hybrid against dense, and print the speedup."""
-    import torch
+    """Time decoding and prefill of a whole model, hybrid and dense of several precisions, with energy and memory."""
+    from experiments.studies.build import dense
+    from experiments.studies.trial import WORKLOADS, Evaluation, ModelGrid, Trial, Workload
 
-    from analysis.tables.kernels import load_bench, model_table
+    grid = ModelGrid(
+        sparsities=tuple(sparsity or ModelGrid.sparsities),
+        workloads=tuple(map(Workload.named, workload)) if workload else WORKLOADS,
+        rounds=rounds or ModelGrid.rounds,
+        blocks=blocks,
+    )
+    _run("model", [Trial(dense(model), Evaluation((), grid=grid))], results, again, base, context)
+
+
+@bench.command(name="soft_mask")
+def soft_masks(
+    context: typer.Context, again: Again = False, results: Results = DEFAULT_RESULTS, base: Base = None
+) -> None:
+    """Time the soft masks of LLaMA-3.2-1B, fused and eager, and steps of learning with each."""
+    from experiments.bench.soft_mask import Bench
+
+    _run("soft_mask", [Bench()], results, again, base, context)
+
+
+@bench.command()
+def learning(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model of the registry.")],
+    blocks: Annotated[int | None, typer.Option(help="Fewer decoder blocks than the model has.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    microbatch: Annotated[int, typer.Option(help="Sequences a forward pass, of all processes together.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 4096,
+    logits: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of logits.")] = "float32",
+    checkpointing: Annotated[bool, typer.Option(help="Recompute each block in the backward pass.")] = False,
+    again: Again = False,
+    results: Results = DEFAULT_RESULTS,
+    base: Base = None,
+) -> None:
+    """Time steps of learning PATCH joint, on one GPU or, under torchrun, on several."""
+    from experiments.bench.learning import bench_of
+
+    wanted = bench_of(model, blocks, batch, microbatch, length, logits, checkpointing)
+    _run("learning", [wanted], results, again, base, context)
+
+
+def _run(
+    name: str, definitions: Sequence[Any], results: Path, again: bool, base: str | None, context: typer.Context
+) -> None:
+    """Measure what is missing of a bench's definitions, and print the tables of all its rows; or compare revisions."""
     from analysis.tables.render import markdown
-    from experiments.bench.kernels import write_rows
-    from experiments.bench.model import bench_file, bench_model
-    from experiments.studies.trial import WORKLOADS, ModelGrid
-    from stoicc.timing import measure_roof
+    from experiments.bench import harness, rows
+    from experiments.bench.registry import BENCHES
+    from experiments.publish import reports
+    from experiments.run.progress import shown
 
     _gpu()
-    started = time.time()
-    sparsities = tuple(sparsity or ModelGrid.sparsities)
-    path = bench_file(results, torch.cuda.get_device_name(), model)
-    with Progress(console=console) as progress:
-        task = progress.add_task("timing", total=len(sparsities) * len(WORKLOADS))
-        rows = bench_model(
-            model, sparsities, ModelGrid.tile, WORKLOADS, rounds or ModelGrid.rounds, lambda *_: progress.advance(task)
-        )
-    write_rows(path, rows, measure_roof(), started)
-    console.print(markdown(model_table(load_bench([path]))), soft_wrap=True)
+    if base is not None:
+        from experiments.bench.base import compare
+
+        console.print(markdown(compare(base, [name, *_arguments(context)])), soft_wrap=True)
+        return
+    bench, gpu = BENCHES[name], _gpu_name()
+    # Under torchrun all processes work, and the first one tells.
+    first = os.environ.get("RANK", "0") == "0"
+    with shown(console, quiet=not first) as progress:
+        lab = harness.Lab("cuda", progress=progress)
+        for wanted in definitions:
+            parts = bench.parts(wanted) if again else rows.missing(bench, wanted, results, gpu)
+            for part, facts, seconds in harness.measure(bench, wanted, parts, lab):
+                if first:
+                    rows.write(bench, wanted, part, facts, seconds, rows.path_of(bench, wanted, part, results, gpu))
+    paths = {rows.path_of(bench, wanted, part, results, gpu) for wanted in definitions for part in bench.parts(wanted)}
+    for title, table in reports.bench_tables(sorted(paths)).items() if first else ():
+        console.print(f"{title}\n\n{markdown(table)}\n", soft_wrap=True)
+    for path in sorted(paths) if first else ():
+        console.print(str(path), soft_wrap=True)
+
+
+def _arguments(context: typer.Context) -> list[str]:
+    """What this command was given, for another revision: all but where results go and what to compare with."""
+    found: list[str] = []
+    for parameter in context.command.params:
+        value, name = context.params.get(parameter.name or ""), parameter.opts[-1]
+        if parameter.name in ("results", "base", "again") or value in (None, False, [], ()):
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            named = [] if parameter.param_type_name == "argument" else [name]
+            found += [*named, *([] if each is True else [str(each)])]
+    return found
 
 
 @bench.command()
@@ -136,7 +200,7 @@ def report(
     gpu: Annotated[
         str | None, typer.Option(help="A folder of <results>/bench, such as nvidia-h200; all by default.")
     ] = None,
-    results: Results = Path("results"),
+    results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Print the tables of what was measured, GPU by GPU, and draw their figures."""
     from analysis.figures.style import save_figure
@@ -153,6 +217,12 @@ def report(
                 console.print(str(path))
     if not gpu and not folders:
         raise UserError(f"{results / 'bench'} has no rows of any GPU: run `hts bench kernels` on one")
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _gpu() -> "torch.device":  # type: ignore[name-defined]  # noqa: F821

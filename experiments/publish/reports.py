@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from analysis.figures.study import Drawing, kernel_drawings, plot_study
+from analysis.figures.study import kernel_drawings, plot_study
 from analysis.page import report
 from analysis.rows.load import load_rows
-from analysis.tables.kernels import kernel_table, load_bench, model_table
+from analysis.tables.kernels import load_bench, speed_tables
 from analysis.tables.learning import learning_tables
 from analysis.tables.render import Table, render
 from analysis.tables.study import study_tables, title
@@ -92,20 +92,31 @@ def speed(folder: Path) -> report.Speed:
     Raises:
         UserError: if nothing was timed there, or a file is damaged.
     """
-    tables: list[tuple[str, Table]] = []
-    figures: list[Drawing] = []
-    kernels = sorted((folder / "kernels").glob("*.jsonl"))
-    if kernels:
-        rows = load_bench(kernels)
-        for model in dict.fromkeys(rows.model):
-            tables.append((title(f"kernels-{model}"), kernel_table(rows[rows.model == model])))
-        figures += kernel_drawings(rows)
-    for path in sorted((folder / "model").glob("*.jsonl")):
-        tables.append((title(f"model-{path.stem}"), model_table(load_bench([path]))))
-    tables += learning_tables(folder).items()
+    paths = sorted(folder.rglob("*.jsonl"))
+    tables = bench_tables(paths)
     if not tables:
         raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
-    return report.Speed(folder.name, tuple(tables), tuple(figures))
+    kernels = [path for path in paths if path.parent.name == "kernels"]
+    figures = kernel_drawings(load_bench(kernels)) if kernels else []
+    return report.Speed(folder.name, tuple(tables.items()), tuple(figures))
+
+
+def bench_tables(paths: Iterable[Path]) -> dict[str, Table]:
+    """The tables of files that benches of one GPU wrote, by title.
+
+    Raises:
+        UserError: if one is damaged.
+    """
+    paths = list(paths)
+    found: dict[str, Table] = {}
+    kernels = [path for path in paths if path.parent.name == "kernels"]
+    models = [path for path in paths if path.parent.name == "model"]
+    for group in [kernels] * bool(kernels) + [[path] for path in models]:
+        found |= {title(name): table for name, table in speed_tables(load_bench(group)).items()}
+    folders = {path.parent.parent if path.parent.name == "learning" else path.parent for path in paths}
+    for folder in sorted(folders - {path.parent for path in (*kernels, *models)}):
+        found |= learning_tables(folder)
+    return found
 
 
 def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:

@@ -9,7 +9,7 @@
 Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and dense), ``disk_bytes`` and
 ``packed_agreement`` (the share of their elements that unpack as they were); ``packed_perplexity``,
 ``unpacked_perplexity``, ``logit_disagreement`` and ``logit_rounding``; ``dense_time``, ``packed_time``, ``speedup`` and
-``peak_memory`` (label ``implementation``). What should agree has the label ``agrees``.
+``peak_memory`` and ``energy`` (label ``implementation``). What should agree has the label ``agrees``.
 
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
 what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.unstructured`.
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
     from experiments.bench.model import Speed
 
+# The label ``dense`` of speeds whose dense model computes query, key and value, and gate and up, as one; older rows
+# have none, and are over a dense model with separate projections.
+FUSED = "fused"
 LOGIT_BOUND = 2.0
 PERPLEXITY_BOUND = 0.005
 
@@ -306,9 +309,12 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     if not artefact.machine.can_time:
         return skipped(artefact.machine), {}
+    from experiments.bench import baselines
     from experiments.bench.model import measure
 
-    pair = {"dense": artefact.dense}
+    dense = baselines.sharing(artefact.dense)
+    baselines.fused(dense)
+    pair = {"dense": dense}
     if artefact.pruning.method != "dense":
         pair["packed"] = artefact.packed
     return speed_facts(measure(pair, work, about.rounds), work, {"dtype": _name(artefact.unpacked.dtype)}), {}
@@ -317,20 +323,22 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
 def _carried(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     if not artefact.machine.can_time:
         return skipped(artefact.machine), {}
-    from experiments.bench import model
+    from experiments.bench import baselines, model
 
     model.forget_compiled()
     spec = models.REGISTRY[shape]
     masks = load_masks(artefact.source)
     assert artefact.pruning.tile is not None
     tile = about.carried_tile or projected.carried_tile(artefact.pruning.tile, spec)
-    dense, hybrid = (model.build(shape, artefact.machine.device) for _ in range(2))
+    dense = model.build(shape, artefact.machine.device)
+    hybrid = baselines.sharing(dense)
     shares = projected.carried_shares(masks, spec)
     # Names end in block, part and kind: model.layers.3.self_attn.q_proj.
     sparsity = {
         name: (1 - shares[int(name.split(".")[2]), name.rpartition(".")[2]]) / 2 for name in prunable_linears(hybrid)
     }
     report = model.make_hybrid(hybrid, sparsity, tile)
+    baselines.fused(dense)
     labels = {"carried": True, "shape": shape, "tile": list(tile), "own_tile": tile == artefact.pruning.tile}
     facts = [
         Fact("packed_bytes", report.bytes_after, "B", labels),
@@ -349,14 +357,20 @@ def speed_facts(speeds: "dict[str, Speed]", work: Workload, about: dict[str, obj
         speeds: of ``dense`` and, but for the dense model itself, whose speedup is 1 by definition, of ``packed``.
         about: further labels.
     """
-    labels = about | {"kind": work.kind, "batch": work.batch, "length": work.length}
+    labels = about | {"kind": work.kind, "batch": work.batch, "length": work.length, "dense": FUSED}
     facts = []
     for name, speed in speeds.items():
-        middle, low, high = (round(time, 2) for time in (speed.time.median, speed.time.p20, speed.time.p80))
-        facts.append(Fact(f"{name}_time", middle, "us", labels, None, low, high, speed.time.runs))
-        facts.append(Fact("peak_memory", speed.peak, "B", labels | {"implementation": name}))
+        time, of = speed.reading.time, {"implementation": name}
+        middle, low, high = (round(each, 2) for each in (time.median, time.p20, time.p80))
+        state = {"clock": speed.reading.clock, "power": speed.reading.power}
+        facts.append(Fact(f"{name}_time", middle, "us", labels | state, None, low, high, time.runs))
+        facts.append(Fact("peak_memory", speed.peak, "B", labels | of))
+        if speed.reading.steady:
+            energy = speed.reading.steady.energy / (work.batch * work.length)
+            facts.append(Fact("energy", float(f"{energy:.5g}"), "J/token", labels | of))
     if "packed" in speeds:
-        facts.append(Fact("speedup", speeds["dense"].time.median / speeds["packed"].time.median, "1", labels))
+        ratio = speeds["dense"].reading.time.median / speeds["packed"].reading.time.median
+        facts.append(Fact("speedup", ratio, "1", labels))
     else:
         facts.append(Fact("speedup", 1.0, "1", labels | {"by_definition": True}))
     return facts

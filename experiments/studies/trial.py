@@ -9,6 +9,7 @@ computed once, however many masks are learned from it.
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -202,6 +203,18 @@ class Workload:
     def __str__(self) -> str:
         return f"{self.kind}@{self.batch}x{self.length}"
 
+    @classmethod
+    def named(cls, text: str) -> "Workload":
+        """The workload that reads so.
+
+        Raises:
+            UserError: if it is none.
+        """
+        found = re.fullmatch(r"(decode|prefill)@([1-9]\d*)x([1-9]\d*)", text)
+        if not found or (found[1] == "decode" and found[3] != "1"):
+            raise UserError(f"workload '{text}': give KIND@BATCHxLENGTH, such as decode@16x1 or prefill@8x2048")
+        return cls(found[1], int(found[2]), int(found[3]))
+
 
 WORKLOADS = (
     Workload("decode", 1, 1),
@@ -229,6 +242,11 @@ class Packed:
     carried_tile: TileShape | None = None
 
 
+# Linears of a decoder block, siblings fused: query, key and value, and gate and up.
+LINEARS = ("qkv", "o", "gate_up", "down")
+DENSE_PART = "model:dense"
+
+
 @dataclass(frozen=True)
 class KernelGrid:
     """Every linear of a model of the registry, timed with random weights against dense and 2:4 libraries.
@@ -241,11 +259,16 @@ class KernelGrid:
         compiled: also time ``torch.compile`` in max-autotune mode, which takes seconds to compile for each product.
     """
 
-    tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 512, 2048, 4096, 8192)
+    tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     tiles: tuple[TileShape, ...] = ((128, 128),)
     sparsities: tuple[float, ...] = (0.0, 0.25, 0.35, 0.45, 0.5)
     rounds: int = 15
     compiled: bool = False
+
+    @property
+    def parts(self) -> list[str]:
+        """What is measured one after the other, each a stage: the linears of a block."""
+        return [f"kernels:{name}" for name in LINEARS]
 
 
 @dataclass(frozen=True)
@@ -257,12 +280,22 @@ class ModelGrid:
         tile: shape of tiles.
         workloads: what is timed.
         rounds: timed runs of each implementation.
+        blocks: fewer decoder blocks than the model has, to try out something; None for all.
     """
 
-    sparsities: tuple[float, ...] = (0.25, 0.35, 0.45)
+    sparsities: tuple[float, ...] = (0.0, 0.25, 0.35, 0.45, 0.5)
     tile: TileShape = (128, 128)
     workloads: tuple[Workload, ...] = WORKLOADS
     rounds: int = 10
+    blocks: int | None = field(default=None, metadata={"added": True})
+
+    @property
+    def parts(self) -> list[str]:
+        """What is measured one after the other, each a stage: the dense models, then each sparsity."""
+        return [DENSE_PART, *(self.part(sparsity) for sparsity in self.sparsities)]
+
+    def part(self, sparsity: float) -> str:
+        return f"model:{100 * sparsity:g}%"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pytest
 
 from analysis.figures.study import kernel_drawings
 from analysis.figures.style import png_bytes
-from analysis.tables.kernels import kernel_table, load_bench
-from analysis.tables.render import shown_cells
+from analysis.tables.kernels import SUPERSEDED, kernel_table, load_bench, speed_tables
+from analysis.tables.render import MISSING, shown_cells
+from analysis.tables.study import title
 from patch.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +29,7 @@ def kernels(gpu: str) -> list[Path]:
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_committed_product_was_right(gpu: str) -> None:
     frame = load_bench(kernels(gpu))
-    hybrid = frame[frame.implementation == "hybrid"]
+    hybrid = frame[(frame.implementation == "hybrid") & (frame.metric == "time")]
     measured = hybrid[hybrid.fallback.isna()]
     assert len(measured) > 900
     assert (measured.status == "ok").all()
@@ -55,7 +56,7 @@ def test_speedup_is_over_the_fastest_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "line 1"), ('{"schema": 9}\n', "schema 1"), ("", "schema 1"), (None, "no such bench file")],
+    [("{", "line 1"), ('{"schema": 9}\n', "schema 1 to 3"), ("", "schema 1 to 3"), (None, "no such bench file")],
     ids=["cut", "other-schema", "empty", "missing"],
 )
 def test_what_is_not_a_bench_file_is_named(text: str | None, message: str, tmp_path: Path) -> None:
@@ -72,3 +73,44 @@ def test_figures_are_drawn_of_every_model() -> None:
     assert drawings[-1].name == "roof" and all("128x128" in drawing.caption for drawing in drawings)
     assert all("H200" in drawing.caption for drawing in drawings)
     assert len(png_bytes(drawings[0].figure)) > 5000
+
+
+def test_speedups_are_over_dense_of_the_same_precision_and_over_bfloat16(tmp_path: Path) -> None:
+    variant = {"sparsity": 0.5, "tile": [128, 128], "tiles": "even"}
+    eight = {"precision": "fp8"}
+    rows = [
+        HEADER,
+        row("cublas", 12.0),
+        row("fp8_rowwise", 8.0, **eight),
+        row("fp8_tensorwise", 6.0, **eight),
+        row("hybrid", 8.0, **variant),
+        row("hybrid", 4.0, **variant, **eight),
+        row("cusparselt_fp8", 5.0, **variant, **eight),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tables = speed_tables(load_bench([path]))
+    assert {name: shown_cells(table) for name, table in tables.items()} == {
+        "kernels-m": [["1", "1.50", MISSING, "2.00"]],
+        "kernels fp8-m": [["1", "1.50", "1.20", "2.00"]],
+    }
+    assert title("kernels fp8-m").startswith("m: its linears FP8, speedup over dense FP8 by sparsity")
+
+
+@pytest.mark.parametrize("metric", ["time", "error"])
+def test_what_is_wrong_is_named(metric: str, tmp_path: Path) -> None:
+    rows = [HEADER, row("cublas", 12.0), row("hybrid", 0.5) | {"metric": metric}]
+    rows[2] |= {"status": "wrong", "error": 0.5}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"hybrid, o with 1 tokens, is wrong by 0\.5"):
+        load_bench([path])
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_older_rows_of_whole_models_are_marked_superseded(gpu: str) -> None:
+    for path in (ROOT / "results" / "bench" / gpu / "model").glob("*.jsonl"):
+        frame = load_bench([path])
+        (table, *_) = speed_tables(frame).values()
+        fused = bool((frame.implementation == "fused").any())
+        assert table.notes == (() if fused else (SUPERSEDED,)) and len(table.rows) == 5

@@ -29,14 +29,14 @@ def test_a_folder_without_them_has_no_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", '{"metric": "time"}'], ids=["cut", "empty", "list", "other"])
 def test_damaged_files_are_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "relax.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"relax\.jsonl"):
+    (tmp_path / "soft_mask.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"soft_mask\.jsonl"):
         learning_tables(tmp_path)
 
 
 def test_a_cut_off_bench_is_named(tmp_path: Path) -> None:
-    lines = (FOLDER / "relax.jsonl").read_text().splitlines()
+    lines = (FOLDER / "soft_mask.jsonl").read_text().splitlines()
     kept = [line for line in lines if '"time_with_host"' not in line]
-    (tmp_path / "relax.jsonl").write_text("\n".join(kept))
+    (tmp_path / "soft_mask.jsonl").write_text("\n".join(kept))
     with pytest.raises(UserError, match="cut off"):
         learning_tables(tmp_path)

@@ -1,24 +1,25 @@
 """Speed grids as trials: what they run, what they leave where nothing can be timed, and the tables of their rows."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from analysis.figures.study import plot_study
-from analysis.tables.render import shown_cells
+from analysis.rows.format import Fact
+from analysis.tables.render import MISSING, shown_cells
 from analysis.tables.study import study_tables, title
 from experiments.bench import kernels, model
+from experiments.bench.harness import Verified
 from experiments.publish import reports
-from experiments.run import grids, pipeline
+from experiments.run import pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build, speed
-from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Trial, definition, key
+from experiments.studies.trial import DENSE_PART, LINEARS, Evaluation, KernelGrid, ModelGrid, Trial, definition, key
 from patch.errors import UserError
-from stoicc import timing
-from stoicc.timing import Roof
 
 CPU = Machine("cpu", None, lambda *_: None)
 KERNELS = speed.kernels()
@@ -29,42 +30,51 @@ MODELS = speed.models()
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine whose times are made up: cuBLAS takes 12 us, a library 10, a hybrid linear 8."""
 
-    def time(cell: dict[str, Any], implementation: str, value: float, **more: Any) -> dict[str, Any]:
-        return {"metric": "time", "unit": "us", "cell": cell, "implementation": implementation, "value": value} | more
+    def time(labels: dict[str, Any], implementation: str, value: float, **more: Any) -> Fact:
+        return Fact("time", value, "us", labels | {"implementation": implementation} | more)
 
-    def bench_linear(linear: Any, tokens: Any, tiles: Any, sparsities: Any, *_: Any) -> list[dict[str, Any]]:
-        rows = []
-        for count in tokens:
-            cell = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": count}
-            rows.append(time(cell, "cublas", 12.0))
-            for tile in tiles:
-                about = {"tile": list(tile), "tiles": "even"}
-                rows.append(time(cell | about | {"sparsity": 0.5}, "cusparselt", 10.0))
-                rows += [time(cell | about | {"sparsity": each}, "hybrid", 8.0, bytes=9) for each in sparsities]
-        return rows
+    def products(trial: Trial, parts: Any, lab: Any) -> Iterator[tuple[str, Iterator[list[Fact]]]]:
+        grid = trial.evaluation.grid
+        assert isinstance(grid, KernelGrid)
+        for linear in kernels.fused_linears(trial.pruning.model):
+            facts = [Fact("copy_roof", 4.0, "TB/s", {}), Fact("matmul_roof", 700.0, "TFLOP/s", {})]
+            for count in grid.tokens:
+                cell = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": count}
+                facts.append(time(cell, "cublas", 12.0))
+                for tile in grid.tiles:
+                    about = {"tile": list(tile), "tiles": "even"}
+                    facts.append(time(cell | about | {"sparsity": 0.5}, "cusparselt", 10.0))
+                    facts += [time(cell | about | {"sparsity": s}, "hybrid", 8.0, bytes=9) for s in grid.sparsities]
+            yield f"kernels:{linear.name}", iter([facts])
 
-    def bench(name: str, sparsities: Any, tile: Any, workloads: Any, *_: Any) -> list[dict[str, Any]]:
-        (sparsity,) = sparsities
-        cell = {"model": name, "sparsity": sparsity, "tile": list(tile), "tiles": "uneven"}
-        rows = [
-            {"metric": "bytes", "unit": "B", "cell": cell, "implementation": which, "value": size}
-            for which, size in (("dense", 100), ("hybrid", 61))
-        ]
-        for work in workloads:
-            about = cell | dataclasses.asdict(work)
-            rows += [time(about, "dense", 30.0), time(about, "hybrid", 20.0)]
-        return rows
+    def passes(trial: Trial, parts: Any, lab: Any) -> Iterator[tuple[str, Iterator[list[Fact]]]]:
+        grid = trial.evaluation.grid
+        assert isinstance(grid, ModelGrid)
+        for part in parts:
+            facts = []
+            for work in grid.workloads:
+                cell = {"model": trial.pruning.model} | dataclasses.asdict(work)
+                facts.append(time(cell, "fused", 30.0, bytes=100))
+                if part == DENSE_PART:
+                    facts += [time(cell, "dense", 33.0), time(cell, "fp8_rowwise", 15.0, precision="fp8")]
+                else:
+                    sparsity = grid.sparsities[grid.parts.index(part) - 1]
+                    labels = {"sparsity": sparsity, "tile": list(grid.tile), "tiles": "uneven", "bytes": 61}
+                    facts.append(time(cell, "hybrid", 20.0, **labels))
+            yield part, iter([facts])
 
-    monkeypatch.setattr(kernels, "bench_linear", bench_linear)
-    monkeypatch.setattr(model, "bench_model", bench)
-    monkeypatch.setattr(timing, "measure_roof", lambda: Roof(4.0, 700.0))
+    for module, cases in ((kernels, products), (model, passes)):
+        made_up = dataclasses.replace(
+            module.BENCH, cases=cases, verify=lambda facts: Verified(facts), time=lambda *_: [], roof=False
+        )
+        monkeypatch.setattr(module, "BENCH", made_up)
     return Machine("cuda", None, lambda *_: None)
 
 
 def test_stages_are_linears_or_sparsities() -> None:
     assert pipeline.stages(KERNELS[0]) == ["kernels:qkv", "kernels:o", "kernels:gate_up", "kernels:down"]
-    assert {linear.name for linear in kernels.fused_linears("llama-2-7b")} == set(grids.LINEARS)
-    assert pipeline.stages(MODELS[0]) == ["model:25%", "model:35%", "model:45%"]
+    assert {linear.name for linear in kernels.fused_linears("llama-2-7b")} == set(LINEARS)
+    assert pipeline.stages(MODELS[0]) == ["model:dense", "model:0%", "model:25%", "model:35%", "model:45%", "model:50%"]
     assert [trial.label for trial in (KERNELS[0], MODELS[1])] == [
         "llama-2-7b kernel speed",
         "llama-3.1-8b end-to-end speed",
@@ -106,8 +116,8 @@ def test_whole_models_are_tables(tmp_path: Path, gpu: Machine) -> None:
     store = Store(tmp_path)
     pipeline.run_trial(MODELS[0], store, gpu)
     (table,) = study_tables(reports.frame(MODELS[:1], store)).values()
-    assert shown_cells(table)[0] == ["Decoding, batch 1", "1.50", "1.50", "1.50"]
-    assert shown_cells(table)[-1] == ["Bytes of the masked weights (x dense)", "0.61", "0.61", "0.61"]
+    assert shown_cells(table)[0] == ["Decoding, batch 1", *["1.50"] * 5, "0.91", "2.00"]
+    assert shown_cells(table)[-1] == ["Bytes of the masked weights (x dense)", *["0.61"] * 5, MISSING, MISSING]
 
 
 def test_models_of_unknown_shapes_are_refused(tiny_model: Path) -> None:

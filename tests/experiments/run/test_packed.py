@@ -16,6 +16,7 @@ from analysis.rows.jsonl import to_lines
 from analysis.rows.load import load_rows
 from analysis.rows.points import gather
 from experiments.bench import model
+from experiments.bench.harness import Reading
 from experiments.bench.model import Speed
 from experiments.data import models
 from experiments.data.models import REGISTRY
@@ -187,7 +188,7 @@ def test_the_rows_of_a_timed_trial(
     def measure(named: dict[str, Any], work: Workload, rounds: int) -> dict[str, Speed]:
         timed.append((set(named), work))
         made_up = {"dense": Timing(30.0, 29.0, 31.0, rounds), "packed": Timing(20.0, 19.0, 22.0, rounds)}
-        return {name: Speed(made_up[name], model.tensor_bytes(model)) for name, model in named.items()}
+        return {name: Speed(Reading(made_up[name]), model.tensor_bytes(model)) for name, model in named.items()}
 
     monkeypatch.setattr(model, "measure", measure)
     small = dataclasses.replace(REGISTRY["llama-2-7b"], hidden=256, intermediate=512, blocks=4, heads=2, kv_heads=2)

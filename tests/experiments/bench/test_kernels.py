@@ -1,0 +1,88 @@
+"""The bench of kernels on a CPU: every dense implementation computes the product, and rows become tables."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.tables.kernels import load_bench, speed_tables
+from analysis.tables.render import shown_cells
+from experiments.bench import baselines, harness, kernels, rows
+from experiments.bench.harness import Lab
+from experiments.studies.build import dense
+from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, Trial
+
+
+def trial(tiny: str) -> Trial:
+    grid = KernelGrid(tokens=(1, 20), tiles=((64, 64),), sparsities=(0.0, 0.25, 0.5), rounds=4)
+    return Trial(dense(tiny), Evaluation((), grid=grid))
+
+
+def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: Lab, tmp_path: Path) -> None:
+    wanted = trial(tiny)
+    assert kernels.BENCH.parts(wanted) == [f"kernels:{name}" for name in LINEARS]
+    path = tmp_path / "rows.jsonl"
+    paths = []
+    for part, facts, _ in harness.measure(kernels.BENCH, wanted, ["kernels:qkv", "kernels:down"], lab):
+        status = {(fact.labels["implementation"], fact.labels["status"]) for fact in facts if fact.metric == "error"}
+        # Libraries and the kernel of four bits need a GPU.
+        assert {"cublas", "fp8_rowwise", "fp8_tensorwise", "hybrid"} <= {name for name, how in status if how == "ok"}
+        assert "wrong" not in {how for _, how in status}
+        timed = [fact for fact in facts if fact.metric == "time" and fact.labels["implementation"] == "hybrid"]
+        assert len(timed) == 2 * 4 and {fact.runs for fact in timed} == {4}
+        path = tmp_path / f"{part[8:]}.jsonl"
+        rows.write(kernels.BENCH, wanted, part, facts, 0.0, path)
+        paths.append(path)
+    frame = load_bench(paths)
+    assert set(frame.linear) == {"qkv", "down"} and set(frame.copy_roof) == {4.0}
+    hybrid = frame[(frame.implementation == "hybrid") & (frame.metric == "time")]
+    assert (hybrid.speedup == hybrid.own_speedup).all()
+    eight = frame[frame.implementation == "fp8_tensorwise"]
+    assert (eight.own_speedup.dropna() < eight.speedup.dropna().max() + 1).all()
+    (table,) = speed_tables(
+        frame[frame.tile.isna() | True].assign(tile=frame.tile.replace("64x64", "128x128"))
+    ).values()
+    assert [line[0] for line in shown_cells(table)] == ["1", "20"]
+    assert [column.heading for column in table.columns][-1] == "Dense FP8"
+
+
+def test_a_wrong_product_is_left_out_of_the_times(tiny: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.matmul.linear
+    monkeypatch.setattr(kernels.matmul, "linear", lambda x, weight: right(x, weight) * 1.01)
+    ((_, facts, _),) = harness.measure(kernels.BENCH, trial(tiny), ["kernels:o"], lab)
+    assert not [fact for fact in facts if fact.metric == "time" and fact.labels["implementation"] == "hybrid"]
+    wrong = [fact for fact in facts if fact.labels.get("status") == "wrong"]
+    assert {fact.labels["implementation"] for fact in wrong} == {"hybrid"} and len(wrong) == 8
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (48, 384)], ids=["one-group", "several"])
+def test_four_bits_stand_for_their_weights(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    weight[0, :128] = 0
+    values, scale = baselines.to_int4(weight)
+    assert values.dtype == torch.uint8 and int(values.max()) <= 15 and scale.shape == (shape[0], shape[1] // 128)
+    back = baselines.from_int4(values, scale)
+    step = scale.double().repeat_interleave(128, dim=1)
+    assert bool(((back - weight.double()).abs() <= 0.51 * step).all())
+
+
+@pytest.mark.parametrize("dim", [None, 1], ids=["one-scale", "a-scale-a-row"])
+def test_eight_bits_keep_the_largest(dim: int | None) -> None:
+    values = torch.tensor([[0.0, -3.0], [200.0, 1.0], [0.0, 0.0]], dtype=torch.bfloat16)
+    scale = baselines.fp8_scale(values, dim)
+    back = baselines.to_fp8(values, scale).float() * scale
+    assert torch.allclose(back, values.float(), rtol=2**-4, atol=1e-6)
+    assert bool((baselines.to_fp8(2 * values, scale).float().abs() <= 448).all()), "what is larger saturates"
+
+
+def test_cold_weights_exceed_the_cache() -> None:
+    few, many = torch.zeros(1, 8), torch.zeros(kernels.LONG, 8)
+    assert kernels.copies(few, 1 << 20) >= 384 and kernels.copies(few, 1 << 30) == 2 and kernels.copies(many, 1) == 1
+
+
+def test_definitions_of_grids_name_their_rows() -> None:
+    one, other = (Trial(dense("llama-2-7b"), Evaluation((), grid=KernelGrid(rounds=rounds))) for rounds in (4, 5))
+    assert kernels.BENCH.identity(one) != kernels.BENCH.identity(other)
+    assert kernels.BENCH.file(dataclasses.replace(one), "kernels:o") == "kernels/llama-2-7b-o.jsonl"

@@ -1,0 +1,101 @@
+"""The bench of whole models on a CPU: fused and quantised models are the model, and rows become tables."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.tables.kernels import energy_table, load_bench, model_table, speed_tables
+from analysis.tables.render import shown_cells
+from experiments.bench import baselines, harness, model, rows
+from experiments.bench.harness import Lab
+from experiments.studies.build import dense
+from experiments.studies.trial import Evaluation, ModelGrid, Trial, Workload
+from patch.errors import UserError
+from patch.layers import prunable_linears
+from stoicc.linear import Fused
+
+WORKLOADS = (Workload("decode", 2, 1), Workload("prefill", 1, 16))
+
+
+def trial(tiny: str) -> Trial:
+    grid = ModelGrid(sparsities=(0.0, 0.25), tile=(64, 64), workloads=WORKLOADS, rounds=3)
+    return Trial(dense(tiny), Evaluation((), grid=grid))
+
+
+@pytest.mark.parametrize("work", WORKLOADS, ids=str)
+def test_a_fused_model_computes_what_its_linears_do(tiny: str, work: Workload) -> None:
+    torch.manual_seed(0)
+    plain = model.build(tiny, "cpu")
+    model.prepare(plain)
+    expected = model.eager_logits(plain, work)
+    fused = baselines.sharing(plain)
+    baselines.fused(fused)
+    found = [module for module in fused.modules() if isinstance(module, Fused)]
+    assert [len(module.parts) for module in found] == [3, 1, 2, 1] * 2
+    assert len(prunable_linears(plain)) == 14 and not prunable_linears(fused)
+    assert model.distance(model.eager_logits(fused, work), expected) < 0.01
+    assert torch.equal(model.eager_logits(plain, work), expected), "its weights are views of the fused ones now"
+    storages = {part.untyped_storage().data_ptr() for part in fused.state_dict().values()}
+    assert {part.untyped_storage().data_ptr() for part in plain.state_dict().values()} == storages
+
+
+@pytest.mark.parametrize("way", ["fp8_rowwise", "fp8_tensorwise"])
+def test_a_quantised_model_is_close_to_the_model(tiny: str, way: str) -> None:
+    torch.manual_seed(0)
+    plain = model.build(tiny, "cpu")
+    model.prepare(plain)
+    largest: dict[str, torch.Tensor] = {}
+    with baselines.watching(plain, largest):
+        expected = model.eager_logits(plain, WORKLOADS[1])
+    assert set(largest) == set(prunable_linears(plain))
+    eight = baselines.sharing(plain)
+    baselines.quantised(eight, way, largest)
+    assert 0 < model.distance(model.eager_logits(eight, WORKLOADS[1]), expected) < model.BOUNDS["fp8"]
+
+
+def test_biases_are_fused_too() -> None:
+    parent = torch.nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        parent.register_module(name, torch.nn.Linear(16, 32))
+    for make in (lambda linears: baselines.DenseLinear([(str(n), 32) for n in range(3)], *joined(linears)),):
+        x = torch.randn(2, 5, 16)
+        module = make(list(parent.children()))
+        expected = [child(x) for child in parent.children()]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.all_parts(x), expected, strict=True))
+
+
+def joined(linears: list[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
+
+
+def test_whole_models_are_compared_with_the_fused_dense_one(tiny: str, lab: Lab, tmp_path: Path) -> None:
+    wanted, path = trial(tiny), tmp_path / "model.jsonl"
+    assert model.BENCH.parts(wanted) == ["model:dense", "model:0%", "model:25%"]
+    for part, facts, _ in harness.measure(model.BENCH, wanted, model.BENCH.parts(wanted), lab):
+        timed = {fact.labels["implementation"] for fact in facts if fact.metric == "time"}
+        dense_ones = {"dense", "fused", "fp8_rowwise", "fp8_tensorwise"}
+        assert timed == (dense_ones if part == "model:dense" else {"fused", "hybrid"})
+        rows.write(model.BENCH, wanted, part, facts, 0.0, path)
+    frame = load_bench([path])
+    table = model_table(frame)
+    assert [column.heading for column in table.columns] == [
+        "Workload", "0%", "25%", "Dense, separate projections", "Dense FP8",
+    ]  # fmt: skip
+    # The made-up clock gives the fused model 2 us beside other dense ones, 1 us beside packed ones, which take 2.
+    assert [line[1:] for line in shown_cells(table)[:2]] == [["0.50", "0.50", "2.00", "0.67"]] * 2
+    assert table.notes == ()
+    assert float(shown_cells(table)[2][1]) == pytest.approx(1, abs=0.1)
+    energy = energy_table(frame)
+    assert energy is not None and [line[1] for line in shown_cells(energy)] == ["0.2500", "0.03125"]
+    assert set(speed_tables(frame)) == {"model-tiny", "energy-tiny"}
+
+
+@pytest.mark.parametrize("text", ["decode@1x2", "decode@0x1", "prefill@8", "chat@1x1", ""])
+def test_workloads_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="such as decode@16x1"):
+        Workload.named(text)
+
+
+def test_workloads_read_as_they_are_written() -> None:
+    assert [Workload.named(str(work)) for work in WORKLOADS] == list(WORKLOADS)
