@@ -41,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
         "experiments.data",
         "experiments.run.provenance",
     }
-    | {"experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot", "stoicc", "stoicc.format"},
+    | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
+    | {"stoicc", "stoicc.format"},
     "experiments.run": {"analysis.rows", "experiments.bench", "experiments.data", "experiments.eval"}
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
     | {"stoicc", "stoicc.format", "stoicc.kernels"},

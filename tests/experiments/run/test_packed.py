@@ -15,7 +15,7 @@ from analysis.rows.format import Fact
 from analysis.rows.jsonl import to_lines
 from analysis.rows.load import load_rows
 from analysis.rows.points import gather
-from experiments.bench import model
+from experiments.bench import model as bench
 from experiments.bench.harness import Reading
 from experiments.bench.model import Speed
 from experiments.data import models
@@ -188,9 +188,9 @@ def test_the_rows_of_a_timed_trial(
     def measure(named: dict[str, Any], work: Workload, rounds: int) -> dict[str, Speed]:
         timed.append((set(named), work))
         made_up = {"dense": Timing(30.0, 29.0, 31.0, rounds), "packed": Timing(20.0, 19.0, 22.0, rounds)}
-        return {name: Speed(Reading(made_up[name]), model.tensor_bytes(model)) for name, model in named.items()}
+        return {name: Speed(Reading(made_up[name]), bench.tensor_bytes(model)) for name, model in named.items()}
 
-    monkeypatch.setattr(model, "measure", measure)
+    monkeypatch.setattr(bench, "measure", measure)
     small = dataclasses.replace(REGISTRY["llama-2-7b"], hidden=256, intermediate=512, blocks=4, heads=2, kv_heads=2)
     monkeypatch.setitem(REGISTRY, "llama-2-7b", dataclasses.replace(small, vocab=64))
     trials, store = ran
@@ -352,7 +352,7 @@ def test_a_model_of_random_weights_takes_the_carried_shares() -> None:
     names = list(prunable_linears(model))
     wanted = {name: place % 5 / 8 for place, name in enumerate(names)}
     sparsity = {name: (1 - share) / 2 for name, share in wanted.items()}
-    model.make_hybrid(model, sparsity, (64, 64))
+    bench.make_hybrid(model, sparsity, (64, 64))
     for module in packed_modules(model):
         dense = 1 - module.checked().sparse_share
         parts = [(wanted[name], rows) for name, rows in module.spec.parts]
@@ -373,16 +373,16 @@ def test_a_timed_pass_computes_the_models_last_logits(ran: tuple[list[Trial], St
     ids = torch.randint(model.config.vocab_size, (2, 24))
     with torch.no_grad():
         expected = model(ids).logits[:, -1:]
-    model.prepare(model)
+    bench.prepare(model)
     torch.manual_seed(5)
-    found = model.make_pass(model, Workload("prefill", 2, 24), lambda block: block)()
+    found = bench.make_pass(model, Workload("prefill", 2, 24), lambda block: block)()
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
-    step = model.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
+    step = bench.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
     assert step.shape == (3, 1, model.config.vocab_size) and bool(step.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", model.MODEL_TYPES)
+@pytest.mark.parametrize("kind", bench.MODEL_TYPES)
 def test_every_form_that_is_timed_is_run_as_the_model_runs_it(kind: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, vocab_size=50)
@@ -392,11 +392,11 @@ def test_every_form_that_is_timed_is_run_as_the_model_runs_it(kind: str) -> None
     ids = torch.randint(50, (2, 24))
     with torch.no_grad():
         expected = model(ids).logits[:, -1:]
-    model.prepare(model)
+    bench.prepare(model)
     torch.manual_seed(5)
-    found = model.make_pass(model, Workload("prefill", 2, 24), lambda block: block)()
+    found = bench.make_pass(model, Workload("prefill", 2, 24), lambda block: block)()
     assert torch.allclose(found, expected, atol=1e-5)
-    step = model.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
+    step = bench.make_pass(model, Workload("decode", 3, 1), lambda block: block)()
     assert step.shape == (3, 1, 50)
 
 
@@ -408,13 +408,13 @@ def test_blocks_that_differ_only_in_what_they_keep_compile_once() -> None:
     )
     model = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
     sparsity = {name: (0.125, 0.25, 0.375)[int(name.split(".")[2])] for name in prunable_linears(model)}
-    model.make_hybrid(model, sparsity, (64, 64))
+    bench.make_hybrid(model, sparsity, (64, 64))
     assert len({module.records.shape for module in packed_modules(model)}) > 4
-    model.prepare(model)
+    bench.prepare(model)
     counter = CompileCounter()
     torch._dynamo.reset()
-    with model.compiling(limit=8):
-        model.make_pass(
+    with bench.compiling(limit=8):
+        bench.make_pass(
             model, Workload("decode", 1, 1), lambda block: torch.compile(block, backend=counter, dynamic=False)
         )()
     torch._dynamo.reset()
@@ -426,7 +426,7 @@ def test_a_model_of_another_form_is_not_timed() -> None:
     model = LlamaForCausalLM(config)
     model.config.model_type = "gemma3_text"
     with pytest.raises(UserError, match="gemma3_text model cannot be timed"):
-        model.prepare(model)
+        bench.prepare(model)
 
 
 def test_perplexity_items_may_be_several(tiny_model: Path, tiny_text: Path) -> None:
