@@ -3,14 +3,15 @@
 A hybrid checkpoint is a normal Hugging Face model directory whose weights are already masked, so that plain
 ``AutoModelForCausalLM.from_pretrained`` loads it, and beside them::
 
-    hybrid.safetensors   per pruned weight:
+    hybrid.masks         in the format of safetensors, per pruned weight:
         <name>.dense         bool [R, C], the tile map, True = dense
         <name>.patterns      uint8 [N, ceil(K/4 / 2)], two patterns a byte, the first in the low half
         <name>.tile_scores   float32 [R, C], where the method scored tiles
     hybrid.json          format version; tile shape; shape and zeros of each pruned weight; size and SHA-256 of
-                         hybrid.safetensors and of the weights; method, structure, target, sparsity, seed, provenance
+                         hybrid.masks and of the weights; method, structure, target, sparsity, seed, provenance
 
-An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.safetensors``.
+An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.masks``. Checkpoints of before call that
+file ``hybrid.safetensors``, which servers that read all files of that kind took for weights; they still load.
 
     >>> save_checkpoint("out", model, tokenizer, masks, {"method": "wanda", "structure": "hybrid", "target": 0.45})
     >>> load_masks("out")["model.layers.0.mlp.up_proj"].sparsity
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
-MASKS_FILE = "hybrid.safetensors"
+# Named so that no server takes it for weights: some read every *.safetensors of a directory.
+MASKS_FILE = "hybrid.masks"
+FORMER_MASKS_FILE = "hybrid.safetensors"
 INFO_FILE = "hybrid.json"
 TILED = ("2:4", "hybrid")
 _OWN_KEYS = ("format", "tile", "weights", "files")
@@ -105,7 +108,7 @@ def _write(
         tokenizer.save_pretrained(folder)
     if masks:
         save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)])
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob(MASKS_FILE), *folder.glob(INDEX)])
     record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -117,7 +120,7 @@ def restore_checkpoint(
     """Make a hybrid checkpoint again from its masks, kept without the weights, and the dense model.
 
     Args:
-        masks: a folder with ``hybrid.json`` and ``hybrid.safetensors``.
+        masks: a folder with ``hybrid.json`` and ``hybrid.masks``.
         model: the dense model that they were found on, in the dtype of the checkpoint; its weights are masked in place.
         tokenizer: saved with the model where there is one.
 
@@ -138,10 +141,11 @@ def restore_checkpoint(
     with new_directory(path) as folder:
         _write(folder, model, tokenizer, _mask_tensors(found, scores), record)
         for name, expected in info["files"].items():
-            if record["files"].get(name) != expected:
+            made = record["files"].get(MASKS_FILE if name == FORMER_MASKS_FILE else name)
+            if made != expected:
                 raise UserError(
                     f"{masks}: with these weights {name} is another file than it was: "
-                    f"{record['files'].get(name)} instead of {expected}; take the model, in the dtype, that was pruned"
+                    f"{made} instead of {expected}; take the model, in the dtype, that was pruned"
                 )
 
 
@@ -177,7 +181,7 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / INFO_FILE}: damaged: {one_line(error)}") from error
     for name, expected in info["files"].items():
-        if masks_alone and name != MASKS_FILE:
+        if masks_alone and name not in (MASKS_FILE, FORMER_MASKS_FILE):
             continue
         file = existing(folder, name)
         size = file.stat().st_size
@@ -202,9 +206,9 @@ def content_hash(path: str | Path) -> str:
     """
     folder = Path(path)
     files = weight_files(folder)
-    if (folder / MASKS_FILE).exists():
+    if (masks := masks_file(folder)).exists():
         # Their names end otherwise than those of weights, so none hides another.
-        files |= dict.fromkeys(tensor_names(folder / MASKS_FILE), folder / MASKS_FILE)
+        files |= dict.fromkeys(tensor_names(masks), masks)
     digest = hashlib.sha256()
     with ExitStack() as opened:
         readers: dict[Path, Any] = {}
@@ -221,6 +225,12 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def masks_file(folder: Path) -> Path:
+    """Where the masks of a checkpoint lie: in those of before, under a name that ends as weights' do."""
+    former = folder / FORMER_MASKS_FILE
+    return former if former.exists() and not (folder / MASKS_FILE).exists() else folder / MASKS_FILE
+
+
 def load_masks(path: str | Path, alone: bool = False) -> dict[str, HybridMask]:
     """The hybrid masks of a checkpoint by weight name, on the CPU; none if it is unstructured.
 
@@ -228,9 +238,10 @@ def load_masks(path: str | Path, alone: bool = False) -> dict[str, HybridMask]:
         alone: the folder holds the masks without the model's weights, which they are meant to be applied to.
 
     Raises:
-        UserError: as `load_info`; or if ``hybrid.safetensors`` is damaged, or a mask in it is missing or does not fit.
+        UserError: as `load_info`; or if the file of masks is damaged, a mask in it is missing or does not fit, or
+            ``hybrid.json`` says other than what they are.
     """
-    file = Path(path) / MASKS_FILE
+    file = masks_file(Path(path))
     info, tensors = _load_tensors(path, alone)
     masks = {}
     for name, about in info["weights"].items():
@@ -242,7 +253,21 @@ def load_masks(path: str | Path, alone: bool = False) -> dict[str, HybridMask]:
             masks[name] = HybridMask((n, k), info["tile"], dense, _unpack_nibbles(packed, groups))
         except UserError as error:
             raise UserError(f"{file}: {name}.patterns: {error}") from error
+    if masks:
+        _check_facts(Path(path) / INFO_FILE, info, masks)
     return masks
+
+
+def _check_facts(file: Path, info: Mapping[str, Any], masks: Mapping[str, HybridMask]) -> None:
+    """What ``hybrid.json`` says of the masks is what they are."""
+    for name, mask in masks.items():
+        if (said := info["weights"][name].get("zeros")) != mask.zeros:
+            raise UserError(f"{file}: says that {name} has {said} zeros, its mask has {mask.zeros}: changed or damaged")
+    elements = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
+    sparsity = sum(mask.zeros for mask in masks.values()) / elements
+    said = info.get("sparsity", sparsity)
+    if not isinstance(said, int | float) or not abs(said - sparsity) < 1e-6:
+        raise UserError(f"{file}: says sparsity {said}, its masks have {sparsity:.6f}: changed or damaged")
 
 
 def load_tile_scores(path: str | Path, alone: bool = False) -> dict[str, Tensor]:
@@ -254,7 +279,7 @@ def load_tile_scores(path: str | Path, alone: bool = False) -> dict[str, Tensor]
     Raises:
         UserError: as `load_masks`.
     """
-    file = Path(path) / MASKS_FILE
+    file = masks_file(Path(path))
     info, tensors = _load_tensors(path, alone)
     return {
         name: _fitting(file, tensors, f"{name}.tile_scores", torch.float32, tile_grid(about["shape"], info["tile"]))
@@ -342,11 +367,11 @@ def _check_info(info: dict[str, Any]) -> None:
 
 
 def _load_tensors(path: str | Path, masks_alone: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``hybrid.json`` and the tensors of ``hybrid.safetensors``, which must have the hash it was saved with."""
+    """``hybrid.json`` and the tensors of the masks' file, which must have the hash it was saved with."""
     info = load_info(path, masks_alone=masks_alone)
     if not info["weights"]:
         return info, {}
-    file = existing(Path(path), MASKS_FILE)
+    file = existing(Path(path), masks_file(Path(path)).name)
     _check_hash(file, info)
     try:
         return info, load_file(file)

@@ -92,7 +92,7 @@ def existing(folder: Path, name: str) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")

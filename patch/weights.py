@@ -124,10 +124,7 @@ def kept_shares(path: str | Path, tile: TileShape) -> dict[str, Tensor]:
     Raises:
         UserError: if a file is missing or damaged, or the tile is larger than a weight.
     """
-    folder = Path(path)
-    files = weight_files(folder)
-    shares = {}
-    for name, shape in prunable_shapes(folder).items():
-        kept = read_weight(folder, files, f"{name}.weight", shape) != 0
-        shares[name] = tile_sums(kept.float(), tile) / tile_sizes(shape, tile)
-    return shares
+    return {
+        name: tile_sums((weight != 0).float(), tile) / tile_sizes(weight.shape, tile)
+        for name, weight in prunable_weights(Path(path))
+    }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.data import smollm2
 from experiments.embedded import MODEL as EMBEDDED
-from patch.checkpoint import content_hash
+from patch.checkpoint import INFO_FILE, content_hash, load_info
 from patch.errors import UserError, check_name
 from patch.files import sha256
 from patch.positions import longest
@@ -146,6 +146,8 @@ def load_model(
     if not Path(source).is_dir():
         _hub_commit(source)
     _check_quantisation(name, source, packed)
+    if (Path(source) / INFO_FILE).is_file():
+        load_info(source, verify_weights=True)
     auto: Any = AutoModelForCausalLM
     try:
         model, report = auto.from_pretrained(

@@ -2,15 +2,19 @@
 
 Only of methods that leave the surviving weights as they were: SparseGPT and refitting change them.
 
-An archive holds a checkpoint's ``hybrid.json``, ``hybrid.safetensors`` and ``config.json``. It says what defines the
+An archive holds a checkpoint's ``hybrid.json``, ``hybrid.masks`` and ``config.json``. It says what defines the
 pruning, so that the studies that need this checkpoint find it restored instead of learning it anew.
 """
 
 import json
+import lzma
 import shutil
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -19,12 +23,24 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import key
 from patch import oneshot
-from patch.checkpoint import INFO_FILE, MASKS_FILE, load_info, load_masks, restore_checkpoint
-from patch.errors import UserError
-from patch.files import replacing
+from patch.checkpoint import (
+    FORMER_MASKS_FILE,
+    INFO_FILE,
+    MASKS_FILE,
+    load_info,
+    load_masks,
+    masks_file,
+    restore_checkpoint,
+)
+from patch.errors import UserError, one_line
+from patch.files import existing, read_json, replacing
+from patch.layers import prunable_matrices
+from patch.mask import HybridMask
 
 CONFIG_FILE = "config.json"
-FILES = (INFO_FILE, MASKS_FILE, CONFIG_FILE)
+FILES = (INFO_FILE, MASKS_FILE, FORMER_MASKS_FILE, CONFIG_FILE)
+# Bytes of a JSON file: what a thousand weights and the history of their learning take, several times over.
+MOST_JSON = 64 * 2**20
 
 
 def export(checkpoint: Path, archive: Path) -> None:
@@ -47,7 +63,7 @@ def export(checkpoint: Path, archive: Path) -> None:
     if archive.exists():
         raise UserError(f"{archive} is already there: choose another place, or remove it first")
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as packed:
-        for name in FILES:
+        for name in (INFO_FILE, masks_file(checkpoint).name, CONFIG_FILE):
             packed.add(checkpoint / name, f"{key(info['definition'])}/{name}")
 
 
@@ -60,22 +76,47 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
         UserError: if this is no such archive, it is damaged, or the model here is not the one that was pruned.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = _unpack(archive, Path(temporary))
-        info = load_info(folder, masks_alone=True)
-        if "definition" not in info:
+        folder = Path(temporary)
+        # The masks come last: how large they may be is what the model and the configuration say.
+        _unpack(archive, folder, {INFO_FILE: MOST_JSON, CONFIG_FILE: MOST_JSON})
+        definition = read_json(existing(folder, INFO_FILE)).get("definition")
+        if not isinstance(definition, dict) or not isinstance(definition.get("model"), str):
             raise UserError(f"{archive}: {INFO_FILE} does not say what defines the checkpoint")
-        path = store.root / "checkpoints" / key(info["definition"])
+        path = store.root / "checkpoints" / key(definition)
         with store.lease(f"pruning-{path.name}"):
             if not path.exists():
-                dtype = _dtype(folder / CONFIG_FILE)
-                name = info["definition"]["model"]
-                model, tokenizer = models.load_model(name, device="cpu", dtype=dtype, data=machine.data)
+                dtype = _dtype(existing(folder, CONFIG_FILE))
+                model, tokenizer = models.load_model(definition["model"], device="cpu", dtype=dtype, data=machine.data)
+                most = sum(_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
+                _unpack(archive, folder, {MASKS_FILE: most, FORMER_MASKS_FILE: most})
+                _check_definition(archive, definition, load_masks(folder, alone=True))
                 restore_checkpoint(folder, model, tokenizer, path)
     return path
 
 
-def _unpack(archive: Path, target: Path) -> Path:
-    """``target``, with the files of an archive's only folder in it; of anything else nothing is written."""
+def _mask_bytes(n: int, k: int) -> int:
+    """Most bytes that the mask of one weight takes: patterns, and at worst a tile map and scores of 4x4 tiles."""
+    return n * (k // 8 + 1) + (n // 4 + 1) * (k // 4 + 1) * 5 + 4096
+
+
+def _check_definition(archive: Path, definition: Mapping[str, Any], masks: Mapping[str, HybridMask]) -> None:
+    """The masks are what the definition asks for, under whose name studies will find them."""
+    elements = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
+    found = sum(mask.zeros for mask in masks.values()) / max(1, elements)
+    tile = max((mask.tile for mask in masks.values()), default=(0, 0))
+    target = definition.get("sparsity")
+    # A budget is met to within a tile of the whole model.
+    slack = (tile[0] * tile[1] + 1) / max(1, elements)
+    if not isinstance(target, int | float) or not abs(target - found) <= slack:
+        raise UserError(
+            f"{archive}: is said to have sparsity {target}, its masks have {found:.4f}: not what it says it is"
+        )
+    if list(definition.get("tile") or ()) != list(tile):
+        raise UserError(f"{archive}: is said to have tiles {definition.get('tile')}, its masks have {list(tile)}")
+
+
+def _unpack(archive: Path, target: Path, wanted: Mapping[str, int]) -> None:
+    """Write the ``wanted`` files of an archive's only folder to ``target``, none of more bytes than it allows."""
     try:
         with tarfile.open(archive) as packed:
             files = {PurePosixPath(member.name): member for member in packed if not member.isdir()}
@@ -84,13 +125,20 @@ def _unpack(archive: Path, target: Path) -> Path:
             if len(folders := {path.parent for path in files}) != 1:
                 raise UserError(f"{archive}: not an archive of masks: {len(folders)} folders in it instead of one")
             for path, member in files.items():
+                if path.name not in wanted:
+                    continue
+                if member.size > wanted[path.name]:
+                    raise UserError(
+                        f"{archive}: {path.name} in it has {member.size} bytes, of at most {wanted[path.name]}: damaged"
+                    )
                 content = packed.extractfile(member)
                 assert content is not None
                 with open(target / path.name, "wb") as file:
                     shutil.copyfileobj(content, file)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{archive}: not an archive of masks: {error}") from error
-    return target
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+        raise UserError(f"{archive}: not an archive of masks: {one_line(error)}") from error
 
 
 def _dtype(config: Path) -> torch.dtype:
@@ -99,5 +147,6 @@ def _dtype(config: Path) -> torch.dtype:
         dtype = getattr(torch, json.loads(config.read_text())["dtype"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{config}: does not say which dtype was pruned: {error}") from error
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{config}: does not say which dtype was pruned: {dtype} is none")
     return dtype

@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from patch import checkpoint
 from patch.audit import audit
 from patch.checkpoint import (
+    FORMER_MASKS_FILE,
     INFO_FILE,
     MASKS_FILE,
+    content_hash,
     copy_checkpoint,
     load_info,
     load_masks,
@@ -103,6 +105,21 @@ def saved(tmp_path: Path) -> Path:
     scores = {UP: torch.rand(masks[UP].dense.shape)}
     save_checkpoint(tmp_path / "saved", model, tiny_tokenizer(), masks, info_for(masks), scores)
     return tmp_path / "saved"
+
+
+def test_servers_find_weights_alone_in_safetensors_files(saved: Path) -> None:
+    """Some read every ``*.safetensors`` of a directory, and stopped at the masks."""
+    names = {name for file in saved.glob("*.safetensors") for name in load_file(file)}
+    assert names and all(name.startswith(("model.", "lm_head.")) and "patterns" not in name for name in names)
+
+
+def test_checkpoints_of_before_load(saved: Path) -> None:
+    masks, content = load_masks(saved), content_hash(saved)
+    (saved / MASKS_FILE).rename(saved / FORMER_MASKS_FILE)
+    rewrite_json(saved, lambda c: c["files"].update({FORMER_MASKS_FILE: c["files"].pop(MASKS_FILE)}))
+    again = load_masks(saved)
+    assert content_hash(saved) == content and not any(row.violating for row in audit(saved))
+    assert all(torch.equal(again[name].keep(), mask.keep()) for name, mask in masks.items())
 
 
 def visible(folder: Path) -> list[str]:

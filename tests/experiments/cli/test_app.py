@@ -192,7 +192,7 @@ def test_tampered_weights_fail_the_audit(hts, pruned: Path) -> None:  # type: ig
 
 
 def test_a_foreign_checkpoint_is_read_by_its_zeros(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
-    for name in ("hybrid.json", "hybrid.safetensors"):
+    for name in ("hybrid.json", "hybrid.masks"):
         (pruned / name).unlink()
     code, out, _ = hts("audit", pruned, "--tile", "16x16")
     assert code == 0 and "sparsity 0.500000" in out

@@ -33,6 +33,7 @@ from experiments.data import models, smollm2
 from experiments.data.models import REGISTRY, ModelSpec, fingerprint, load_model, resolve
 from experiments.embedded import MODEL as EMBEDDED
 from patch.cache import cache_directory
+from patch.checkpoint import save_checkpoint
 from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.oneshot import prune_model
@@ -556,3 +557,17 @@ def test_a_packed_checkpoint_is_evaluated_but_not_pruned(tmp_path: Path) -> None
 def test_how_long_a_text_may_be() -> None:
     assert models.longest_text("embedded") == 512
     assert models.longest_text("nobody/nothing") is None
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_noticed_before_it_is_evaluated(tmp_path: Path) -> None:
+    model, tokenizer = load_model("embedded")
+    layers = prune_model(model, "magnitude", "2:4", 0.5, (64, 64), None, "cpu")
+    masks = {name: layer.mask for name, layer in layers.items() if layer.mask}
+    save_checkpoint(tmp_path / "out", model, tokenizer, masks, {"structure": "2:4"})
+    load_model(str(tmp_path / "out"))
+    weights = tmp_path / "out" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 16
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: its SHA-256 is not the one"):
+        load_model(str(tmp_path / "out"))

@@ -1,8 +1,11 @@
 """Masks without weights: exported, and made the same checkpoint again."""
 
 import json
+import math
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +101,16 @@ def test_another_model_is_refused(tiny_model: Path, tmp_path: Path, archive: Pat
     assert not list((tmp_path / "other" / "checkpoints").glob("[!.]*"))
 
 
+DEFINITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "definition": lambda info: info.pop("definition"),
+    "label": lambda info: info["definition"].update(sparsity=0.1),
+    "nan": lambda info: info["definition"].update(sparsity=math.nan),
+    "tile": lambda info: info["definition"].update(tile=[8, 8]),
+    "fact": lambda info: info.update(sparsity=0.75),
+    "zeros": lambda info: next(iter(info["weights"].values())).update(zeros=0),
+}
+
+
 def repacked(archive: Path, target: Path, change: str) -> Path:
     """The archive with one of its files changed."""
     with tarfile.open(archive) as packed:
@@ -108,10 +121,16 @@ def repacked(archive: Path, target: Path, change: str) -> Path:
         name = next(name for name in tensors if name.endswith(".dense"))
         tensors[name] = torch.zeros_like(tensors[name])
         save_file(tensors, folder / MASKS_FILE, metadata={"format": "pt"})
-    elif change == "definition":
+    elif change in DEFINITIONS:
         info = json.loads((folder / INFO_FILE).read_text())
-        del info["definition"]
+        DEFINITIONS[change](info)
         (folder / INFO_FILE).write_text(json.dumps(info))
+    elif change == "bomb":
+        (folder / MASKS_FILE).write_bytes(bytes(50_000_000))
+    elif change == "nested":
+        (folder / INFO_FILE).write_text("[" * 100_000 + "]" * 100_000)
+    elif change == "dtype":
+        (folder / mask_archive.CONFIG_FILE).write_text('{"dtype": "nn"}')
     else:
         (folder / change).unlink()
     changed = target / "changed.tar.xz"
@@ -123,8 +142,16 @@ def repacked(archive: Path, target: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("masks", "hybrid.safetensors"),
+        ("masks", MASKS_FILE),
         ("definition", "does not say what defines"),
+        ("label", "said to have sparsity 0.1, its masks have 0"),
+        ("nan", "said to have sparsity nan"),
+        ("tile", r"said to have tiles \[8, 8\]"),
+        ("fact", "says sparsity 0.75, its masks have"),
+        ("zeros", "has 0 zeros, its mask has"),
+        ("bomb", "50000000 bytes, of at most"),
+        ("nested", "cannot be read as JSON"),
+        ("dtype", "does not say which dtype was pruned"),
         (INFO_FILE, "hybrid.json"),
         (mask_archive.CONFIG_FILE, "config.json"),
     ],
