@@ -61,7 +61,7 @@ class Status:
 def examine(trials: Sequence[Trial], store: Store) -> Status:
     """Look at the results directory and ask Slurm, once."""
     known = plan.steps(trials)
-    started = set(store.listed("rows"))
+    started = store.started()
     made = set(store.listed("checkpoints"))
     done = {
         id
@@ -141,5 +141,5 @@ def _seconds_left(states: Sequence[TrialState], store: Store) -> float | None:
     for state in states:
         if state.state == "done":
             folder = store.root / "rows" / key(state.trial)
-            completed += folder.stat().st_mtime > began
+            completed += folder.is_dir() and folder.stat().st_mtime > began
     return ahead * (time.time() - began) / completed if completed else None

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "experiments.embedded": {"patch"},
     "experiments.data": {"experiments.embedded", "patch"},
     "experiments.eval": {"experiments.data", "experiments.embedded", "patch"},
-    "experiments.studies": {"analysis", "experiments.data", "experiments.eval"}
+    "experiments.studies": {"analysis", "analysis.rows", "experiments.data", "experiments.eval"}
     | {"patch", "patch.learn", "patch.methods", "patch.oneshot"},
     "experiments.run.provenance": {"patch"},
     "experiments.bench": {

@@ -3,7 +3,7 @@
 Each ``draw_*`` of this package takes rows and returns a figure; the same rows give the same bytes. Which of them a
 study's rows have something for, with a caption each, is said here; nothing is written but by `plot_study`.
 
-    >>> frame = load_rows(Path("results/rows"))
+    >>> frame = load_rows(Path("results"))
     >>> plot_study(frame[frame.model == "embedded"], Path("figures"))
 """
 

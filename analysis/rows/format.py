@@ -21,11 +21,14 @@ Rows lie on disk in two forms, both read by `analysis.rows.load`. Running proces
 (`analysis.rows.published`): flat tables that any program opens.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from patch.errors import UserError
+from patch.learn.recipe import HOW_IT_RUNS
 
 # 1: whole rows. 2: a row leaves out what it shares with the one above. 3: a journal file ends with its digest.
 SCHEMA = 3
@@ -71,6 +74,30 @@ def as_rows(
         | {"stderr": fact.stderr, "p20": fact.p20, "p80": fact.p80, "runs": fact.runs, "provenance": provenance}
         for fact in facts
     ]
+
+
+def digest(plain: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of plain data's canonical JSON."""
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def name_of(definition: Any) -> str:
+    """The 12 hex digits that name a definition: its digest, but for how a recipe runs."""
+    return digest(_substance(definition))
+
+
+def names(trial: str, definition: Any) -> bool:
+    """Whether ``trial`` is the name of a definition; benches of learning are named by how it runs, too."""
+    return trial in (name_of(definition), digest(definition))
+
+
+def _substance(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _substance(part) for name, part in value.items() if name not in HOW_IT_RUNS}
+    if isinstance(value, list | tuple):
+        return [_substance(part) for part in value]
+    return value
 
 
 SPREAD = ("p20", "p80", "runs")

@@ -1,22 +1,25 @@
 """Measured rows as one table.
 
-A results directory holds a journal, ``rows/<trial>/<stage>.jsonl``. Rows are never edited, so anything that does not
-read exactly as it was written is an error that names the file and the line, not something to skip.
+A results directory holds a journal, ``rows/<trial>/<stage>.jsonl``, and what was published of it as tables. Rows are
+never edited, so anything that does not read exactly as it was written is an error that names the file and the line, not
+something to skip.
 
-    >>> frame = load_rows(Path("runs/rows"))
+    >>> frame = load_rows(Path("results"))
     >>> frame[frame.metric == "perplexity"][["model", "method", "achieved", "value"]]
 """
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.rows.format import Row, check_row
+from analysis.rows import bench_schema1, published
+from analysis.rows.format import Damaged, Row, check_row
 from analysis.rows.jsonl import numbered
 from patch.errors import UserError
 
@@ -54,6 +57,9 @@ _DTYPES = {
     "origin": "object",
 }
 COLUMNS = tuple(_DTYPES)
+# What a results directory has beside the rows of its studies.
+_OTHER_FOLDERS = ("bench", "checkpoints", "details", "locks", "packed", "reports", "sweeps", "tokens", "work")
+
 _canonical = json.JSONEncoder(sort_keys=True).encode
 _LABELS = ("source", "length", "task", "layer", "step")
 
@@ -65,19 +71,20 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
     """Every row below a directory, or of one file.
 
     Args:
-        root: a directory, searched for ``*.jsonl`` at any depth, or a file.
+        root: a results directory, or a part of one: what is published there, and files of lines at any depth; or one
+            such file.
         trials: hashes of the trials that are wanted; all by default.
         on_damage: called with a line about each file that cannot be read; its trial is left out, in full. Without, the
             first such file is an error.
 
     Returns:
-        One line per row, in the order of file names, with the columns `COLUMNS`. ``sparsity`` is the target and
-        ``achieved`` what the trial's prune stage measured (NaN where it has no rows). ``tile`` reads ``64x64`` or is
-        None. ``source``, ``length``, ``task``, ``layer`` and ``step`` are the labels of those names. ``limit`` is how
-        many items of a task were evaluated, where not all. ``dirty`` says whether the working tree had changes that
-        are not in ``git``. ``checkpoint`` is the content hash of what was measured, None in rows that are older than
-        it. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``, relative to ``root``. No rows
-        give an empty table.
+        One line per row, published ones first, then in the order of file names, with the columns `COLUMNS`.
+        ``sparsity`` is the target and ``achieved`` what the trial's prune stage measured (NaN where it has no rows).
+        ``tile`` reads ``64x64`` or is None. ``source``, ``length``, ``task``, ``layer`` and ``step`` are the labels of
+        those names. ``limit`` is how many items of a task were evaluated, where not all. ``dirty`` says whether the
+        working tree had changes that are not in ``git``. ``checkpoint`` is the content hash of what was measured, None
+        in rows that are older than it. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``,
+        relative to ``root``. No rows give an empty table.
 
     Raises:
         UserError: naming file and line, if ``root`` is not there, a row is of a newer schema, is not a whole JSON
@@ -87,20 +94,43 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
     if not root.exists():
         raise UserError(f"no rows at {root}: run a study first, or name the results directory that has them")
     table = _Table()
-    refused = set()
-    for path in _files(root, trials):
-        name = path.name if root.is_file() else str(path.relative_to(root))
+    refused: set[str] = set()
+    for trial, rows in _chunks(root, trials):
         try:
-            rows = numbered(_bytes(path), str(path))
-            table.add(
-                rows if trials is None else [(n, row) for n, row in rows if row.get("trial") in trials], path, name
-            )
+            if isinstance(rows, UserError):
+                raise rows
+            table.add(rows, root)
         except UserError as error:
             if on_damage is None:
                 raise
             on_damage(str(error))
-            refused.add(path.parent.name)
+            refused.add(trial)
     return table.frame(refused)
+
+
+def stored_rows(root: Path) -> Iterator[Row]:
+    """Every row below a directory, as `load_rows` finds them, the published ones first.
+
+    Raises:
+        UserError: if one cannot be read.
+    """
+    return _rows(_chunks(root, None))
+
+
+def journal_rows(root: Path) -> Iterator[Row]:
+    """Those of `stored_rows` that running processes wrote.
+
+    Raises:
+        UserError: if one cannot be read.
+    """
+    return _rows(_lines(root, None))
+
+
+def _rows(chunks: "Iterable[_Chunk]") -> Iterator[Row]:
+    for _, rows in chunks:
+        if isinstance(rows, UserError):
+            raise rows
+        yield from (row for _, row in rows)
 
 
 def records(frame: pd.DataFrame) -> Iterator[Any]:
@@ -108,22 +138,50 @@ def records(frame: pd.DataFrame) -> Iterator[Any]:
     return iter(frame.itertuples())
 
 
-def _files(root: Path, trials: Collection[str] | None) -> Iterator[Path]:
+# The folder or trial of some rows, and the rows with where each is, or why they cannot be read.
+_Chunk = tuple[str, published.Numbered | UserError]
+
+
+def _chunks(root: Path, trials: Collection[str] | None) -> Iterator[_Chunk]:
+    if root.is_dir():
+        try:
+            yield from published.read(root, trials)
+        except Damaged as problem:
+            yield "", problem
+    yield from _lines(root, trials)
+
+
+def _lines(root: Path, trials: Collection[str] | None) -> Iterator[_Chunk]:
+    for path in _journal(root, trials):
+        name = path.name if root.is_file() else str(path.relative_to(root))
+        try:
+            data = path.read_bytes()
+            one = bench_schema1.numbered(data, path) if bench_schema1.is_one(data) else numbered(data, str(path))
+        except OSError as error:
+            yield path.parent.name, UserError(f"{path}: cannot be read: {error.strerror}")
+        except UserError as problem:
+            yield path.parent.name, problem
+        else:
+            wanted = [(f"{name}:{line}", row) for line, row in one if trials is None or row.get("trial") in trials]
+            yield path.parent.name, wanted
+
+
+def _journal(root: Path, trials: Collection[str] | None) -> Iterator[Path]:
+    """The files of lines below a directory, by name, but for what a results directory has beside its rows."""
     if root.is_file():
         yield root
         return
-    for path in sorted(root.rglob("*.jsonl")):
+    for folder, folders, files in os.walk(root):
         # Folders are named after trials; what is not wanted need not be read, which with learning curves takes seconds.
-        other = trials is not None and re.fullmatch("[0-9a-f]{12}", path.parent.name) and path.parent.name not in trials
-        if not other:
-            yield path
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in _OTHER_FOLDERS
+            and (trials is None or name in trials or not re.fullmatch("[0-9a-f]{12}", name))
+        )
+        for file in sorted(files):
+            if file.endswith(".jsonl") and file != published.TRIALS:
+                yield Path(folder) / file
 
 
 class _Table:
@@ -133,8 +191,8 @@ class _Table:
         self._facts: dict[tuple[str, ...], dict[str, Any]] = {}
         self._definitions: dict[str, tuple[Row, str]] = {}
 
-    def add(self, rows: list[tuple[int, Row]], path: Path, name: str) -> None:
-        """Add the rows of a file, with their line numbers.
+    def add(self, rows: published.Numbered, root: Path) -> None:
+        """Add rows with where each is, below ``root``.
 
         Raises:
             UserError: if one is damaged, or contradicts another.
@@ -142,8 +200,9 @@ class _Table:
         above: Row | None = None
         about: dict[str, Any] = {}
         where_measured: dict[str, Any] = {}
-        for number, row in rows:
-            where = f"{path}:{number}"
+        folder = root.parent if root.is_file() else root
+        for origin, row in rows:
+            where = f"{folder}/{origin}"
             check_row(row, where, above)
             # Most rows share these objects with the one above.
             if above is None or row["definition"] is not above["definition"] or row["trial"] != above["trial"]:
@@ -157,7 +216,7 @@ class _Table:
             labels = row["labels"]
             record = about | where_measured | {label: labels.get(label) for label in _LABELS}
             record |= {field: row[field] for field in _MEASURED}
-            record["origin"] = f"{name}:{number}"
+            record["origin"] = origin
             earlier = self._facts.setdefault(_identity(row), record)
             if earlier is not record and _outcome(earlier) != _outcome(record):
                 raise UserError(

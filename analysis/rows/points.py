@@ -160,6 +160,24 @@ def gather(frame: pd.DataFrame) -> list[Point]:
     return sorted(points, key=_reading_order)
 
 
+def variants(definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What tells each trial from others of its model, method and structure, as `Point.variant`.
+
+    Args:
+        definitions: of trials, by their hash.
+    """
+    seedless = {trial: _split_seeds(definition["pruning"])[0] for trial, definition in definitions.items()}
+    distinct = {_canonical(about): about for about in seedless.values()}
+    found = {_canonical(about): variant for about, variant in _variants(list(distinct.values()))}
+    return {trial: found[_canonical(about)] for trial, about in seedless.items()}
+
+
+def across_seeds(definition: Mapping[str, Any]) -> tuple[str, str]:
+    """A trial's pruning without its seeds, and the seeds: trials that share the first differ in seeds alone."""
+    seedless, seeds = _split_seeds(definition["pruning"])
+    return _canonical(seedless), _canonical(seeds)
+
+
 def texts(frame: pd.DataFrame) -> list[Text]:
     """The texts that perplexity was measured on, WikiText-2 first."""
     found = {key for key, _ in _perplexity_rows(frame)}

@@ -2,7 +2,7 @@
 
 A `Table` holds numbers as measured; how many digits are shown is decided where it is rendered, and CSV has them all.
 
-    >>> table = accuracy_table(load_rows(Path("results/rows")))
+    >>> table = accuracy_table(load_rows(Path("results")))
     >>> print(render(table, "md"))
 """
 

@@ -1,7 +1,10 @@
 """Every table of a study."""
 
+import dataclasses
+
 import pandas as pd
 
+from analysis.rows.points import trial_labels
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
 from analysis.tables.packed import carried_shapes, carried_table, speed_table
@@ -30,13 +33,24 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
             found |= speed_tables(timed)
     if frame.stage.str.startswith(GRID_STAGES).all():
         # Where nothing could be timed there is nothing to show either.
-        return found
+        return _warned(found, frame)
     found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
     for shape in carried_shapes(frame):
         found[f"carried-{shape}"] = carried_table(frame, shape)
-    return found
+    return _warned(found, frame)
+
+
+def _warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
+    """The tables with a note, if some of what they are made of cannot be traced to a revision."""
+    dirty = frame[frame.dirty.eq(True)]
+    if dirty.empty:
+        return tables
+    names = trial_labels(frame) if "pruning" in dirty.definition.iloc[0] else {}
+    told = ", ".join(sorted({names.get(trial, trial) for trial in dirty.trial}))
+    note = f"Warning: measured with changes that no revision has: {told}."
+    return {name: dataclasses.replace(table, notes=(*table.notes, note)) for name, table in tables.items()}
 
 
 def title(name: str) -> str:

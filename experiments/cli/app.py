@@ -25,6 +25,7 @@ PANELS: Panels = {
         "plot": study.plot,
         "compare": study.compare,
         "report": study.report,
+        "publish": study.publish,
     },
     "One model": {
         "models": model.list_models,

@@ -137,6 +137,22 @@ def report(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
+def publish(
+    runs: Annotated[Path, typer.Argument(help="Results directory with the rows.")],
+    into: Annotated[Path, typer.Option(help="Results directory to publish them in.")] = Path("results"),
+    dirty: Annotated[
+        bool, typer.Option("--dirty", help="Also rows of a working tree with changes; tables warn of them.")
+    ] = False,
+) -> None:
+    """Publish rows as flat tables that any program opens: facts.csv, trials.jsonl and details/."""
+    from experiments.publish import reports
+
+    for path in (changed := reports.consolidate_into(runs, into, dirty)):
+        console.print(f"wrote {path}", soft_wrap=True)
+    if not changed:
+        console.print(f"{into} has all of {runs} already", soft_wrap=True)
+
+
 def _print_report(study: str, trials: "list[Trial]", store: "Store") -> None:
     """Print the tables, save them, and draw the figures."""
     from analysis.tables.render import rich_table

@@ -9,7 +9,8 @@ from pandas import DataFrame
 
 from analysis.figures.study import kernel_drawings, plot_study
 from analysis.page import report
-from analysis.rows.load import load_rows
+from analysis.rows import consolidate
+from analysis.rows.load import journal_rows, load_rows
 from analysis.tables.kernels import load_bench, speed_tables
 from analysis.tables.learning import learning_tables
 from analysis.tables.render import Table, render
@@ -31,7 +32,7 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
         UserError: if nothing was.
     """
     damaged: list[str] = []
-    found = load_rows(store.root / "rows", {key(trial) for trial in trials}, damaged.append)
+    found = load_rows(store.root, {key(trial) for trial in trials}, damaged.append)
     found = found[found.stage != FAILURE]
     if damaged and found.empty:
         raise UserError(damaged[0])
@@ -40,6 +41,30 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
     if found.empty:
         raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
     return found
+
+
+def consolidate_into(runs: Path, results: Path, allow_dirty: bool = False) -> list[Path]:
+    """Publish the rows of a results directory and its benches as tables of another, or its own; returns what changed.
+
+    Raises:
+        UserError: if there are none, one is damaged or contradicts what is published, or was measured in a working tree
+            with changes, unless that is allowed.
+    """
+    bench = runs / "bench"
+    folders = [Path(), *(path.relative_to(runs) for path in sorted(bench.glob("*")) if path.is_dir())]
+    changed, found = [], False
+    for folder in folders:
+        if not (runs / folder).is_dir():
+            continue
+        theirs = consolidate.published_stages(runs / folder)
+        new = consolidate.merged(theirs, consolidate.stages_of(journal_rows(runs / folder)), allow_dirty=True)
+        if new:
+            found = True
+            ours = consolidate.published_stages(results / folder)
+            changed += consolidate.write(results / folder, consolidate.merged(ours, new, allow_dirty))
+    if not found:
+        raise UserError(f"{runs} has no rows: run a study first, or name another results directory")
+    return changed
 
 
 def table(
@@ -71,9 +96,10 @@ def page(names: Sequence[str], store: Store) -> str:
         UserError: if a study that is named has no rows, or there are none at all.
     """
     studies = []
+    started = store.started()
     for name in names or STUDIES:
         trials = STUDIES[check_name("study", name, STUDIES)].trials()
-        has_rows = [(store.root / "rows" / key(trial)).is_dir() for trial in trials]
+        has_rows = [key(trial) in started for trial in trials]
         # The dense model alone is no study.
         if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)

@@ -5,6 +5,7 @@
     <root>/rows/<trial>/definition.json        what the trial is
     <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
     <root>/rows/<trial>/<stage>.jsonl.damaged  what was found cut off or changed, before it was measured again
+    <root>/trials.jsonl, facts.csv, details/   what was published of it (`analysis.rows.published`); as good as the rows
     <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
     <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
     <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
@@ -20,13 +21,15 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import Damaged, Fact, Row, as_rows, check_row
+from analysis.rows import published
+from analysis.rows.format import Damaged, Fact, Row, as_rows, check_row, names
 from analysis.rows.jsonl import numbered, to_lines
 from experiments.studies.trial import Pruning, Trial, definition, key
 from patch.errors import UserError, one_line
@@ -73,16 +76,36 @@ class Store:
         return self._whole(trial, stage) or []
 
     def _whole(self, trial: Trial, stage: str) -> list[Row] | None:
+        """The rows of a complete stage, from its own file or as they were published."""
+        found = self._written(trial, stage)
+        if found is None and stage in self._published.get(key(trial), ()):
+            for _, rows in published.read(self.root, [key(trial)]):
+                if isinstance(rows, UserError):
+                    raise rows
+                found = [row for _, row in rows if row["stage"] == stage]
+        return found
+
+    def _written(self, trial: Trial, stage: str) -> list[Row] | None:
         path, name = self.rows_path(trial, stage), key(trial)
         above: Row | None = None
         rows = []
         try:
             for number, row in numbered(path.read_bytes(), str(path)):
                 check_row(row, f"{path}:{number}", above)
+                if above is None and not names(name, row["definition"]):
+                    return None
                 rows.append(above := row)
         except (FileNotFoundError, Damaged):
             return None
         return rows if all(row["trial"] == name for row in rows) else None
+
+    @cached_property
+    def _published(self) -> Mapping[str, Collection[str]]:
+        return published.stages(self.root)
+
+    def started(self) -> set[str]:
+        """The trials that have rows, or failed."""
+        return {*self.listed("rows"), *self._published}
 
     def was_skipped(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete only because the machine could not measure it."""
@@ -103,7 +126,7 @@ class Store:
         about = path.with_name("definition.json")
         if not about.exists():
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
-        if path.exists() and not self.has_rows(trial, stage):
+        if path.exists() and self._written(trial, stage) is None:
             aside = path.with_name(path.name + ".damaged")
             path.replace(aside)
             logger.warning("%s was cut off or changed: set aside as %s and measured again", path, aside.name)

@@ -7,16 +7,15 @@ computed once, however many masks are learned from it.
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from analysis.rows.format import name_of
 from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
-from patch.learn.recipe import GUIDED, HOW_IT_RUNS, Recipe, TileRanking
+from patch.learn.recipe import GUIDED, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
 from patch.methods import METHODS, STRUCTURES, TILED, members, published_recipe
 
@@ -400,18 +399,4 @@ def definition(value: Any) -> Any:
 
 def key(value: Any) -> str:
     """The 12 hex digits that name a definition: its digest, but for how a recipe runs."""
-    return digest(_substance(definition(value)))
-
-
-def digest(plain: Any) -> str:
-    """The first 12 hex digits of the SHA-256 of plain data's canonical JSON."""
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def _substance(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _substance(part) for name, part in value.items() if name not in HOW_IT_RUNS}
-    if isinstance(value, list | tuple):
-        return [_substance(part) for part in value]
-    return value
+    return name_of(definition(value))

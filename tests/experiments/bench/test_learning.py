@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from analysis.rows.format import digest
 from analysis.rows.jsonl import from_lines
 from experiments.bench import harness, learning, rows
 from experiments.bench.harness import Lab
 from experiments.bench.learning import BENCH, PART, WARMUP, Bench, bench_of, facts_of
-from experiments.studies.trial import digest
 from patch.errors import UserError
 from patch.learn.recipe import PATCH_JOINT
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.rows.jsonl import from_lines
 from experiments.data.models import REGISTRY
 from experiments.publish import reproduction
+from experiments.run.store import Store
 from experiments.studies import cost
 from experiments.studies.registry import STUDIES
-from experiments.studies.trial import key
 
 ROOT = Path(__file__).parents[3]
 
@@ -18,9 +17,9 @@ def test_the_rate_is_what_a_committed_row_took() -> None:
     (trial,) = [
         trial
         for trial in STUDIES["smollm2-learned"].trials()
-        if trial.label == "smollm2-135m patch-joint hybrid 45% 64x64"
+        if trial.label == "smollm2-135m patch-joint hybrid 45% 64x64 pattern_start noisy"
     ]
-    rows = from_lines((ROOT / "results" / "rows" / key(trial) / "prune.jsonl").read_text())
+    rows = Store(ROOT / "results").read_rows(trial, "prune")
     (seconds,) = [row["value"] for row in rows if row["metric"] == "prune_seconds"]
     flops = cost.pruning_flops(trial.pruning)
     assert flops and reproduction.TFLOPS["H200"] == pytest.approx(flops / seconds / 1e12, rel=0.03)

@@ -15,6 +15,7 @@ from analysis.rows.format import Fact
 from analysis.rows.jsonl import to_lines
 from analysis.rows.load import load_rows
 from analysis.rows.points import gather
+from analysis.rows.published import stages
 from experiments.bench import model as bench
 from experiments.bench.harness import Reading
 from experiments.bench.model import Speed
@@ -45,7 +46,7 @@ from stoicc.linear import packed_modules
 from stoicc.timing import Timing
 
 CPU = Machine("cpu", None, lambda *_: None)
-RESULTS = Path(__file__).parents[3] / "results" / "rows"
+RESULTS = Path(__file__).parents[3] / "results"
 SPEEDS = ["speed:decode@1x1", "speed:decode@16x1", "speed:prefill@1x2048", "speed:prefill@8x2048"]
 
 
@@ -77,7 +78,7 @@ def rows(trial: Trial, store: Store, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def test_trials_of_published_rows_keep_their_names() -> None:
-    published = {path.name for path in RESULTS.iterdir()}
+    published = set(stages(RESULTS))
     for study in ("demo", "smollm2-oneshot"):
         assert {key(trial) for trial in registry.STUDIES[study].trials()} <= published
     evaluation = Evaluation()
@@ -219,7 +220,7 @@ def test_the_rows_of_a_timed_trial(
     # 16x16 divides every weight of the model.
     assert {(line["labels"]["shape"], *line["labels"]["tile"]) for line in lines} == {("llama-2-7b", 16, 16)}
     assert sum(line["metric"] == "speedup" for line in lines) == len(WORKLOADS)
-    assert len(gather(load_rows(moved.root / "rows"))) == len(trials)
+    assert len(gather(load_rows(moved.root))) == len(trials)
 
 
 def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
@@ -233,7 +234,7 @@ def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
             for line in store.read_rows(trial, stage)
         }
         assert found == {content_hash(source)}
-    assert len(gather(load_rows(store.root / "rows"))) == len(trials)
+    assert len(gather(load_rows(store.root))) == len(trials)
 
 
 def test_what_was_measured_of_the_same_checkpoint_is_not_measured_again(

@@ -1,0 +1,243 @@
+"""Published rows: what running processes wrote, as tables that any program opens.
+
+::
+
+    trials.jsonl              a line a trial: its definition; of each stage the provenance, how many facts, their digest
+    facts.csv                 a line a fact, with what a reader asks first of it in columns
+    details/<trial>.csv.xz    the facts of steps, layers, and parts of tasks
+
+Folders of this form are a results directory, for its studies, and each ``bench/<gpu>`` in it.
+
+    >>> facts = pandas.read_csv("results/facts.csv")
+    >>> facts[(facts.metric == "perplexity") & (facts.model == "smollm2-135m")][["method", "target", "value"]]
+    >>> pandas.read_csv("results/details/7462303378b8.csv.xz")
+
+In both tables ``stage`` and ``on`` are the two parts of a row's stage, and the last columns are labels, one a column; a
+label that is no text is JSON. What ``facts.csv`` says of definitions and provenance is there to be read, and made anew
+whenever rows are published (`analysis.rows.consolidate`). The digests in ``trials.jsonl`` tell facts that were changed.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import lzma
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.rows.format import SCHEMA, Damaged, Row, names
+
+TRIALS, FACTS, DETAILS = "trials.jsonl", "facts.csv", "details"
+
+# What was measured and where: made from the definition and the provenance.
+ABOUT = ("model", "method", "structure", "variant", "tile", "target", "achieved", "seed")
+WHERE = ("gpu", "revision", "dirty", "time")
+# The fact itself.
+NUMBERS = ("value", "stderr", "p20", "p80", "runs")
+_AGAIN = "the file was cut off or edited; take it from its revision again"
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+Numbered = list[tuple[str, Row]]
+
+
+def is_detail(row: Row) -> bool:
+    """Whether a fact is of a step, a layer, one item of a text or task, or a part of a task."""
+    labels = row["labels"]
+    if not labels.keys().isdisjoint(("step", "layer", "item", "window")):
+        return True
+    kind, _, task = row["stage"].partition(":")
+    return kind == "task" and labels.get("task", task) != task
+
+
+def digest_of(rows: Iterable[Row]) -> str:
+    """12 hex digits of the facts of a stage, in whatever order they come."""
+    said = sorted(_canonical([row[name] for name in ("metric", "unit", "labels", *NUMBERS)]) for row in rows)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
+
+
+def stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is published of each trial, by stage; nothing where nothing is.
+
+    Raises:
+        Damaged: naming the line, if it is not as it was written.
+    """
+    return {trial: about["stages"] for trial, (_, about) in _trials(folder, None).items()}
+
+
+def read(folder: Path, trials: Collection[str] | None = None) -> Iterator[tuple[str, Numbered | Damaged]]:
+    """The rows of each trial that is published, with the file and line of each, or why they cannot be read.
+
+    Args:
+        trials: that are wanted; all by default.
+
+    Raises:
+        Damaged: if the list of trials, or the table of all, is not as it was written.
+    """
+    known = _trials(folder, trials)
+    if not known:
+        return
+    headlines = _facts(folder / FACTS, known)
+    for trial, (line, about) in known.items():
+        try:
+            yield trial, _rows(folder, trial, line, about, headlines.get(trial, []))
+        except Damaged as problem:
+            yield trial, problem
+
+
+def _trials(folder: Path, trials: Collection[str] | None) -> dict[str, tuple[int, dict[str, Any]]]:
+    """The lines of the list of trials, by trial."""
+    path = folder / TRIALS
+    if not path.exists():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            about = json.loads(line)
+            trial, definition = about["trial"], about["definition"]
+            for stage in about["stages"].values():
+                stage["provenance"] = about["provenance"] | stage["provenance"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Damaged(f"{path}:{number}: no trial ({error}): {_AGAIN}") from error
+        if trials is not None and trial not in trials:
+            continue
+        if not names(trial, definition):
+            raise Damaged(f"{path}:{number}: the definition is not that of trial {trial}: {_AGAIN}")
+        found[trial] = number, about
+    return found
+
+
+def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines: Numbered) -> Numbered:
+    """The whole rows of a trial, each stage checked against what the list of trials says of it."""
+    rows = list(headlines)
+    details = folder / DETAILS / f"{trial}.csv.xz"
+    if details.exists():
+        rows += read_table(details, f"{DETAILS}/{details.name}")
+    of_stage: dict[str, Numbered] = {}
+    for origin, row in rows:
+        of_stage.setdefault(row["stage"], []).append((origin, row))
+    if of_stage.keys() != about["stages"].keys():
+        other = min(of_stage.keys() ^ about["stages"].keys())
+        raise Damaged(f"{folder / TRIALS}:{line}: stage {other} is in one of {TRIALS} and the tables alone: {_AGAIN}")
+    whole: Numbered = []
+    for stage, told in about["stages"].items():
+        common = {"schema": SCHEMA, "trial": trial, "definition": about["definition"]}
+        for origin, row in of_stage[stage]:
+            whole.append((origin, common | row | {"provenance": told["provenance"]}))
+        facts = [row for _, row in of_stage[stage]]
+        if len(facts) != told["facts"] or digest_of(facts) != told["digest"]:
+            raise Damaged(f"{folder / TRIALS}:{line}: the tables have other facts of {trial} {stage}: {_AGAIN}")
+    return whole
+
+
+def _facts(path: Path, wanted: Collection[str]) -> dict[str, Numbered]:
+    found: dict[str, Numbered] = {}
+    for origin, row in read_table(path, path.name, wanted):
+        found.setdefault(row.pop("trial"), []).append((origin, row))
+    return found
+
+
+# Tables as text. A label whose name is a column of another meaning is told by this.
+_MARK = "_label"
+_TAKEN = {"trial", *ABOUT, "stage", "on", "metric", "unit", *NUMBERS, "spread", "seeds", *WHERE}
+
+
+def table(rows: Sequence[Mapping[str, Any]], before: Sequence[str]) -> str:
+    """Rows as CSV: ``before``, the fact, and the labels that any of them has.
+
+    Args:
+        before: columns that come first, and more of `WHERE` and ``spread``, ``seeds`` if rows have them, which are
+            written as they are.
+    """
+    labels = sorted({name for row in rows for name in row["labels"]})
+    derived = [name for name in ("spread", "seeds") if any(name in row for row in rows)]
+    where = [name for name in WHERE if any(name in row for row in rows)]
+    fixed = [*before, "stage", "on", "metric", "value", "unit", "stderr", *derived, "p20", "p80", "runs", *where]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*fixed, *(name + _MARK if name in _TAKEN else name for name in labels)])
+    for row in rows:
+        kind, colon, on = row["stage"].partition(":")
+        parts = {**row, "stage": kind, "on": colon and on}
+        writer.writerow(
+            [
+                *(_cell(parts.get(name)) for name in fixed),
+                *(_label(row["labels"][name]) if name in row["labels"] else "" for name in labels),
+            ]
+        )
+    return text.getvalue()
+
+
+def read_table(path: Path, name: str, trials: Collection[str] | None = None) -> Numbered:
+    """The facts of a table, with ``name`` and line.
+
+    Args:
+        trials: that are wanted, of a table with a column of them.
+
+    Raises:
+        Damaged: naming the line, if it is not as it was written.
+    """
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        lines = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
+        columns = next(lines)
+        places = {column: place for place, column in enumerate(columns)}
+        last = places["runs"]
+        labels = [
+            (place, column.removesuffix(_MARK))
+            for column, place in places.items()
+            if place > last and column not in WHERE
+        ]
+        stage, on, metric, unit = (places[column] for column in ("stage", "on", "metric", "unit"))
+        numbers = [(column, places[column]) for column in NUMBERS]
+        trial = places.get("trial")
+        found: Numbered = []
+        values: dict[str, Any] = {}
+        for cells in lines:
+            if trial is not None and trials is not None and cells[trial] not in trials:
+                continue
+            row: Row = {} if trial is None else {"trial": cells[trial]}
+            row["stage"] = cells[stage] + (":" + cells[on] if cells[on] else "")
+            row["metric"], row["unit"] = cells[metric], cells[unit]
+            row |= {column: _number(cells[place]) for column, place in numbers}
+            row["labels"] = {label: _value(cells[place], values) for place, label in labels if cells[place]}
+            if len(cells) != len(columns):
+                raise ValueError(f"{len(cells)} cells")
+            found.append((f"{name}:{lines.line_num}", row))
+    except FileNotFoundError:
+        raise Damaged(f"{path}: is not there: {_AGAIN}") from None
+    except (ValueError, LookupError, StopIteration, csv.Error, lzma.LZMAError, EOFError) as error:
+        raise Damaged(f"{path}: not a table of facts ({error or type(error).__name__}): {_AGAIN}") from error
+    return found
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(cell: str) -> float | None:
+    if not cell:
+        return None
+    return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
+
+
+def _label(value: Any) -> str:
+    """A text as it is, unless it reads as JSON or has what lines end with; anything else as JSON."""
+    if isinstance(value, str) and value and value.isprintable():
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
+
+
+def _value(cell: str, known: dict[str, Any]) -> Any:
+    if cell not in known:
+        try:
+            known[cell] = json.loads(cell)
+        except ValueError:
+            known[cell] = cell
+    return known[cell]
