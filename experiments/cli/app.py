@@ -1,14 +1,19 @@
 """``hts``: its commands put together, and how it ends when something is wrong."""
 
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from experiments.cli import bench, doctor, model, study
 from patch.errors import UserError, one_line
 
+# The exit code after Ctrl-C.
+_INTERRUPTED = 130
 HELP = """Hybrid tile sparsity: learn which tiles of a language model stay dense and which become 2:4.
 
 Run a whole study with [bold]hts run[/bold], or one step with [bold]hts prune[/bold], [bold]learn[/bold],
@@ -57,12 +62,34 @@ def build(panels: Panels = PANELS) -> typer.Typer:
 
 
 def answer(app: typer.Typer) -> None:
-    """Run the command of this process: bad input and full disks end in one line, not in a traceback."""
+    """Run the command of this process; whatever goes wrong is one line, and the traceback of a fault of ours a file."""
     try:
         app()
     except (UserError, OSError) as error:
-        print(f"hts: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        _end(one_line(error))
+    except Exception as error:
+        _end(f"{type(error).__name__}: {one_line(error)}; {_kept(error)}")
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            again = shlex.join(["hts", *sys.argv[1:]])
+            print(f"hts: interrupted; what is done is kept, and the same command goes on: {again}", file=sys.stderr)
+        raise
+
+
+def _end(said: str) -> NoReturn:
+    print(f"hts: error: {said}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _kept(error: Exception) -> str:
+    """Where the whole traceback is; the traceback, if no file can be written."""
+    whole = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="hts-", suffix=".txt", delete=False) as file:
+            file.write(whole)
+    except OSError:
+        return f"its traceback:\n{whole}"
+    return f"its traceback is {file.name}"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -17,12 +17,17 @@ from experiments.cli.options import (
     Results,
     Tile,
     console,
+    listed,
     machine_on,
     tile_shape,
 )
+from experiments.cli.recipe import SETTINGS, changes, forecast, settings
 from patch.errors import UserError, check_name
+from patch.learn.recipe import CHANGES
+from patch.methods import members, published_recipe
 
 if TYPE_CHECKING:
+    from experiments.run.runtime import Machine
     from experiments.studies.trial import Pruning
 
 WINDOW = 2048
@@ -31,9 +36,11 @@ _WINDOW = f"Tokens of a window; {WINDOW} unless the model takes fewer."
 
 def prune(
     model: Model,
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")],
+    method: Annotated[str, typer.Option(help=listed(members("one-shot")) + ".")],
     structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
-    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights.")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of zeros over all prunable weights; 0.5 if nothing is said.")
+    ] = None,
     tile: Tile = "128x128",
     calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
@@ -53,6 +60,11 @@ def prune(
     from experiments.studies import build
     from experiments.studies.trial import Calibration
 
+    if sparsity is None:
+        sparsity = 0.5
+        if structure != "2:4":
+            every = ", which makes every tile 2:4" if structure == "hybrid" else ""
+            console.print(f"sparsity {sparsity}{every}: --sparsity sets another")
     seen = Calibration(calibration, windows, length or _window(model, data), seed)
     pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
     if refit:
@@ -64,32 +76,23 @@ def prune(
 
 def learn(
     model: Model,
-    method: Annotated[str, typer.Option(help="patch-joint, patch-tile or maskllm.")] = "patch-joint",
+    method: Annotated[str, typer.Option(help=listed(members("learned")) + ".")] = "patch-joint",
     sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5.")] = 0.45,
     tile: Tile = "128x128",
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
-    calibration: Annotated[str, typer.Option(help="Text of the SparseGPT prior, and of --refit.")] = "c4",
+    calibration: Annotated[str, typer.Option(help="Text of the one-shot prior, and of --refit.")] = "c4",
     calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
     calibration_length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
     recipe: Annotated[
-        str, typer.Option(help="published, or guided: by the dense model, which lowers PATCH joint's perplexity.")
+        str,
+        typer.Option(help=listed(CHANGES) + "; guided learns from the dense model, which lowers PATCH's perplexity."),
     ] = "published",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; as all that follows, the recipe's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    microbatch: Annotated[int | None, typer.Option(help="Sequences a forward pass.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    distillation: Annotated[
-        float | None, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
-    ] = None,
-    block_distillation: Annotated[
-        float | None, typer.Option(help="Factor of the distance of each block's outputs from the dense model's.")
-    ] = None,
-    tile_ranking: Annotated[
-        str | None, typer.Option(help="Which tiles start as dense: ranked within each weight, or over the model.")
-    ] = None,
-    tile_prior: Annotated[
-        float | None, typer.Option(help="How far their logits start from zero, in standard deviations.")
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=f"A setting of the recipe, such as steps=400. Repeatable: {', '.join(SETTINGS)}.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     refit: Refit = False,
@@ -104,15 +107,10 @@ def learn(
     """
     from experiments.studies import build
     from experiments.studies.trial import Calibration
-    from patch.learn.recipe import CHANGES
 
-    given: dict[str, Any] = {"steps": steps, "batch": batch, "microbatch": microbatch, "length": length, "lr": lr}
-    given |= {"distillation": distillation, "block_distillation": block_distillation}
-    given |= {"tile_ranking": tile_ranking, "tile_prior": tile_prior}
     seen = Calibration(calibration, calibration_windows, calibration_length or _window(model, data))
-    check_name("recipe", recipe, CHANGES)
-    changes = CHANGES[recipe] | {name: value for name, value in given.items() if value is not None}
-    pruning = build.learned(model, method, sparsity, tile_shape(tile), text, seen, seed, **changes)
+    given = CHANGES[check_name("recipe", recipe, CHANGES)] | changes(set_ or [])
+    pruning = build.learned(model, method, sparsity, tile_shape(tile), text, seen, seed, **given)
     if refit:
         pruning = build.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
@@ -255,6 +253,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     store = Store(results)
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     with machine_on(device, data) as machine:
+        if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():
+            _say_what_it_takes(pruning, machine)
         path = pipeline.ensure_checkpoint(pruning, store, machine)
         if machine.ranks.rank:
             return
@@ -263,3 +263,13 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     if out is not None:
         path = copy_checkpoint(path, out)
     console.print(f"sparsity {sparsity:.6f} (target {pruning.sparsity:g}): {path}", soft_wrap=True)
+
+
+def _say_what_it_takes(pruning: "Pruning", machine: "Machine") -> None:
+    assert pruning.learning is not None
+    table = Table("setting", "value", "published", box=None, pad_edge=False)
+    for row in settings(pruning.learning.recipe, published_recipe(pruning.method)):
+        table.add_row(*row)
+    console.print(table)
+    for line in forecast(pruning, machine):
+        console.print(line, style="yellow" if line.startswith("warning") else None, soft_wrap=True)

@@ -1,6 +1,6 @@
 """What the commands of ``hts`` share: their options, the console, and the machine that they run on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +44,12 @@ Refit = Annotated[
 ]
 
 DEFAULT_RESULTS = Path("runs")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence has them: ``magnitude, wanda or sparsegpt``."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def tile_shape(text: str) -> tuple[int, int]:
@@ -92,6 +98,8 @@ def machine_on(device: str | None, data: Path | None) -> "Iterator[Machine]":
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device '{device}' is not known: give cpu, cuda, or one of several as cuda:1")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,5 +1,7 @@
 """Where trials run."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,3 +38,25 @@ class Machine:
     def can_time(self) -> bool:
         """Whether a time taken here says something: kernels are for GPUs, and CUDA graphs are how they are timed."""
         return self.device.startswith("cuda")
+
+
+def product_rate(machine: Machine) -> float:
+    """Operations a second that a large matrix product reaches here; takes a fraction of a second."""
+    size, dtype = (1024, torch.float32) if machine.device == "cpu" else (4096, torch.bfloat16)
+    operand = torch.ones(size, size, device=machine.device, dtype=dtype)
+    seconds = []
+    # The first one also starts libraries up.
+    for _ in range(4):
+        started = time.perf_counter()
+        (operand @ operand)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def memory(machine: Machine) -> float:
+    """GiB of memory that the device has, the machine's own for a CPU."""
+    if machine.device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(machine.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / 2**30

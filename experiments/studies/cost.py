@@ -64,6 +64,12 @@ def pruning_flops(pruning: Pruning) -> float | None:
     return total
 
 
+def learning_tokens(pruning: Pruning) -> int:
+    """Tokens that a mask is learned on; none of a pruning that does not learn."""
+    recipe = pruning.learning.recipe if pruning.learns and pruning.learning else None
+    return recipe.steps * recipe.batch * recipe.length if recipe else 0
+
+
 def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
     """Floating-point operations of evaluating one checkpoint; None if the model is not known, 0 for a grid."""
     parameters = _parameters(model)
@@ -83,6 +89,9 @@ def evaluation_flops(model: str, evaluation: Evaluation) -> float | None:
 # What a GPU sustains on learning and evaluation, in 1e12 operations a second, from loading to saving: measured with the
 # mask of SmolLM2-135M at 45% (`prune_seconds` of its committed row).
 H200_TFLOPS = 190.0
+# What learning sustains of the rate of one large matrix product. On GPUs, 0.27 with SmolLM2-135M from loading to saving
+# and 0.5 with LLaMA-3.2-1B's steps alone; on a CPU 0.85 with the embedded model.
+SHARE_OF_PRODUCT = {"cuda": 0.35, "cpu": 0.8}
 
 
 def grid_seconds(grid: KernelGrid | ModelGrid | None) -> float:
@@ -109,11 +118,12 @@ def with_priors(prunings: Iterable[Pruning]) -> set[Pruning]:
     return {step for pruning in prunings for step in lineage(pruning)}
 
 
-def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: int = 1) -> float | None:
+def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: int = 1, width: int = 2) -> float | None:
     """GiB of device memory that a pruning, or else the evaluation of one, takes; None if the model is not known.
 
     Args:
         processes: that learn together, a device each: they divide the logits and the sequences, not the weights.
+        width: bytes of a weight and of an activation while learning.
     """
     shapes, parameters, spec = _prunable(pruning.model), _parameters(pruning.model), _spec(pruning.model)
     if shapes is None or parameters is None or spec is None:
@@ -155,7 +165,7 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
     # What is gathered of the others' rows, and its gradient, in bfloat16.
     gathered = 4 * masked if processes > 1 else 0.0
     divided = (states_of_logits * logits * weights + 40 * masked) / processes
-    return (2 * parameters + divided + gathered + states + head) / GIB
+    return (width * parameters + divided + width / 2 * (gathered + states) + head) / GIB
 
 
 def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,10 +54,20 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["learn", "embedded", "--tile", "128x512"], "larger than the weight"),
         (["learn", "embedded", "--recipe", "guide"], "did you mean guided"),
         (["learn", "embedded", "--recipe", "guided", "--method", "maskllm"], "maskllm has no dense tiles"),
+        (["learn", "embedded", "--set", "stpes=5"], "did you mean steps"),
+        (["learn", "embedded", "--set", "steps"], "give NAME=VALUE, such as steps=2000"),
+        (["learn", "embedded", "--set", "steps=2.5"], "steps '2.5': give a whole number"),
+        (["learn", "embedded", "--set", "lr=fast"], "lr 'fast': give a positive number"),
+        (["learn", "embedded", "--set", "tau=4"], "give two numbers"),
+        (["learn", "embedded", "--set", "logit_dtype=float16"], "give one of float32, bfloat16"),
+        (["learn", "embedded", "--set", "activation_checkpointing=maybe"], "give true or false"),
+        (["learn", "embedded", "--set", "mode=tile"], "recipe of mode joint"),
+        (["run", "demo", "--device", "gpu"], "give cpu, cuda"),
+        (["eval", "[/x]"], "[/x]"),
         (["audit", "/nowhere"], "/nowhere"),
         (["table", "demo"], "run a study first"),
     ],
-    ids=lambda value: "-".join(value[:3]).replace("/", ".") if isinstance(value, list) else None,
+    ids=lambda value: "-".join([*value[:2], value[-1]]).replace("/", ".") if isinstance(value, list) else None,
 )
 def test_bad_input_gets_one_line(hts, tmp_path: Path, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
     assert_refused(hts(*arguments), message)
@@ -146,7 +157,7 @@ def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
     ("method", "options"),
     [
         ("patch-joint", []),
-        ("patch-joint", ["--recipe", "guided", "--tile-prior", 10]),
+        ("patch-joint", ["--recipe", "guided", "--set", "tile_prior=10"]),
         ("patch-tile", []),
         ("maskllm", []),
         ("maskllm", ["--refit"]),
@@ -157,12 +168,14 @@ def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def
     hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, options: list[object]
 ) -> None:
     sparsity = 0.5 if method == "maskllm" else 0.25
-    small = ["--steps", 2, "--batch", 2, "--microbatch", 1, "--length", 16, "--tile", "16x16", "--sparsity", sparsity]
+    recipe = ("steps=2", "batch=2", "microbatch=1", "length=16")
+    small = [*(part for each in recipe for part in ("--set", each)), "--tile", "16x16", "--sparsity", sparsity]
     prior = ["--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16, *options]
     out = tmp_path / "learned"
     code, printed, err = hts("learn", tiny_model, "--method", method, "--text", tiny_text, *small, *prior, "--out", out)
     assert code == 0, err
-    assert f"(target {sparsity})" in printed
+    assert f"(target {sparsity})" in printed and "tokens, about" in printed
+    assert re.search(r"steps +2 +2000", printed) and re.search(r"logit_dtype +float32", printed)
     code, printed, _ = hts("audit", out)
     assert code == 0 and f"sparsity {sparsity:.6f}" in printed
     recipe = load_info(out)["definition"]["learning"]["recipe"]
@@ -240,7 +253,7 @@ def test_several_processes_learn_one_mask(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "learn"]
     model = ["embedded", "--sparsity", "0.35", "--tile", "64x64", "--text", "embedded/train"]
     prior = ["--calibration", "embedded/train", "--calibration-windows", "4", "--calibration-length", "64"]
-    size = ["--steps", "2", "--batch", "4", "--microbatch", "2", "--length", "32", "--device", "cpu"]
+    size = ["--set=steps=2", "--set=batch=4", "--set=microbatch=2", "--set=length=32", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, *command, *model, *prior, *size, "--results", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,0 +1,112 @@
+"""A recipe on the command line: its fields set by name, and what learning by it takes, said before it starts."""
+
+import types
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from patch.errors import UserError, check_name
+from patch.learn.recipe import Recipe, Span
+
+if TYPE_CHECKING:
+    from experiments.run.runtime import Machine
+    from experiments.studies.trial import Pruning
+
+SETTINGS = tuple(get_type_hints(Recipe))
+# More than this on a CPU is worth a warning, in hours.
+_LONG = 1.0
+
+
+def changes(assignments: Iterable[str]) -> dict[str, Any]:
+    """Fields of a recipe by name, each of its type, from texts: ``steps=400``, ``tau=4,0.05``, ``clip=none``.
+
+    A value that is not of the field's type stays text, for the recipe to refuse with what it wants.
+
+    Raises:
+        UserError: if there is no such field, or no value.
+    """
+    kinds = get_type_hints(Recipe)
+    given = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        check_name("setting of a recipe", name, kinds)
+        if not value:
+            raise UserError(f"--set {assignment}: give NAME=VALUE, such as {name}={_text(_example(name))}")
+        given[name] = _typed(kinds[name], value)
+    return given
+
+
+def _example(name: str) -> Any:
+    from patch.learn.recipe import PATCH_JOINT
+
+    return getattr(PATCH_JOINT, name)
+
+
+def _typed(kind: Any, text: str) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind == Span:
+        return tuple(_typed(float, part) for part in text.split(","))
+    if get_origin(kind) is types.UnionType:
+        return None if text.lower() == "none" else _typed(get_args(kind)[0], text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _text(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings(recipe: Recipe, published: Recipe) -> list[tuple[str, str, str]]:
+    """Every field of a recipe: name, value, and the published one where that is another; as ``--set`` has them."""
+    rows = []
+    for name in SETTINGS:
+        value, usual = getattr(recipe, name), getattr(published, name)
+        rows.append((name, _text(value), "" if value == usual else _text(usual)))
+    return rows
+
+
+def forecast(pruning: "Pruning", machine: "Machine") -> Iterator[str]:
+    """Lines on what making a learned mask takes here, its priors included, and warnings of what it had better not."""
+    from experiments.run.runtime import memory, product_rate
+    from experiments.studies import cost
+    from experiments.studies.trial import lineage
+
+    size = machine.ranks.size
+    steps = lineage(pruning)
+    tokens = sum(cost.learning_tokens(step) for step in steps)
+    said = f"learning takes {tokens:,} tokens"
+    flops = [cost.pruning_flops(step) for step in steps]
+    needs = [cost.memory(step, processes=size, width=4 if machine.device == "cpu" else 2) for step in steps]
+    if None in flops or None in needs:
+        yield f"{said}; hours and memory cannot be told: the shapes of {pruning.model} are not in `hts models`"
+        return
+    share = cost.SHARE_OF_PRODUCT["cpu" if machine.device == "cpu" else "cuda"]
+    hours = sum(filter(None, flops)) / (share * product_rate(machine) * size) / 3600
+    gib = max(filter(None, needs))
+    where = f"{size} x {machine.device}" if size > 1 else machine.device
+    yield f"{said}, about {_duration(hours)} and {gib:.2g} GiB here ({where}), priors included"
+    if machine.device == "cpu" and hours > _LONG:
+        yield (
+            f"warning: {_duration(hours)} on a CPU: learn on a GPU, or on fewer tokens, such as "
+            "--set steps=200 --set batch=16 --set microbatch=16 --set length=128"
+        )
+    if gib > (there := memory(machine)):
+        yield (
+            f"warning: about {gib:.3g} GiB are needed and {there:.3g} are there: take a smaller microbatch, "
+            "activation_checkpointing=true or logit_dtype=bfloat16"
+        )
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{round(60 * hours)} minutes" if 60 * hours >= 1.5 else "a minute"
+    return f"{float(f'{hours:.2g}'):,g} hours" if hours < 100 else f"{float(f'{hours / 24:.2g}'):,g} days"

@@ -1,0 +1,45 @@
+"""How the command ends: one line, whatever happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from experiments.cli import app
+from patch.errors import UserError
+
+
+def end(error: BaseException, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[object, str]:
+    """The exit code and what was printed, of a command that raises."""
+    command = typer.Typer(pretty_exceptions_enable=False)
+
+    @command.command()
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["hts", "two words"])
+    with pytest.raises(SystemExit) as stop:
+        app.answer(command)
+    return stop.value.code, capsys.readouterr().err.strip()
+
+
+def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed = end(UserError("no\nsuch [/x]"), capsys, monkeypatch)
+    assert code == 1 and printed == "hts: error: no such [/x]"
+
+
+def test_a_fault_is_one_line_and_its_traceback_a_file(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, printed = end(AttributeError("no such\nthing"), capsys, monkeypatch)
+    found = re.fullmatch(r"hts: error: AttributeError: no such thing; its traceback is (\S+)", printed)
+    assert code == 1 and found
+    written = Path(found[1]).read_text()
+    assert "Traceback" in written and "in fail" in written
+
+
+def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed = end(KeyboardInterrupt(), capsys, monkeypatch)
+    assert code == 130 and "goes on: hts 'two words'" in printed
