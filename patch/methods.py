@@ -17,6 +17,10 @@ STRUCTURES = ("dense", "unstructured", "2:4", "hybrid")
 TILED = ("2:4", "hybrid")
 
 
+# Below this sparsity a method's recipe for denser masks holds: published are 45%, and 35% and 25%.
+_DENSER = 0.4
+
+
 @dataclass(frozen=True)
 class Method:
     """One method.
@@ -30,6 +34,7 @@ class Method:
         prior: the method whose 2:4 mask learning starts from, if nothing else is said.
         emphasis: drawn larger where positive, and in front of what has less.
         published: what the tables of the PATCH paper call it, where that is not its name.
+        denser: the published recipe for 35% sparsity and less, where that is another.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Method:
     prior: str | None = None
     emphasis: int = 0
     published: str | None = None
+    denser: Recipe | None = None
 
     @property
     def family(self) -> Family:
@@ -63,7 +69,17 @@ METHODS = {
         Method("sparsegpt", "SparseGPT", "#0173b2", "s"),
         Method("maskllm", "MaskLLM", "#029e73", "D", MASKLLM, "sparsegpt"),
         Method("patch-tile", "PATCH tile", "#de8f05", "v", PATCH_TILE, "maskllm", emphasis=1, published="patch"),
-        Method("patch-joint", "PATCH joint", "#d55e00", "o", PATCH_JOINT, "sparsegpt", emphasis=2, published="patch"),
+        Method(
+            "patch-joint",
+            "PATCH joint",
+            "#d55e00",
+            "o",
+            PATCH_JOINT,
+            "sparsegpt",
+            emphasis=2,
+            published="patch",
+            denser=PATCH_JOINT_SPARSER,
+        ),
     )
 }
 
@@ -74,10 +90,10 @@ def members(family: Family) -> tuple[str, ...]:
 
 
 def published_recipe(name: str, sparsity: float = 0.5) -> Recipe:
-    """The published recipe of a method that learns; PATCH joint has one for 45% and one for 35% and less."""
+    """The published recipe of a method that learns, at a sparsity."""
     recipe = METHODS[check_name("learned method", name, members("learned"))].recipe
     assert recipe is not None
-    return PATCH_JOINT_SPARSER if recipe is PATCH_JOINT and sparsity < 0.4 else recipe
+    return METHODS[name].denser or recipe if sparsity < _DENSER else recipe
 
 
 def label_of(name: str) -> str:

@@ -266,9 +266,15 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 
 
 def _say_what_it_takes(pruning: "Pruning", machine: "Machine") -> None:
+    from experiments.data import models
+    from experiments.studies import cost
+
     assert pruning.learning is not None
+    if cost.memory(pruning) is None:
+        # The configuration of a hub model, which this fetches, says what it takes.
+        models.fingerprint(pruning.model)
     table = Table("setting", "value", "published", box=None, pad_edge=False)
-    for row in settings(pruning.learning.recipe, published_recipe(pruning.method)):
+    for row in settings(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity)):
         table.add_row(*row)
     console.print(table)
     for line in forecast(pruning, machine):

@@ -87,7 +87,7 @@ def forecast(pruning: "Pruning", machine: "Machine") -> Iterator[str]:
     flops = [cost.pruning_flops(step) for step in steps]
     needs = [cost.memory(step, processes=size, width=4 if machine.device == "cpu" else 2) for step in steps]
     if None in flops or None in needs:
-        yield f"{said}; hours and memory cannot be told: the shapes of {pruning.model} are not in `hts models`"
+        yield f"{said}; how long and how much memory cannot be told before the configuration of {pruning.model} is here"
         return
     share = cost.SHARE_OF_PRODUCT["cpu" if machine.device == "cpu" else "cuda"]
     hours = sum(filter(None, flops)) / (share * product_rate(machine) * size) / 3600

@@ -89,6 +89,7 @@ _SPECS = (
     ),
 )
 REGISTRY = {spec.name: spec for spec in _SPECS}
+BY_SOURCE = {spec.source: spec for spec in _SPECS}
 
 # The models of the registry that are not on the hub: where their directory is, given the data directory.
 _LOCAL: dict[str, Callable[[Path | None], Path]] = {

@@ -4,6 +4,8 @@ Estimates from published shapes, for planning: they leave out start-up, attentio
 arithmetic, and are right within a factor of two. A model whose shapes are not known here (a hub id) has none.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -174,21 +176,53 @@ def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:
 
 
 def _spec(model: str) -> ModelSpec | None:
+    """The widths of a model of the registry, or of one whose configuration is on this machine."""
+    if listed := _listed(model):
+        return listed
+    folder = _folder(model)
+    return _described(folder) if folder else None
+
+
+def _listed(model: str) -> ModelSpec | None:
+    """A model of the registry, by its name or its hub id."""
     found = models.resolve(model)
-    return found if isinstance(found, ModelSpec) else None
+    return found if isinstance(found, ModelSpec) else models.BY_SOURCE.get(found)
+
+
+def _folder(model: str) -> Path | None:
+    """Where the configuration of any other model is: its directory, or what of a hub model is here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    cached = try_to_load_from_cache(model, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+@functools.cache
+def _described(folder: Path) -> ModelSpec | None:
+    """A model by its configuration, where that says its widths as those of most decoders do."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    widths = [width for name in names if isinstance(width := getattr(config, name, None), int)]
+    if len(widths) < len(names):
+        return None
+    hidden, intermediate, blocks, heads, vocab = widths
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
+    parameters = embeddings + sum(rows * cols for rows, cols in prunable_shapes(folder).values())
+    return ModelSpec(str(folder), "", "", hidden, intermediate, blocks, heads, kv_heads, head_dim, vocab, parameters)
 
 
 def _prunable(model: str) -> Mapping[tuple[int, int], int] | None:
     """How many prunable weights of each shape a model has."""
-    found = models.resolve(model)
-    counts: dict[tuple[int, int], int] = {}
-    if isinstance(found, ModelSpec):
-        for shape in found.linear_shapes().values():
-            counts[shape] = counts.get(shape, 0) + found.blocks
-    elif Path(found).is_dir():
-        for shape in prunable_shapes(Path(found)).values():
-            counts[shape] = counts.get(shape, 0) + 1
-    return counts or None
+    if listed := _listed(model):
+        return Counter(shape for shape in listed.linear_shapes().values() for _ in range(listed.blocks))
+    folder = _folder(model)
+    return Counter(prunable_shapes(folder).values()) or None if folder else None
 
 
 def _parameters(model: str) -> int | None:

@@ -76,4 +76,4 @@ def test_the_published_recipe_on_a_cpu_is_warned_of() -> None:
 
 def test_a_model_of_unknown_shapes_is_said_to_be_unknown() -> None:
     (line,) = forecast(pruning("some/model"), CPU)
-    assert "cannot be told" in line and "some/model" in line
+    assert "cannot be told" in line and "configuration of some/model" in line
