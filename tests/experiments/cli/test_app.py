@@ -264,5 +264,5 @@ def test_several_processes_learn_one_mask(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("sparsity 0.35") == 1
     checkpoints = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
-    assert len(checkpoints) == 2, "a SparseGPT prior and the learned mask"
+    assert len(checkpoints) == 3, "a SparseGPT prior, the unstructured mask that ranks tiles, and the learned mask"
     assert not list(tmp_path.glob("work/*/learner.pt"))
