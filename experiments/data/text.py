@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import lzma
 import random
 import re
@@ -28,7 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.embedded import TEXT
 from patch.errors import UserError, check_name
-from patch.files import replacing
+from patch.files import check_seal, replacing, seal
+
+logger = logging.getLogger(__name__)
 
 # Enough for 128 calibration windows of 2048 tokens, which about one C4 document in thirty can hold.
 C4_DOCUMENTS = 50_000
@@ -354,14 +357,29 @@ def token_stream(
         OSError: if the cache cannot be written.
     """
     path = cache / f"{documents.sha256[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}.npy"
-    if not path.exists():
+    if not _is_whole(path):
         tokens = _tokenise(documents, tokenizer)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, tokens)
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, tokens)
+            seal(temporary)
     tokens = np.load(path, mmap_mode="r")
     if len(tokens) < length:
         raise UserError(f"learning needs windows of {length} tokens, but the text has {len(tokens)} tokens in all")
     return TokenStream(tokens, length, seed)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a token cache is there and undamaged; what is not is made again."""
+    if not path.exists():
+        return False
+    try:
+        check_seal(path)
+        np.load(path, mmap_mode="r")
+    except (UserError, ValueError, EOFError) as error:
+        logger.warning("%s; the text is tokenised again", error)
+        return False
+    return True
 
 
 def _tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
+from patch.files import check_seal, seal
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
 from patch.learn.recipe import ADDED_DEFAULTS, Recipe
@@ -101,8 +102,7 @@ class State:
         try:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            seal(temporary)
             os.replace(temporary, self.path)
         except RuntimeError as error:
             temporary.unlink(missing_ok=True)
@@ -120,6 +120,7 @@ class State:
         if not self.path.exists():
             return
         with _undamaged(self.path):
+            check_seal(self.path)
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             version, fingerprint = state["format"], state["fingerprint"]
         if version != FORMAT:

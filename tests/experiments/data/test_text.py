@@ -433,3 +433,16 @@ def test_fingerprint_tells_tokenizers_apart_and_ignores_padding(tokenizer: PreTr
     assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer)
     assert tokenizer_fingerprint(make_tokenizer(bos=True)) != tokenizer_fingerprint(tokenizer)
     assert tokenizer_fingerprint(make_tokenizer(vocabulary=280)) != tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("place", [0.01, 0.5, 0.9])
+def test_a_damaged_token_cache_is_made_again(tmp_path: Path, place: float) -> None:
+    tokenizer, source = make_tokenizer(), documents(prose(300, 0))
+    before = np.array(token_stream(source, tokenizer, 16, 0, tmp_path).tokens)
+    (cache,) = tmp_path.glob("*.npy")
+    content = bytearray(cache.read_bytes())
+    content[int(place * len(content))] ^= 1
+    cache.write_bytes(content)
+    assert np.array_equal(token_stream(source, tokenizer, 16, 0, tmp_path).tokens, before)
+    cache.write_bytes(b"")
+    assert np.array_equal(token_stream(source, tokenizer, 16, 0, tmp_path).tokens, before)

@@ -767,6 +767,16 @@ def test_a_damaged_checkpoint_is_named(how: str, tmp_path: Path) -> None:
     assert str(tmp_path / CHECKPOINT) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", [0.02, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(place: float, tmp_path: Path) -> None:
+    run(tiny_model(), SHORT["joint"], tmp_path)
+    content = bytearray((tmp_path / CHECKPOINT).read_bytes())
+    content[int(place * len(content))] ^= 4
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(UserError, match=r"not a whole checkpoint.*SHA-256"):
+        run(tiny_model(), SHORT["joint"], tmp_path)
+
+
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     run(tiny_model(), SHORT["joint"], tmp_path)
     state = torch.load(tmp_path / CHECKPOINT)
