@@ -192,9 +192,8 @@ class HybridMask:
         return same_tiles and torch.equal(self.keep(), other.keep())
 
 
-def model_sparsity(masks: Sequence[HybridMask]) -> float:
-    """Zeros over elements of all the masks together."""
-    return sum(m.zeros for m in masks) / sum(m.shape[0] * m.shape[1] for m in masks)
+# Share of a dense tile's elements that may be zero by chance.
+STRAY_ZEROS = 0.01
 
 
 @dataclass(frozen=True)
@@ -215,11 +214,11 @@ class Inferred:
         return ~self.mask.dense
 
 
-def infer(weight: Tensor, tile: Sequence[int], stray_zeros: float = 0.01) -> Inferred:
+def infer(weight: Tensor, tile: Sequence[int]) -> Inferred:
     """Read the hybrid mask of a foreign checkpoint (published PATCH models are plain models with zeros).
 
-    A tile is 2:4 if every group holds at least two zeros; dense if at most a share ``stray_zeros`` of its elements is
-    zero (low-precision weights have some exact zeros); violating otherwise. A group with more than two zeros keeps its
+    A tile is 2:4 if every group holds at least two zeros; dense if at most `STRAY_ZEROS` of its elements are zero
+    (low-precision weights have some exact zeros); violating otherwise. A group with more than two zeros keeps its
     non-zero elements and as many of the earliest zeros as make two.
 
     Args:
@@ -229,6 +228,6 @@ def infer(weight: Tensor, tile: Sequence[int], stray_zeros: float = 0.01) -> Inf
     sizes = tile_sizes(weight.shape, tile).to(weight.device)
     crowded = (zero.reshape(weight.shape[0], -1, GROUP).sum(-1) < 2).repeat_interleave(GROUP, 1)
     two_four = tile_sums(crowded.int(), tile) == 0
-    few_zeros = tile_sums(zero.int(), tile) <= stray_zeros * sizes
+    few_zeros = tile_sums(zero.int(), tile) <= STRAY_ZEROS * sizes
     mask = HybridMask((weight.shape[0], weight.shape[1]), check_tile(tile), ~two_four, best_patterns(~zero))
     return Inferred(mask, ~two_four & ~few_zeros)

@@ -30,7 +30,7 @@ from analysis.figures.tile_shapes import draw_tile_shapes, swept
 from analysis.rows.points import Point, gather, texts, trial_labels
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.kernels import from_rows
-from analysis.tables.packed import carried_shapes, workloads
+from analysis.tables.packed import projected_shapes, workloads
 
 _BARS = "Bars are the spread over seeds, or the standard error of one: all points share their texts and items."
 
@@ -107,7 +107,7 @@ def _speed_drawings(frame: pd.DataFrame, width: Width) -> Iterator[Drawing]:
         f"Quality against end-to-end speedup of each checkpoint: {of}. {how}",
         draw_speed_frontier(frame, width),
     )
-    for shape in carried_shapes(frame):
+    for shape in projected_shapes(frame):
         yield Drawing(
             f"carried-{_file_name(shape)}",
             f"Quality against the speed of the same tile statistics on {shape} shapes with random weights: {of}.",

@@ -11,7 +11,7 @@ from analysis.tables.accuracy import Field, heading, identity_fields
 from analysis.tables.render import Column, Table, Value
 from patch.errors import UserError
 
-_CARRIED = "carried:"
+_PROJECTED = "carried:"
 _TIMED = "x: dense time over packed time, end to end, both with compiled blocks and CUDA graphs, on one {}."
 
 
@@ -21,10 +21,10 @@ def workloads(frame: pd.DataFrame) -> list[str]:
     return sorted({stage.partition(":")[2] for stage in stages}, key=_size)
 
 
-def carried_shapes(frame: pd.DataFrame) -> list[str]:
+def projected_shapes(frame: pd.DataFrame) -> list[str]:
     """The models on whose shapes tile statistics were timed."""
-    stages = frame[(frame.metric == "speedup") & frame.stage.str.startswith(_CARRIED)].stage
-    return [stage.removeprefix(_CARRIED) for stage in dict.fromkeys(stages)]
+    stages = frame[(frame.metric == "speedup") & frame.stage.str.startswith(_PROJECTED)].stage
+    return [stage.removeprefix(_PROJECTED) for stage in dict.fromkeys(stages)]
 
 
 def wrong(frame: pd.DataFrame) -> set[str]:
@@ -73,17 +73,17 @@ def speed_table(frame: pd.DataFrame) -> Table:
     return _table(points, fields, notes)
 
 
-def carried_table(frame: pd.DataFrame, shape: str) -> Table:
+def projected_table(frame: pd.DataFrame, shape: str) -> Table:
     """One row per hybrid checkpoint: the speed of its share of dense tiles on a larger model's shapes.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
-        shape: one of `carried_shapes`.
+        shape: one of `projected_shapes`.
 
     Raises:
         UserError: if nothing was timed on that model's shapes, or not all of it on one kind of GPU.
     """
-    stage = _CARRIED + shape
+    stage = _PROJECTED + shape
     points = [point for point in gather(frame) if _any(frame, point, stage)]
     if not points:
         raise UserError(f"no tile statistics were timed on the shapes of {shape}: run a frontier study on a GPU first")

@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.rows.points import trial_labels
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
-from analysis.tables.packed import carried_shapes, carried_table, speed_table
+from analysis.tables.packed import projected_shapes, projected_table, speed_table
 from analysis.tables.render import Table
 
 GRID_STAGES = ("kernels:", "model:")
@@ -37,8 +37,8 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
-    for shape in carried_shapes(frame):
-        found[f"carried-{shape}"] = carried_table(frame, shape)
+    for shape in projected_shapes(frame):
+        found[f"carried-{shape}"] = projected_table(frame, shape)
     return _warned(found, frame)
 
 
@@ -56,7 +56,7 @@ def _warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
 def title(name: str) -> str:
     """What a table of `study_tables` shows, in a line."""
     if name.startswith("carried-"):
-        return f"Tile statistics carried onto the shapes of {name.removeprefix('carried-')}"
+        return f"Tile statistics projected onto the shapes of {name.removeprefix('carried-')}"
     for precision, spelled in PRECISIONS.items():
         kind = "kernels" if precision == "bf16" else f"kernels {precision}"
         if name.startswith(f"{kind}-"):

@@ -163,7 +163,7 @@ def measurements(trial: Trial) -> dict[str, Measurement]:
         found[f"speed:{work}"] = partial(_speed, about, work)
     if trial.pruning.structure == "hybrid":
         for shape in about.carried:
-            found[f"carried:{shape}"] = partial(_carried, about, shape)
+            found[f"carried:{shape}"] = partial(_projected, about, shape)
     return found
 
 
@@ -320,7 +320,7 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
     return speed_facts(measure(pair, work, about.rounds), work, {"dtype": _name(artefact.unpacked.dtype)}), {}
 
 
-def _carried(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
+def _projected(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     if not artefact.machine.can_time:
         return skipped(artefact.machine), {}
     from experiments.bench import baselines, model
@@ -329,10 +329,10 @@ def _carried(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact],
     spec = models.REGISTRY[shape]
     masks = load_masks(artefact.source)
     assert artefact.pruning.tile is not None
-    tile = about.carried_tile or projected.carried_tile(artefact.pruning.tile, spec)
+    tile = about.carried_tile or projected.projected_tile(artefact.pruning.tile, spec)
     dense = model.build(shape, artefact.machine.device)
     hybrid = baselines.sharing(dense)
-    shares = projected.carried_shares(masks, spec)
+    shares = projected.projected_shares(masks, spec)
     # Names end in block, part and kind: model.layers.3.self_attn.q_proj.
     sparsity = {
         name: (1 - shares[int(name.split(".")[2]), name.rpartition(".")[2]]) / 2 for name in prunable_linears(hybrid)

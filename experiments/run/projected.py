@@ -1,4 +1,4 @@
-"""Learned tile statistics carried onto another model's shapes: how much of each kind of layer stays dense, by depth.
+"""Learned tile statistics projected onto another model's shapes: how much of each kind of layer stays dense, by depth.
 
 Small models gain little from any kernel. What their masks learned about *where* dense tiles go can be timed where speed
 matters, on a larger model with random weights: each of its linears takes the share of dense tiles of the checkpoint's
@@ -29,7 +29,7 @@ def dense_shares(masks: Mapping[str, HybridMask]) -> dict[str, list[float]]:
         shares.setdefault(name.rpartition(".")[2], []).append(mask.dense.double().mean().item())
     if len({len(by_block) for by_block in shares.values()}) > 1:
         counts = ", ".join(f"{kind} {len(by_block)}" for kind, by_block in shares.items())
-        raise UserError(f"cannot carry tile statistics: blocks do not all have the same masked linears ({counts})")
+        raise UserError(f"cannot project tile statistics: blocks do not all have the same masked linears ({counts})")
     return shares
 
 
@@ -38,7 +38,7 @@ def at_depth(by_block: list[float], blocks: int) -> list[float]:
     return [by_block[int((block + 0.5) / blocks * len(by_block))] for block in range(blocks)]
 
 
-def carried_shares(masks: Mapping[str, HybridMask], spec: ModelSpec) -> dict[tuple[int, str], float]:
+def projected_shares(masks: Mapping[str, HybridMask], spec: ModelSpec) -> dict[tuple[int, str], float]:
     """The share of dense tiles for each linear of a model of the registry, by block and kind.
 
     Raises:
@@ -47,7 +47,7 @@ def carried_shares(masks: Mapping[str, HybridMask], spec: ModelSpec) -> dict[tup
     shares = dense_shares(masks)
     for kind in spec.linear_shapes():
         if kind not in shares:
-            raise UserError(f"cannot carry tile statistics onto {spec.name}: the checkpoint has no masks for {kind}")
+            raise UserError(f"cannot project tile statistics onto {spec.name}: the checkpoint has no masks for {kind}")
     return {
         (block, kind): share
         for kind in spec.linear_shapes()
@@ -55,7 +55,7 @@ def carried_shares(masks: Mapping[str, HybridMask], spec: ModelSpec) -> dict[tup
     }
 
 
-def carried_tile(own: TileShape, spec: ModelSpec) -> TileShape:
+def projected_tile(own: TileShape, spec: ModelSpec) -> TileShape:
     """The checkpoint's own tile shape where it divides every weight of the model, otherwise 128x128."""
     divides = all(n % own[0] == 0 and k % own[1] == 0 for n, k in spec.linear_shapes().values())
     return own if divides else USUAL_TILE

@@ -136,13 +136,13 @@ def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
     return tuple(Trial(pruning, evaluation) for pruning in prunings)
 
 
-def joined(prunings: Iterable[Pruning], evaluation: Evaluation, carried: tuple[str, ...] = ()) -> Trials:
+def joined(prunings: Iterable[Pruning], evaluation: Evaluation, projected_on: tuple[str, ...] = ()) -> Trials:
     """Accuracy and speed of the same artefacts: each pruning evaluated, packed, evaluated again, and timed.
 
     Args:
-        carried: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
+        projected_on: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
     """
-    both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (carried, ()))
+    both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (projected_on, ()))
     return tuple(Trial(pruning, both if pruning.method in members("learned") else plain) for pruning in prunings)
 
 

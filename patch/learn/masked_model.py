@@ -61,7 +61,7 @@ class MaskedLinear:
         self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
     def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:
-        """Start a micro-batch with noise of the given stream; ``packed`` says the same (see `relax_triton.pack`)."""
+        """Start a micro-batch with noise of the given stream; ``packed`` says the same (`soft_mask_triton.pack`)."""
         self._temperatures = settings.temperatures
         self._stream = stream
         self._packed = packed

@@ -81,12 +81,11 @@ class InverseFactor:
     dead: Tensor
 
 
-def inverse_factor(hessian: Tensor, name: str = "weight", damping: float = DAMPING) -> InverseFactor:
+def inverse_factor(hessian: Tensor, name: str = "weight") -> InverseFactor:
     """Factor of the damped inverse of ``hessian`` ``[K, K]``, which is left as it is.
 
     Args:
         name: of the weight, for the error.
-        damping: what is added to the diagonal, as a share of its mean.
 
     Raises:
         UserError: if the damped matrix is not positive definite in float32.
@@ -97,13 +96,13 @@ def inverse_factor(hessian: Tensor, name: str = "weight", damping: float = DAMPI
     diagonal = backwards.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
-    diagonal += damping * diagonal.mean()
+    diagonal += DAMPING * diagonal.mean()
     with full_float32():
         backwards, failed = torch.linalg.cholesky_ex(backwards)
         if failed:
             raise UserError(
-                f"{name}: the Hessian of its inputs is not positive definite with {damping:.0%} damping: "
-                "calibrate on more windows, or damp more"
+                f"{name}: the Hessian of its inputs is not positive definite with {DAMPING:.0%} damping: "
+                "calibrate on more windows"
             )
         identity = torch.eye(len(backwards), dtype=backwards.dtype, device=backwards.device)
         backwards = torch.linalg.solve_triangular(backwards, identity, upper=False)

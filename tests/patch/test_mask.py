@@ -16,7 +16,6 @@ from patch.mask import (
     encode_patterns,
     expand_tiles,
     infer,
-    model_sparsity,
     pattern_table,
     tile_grid,
     tile_sizes,
@@ -123,11 +122,6 @@ def test_masks_are_equal_whatever_dense_tiles_would_keep() -> None:
     assert mask.equal(other)
     flipped = HybridMask(mask.shape, mask.tile, ~mask.dense, mask.patterns)
     assert not mask.equal(flipped)
-
-
-def test_model_sparsity_weighs_by_elements() -> None:
-    small, large = make_mask((8, 16), (4, 8), "all-2:4"), make_mask((16, 64), (4, 8), "all-dense")
-    assert model_sparsity([small, large]) == pytest.approx(64 / (128 + 1024))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from analysis.figures.speed_frontier import draw_speed_frontier, placed
 from analysis.page.report import _origins
-from analysis.tables.packed import carried_shapes, carried_table, speed_table, workloads
+from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
 from analysis.tables.render import Table, render, rich_table, shown_cells
 from analysis.tables.study import study_tables, title
 from patch.errors import UserError
@@ -97,21 +97,21 @@ def test_a_model_that_does_not_agree_is_said_to_be_no_result(frame: pd.DataFrame
 
 
 def test_tile_statistics_on_other_shapes_are_labelled_as_such(frame: pd.DataFrame) -> None:
-    assert carried_shapes(frame) == ["llama-2-7b"]
-    table = carried_table(frame, "llama-2-7b")
+    assert projected_shapes(frame) == ["llama-2-7b"]
+    table = projected_table(frame, "llama-2-7b")
     assert column(table, "Target (%)") == ["45", "25"]
     assert column(table, "Masked weights (x dense)") == ["0.64", "0.64"]
     assert column(table, "Peak memory, decoding, batch 1 (x dense)") == ["0.60", "0.60"]
     assert column(table, "Decoding, batch 16 (x)") == ["1.66", "1.66"]
     assert any("random weights" in note and "64x64" in note for note in table.notes)
     with pytest.raises(UserError, match="shapes of llama-3"):
-        carried_table(frame, "llama-3.1-8b")
+        projected_table(frame, "llama-3.1-8b")
 
 
 def test_speeds_of_two_kinds_of_gpu_do_not_stand_in_one_table(frame: pd.DataFrame) -> None:
     assert speed_table(frame).notes[-2].endswith("on one NVIDIA H200.")
     frame.loc[(frame.trial == "2" * 12) & (frame.stage == "speed:decode@1x1"), "gpu"] = "NVIDIA A100"
-    for show in (speed_table, lambda frame: carried_table(frame, "llama-2-7b"), draw_speed_frontier):
+    for show in (speed_table, lambda frame: projected_table(frame, "llama-2-7b"), draw_speed_frontier):
         with pytest.raises(UserError, match=r"NVIDIA H200 at .*, NVIDIA A100 at .*: remove the rows of one"):
             show(frame)
 

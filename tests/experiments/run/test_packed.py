@@ -23,7 +23,7 @@ from experiments.data import models
 from experiments.data.models import REGISTRY
 from experiments.run import packed, pipeline
 from experiments.run.packed import agrees
-from experiments.run.projected import at_depth, carried_shares, carried_tile, dense_shares
+from experiments.run.projected import at_depth, dense_shares, projected_shares, projected_tile
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build, registry
@@ -297,7 +297,7 @@ def test_one_flipped_element_changes_the_content_hash(
     assert content_hash(tmp_path) != content_hash(path)
 
 
-# Statistics carried onto other shapes
+# Statistics projected onto other shapes
 
 
 def mask(share: float, rows: int = 4) -> HybridMask:
@@ -321,7 +321,7 @@ def test_shares_go_to_the_same_kind_at_the_nearest_depth() -> None:
     assert at_depth([0.0, 0.5, 1.0, 2.0], 2) == [0.5, 2.0]
     assert at_depth([3.0], 3) == [3, 3, 3]
     assert dense_shares(learned_masks(2))["k_proj"] == pytest.approx([0.05, 0.1])
-    shares = carried_shares(learned_masks(4), REGISTRY["llama-2-7b"])
+    shares = projected_shares(learned_masks(4), REGISTRY["llama-2-7b"])
     assert len(shares) == 32 * 7
     for place, kind in enumerate(REGISTRY["llama-2-7b"].linear_shapes()):
         assert [shares[block, kind] for block in (0, 7, 8, 31)] == pytest.approx(
@@ -329,20 +329,20 @@ def test_shares_go_to_the_same_kind_at_the_nearest_depth() -> None:
         )
 
 
-def test_masks_that_cannot_be_carried_are_refused() -> None:
+def test_masks_that_cannot_be_projected_are_refused() -> None:
     masks = learned_masks(2)
     del masks["model.layers.1.part.k_proj"]
     with pytest.raises(UserError, match="k_proj 1"):
         dense_shares(masks)
     without = {name: one for name, one in learned_masks(2).items() if not name.endswith("k_proj")}
     with pytest.raises(UserError, match="no masks for k_proj"):
-        carried_shares(without, REGISTRY["llama-3.1-8b"])
+        projected_shares(without, REGISTRY["llama-3.1-8b"])
 
 
 def test_the_own_tile_is_carried_where_it_divides() -> None:
-    assert carried_tile((64, 64), REGISTRY["llama-2-7b"]) == (64, 64)
+    assert projected_tile((64, 64), REGISTRY["llama-2-7b"]) == (64, 64)
     # 11008 is no multiple of 512.
-    assert carried_tile((512, 512), REGISTRY["llama-2-7b"]) == (128, 128)
+    assert projected_tile((512, 512), REGISTRY["llama-2-7b"]) == (128, 128)
 
 
 def test_a_model_of_random_weights_takes_the_carried_shares() -> None:
