@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import Damaged, Row, names
+from analysis.rows.format import OUTCOMES, Damaged, Row, names
 from analysis.rows.points import across_seeds, variants
 from analysis.rows.published import ABOUT, DETAILS, FACTS, TRIALS, digest_of, is_detail, read, table
 from patch.errors import UserError
@@ -190,7 +190,7 @@ def _spread(headlines: list[dict[str, Any]]) -> None:
     for row in headlines:
         if "pruning" in row["definition"]:
             seedless, seeds = across_seeds(row["definition"])
-            labels = json.dumps(row["labels"], sort_keys=True)
+            labels = json.dumps({k: v for k, v in row["labels"].items() if k not in OUTCOMES}, sort_keys=True)
             alike = groups.setdefault((seedless, row["stage"], row["metric"], row["unit"], labels), {})
             alike.setdefault(seeds, []).append(row)
     for by_seed in groups.values():

@@ -30,6 +30,9 @@ from typing import Any
 from patch.errors import UserError
 from patch.learn.recipe import HOW_IT_RUNS
 
+# Labels that are outcomes, and do not tell one fact from another: what each window, item or tile gave.
+OUTCOMES = ("tile_map", "window_losses", "items")
+
 # 1: whole rows. 2: a row leaves out what it shares with the one above. 3: a journal file ends with its digest.
 SCHEMA = 3
 

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import bench_schema1, published
-from analysis.rows.format import Damaged, Row, check_row
+from analysis.rows.format import OUTCOMES, Damaged, Row, check_row
 from analysis.rows.jsonl import numbered
 from patch.errors import UserError
 
@@ -256,13 +256,9 @@ def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# These are outcomes, though they stand among the labels.
-_OUTCOMES = ("tile_map", "window_losses", "items")
-
-
 def _identity(row: Row) -> tuple[str, ...]:
     """What a row is about; rows that agree in this state the same fact."""
-    labels = {name: value for name, value in row["labels"].items() if name not in _OUTCOMES}
+    labels = {name: value for name, value in row["labels"].items() if name not in OUTCOMES}
     return row["trial"], row["stage"], row["metric"], _canonical(labels)
 
 
@@ -270,4 +266,4 @@ def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
     numbers = (record["value"], record["stderr"])
     # nan is not equal to itself.
     readable = ("nan" if number is not None and math.isnan(number) else number for number in numbers)
-    return (*readable, *(record["labels"].get(name) for name in _OUTCOMES))
+    return (*readable, *(record["labels"].get(name) for name in OUTCOMES))

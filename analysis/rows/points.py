@@ -21,13 +21,15 @@ from analysis.rows.items import task_items, window_items
 from analysis.rows.load import records
 from analysis.rows.same_checkpoint import check_one_artefact
 from patch.errors import UserError
-from patch.learn.recipe import CHANGES, HOW_IT_RUNS, OURS
-from patch.methods import METHODS, STRUCTURES, label_of
+from patch.learn.recipe import ADDED_DEFAULTS, CHANGES, EARLIER, HOW_IT_RUNS, OURS
+from patch.methods import METHODS, STRUCTURES, label_of, published_recipe
 
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published method has; a definition leaves them out where they are as published.
 _DEPARTURES = {"recipe", "tile_ranking", "refit.source", *(f"learning.recipe.{name}" for name in OURS)}
+# Said wherever it is not so of all.
+_ALWAYS_SAID = _DEPARTURES | {"earlier"}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "refit": "refit.source"}
 
@@ -317,7 +319,7 @@ def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, A
             said = [
                 _setting(name, fields)
                 for name in differing
-                if name in _DEPARTURES or _canonical(fields.get(name)) != usual[name]
+                if name in _ALWAYS_SAID or _canonical(fields.get(name)) != usual[name]
             ]
             result.append((member, ", ".join(filter(None, said))))
     return result
@@ -334,7 +336,7 @@ def _setting(name: str, fields: Mapping[str, Any]) -> str:
     if name not in fields:
         return "no prior" if name == "prior.method" else ""
     value = fields[name]
-    if name == "recipe":
+    if name in ("recipe", "earlier"):
         return str(value)
     if name == "prior.method":
         return f"from {label_of(value)}"
@@ -350,12 +352,35 @@ def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> in
 
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
     """A definition's fields by dotted name; settings that together have a name go by it, as ``recipe``."""
-    fields = _flatten(about)
+    fields = _without_published(about, _flatten(about))
     for recipe, changes in CHANGES.items():
         named = {f"learning.recipe.{name}": value for name, value in changes.items()}
         if named and named.items() <= fields.items():
             return {"recipe": recipe} | {name: value for name, value in fields.items() if name not in named}
     return fields
+
+
+def _without_published(about: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A learned definition's fields without the start and the settings that are as published at its sparsity.
+
+    ``earlier`` stands for those that the first studies had instead (`patch.learn.recipe.EARLIER`).
+    """
+    method, recipe = about["method"], (about.get("learning") or {}).get("recipe")
+    if recipe is None or method not in EARLIER:
+        return fields
+    at_each = [published_recipe(method, sparsity).substance() for sparsity in (about["sparsity"], 0.25, 0.5)]
+    before, now = EARLIER[method].substance(), at_each[0]
+    told = {name for name in now if any(other[name] != now[name] for other in (before, *at_each))}
+    mine = {name: _canonical(recipe.get(name, ADDED_DEFAULTS.get(name))) for name in told}
+    # Of what recipes with a name change, too.
+    usual = {name for changes in CHANGES.values() for name in changes if recipe.get(name) == now[name]}
+    usual = {f"learning.recipe.{name}" for name in usual}
+    left = {n: value for n, value in fields.items() if n not in usual and not n.startswith("tile_prior.")}
+    for settings, said in ((now, {}), (before, {"earlier": "earlier"})):
+        if all(mine[name] == _canonical(settings[name]) for name in told):
+            names = {f"learning.recipe.{name}" for name in told}
+            return {name: value for name, value in left.items() if name not in names} | said
+    return left
 
 
 def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
