@@ -34,8 +34,13 @@ STUDIES = {
             ("llama-3.1-8b", "patch-tile"),
         )
     },
-    "smollm2-oneshot": Study("one-shot methods and structures on SmolLM2-135M", smollm2.one_shot_masks),
-    "smollm2-learned": Study("learned masks of SmolLM2-135M on equal tokens", smollm2.learned_masks),
+    "smollm2-oneshot": Study(
+        "one-shot methods and structures on SmolLM2-135M, calibrated on fiction alone", smollm2.one_shot_masks
+    ),
+    "smollm2-learned": Study(
+        "learned masks of SmolLM2-135M on equal tokens by the earlier recipes; see smollm2-published",
+        smollm2.learned_masks,
+    ),
     "smollm2-published": Study(
         "learned masks of SmolLM2-135M as published, and guided ones, on one mixture of text", smollm2.published
     ),
