@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.rows import layout
 from experiments.run.store import Store
 from patch import leases
 from patch.files import write_atomic
@@ -53,7 +54,7 @@ class Batch:
 
 def folder(store: Store, batch: Batch) -> Path:
     """Where submitit keeps the files of a batch."""
-    return store.root / "sweeps" / batch.study / batch.id
+    return store.root / layout.SWEEPS / batch.study / batch.id
 
 
 def save(store: Store, batch: Batch) -> None:
@@ -69,7 +70,7 @@ def forget(store: Store, batch: Batch) -> None:
 def load_all(store: Store) -> Iterator[Batch]:
     """Every batch of every study of a results directory, oldest first: studies may share steps."""
     found = []
-    for path in (store.root / "sweeps").glob("*/*.json"):
+    for path in (store.root / layout.SWEEPS).glob("*/*.json"):
         values = json.loads(path.read_text())
         # What is called kind was once written as stage.
         kind = values.pop("stage", None) or values["kind"]

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.rows import layout
 from experiments.data import models
 from experiments.run import pipeline
 from experiments.studies import cost
@@ -142,7 +143,7 @@ def gpu_hours(steps: Iterable[Step], cluster: Cluster) -> tuple[float, int]:
 
 def _check_writers(results: Path) -> None:
     """Jobs unpickle what lies in the results directory: whoever can write there runs code as its owner."""
-    for folder in (results, results / "sweeps", *sorted((results / "sweeps").glob("*/"))):
+    for folder in (results, results / layout.SWEEPS, *sorted((results / layout.SWEEPS).glob("*/"))):
         try:
             about = folder.stat()
         except FileNotFoundError:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.rows import layout
 from experiments.run import pipeline
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
@@ -62,7 +63,7 @@ def examine(trials: Sequence[Trial], store: Store) -> Status:
     """Look at the results directory and ask Slurm, once."""
     known = plan.steps(trials)
     started = store.started()
-    made = set(store.listed("checkpoints"))
+    made = set(store.listed(layout.CHECKPOINTS))
     done = {
         id
         for id, step in known.items()
@@ -140,6 +141,6 @@ def _seconds_left(states: Sequence[TrialState], store: Store) -> float | None:
     completed = 0
     for state in states:
         if state.state == "done":
-            folder = store.root / "rows" / key(state.trial)
+            folder = store.root / layout.ROWS / key(state.trial)
             completed += folder.is_dir() and folder.stat().st_mtime > began
     return ahead * (time.time() - began) / completed if completed else None

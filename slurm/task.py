@@ -15,6 +15,7 @@ from pathlib import Path
 
 from submitit.helpers import Checkpointable, DelayedSubmission
 
+from analysis.rows import layout
 from experiments.publish import reports
 from experiments.run import pipeline, progress
 from experiments.run.runtime import Machine
@@ -187,7 +188,7 @@ class WriteReport:
 def _missing(step: Step, store: Store) -> str | None:
     """The first step that this one needs and whose checkpoint is not there."""
     # By the folder's list, which NFS brings up to date when it is opened: that a file is not there, it may remember.
-    made = set(store.listed("checkpoints"))
+    made = set(store.listed(layout.CHECKPOINTS))
     return next((id for id in step.needs if id.partition("-")[2] not in made), None)
 
 

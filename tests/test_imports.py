@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "analysis.figures": {"analysis", "analysis.rows", "analysis.tables", "patch", "patch.methods"},
     "analysis.page": {"analysis", "analysis.figures", "analysis.rows", "analysis.tables", "patch", "patch.methods"},
     "experiments.embedded": {"patch"},
-    "experiments.data": {"experiments.embedded", "patch"},
+    "experiments.data": {"experiments.embedded", "patch", "stoicc"},
     "experiments.eval": {"experiments.data", "experiments.embedded", "patch"},
     "experiments.studies": {"analysis", "analysis.rows", "experiments.data", "experiments.eval"}
     | {"patch", "patch.learn", "patch.methods", "patch.oneshot"},

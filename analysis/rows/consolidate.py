@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.rows.format import OUTCOMES, Damaged, Row, names
+from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from analysis.rows.points import across_seeds, variants
-from analysis.rows.published import ABOUT, DETAILS, FACTS, TRIALS, digest_of, is_detail, read, table
+from analysis.rows.published import ABOUT, digest_of, is_detail, read, table
 from patch.errors import UserError
 from patch.files import replacing, write_atomic
 

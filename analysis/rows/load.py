@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import bench_schema1, published
+from analysis.rows import bench_schema1, layout, published
 from analysis.rows.format import OUTCOMES, Damaged, Row, check_row
 from analysis.rows.jsonl import numbered
 from patch.errors import UserError
@@ -180,7 +180,7 @@ def _journal(root: Path, trials: Collection[str] | None) -> Iterator[Path]:
             and (trials is None or name in trials or not re.fullmatch("[0-9a-f]{12}", name))
         )
         for file in sorted(files):
-            if file.endswith(".jsonl") and file != published.TRIALS:
+            if file.endswith(".jsonl") and file != layout.TRIALS:
                 yield Path(folder) / file
 
 

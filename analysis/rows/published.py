@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.rows.format import SCHEMA, Damaged, Row, names
-
-TRIALS, FACTS, DETAILS = "trials.jsonl", "facts.csv", "details"
+from analysis.rows.layout import DETAILS, FACTS, TRIALS
 
 # What was measured and where: made from the definition and the provenance.
 ABOUT = ("model", "method", "structure", "variant", "tile", "target", "achieved", "seed")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.rows import layout
 from analysis.rows.format import Fact, Row, as_rows
 from analysis.rows.jsonl import from_lines, to_lines
 from experiments.bench.harness import Bench
@@ -16,7 +17,7 @@ from stoicc.configs import gpu_slug
 
 def path_of(bench: Bench, wanted: Any, part: str, results: Path, gpu: str) -> Path:
     """The file of a part's rows, of a GPU by its name."""
-    return results / "bench" / gpu_slug(gpu) / bench.file(wanted, part)
+    return results / layout.BENCH / gpu_slug(gpu) / bench.file(wanted, part)
 
 
 def rows_in(path: Path) -> list[Row]:

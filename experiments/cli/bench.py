@@ -204,19 +204,20 @@ def report(
 ) -> None:
     """Print the tables of what was measured, GPU by GPU, and draw their figures."""
     from analysis.figures.style import save_figure
+    from analysis.rows import layout
     from analysis.tables.render import markdown
     from experiments.publish import reports
 
-    folders = sorted(path.name for path in (results / "bench").glob("*") if path.is_dir())
+    folders = sorted(path.name for path in (results / layout.BENCH).glob("*") if path.is_dir())
     for name in [gpu] if gpu else folders:
-        measured = reports.speed(results / "bench" / name)
+        measured = reports.speed(results / layout.BENCH / name)
         for title, table in measured.tables:
             console.print(f"{name}: {title}\n\n{markdown(table)}\n", soft_wrap=True)
         for drawing in measured.figures:
-            for path in save_figure(drawing.figure, results / "reports" / f"speed-{name}" / drawing.name):
+            for path in save_figure(drawing.figure, results / layout.REPORTS / f"speed-{name}" / drawing.name):
                 console.print(str(path))
     if not gpu and not folders:
-        raise UserError(f"{results / 'bench'} has no rows of any GPU: run `hts bench kernels` on one")
+        raise UserError(f"{results / layout.BENCH} has no rows of any GPU: run `hts bench kernels` on one")
 
 
 def _gpu_name() -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
+from analysis.rows import layout
 from analysis.rows.points import Measured, Point, gather
 from analysis.tables.compare import select
 from analysis.tables.kernels import kernel_table, load_bench, model_table
@@ -35,8 +36,8 @@ from patch.files import write_atomic
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 # The GPU whose speed is shown; what learning costs is shown of all.
-BENCH = RESULTS / "bench" / "nvidia-h100-80gb-hbm3"
-LEARNING = sorted((RESULTS / "bench").glob("*/learning/*.jsonl"))
+BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
+LEARNING = sorted((RESULTS / layout.BENCH).glob("*/learning/*.jsonl"))
 
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 _VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -->)")

@@ -9,7 +9,7 @@ from pandas import DataFrame
 
 from analysis.figures.study import kernel_drawings, plot_study
 from analysis.page import report
-from analysis.rows import consolidate
+from analysis.rows import consolidate, layout
 from analysis.rows.load import journal_rows, load_rows
 from analysis.tables.kernels import load_bench, speed_tables
 from analysis.tables.learning import learning_tables
@@ -50,7 +50,7 @@ def consolidate_into(runs: Path, results: Path, allow_dirty: bool = False) -> li
         UserError: if there are none, one is damaged or contradicts what is published, or was measured in a working tree
             with changes, unless that is allowed.
     """
-    bench = runs / "bench"
+    bench = runs / layout.BENCH
     folders = [Path(), *(path.relative_to(runs) for path in sorted(bench.glob("*")) if path.is_dir())]
     changed, found = [], False
     for folder in folders:
@@ -83,7 +83,7 @@ def table(
 
 def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
     """Draw the study's figures."""
-    return plot_study(frame(trials, store), store.root / "reports" / study)
+    return plot_study(frame(trials, store), store.root / layout.REPORTS / study)
 
 
 def page(names: Sequence[str], store: Store) -> str:
@@ -104,7 +104,7 @@ def page(names: Sequence[str], store: Store) -> str:
         if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
             studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
-    speeds = [speed(path) for path in sorted((store.root / "bench").glob("*")) if path.is_dir()]
+    speeds = [speed(path) for path in sorted((store.root / layout.BENCH).glob("*")) if path.is_dir()]
     if not studies and not speeds:
         raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
     commit, dirty = revision()
@@ -152,7 +152,7 @@ def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
     written = []
     for name, table in study_tables(rows).items():
         for format in ("md", "csv", "tex"):
-            path = store.root / "reports" / study / f"{name}.{format}"
+            path = store.root / layout.REPORTS / study / f"{name}.{format}"
             write_atomic(path, render(table, {"tex": "latex"}.get(format, format)) + "\n")
             written.append(path)
-    return [*written, *plot_study(rows, store.root / "reports" / study)]
+    return [*written, *plot_study(rows, store.root / layout.REPORTS / study)]

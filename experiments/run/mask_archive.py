@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from analysis.rows import layout
 from experiments.data import models
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
@@ -82,7 +83,7 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
         definition = read_json(existing(folder, INFO_FILE)).get("definition")
         if not isinstance(definition, dict) or not isinstance(definition.get("model"), str):
             raise UserError(f"{archive}: {INFO_FILE} does not say what defines the checkpoint")
-        path = store.root / "checkpoints" / key(definition)
+        path = store.root / layout.CHECKPOINTS / key(definition)
         with store.lease(f"pruning-{path.name}"):
             if not path.exists():
                 dtype = _dtype(existing(folder, CONFIG_FILE))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from analysis.rows import layout
 from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.eval import perplexity, tasks
@@ -395,7 +396,7 @@ def _calibration_windows(
     documents = text.load_documents(wanted.source, machine.data)
     sources[wanted.source] = documents.sha256
     if wanted.drawn_from == "stream":
-        stream = text.token_stream(documents, tokenizer, wanted.length, wanted.seed, store.root / "tokens")
+        stream = text.token_stream(documents, tokenizer, wanted.length, wanted.seed, store.root / layout.TOKENS)
         if stream.windows < wanted.windows:
             raise UserError(
                 f"calibration needs {wanted.windows} windows of {wanted.length} tokens, but {wanted.source} holds "
@@ -473,7 +474,7 @@ def _learn(
     recipe = pruning.learning.recipe
     documents = text.load_documents(pruning.learning.source, machine.data)
     sources[pruning.learning.source] = documents.sha256
-    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / "tokens")
+    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / layout.TOKENS)
     prior = Prior()
     if pruning.prior:
         path = store.checkpoint_path(pruning.prior)

@@ -1,19 +1,7 @@
-"""The results directory: rows, checkpoints, half-done learning, and the locks that keep processes apart.
+"""A results directory as a trial's life sees it: what is there, what is complete, who works on what.
 
-::
-
-    <root>/rows/<trial>/definition.json        what the trial is
-    <root>/rows/<trial>/<stage>.jsonl          one measured fact a line; there when the stage is complete, never edited
-    <root>/rows/<trial>/<stage>.jsonl.damaged  what was found cut off or changed, before it was measured again
-    <root>/trials.jsonl, facts.csv, details/   what was published of it (`analysis.rows.published`); as good as the rows
-    <root>/checkpoints/<pruning>/              the hybrid checkpoint that the trials of this pruning evaluate
-    <root>/packed/<content>/                   the packed checkpoint of a checkpoint of this content hash
-    <root>/work/<pruning>/                     learner state of an unfinished pruning, and its TensorBoard log
-    <root>/rows/<trial>/failure.jsonl          why the last attempt failed, with its traceback; gone when one succeeds
-    <root>/locks/                              leases of running processes (`patch.leases`)
-
-Files appear under their names only when complete (temporary file, fsync, rename), so a killed process leaves nothing
-that a later one could mistake for a result.
+`analysis.rows.layout` says what lies where. Files appear under their names only when complete (temporary file, fsync,
+rename), so a killed process leaves nothing that a later one could mistake for a result.
 """
 
 import json
@@ -28,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.rows import published
+from analysis.rows import layout, published
 from analysis.rows.format import Damaged, Fact, Row, as_rows, check_row, names
 from analysis.rows.jsonl import numbered, to_lines
 from experiments.studies.trial import Pruning, Trial, definition, key
@@ -50,14 +38,14 @@ class Store:
     root: Path
 
     def listed(self, folder: str) -> list[str]:
-        """The names in one of the folders above; none if it is not there yet."""
+        """The names in one of its folders (`analysis.rows.layout`); none if it is not there yet."""
         try:
             return os.listdir(self.root / folder)
         except FileNotFoundError:
             return []
 
     def rows_path(self, trial: Trial, stage: str) -> Path:
-        return self.root / "rows" / key(trial) / (re.sub(r"[^\w.@-]", "-", stage) + ".jsonl")
+        return self.root / layout.ROWS / key(trial) / (re.sub(r"[^\w.@-]", "-", stage) + ".jsonl")
 
     def has_rows(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete; a file that was cut off or changed is as good as none.
@@ -105,25 +93,25 @@ class Store:
 
     def started(self) -> set[str]:
         """The trials that have rows, or failed."""
-        return {*self.listed("rows"), *self._published}
+        return {*self.listed(layout.ROWS), *self._published}
 
     def was_skipped(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete only because the machine could not measure it."""
         return any(row["metric"] == SKIPPED for row in self.read_rows(trial, stage))
 
     def packed_path(self, content: str) -> Path:
-        return self.root / "packed" / content[:12]
+        return self.root / layout.PACKED / content[:12]
 
     def checkpoint_path(self, pruning: Pruning) -> Path:
-        return self.root / "checkpoints" / key(pruning)
+        return self.root / layout.CHECKPOINTS / key(pruning)
 
     def work_path(self, pruning: Pruning) -> Path:
-        return self.root / "work" / key(pruning)
+        return self.root / layout.WORK / key(pruning)
 
     def write_rows(self, trial: Trial, stage: str, facts: Sequence[Fact], provenance: dict[str, Any]) -> None:
         """Complete a stage: one row per fact, and the trial's definition beside them."""
         path = self.rows_path(trial, stage)
-        about = path.with_name("definition.json")
+        about = path.with_name(layout.DEFINITION)
         if not about.exists():
             write_atomic(about, json.dumps(definition(trial), indent=1) + "\n")
         if path.exists() and self._written(trial, stage) is None:
@@ -165,9 +153,9 @@ class Store:
         Works between processes of one machine, and of several that share the directory. Leases of processes that died
         are taken over: at once on the same machine, after `patch.leases.TERM` seconds on another.
         """
-        with lease(self.root / "locks" / f"{name}.lock", wait) as mine:
+        with lease(self.root / layout.LOCKS / f"{name}.lock", wait) as mine:
             yield mine
 
     def leased(self) -> dict[str, Owner]:
         """All leases that some process owns now, by name."""
-        return live(self.root / "locks")
+        return live(self.root / layout.LOCKS)

@@ -16,8 +16,9 @@ from recorded_facts import canonical, digests
 from analysis.rows import consolidate
 from analysis.rows.format import Damaged, Fact, as_rows, name_of
 from analysis.rows.jsonl import to_lines
+from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from analysis.rows.load import load_rows, stored_rows
-from analysis.rows.published import DETAILS, FACTS, TRIALS, read, read_table, stages, table
+from analysis.rows.published import read, read_table, stages, table
 from patch.errors import UserError
 
 Row = dict[str, Any]
