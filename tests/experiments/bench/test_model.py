@@ -28,14 +28,14 @@ def test_a_fused_model_computes_what_its_linears_do(tiny: str, work: Workload) -
     torch.manual_seed(0)
     plain = model.build(tiny, "cpu")
     model.prepare(plain)
-    expected = model.eager_logits(plain, work)
+    expected = model.plain_pass(plain, work)()
     fused = baselines.sharing(plain)
     baselines.fused(fused)
     found = [module for module in fused.modules() if isinstance(module, Fused)]
     assert [len(module.parts) for module in found] == [3, 1, 2, 1] * 2
     assert len(prunable_linears(plain)) == 14 and not prunable_linears(fused)
-    assert model.distance(model.eager_logits(fused, work), expected) < 0.01
-    assert torch.equal(model.eager_logits(plain, work), expected), "its weights are views of the fused ones now"
+    assert model.disagreement(model.plain_pass(fused, work), model.plain_pass(plain, work)) < 0.02
+    assert torch.equal(model.plain_pass(plain, work)(), expected), "its weights are views of the fused ones now"
     storages = {part.untyped_storage().data_ptr() for part in fused.state_dict().values()}
     assert {part.untyped_storage().data_ptr() for part in plain.state_dict().values()} == storages
 
@@ -47,11 +47,24 @@ def test_a_quantised_model_is_close_to_the_model(tiny: str, way: str) -> None:
     model.prepare(plain)
     largest: dict[str, torch.Tensor] = {}
     with baselines.watching(plain, largest):
-        expected = model.eager_logits(plain, WORKLOADS[1])
+        model.plain_pass(plain, WORKLOADS[1])()
     assert set(largest) == set(prunable_linears(plain))
     eight = baselines.sharing(plain)
     baselines.quantised(eight, way, largest)
-    assert 0 < model.distance(model.eager_logits(eight, WORKLOADS[1]), expected) < model.BOUNDS["fp8"]
+    found, expected = (model.plain_pass(each, WORKLOADS[1]) for each in (eight, plain))
+    assert 0.01 < model.disagreement(found, expected) < model.BOUNDS["fp8"]
+
+
+def test_a_block_of_another_model_is_told(tiny: str) -> None:
+    plain = model.build(tiny, "cpu")
+    model.prepare(plain)
+    other = baselines.sharing(plain)
+    last = other.model.layers[1].mlp.down_proj
+    last.weight = torch.nn.Parameter(last.weight * 1.5, requires_grad=False)
+    found, expected = (model.plain_pass(each, WORKLOADS[1]) for each in (other, plain))
+    assert model.disagreement(expected, expected) == 0 and model.disagreement(found, expected) > 0.1
+    last.weight[0, 0] = float("nan")
+    assert not model.disagreement(found, expected) <= 1
 
 
 def test_biases_are_fused_too() -> None:
