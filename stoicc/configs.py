@@ -22,10 +22,16 @@ from patch.errors import UserError
 from patch.files import write_atomic
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
+from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
 
-Config = HopperConfig | DecodeConfig | PortableConfig
-KERNELS: dict[str, type[Config]] = {"hopper": HopperConfig, "decode": DecodeConfig, "portable": PortableConfig}
+Config = HopperConfig | HopperDecodeConfig | DecodeConfig | PortableConfig
+KERNELS: dict[str, type[Config]] = {
+    "hopper": HopperConfig,
+    "hopper_decode": HopperDecodeConfig,
+    "decode": DecodeConfig,
+    "portable": PortableConfig,
+}
 # Names that tables of earlier versions, in users' caches, give them.
 _FORMER = {"stream": "decode"}
 
@@ -43,7 +49,8 @@ class Entry:
         tokens: how many it was measured with.
         config: what was fastest.
         microseconds: the median time it took, with three quarters of the blocks 2:4.
-        dense_microseconds: the median time cuBLAS took for a dense weight of this shape.
+        dense_microseconds: the median time cuBLAS took for a dense weight of this shape and dtype.
+        dtype: of the values, ``bfloat16`` (which serves ``float16``), ``float8_e4m3fn`` or ``int8``.
     """
 
     n: int
@@ -53,6 +60,7 @@ class Entry:
     config: Config
     microseconds: float
     dense_microseconds: float
+    dtype: str = "bfloat16"
 
 
 def kernel_name(config: Config) -> str:
@@ -60,27 +68,63 @@ def kernel_name(config: Config) -> str:
     return next(name for name, kind in KERNELS.items() if isinstance(config, kind))
 
 
-def runs(config: Config, capability: tuple[int, int], band: int) -> bool:
-    """Whether a GPU of this compute capability can run ``config`` on a weight of this band."""
+def table_dtype(dtype: torch.dtype) -> str:
+    """The ``dtype`` of the entries that serve weights of a dtype."""
+    return "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+
+
+def runs(config: Config, capability: tuple[int, int], band: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a GPU of this compute capability can run ``config`` on a weight of this band and dtype."""
     if isinstance(config, HopperConfig):
-        return capability[0] == 9 and config.cluster <= band
+        return capability[0] == 9 and config.cluster <= band and (config.tokens <= 128 or dtype != torch.int8)
+    if isinstance(config, HopperDecodeConfig):
+        return capability[0] == 9 and (config.rows <= 64 or band == 2)
     if isinstance(config, DecodeConfig):
         clusters = config.blocks == 1 or capability[0] == 9
-        return capability[0] >= 8 and clusters and (config.rows <= 64 or band == 2)
+        # Ada's instruction; on Hopper the assembler makes it of wider ones, and spills.
+        known = capability >= (8, 0) if dtype != torch.float8_e4m3fn else capability == (8, 9) or capability[0] > 9
+        return known and clusters and (config.rows <= 64 or band == 2)
     return isinstance(config, PortableConfig)
 
 
-def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Config]:
+def candidates(
+    tokens: int, capability: tuple[int, int], band: int, dtype: torch.dtype = torch.bfloat16
+) -> list[Config]:
     """What is worth measuring for this many tokens, best guesses first.
 
-    The lists are the survivors of wider sweeps on an H200; none of them spills registers.
+    The lists are the survivors of wider sweeps on an H200 and an H100; none of them spills registers.
     """
-    found: list[Config] = []
+    found = [*_few_on_hopper(tokens, dtype), *_few(tokens), *_many(tokens, dtype)]
+    usable = [config for config in found if runs(config, capability, band, dtype)]
+    # The portable kernel is for GPUs that can run nothing else.
+    return usable or [PortableConfig(min(64, max(16, tokens)))]
+
+
+def _few_on_hopper(tokens: int, dtype: torch.dtype) -> Iterator[Config]:
+    if tokens <= 8:
+        # With a single token of 16 bits the other kernel is faster.
+        if dtype.itemsize == 1:
+            yield from (HopperDecodeConfig(64, 8, 4, 2, blocks) for blocks in (4, 2, 1))
+            yield from (HopperDecodeConfig(64, 8, 2, 4, blocks) for blocks in (4, 2, 1, 8))
+    elif tokens <= 32:
+        width = 16 if tokens <= 16 else 32
+        yield from (HopperDecodeConfig(64, width, 4, 2, blocks) for blocks in (4, 2, 1))
+        yield from (HopperDecodeConfig(64, width, 2, 4, blocks) for blocks in (4, 2, 1, 8))
+    elif tokens <= 256:
+        yield from (HopperDecodeConfig(64, 64, 4, 2, blocks) for blocks in (2, 1, 4))
+        yield from (HopperDecodeConfig(64, 64, 2, 4, blocks) for blocks in (2, 1, 4))
+    if 64 < tokens <= 256:
+        yield from (HopperDecodeConfig(64, 128, 4, 2, blocks) for blocks in (2, 1, 4))
+        yield from (HopperDecodeConfig(64, 128, 2, 2, blocks) for blocks in (2, 1, 4))
+        yield from (HopperDecodeConfig(128, 128, 2, 4, blocks) for blocks in (2, 1, 4))
+
+
+def _few(tokens: int) -> Iterator[Config]:
     if tokens <= 8:
         for warps, records, blocks in product(((1, 1, 1), (2, 1, 1), (4, 1, 1)), (2, 1), (4, 2, 1)):
-            found.append(DecodeConfig(16, 8, warps, records, 0, blocks))
-        found += [DecodeConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1)]
-        found.append(DecodeConfig(32, 8, (2, 1, 1), 1, 0))
+            yield DecodeConfig(16, 8, warps, records, 0, blocks)
+        yield from (DecodeConfig(32, 8, (1, 1, 1), 1, 0, blocks) for blocks in (4, 2, 1))
+        yield DecodeConfig(32, 8, (2, 1, 1), 1, 0)
     elif tokens <= 16:
         for rows, warps, records, blocks in (
             *((64, (1, 2, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
@@ -91,36 +135,43 @@ def candidates(tokens: int, capability: tuple[int, int], band: int) -> list[Conf
             (128, (1, 4, 1), 2, 8),
             (128, (1, 4, 1), 2, 4),
         ):
-            found.append(DecodeConfig(rows, 16, warps, records, 4 if records == 2 else 3, blocks))
+            yield DecodeConfig(rows, 16, warps, records, 4 if records == 2 else 3, blocks)
     elif tokens <= 32:
         for rows, warps, records, blocks in (
             *((128, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2)),
             *((64, (1, 2, 1), 1, blocks) for blocks in (8, 4, 2, 1)),
             *((64, (1, 4, 1), 2, blocks) for blocks in (8, 4, 2, 1)),
         ):
-            found.append(DecodeConfig(rows, 32, warps, records, 3, blocks))
+            yield DecodeConfig(rows, 32, warps, records, 3, blocks)
     else:
-        found += [DecodeConfig(64, 128, (1, 2, 4), 1, 4), DecodeConfig(64, 64, (1, 2, 2), 1, 4)]
+        yield from (DecodeConfig(64, 128, (1, 2, 4), 1, 4), DecodeConfig(64, 64, (1, 2, 2), 1, 4))
     if 32 < tokens <= 64:
         for rows, warps, blocks in (
             *((128, (1, 4, 2), blocks) for blocks in (8, 4, 2, 1)),
             *((64, (1, 2, 2), blocks) for blocks in (8, 4, 2)),
             *((64, (1, 4, 1), blocks) for blocks in (8, 4, 2)),
         ):
-            found.append(DecodeConfig(rows, 64, warps, 1, 4, blocks))
+            yield DecodeConfig(rows, 64, warps, 1, 4, blocks)
+
+
+def _many(tokens: int, dtype: torch.dtype) -> Iterator[Config]:
+    # Triton 3.6 fails to compile that many tokens of integers.
+    if tokens > 128 and dtype != torch.int8:
+        yield from (HopperConfig(256, 5, together, cluster) for cluster in (2, 1) for together in (8, 4, 16))
     if tokens > 32:
-        found += [HopperConfig(64, 8, 8, 1), HopperConfig(64, 8, 8, 2)]
+        yield from (HopperConfig(64, 8, 8, 1), HopperConfig(64, 8, 8, 2))
     if tokens > 64:
-        found += [HopperConfig(128, 6, 8, 1), HopperConfig(128, 6, 8, 2)]
-    if tokens > 128:
-        wide = [HopperConfig(256, 5, together, cluster) for cluster in (2, 1) for together in (8, 4, 16)]
-        found = [*wide, *found]
-    # The portable kernel is for GPUs that can run nothing else.
-    return [config for config in found if runs(config, capability, band)] or [PortableConfig(min(64, max(16, tokens)))]
+        yield from (HopperConfig(128, 6, 8, 1), HopperConfig(128, 6, 8, 2))
 
 
 def nearest(
-    entries: Iterable[Entry], n: int, k: int, band: int, tokens: int, capability: tuple[int, int]
+    entries: Iterable[Entry],
+    n: int,
+    k: int,
+    band: int,
+    tokens: int,
+    capability: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Entry | None:
     """The entry measured closest to this shape: first by tokens, then by features and inputs, as ratios."""
 
@@ -128,7 +179,8 @@ def nearest(
         shape = abs(math.log(entry.n / n)) + abs(math.log(entry.k / k)) + (entry.band != band)
         return abs(math.log(entry.tokens / tokens)), shape
 
-    usable = [entry for entry in entries if runs(entry.config, capability, band)]
+    known = table_dtype(dtype)
+    usable = [entry for entry in entries if entry.dtype == known and runs(entry.config, capability, band, dtype)]
     return min(usable, key=distance, default=None)
 
 
@@ -162,7 +214,7 @@ def read_table(path: Path) -> tuple[Entry, ...]:
 
 def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
     """Write a table atomically, sorted, one entry a line."""
-    ordered = sorted(entries, key=lambda e: (e.n, e.k, e.band, e.tokens))
+    ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.band, e.tokens))
     lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
     text = f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
     write_atomic(path, text)
@@ -170,13 +222,15 @@ def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]
 
 @cache
 def tables(device_name: str) -> tuple[Entry, ...]:
-    """All that is known of a GPU: the user's own entries, or else the committed ones."""
-    return read_table(user_table(device_name)) or read_table(committed_table(device_name))
+    """All that is known of a GPU: the user's own entries, and the committed ones of dtypes of which there are none."""
+    own = read_table(user_table(device_name))
+    measured = {entry.dtype for entry in own}
+    return (*own, *(entry for entry in read_table(committed_table(device_name)) if entry.dtype not in measured))
 
 
 def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
     """Add entries to a table, replacing those of the same shapes."""
-    kept = {(e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *entries)}
+    kept = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *entries)}
     write_table(path, kept.values(), provenance)
     tables.cache_clear()
 

@@ -1,13 +1,18 @@
 """The packed layout of a hybrid weight, and how a masked weight gets into it and out again.
 
-The unit of packing is a *block* of 64 x 64 elements, so one format serves every tile shape: a block whose tiles are all
-2:4 is stored as 2:4, any other block densely. A *panel* is a row of blocks, 64 output features. Each block is one
-contiguous *record*:
+The unit of packing is a *block* of 64 rows of 128 bytes, so one format serves every tile shape and precision: a block
+whose tiles are all 2:4 is stored as 2:4, any other block densely. A *panel* is a row of blocks, 64 output features.
+Each block is one contiguous *record*:
 
-    2:4    4096 bytes of values, 512 bytes of metadata    9 units, 0.5625 of a dense block
-    dense  8192 bytes of values                           16 units
+                   columns  values       metadata
+    2:4,   16 bits   64     4096 bytes    512 bytes    9 units, 0.5625 of a dense block
+    2:4,    8 bits  128     4096 bytes   1024 bytes   10 units, 0.625
+    dense                   8192 bytes                16 units
 
-A *unit* is 512 bytes. Within a panel the 2:4 records come first, then the dense ones.
+A *unit* is 512 bytes. Weights of 8 bits, ``float8_e4m3fn`` or ``int8``, carry a scale for each output feature. Their
+blocks are twice as wide so that kernels move the same bytes at a time in every precision, whole 128-byte rows of
+activations; tiles of 64 columns are 2:4 only where two neighbours are.
+ Within a panel the 2:4 records come first, then the dense ones.
 
 The order of columns serves kernels that compute several panels at once from one stream of activations. A *band* is one
 panel, or two whose block maps are equal everywhere (so for tiles of at least 128 rows); two neighbouring bands are a
@@ -20,15 +25,19 @@ to dense and back, and between turns the records that a kernel needs are one con
 panel's ``columns`` are the walk of its group.
 
 Values are stored in *fragment order*: the order in which tensor cores want their left operand in registers, which is
-the same for ``wgmma`` (A in registers), ``mma.m16n8k16`` and ``mma.sp.m16n8k32``. A thread fetches the four registers
+the same for ``wgmma`` (A in registers), ``mma.m16n8k16`` and ``mma.sp.m16n8k32``, and byte for byte for those of twice
+the depth that take 8 bits: two neighbouring values stand where one of 16 bits does. A thread fetches the four registers
 of one instruction as one 16-byte load straight from global memory, and weights never pass through shared memory. For
 the four groups of 16 rows (*warps*) of a block, each k-step (16 stored columns) is 32 lanes x 8 values; lane ``4q +
 p`` holds rows ``q`` and ``q + 8``, stored columns ``2p, 2p+1`` and ``2p+8, 2p+9``.
 
-A record's metadata is one 32-bit word a lane. With ``s = p // 2`` the k-step and ``p' = p % 2``, the low half-word
+Metadata of 16 bits is one 32-bit word a lane. With ``s = p // 2`` the k-step and ``p' = p % 2``, the low half-word
 tells row ``q``, groups ``8s + 4p' .. 8s + 4p' + 3``, the high half-word row ``q + 8``, the same groups; a group is
 one nibble, ``first | second << 2``, the two kept positions in ascending order. So one word a thread serves both
 k-steps of a record, chosen by the instruction's selector.
+
+Metadata of 8 bits is a word a lane for each of the record's two k-steps of 64 columns: lane ``4q + p`` has row
+``q + 8 * (p % 2)``, and of the k-step's 16 groups the eight from ``8 * (p // 2)`` on, the first in the lowest nibble.
 """
 
 from collections.abc import Iterator
@@ -42,15 +51,36 @@ from patch.errors import UserError
 from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, expand_tiles, infer
 
 BLOCK = 64
+ROW_BYTES = 128
 UNIT_BYTES = 512
 UNIT_WORDS = UNIT_BYTES // 4
-SPARSE_UNITS = 9
 DENSE_UNITS = 16
 SPARSE_VALUE_UNITS = 8
 DTYPES = (torch.bfloat16, torch.float16)
+# With a scale for each output feature, and the largest magnitude of each.
+SCALED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 # Packing gathers and permutes a few panels at a time, so that its working memory does not grow with the weight.
 PANELS_AT_ONCE = 32
+
+_BITS = {1: torch.int8, 2: torch.int16}
+# Nibbles of a record's rows and groups, cut up, and the order that makes eight of them each lane's words.
+_METADATA = {
+    # warp, half, q, k-step, p', group -> warp, q, k-step, p', half, group
+    2: ((4, 2, 8, 2, 2, 4), (0, 2, 3, 4, 1, 5)),
+    # warp, half, q, k-step, eight of groups, group -> k-step, warp, q, eight of groups, half, group
+    1: ((4, 2, 8, 2, 2, 8), (3, 0, 2, 4, 1, 5)),
+}
+
+
+def block_columns(dtype: torch.dtype) -> int:
+    """Columns of a block of this dtype: 64 of 16 bits, 128 of 8."""
+    return ROW_BYTES // dtype.itemsize
+
+
+def sparse_units(dtype: torch.dtype) -> int:
+    """Units of a 2:4 record: its values, and a word of metadata for each eight groups."""
+    return SPARSE_VALUE_UNITS + 2 // dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +88,16 @@ class HybridWeight:
     """A packed hybrid weight.
 
     Attributes:
-        shape: ``(N, K)`` of the weight; both are padded to multiples of 64 with zeros inside the records.
-        tile: ``(rows, cols)`` of the mask's tiles; says what was asked for, the records are in blocks of 64 x 64.
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        shape: ``(N, K)`` of the weight; both are padded to whole blocks with zeros inside the records.
+        tile: ``(rows, cols)`` of the mask's tiles; says what was asked for, the records are of blocks.
+        dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float8_e4m3fn`` or ``torch.int8``.
         records: int32 ``[units, 128]``, the records of all panels one after the other.
         starts: int32 ``[panels + 1]``, the unit at which each panel's records start; the last is the number of units.
         columns: int32 ``[panels, steps]``, which block column each of a panel's records holds, 2:4 records first.
         sparse_blocks: int32 ``[panels]``, how many of a panel's records are 2:4.
         leads: int32 ``[panels]``, how many steps of the group's walk come before the panel's first dense block.
         band: panels of a band, one or two.
+        scales: float32 ``[N]``, what each output feature's values are multiplied by; of weights of 8 bits only.
         orders: int32 ``[..., 4]``, made from the others: ``order(1)``, ``order(2)`` and ``order(4)``, concatenated.
 
     Raises:
@@ -83,6 +114,7 @@ class HybridWeight:
     sparse_blocks: Tensor
     leads: Tensor
     band: int
+    scales: Tensor | None = None
     orders: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +124,7 @@ class HybridWeight:
         if not self.records.is_meta:
             _check_schedule(self)
             _check_metadata(self)
+            _check_scales(self)
         object.__setattr__(self, "orders", torch.cat([self.order(1), self.order(2), self.order(4)]))
 
     @property
@@ -101,8 +134,8 @@ class HybridWeight:
 
     @property
     def steps(self) -> int:
-        """Columns of blocks, ``ceil(K / 64)``."""
-        return -(-self.shape[1] // BLOCK)
+        """Columns of blocks, ``ceil(K / 64)``, of 8 bits ``ceil(K / 128)``."""
+        return -(-self.shape[1] // block_columns(self.dtype))
 
     @property
     def device(self) -> torch.device:
@@ -151,12 +184,16 @@ class HybridWeight:
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that are stored, by name."""
-        return {name: getattr(self, name) for name in ("records", "starts", "columns", "sparse_blocks", "leads")}
+        names = ("records", "starts", "columns", "sparse_blocks", "leads", "scales")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def copy(self) -> "HybridWeight":
         """The same weight in memory of its own."""
         copied = {name: part.clone() for name, part in self.parts().items()}
-        return HybridWeight.trusted(self.shape, self.tile, self.dtype, *copied.values(), self.band, self.orders.clone())
+        scales = copied.pop("scales", None)
+        kinds = (self.shape, self.tile, self.dtype)
+        return HybridWeight.trusted(*kinds, *copied.values(), self.band, scales, self.orders.clone())
 
     def to(self, device: torch.device | str) -> "HybridWeight":
         """The same weight on a device, every invariant checked."""
@@ -164,59 +201,69 @@ class HybridWeight:
         return HybridWeight(self.shape, self.tile, self.dtype, **moved, band=self.band)
 
 
-def pack(weight: Tensor, mask: HybridMask) -> HybridWeight:
+def pack(weight: Tensor, mask: HybridMask, scales: Tensor | None = None) -> HybridWeight:
     """Pack ``mask.apply(weight)``; ``unpack`` gives it back bit for bit.
 
     Packs from the mask, never from ``weight != 0``: a kept weight may be zero and stays in its slot.
 
     Args:
-        weight: ``[N, K]``, bfloat16 or float16, on any device; K a multiple of eight.
+        weight: ``[N, K]`` on any device, bfloat16 or float16, or the values of a weight quantised to float8_e4m3fn or
+            int8; K a multiple of eight.
         mask: its hybrid mask, on any device.
+        scales: float32 ``[N]``, what each output feature's values are multiplied by; of quantised weights.
 
     Raises:
-        UserError: if the dtype is neither, the shapes differ, or K is not a multiple of eight.
+        UserError: if the dtype is none of these, shapes differ, K is not a multiple of eight, or scales are missing,
+            not wanted, or not all positive and finite.
     """
-    if weight.dtype not in DTYPES:
-        raise UserError(f"cannot pack a weight of {weight.dtype}: convert it to bfloat16 or float16 first")
+    if weight.dtype not in (*DTYPES, *SCALED):
+        raise UserError(
+            f"cannot pack a weight of {weight.dtype}: convert it to bfloat16 or float16, or quantise it to "
+            "float8_e4m3fn or int8"
+        )
     if tuple(weight.shape) != mask.shape:
         raise UserError(f"mask is for a weight of {mask.shape}, got {tuple(weight.shape)}")
     n, k = mask.shape
     if k % 8:
         raise UserError(f"weight {n}x{k}: in_features must be a multiple of 8, so that rows of activations are aligned")
     mask = mask.to(weight.device)
-    edges = (0, -k % BLOCK, 0, -n % BLOCK)
+    width, units_24 = block_columns(weight.dtype), sparse_units(weight.dtype)
+    edges = (0, -k % width, 0, -n % BLOCK)
     # As integers: torch may change the bits of a NaN that it moves.
-    kept = pad_edges(weight.detach().view(torch.int16).masked_fill(~mask.keep(), 0), edges)
-    patterns = pad_edges(mask.patterns, (0, -(k // GROUP) % (BLOCK // GROUP), 0, -n % BLOCK))
-    panels, steps = kept.shape[0] // BLOCK, kept.shape[1] // BLOCK
+    kept = pad_edges(weight.detach().view(_BITS[weight.itemsize]).masked_fill(~mask.keep(), 0), edges)
+    patterns = pad_edges(mask.patterns, (0, -(k // GROUP) % (width // GROUP), 0, -n % BLOCK))
+    panels, steps = kept.shape[0] // BLOCK, kept.shape[1] // width
 
     tiles_dense = pad_edges(expand_tiles(mask.dense, mask.shape, mask.tile), edges)
-    dense = _blocks(tiles_dense, panels, steps).flatten(2).any(-1)
+    dense = _blocks(tiles_dense, width).flatten(2).any(-1)
     band = 2 if _uniform(dense, 2) else 1
     walks = _walks(dense, band)
     columns = _stored_order(dense, walks).to(torch.int32)
     leads = _leads(dense, walks).to(torch.int32)
     sparse_blocks = (~dense).sum(1, dtype=torch.int32)
-    units = SPARSE_UNITS * sparse_blocks + DENSE_UNITS * (steps - sparse_blocks)
+    units = units_24 * sparse_blocks + DENSE_UNITS * (steps - sparse_blocks)
     starts = pad_edges(units.cumsum(0, dtype=torch.int32), (1, 0))
     records = torch.empty(int(starts[-1]), UNIT_WORDS, dtype=torch.int32, device=weight.device)
 
     sorted_dense = _dense_blocks_in_order(steps, sparse_blocks)
-    place = _record_units(starts, sparse_blocks, steps)
+    place = _record_units(starts, sparse_blocks, steps, units_24)
     for first in range(0, panels, PANELS_AT_ONCE):
         rows = slice(first, min(first + PANELS_AT_ONCE, panels))
-        blocks = _blocks(kept[rows.start * BLOCK : rows.stop * BLOCK], rows.stop - rows.start, steps)
-        groups = patterns[rows.start * BLOCK : rows.stop * BLOCK].reshape(-1, BLOCK, steps, BLOCK // GROUP)
-        blocks = _take(blocks, columns[rows])
-        groups = _take(groups.transpose(1, 2), columns[rows])
+        stretch = slice(rows.start * BLOCK, rows.stop * BLOCK)
+        blocks = _take(_blocks(kept[stretch], width), columns[rows])
+        groups = _take(_blocks(patterns[stretch], width // GROUP), columns[rows])
         is_dense = sorted_dense[rows]
         for kind, units_each, encoded in (
-            (~is_dense, SPARSE_UNITS, _encode_sparse(blocks[~is_dense], groups[~is_dense])),
+            (~is_dense, units_24, _encode_sparse(blocks[~is_dense], groups[~is_dense])),
             (is_dense, DENSE_UNITS, _to_fragments(blocks[is_dense])),
         ):
             targets = place[rows][kind][:, None] + torch.arange(units_each, device=weight.device)
             records[targets.flatten()] = encoded.reshape(-1, UNIT_WORDS)
-    return HybridWeight(mask.shape, mask.tile, weight.dtype, records, starts, columns, sparse_blocks, leads, band)
+    if scales is not None:
+        scales = scales.detach().to(weight.device)
+    return HybridWeight(
+        mask.shape, mask.tile, weight.dtype, records, starts, columns, sparse_blocks, leads, band, scales
+    )
 
 
 def pack_masked(weight: Tensor, tile: TileShape) -> HybridWeight:
@@ -232,41 +279,40 @@ def pack_masked(weight: Tensor, tile: TileShape) -> HybridWeight:
 
 
 def unpack(hybrid: HybridWeight) -> Tensor:
-    """The masked weight ``[N, K]`` in the weight's dtype, on its device."""
+    """The masked weight ``[N, K]`` in the weight's dtype, on its device; of 8 bits its values without their scales."""
     n, k = hybrid.shape
     device = hybrid.device
+    width, units_24 = block_columns(hybrid.dtype), sparse_units(hybrid.dtype)
     is_dense = _dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
-    place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps)
+    place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps, units_24)
     panel = torch.arange(hybrid.panels, device=device)[:, None].expand_as(place)
-    weight = torch.empty(hybrid.panels, hybrid.steps, BLOCK, BLOCK, dtype=torch.int16, device=device)
+    bits = _BITS[hybrid.dtype.itemsize]
+    weight = torch.empty(hybrid.panels, hybrid.steps, BLOCK, width, dtype=bits, device=device)
     for kind, units_each, decode in (
-        (~is_dense, SPARSE_UNITS, _decode_sparse),
+        (~is_dense, units_24, _decode_sparse),
         (is_dense, DENSE_UNITS, _from_fragments),
     ):
         sources = place[kind][:, None] + torch.arange(units_each, device=device)
         found = hybrid.records[sources.flatten()].reshape(-1, units_each * UNIT_WORDS)
-        weight[panel[kind], hybrid.columns[kind].long()] = decode(found)
-    return (
-        weight.transpose(1, 2)
-        .reshape(hybrid.panels * BLOCK, hybrid.steps * BLOCK)[:n, :k]
-        .contiguous()
-        .view(hybrid.dtype)
-    )
+        weight[panel[kind], hybrid.columns[kind].long()] = decode(found, bits)
+    whole = weight.transpose(1, 2).reshape(hybrid.panels * BLOCK, hybrid.steps * width)
+    return whole[:n, :k].contiguous().view(hybrid.dtype)
 
 
 def _metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
-    """Some panels at a time: the first one's number, and the nibbles of their 2:4 records ``[records, 64, 16]``."""
-    place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps)
+    """Some panels at a time: the first one's number, and the nibbles of their 2:4 records ``[records, 64, groups]``."""
+    units = sparse_units(hybrid.dtype)
+    place = _record_units(hybrid.starts, hybrid.sparse_blocks, hybrid.steps, units)
     sparse = ~_dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
     for first in range(0, hybrid.panels, PANELS_AT_ONCE):
         rows = slice(first, first + PANELS_AT_ONCE)
-        words = hybrid.records[place[rows][sparse[rows]] + SPARSE_VALUE_UNITS]
-        yield first, _nibbles(words)
+        own = place[rows][sparse[rows]][:, None] + torch.arange(SPARSE_VALUE_UNITS, units, device=place.device)
+        yield first, _nibbles(hybrid.records[own].flatten(1))
 
 
-def _blocks(matrix: Tensor, panels: int, steps: int) -> Tensor:
-    """``[panels * 64, steps * 64]`` seen as ``[panels, steps, 64, 64]``."""
-    return matrix.reshape(panels, BLOCK, steps, BLOCK).transpose(1, 2)
+def _blocks(matrix: Tensor, width: int) -> Tensor:
+    """``[panels * 64, steps * width]`` seen as ``[panels, steps, 64, width]``."""
+    return matrix.reshape(-1, BLOCK, matrix.shape[1] // width, width).transpose(1, 2)
 
 
 def _take(blocks: Tensor, columns: Tensor) -> Tensor:
@@ -316,82 +362,89 @@ def _padded(per_panel: Tensor, multiple: int) -> Tensor:
     return torch.cat([per_panel, per_panel[-1:].expand(missing, *per_panel.shape[1:])])
 
 
-def _record_units(starts: Tensor, sparse_blocks: Tensor, steps: int) -> Tensor:
+def _record_units(starts: Tensor, sparse_blocks: Tensor, steps: int, units_24: int) -> Tensor:
     """int64 ``[panels, steps]``: the unit at which each record, in the panel's order, starts."""
     position = torch.arange(steps, device=starts.device)
     sparse = sparse_blocks[:, None]
-    units = SPARSE_UNITS * torch.minimum(position, sparse) + DENSE_UNITS * (position - sparse).clamp(min=0)
+    units = units_24 * torch.minimum(position, sparse) + DENSE_UNITS * (position - sparse).clamp(min=0)
     return starts[:-1, None].long() + units
 
 
 def _to_fragments(blocks: Tensor) -> Tensor:
-    """``[n, 64, c]`` 16-bit values to int32 ``[n, 32 * c]`` in fragment order; c is a multiple of 16."""
-    n, _, cols = blocks.shape
-    split = blocks.reshape(n, 4, 2, 8, cols // 16, 2, 4, 2)  # n, warp, half, q, step, half, p, pair
+    """Bits of values ``[n, 64, c]`` to int32 ``[n, words]`` in fragment order; rows are a multiple of 32 bytes."""
+    halves = blocks.contiguous().view(torch.int16)
+    n, _, cols = halves.shape
+    split = halves.reshape(n, 4, 2, 8, cols // 16, 2, 4, 2)  # n, warp, half, q, step, half, p, pair
     return split.permute(0, 1, 4, 3, 6, 5, 2, 7).reshape(n, BLOCK * cols).view(torch.int32)
 
 
-def _from_fragments(words: Tensor) -> Tensor:
-    """The inverse of ``_to_fragments``: int32 ``[n, 32 * c]`` to ``[n, 64, c]``."""
+def _from_fragments(words: Tensor, bits: torch.dtype) -> Tensor:
+    """The inverse of ``_to_fragments``: int32 ``[n, words]`` to values ``[n, 64, c]`` as ``bits``."""
     n = words.shape[0]
     cols = words.shape[1] * 2 // BLOCK
     split = words.contiguous().view(torch.int16).reshape(n, 4, cols // 16, 8, 4, 2, 2, 2)
-    return split.permute(0, 1, 6, 3, 2, 5, 4, 7).reshape(n, BLOCK, cols)
+    return split.permute(0, 1, 6, 3, 2, 5, 4, 7).reshape(n, BLOCK, cols).view(bits)
 
 
 def _encode_sparse(blocks: Tensor, patterns: Tensor) -> Tensor:
-    """Values and metadata of 2:4 blocks: ``[n, 64, 64]``, patterns ``[n, 64, 16]`` to int32 ``[n, 9 * 128]``."""
-    pairs = torch.tensor(KEPT_PAIRS, device=blocks.device)[patterns.long()]  # n, 64, 16, 2
+    """Values and metadata of 2:4 blocks: bits ``[n, 64, c]``, patterns ``[n, 64, c / 4]`` to int32 ``[n, words]``."""
+    pairs = torch.tensor(KEPT_PAIRS, device=blocks.device)[patterns.long()]  # n, 64, groups, 2
     values = blocks.reshape(*patterns.shape, GROUP).gather(-1, pairs).flatten(2)
-    nibbles = pairs[..., 0] | pairs[..., 1] << 2
+    shape, order = _METADATA[blocks.itemsize]
     n = blocks.shape[0]
-    split = nibbles.reshape(n, 4, 2, 8, 2, 2, 4)  # n, warp, half, q, step, p', group
-    halves = (split << (4 * torch.arange(4, device=blocks.device))).sum(-1)
-    words = halves[:, :, 0] | halves[:, :, 1] << 16
+    nibbles = (pairs[..., 0] | pairs[..., 1] << 2).reshape(n, *shape).permute(0, *(1 + axis for axis in order))
+    by_word = nibbles.reshape(n, BLOCK * patterns.shape[2] // 8, 8)
+    words = (by_word << (4 * torch.arange(8, device=blocks.device))).sum(-1)
     # The top bit of a word is a bit of metadata, not a sign.
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).reshape(n, UNIT_WORDS)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     return torch.cat([_to_fragments(values), signed], dim=1)
 
 
 def _nibbles(words: Tensor) -> Tensor:
-    """Metadata words ``[n, 128]`` to nibbles ``[n, 64, 16]``, by row and group."""
+    """Metadata words ``[n, 128]``, of 8 bits ``[n, 256]``, to nibbles ``[n, 64, groups]``."""
     n = words.shape[0]
-    split = words.reshape(n, 4, 8, 2, 2, 1, 1)  # n, warp, q, step, p'
-    shifts = 16 * torch.arange(2, device=words.device)[:, None] + 4 * torch.arange(4, device=words.device)
-    nibbles = split >> shifts & 15  # n, warp, q, step, p', half, group
-    return nibbles.permute(0, 1, 5, 2, 3, 4, 6).reshape(n, BLOCK, BLOCK // GROUP)
+    shape, order = _METADATA[2 if words.shape[1] == UNIT_WORDS else 1]
+    nibbles = words[..., None] >> 4 * torch.arange(8, device=words.device) & 15
+    stored = nibbles.reshape(n, *(shape[axis] for axis in order))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return stored.permute(0, *(1 + axis for axis in back)).reshape(n, BLOCK, words.shape[1] // 8)
 
 
-def _decode_sparse(words: Tensor) -> Tensor:
-    """The inverse of ``_encode_sparse``: int32 ``[n, 9 * 128]`` to masked blocks ``[n, 64, 64]``."""
-    n = words.shape[0]
-    values = _from_fragments(words[:, : SPARSE_VALUE_UNITS * UNIT_WORDS])
+def _decode_sparse(words: Tensor, bits: torch.dtype) -> Tensor:
+    """The inverse of ``_encode_sparse``: int32 ``[n, words]`` to masked blocks ``[n, 64, c]`` as ``bits``."""
+    values = _from_fragments(words[:, : SPARSE_VALUE_UNITS * UNIT_WORDS], bits)
     nibbles = _nibbles(words[:, SPARSE_VALUE_UNITS * UNIT_WORDS :])
     pairs = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
-    blocks = torch.zeros(n, BLOCK, BLOCK // GROUP, GROUP, dtype=torch.int16, device=words.device)
-    blocks.scatter_(-1, pairs, values.reshape(n, BLOCK, BLOCK // GROUP, 2))
-    return blocks.reshape(n, BLOCK, BLOCK)
+    blocks = torch.zeros(*nibbles.shape, GROUP, dtype=bits, device=words.device)
+    blocks.scatter_(-1, pairs, values.reshape(*nibbles.shape, 2))
+    return blocks.flatten(2)
 
 
 def _check_kinds(hybrid: HybridWeight) -> None:
     n, k = hybrid.shape
     if n < 1 or k < 8 or k % 8:
         raise UserError(f"packed weight {n}x{k}: in_features must be a positive multiple of 8")
-    if hybrid.dtype not in DTYPES:
-        raise UserError(f"packed weight has dtype {hybrid.dtype}, needs bfloat16 or float16")
+    if hybrid.dtype not in (*DTYPES, *SCALED):
+        raise UserError(f"packed weight has dtype {hybrid.dtype}, needs bfloat16, float16, float8_e4m3fn or int8")
+    if hybrid.dtype in DTYPES and hybrid.scales is not None:
+        raise UserError(f"packed weight of {hybrid.dtype} has scales: only float8_e4m3fn and int8 take them")
+    if hybrid.dtype in SCALED and hybrid.scales is None:
+        raise UserError(f"packed weight of {hybrid.dtype} has no scales: it needs float32 ({n},), one for each feature")
     wanted = {
         "records": (len(hybrid.records) if hybrid.records.dim() else 0, UNIT_WORDS),
         "starts": (hybrid.panels + 1,),
         "columns": (hybrid.panels, hybrid.steps),
         "sparse_blocks": (hybrid.panels,),
         "leads": (hybrid.panels,),
+        "scales": (n,),
     }
     if hybrid.band not in (1, 2):
         raise UserError(f"packed bands have {hybrid.band} panels, need 1 or 2")
-    for name, shape in wanted.items():
-        part: Tensor = getattr(hybrid, name)
-        if part.dtype != torch.int32 or tuple(part.shape) != shape:
-            raise UserError(f"packed {name} is {part.dtype} {tuple(part.shape)}, needs int32 {shape}")
+    for name, part in hybrid.parts().items():
+        shape, dtype = wanted[name], torch.float32 if name == "scales" else torch.int32
+        if part.dtype != dtype or tuple(part.shape) != shape:
+            needed = str(dtype).removeprefix("torch.")
+            raise UserError(f"packed {name} is {part.dtype} {tuple(part.shape)}, needs {needed} {shape}")
         if part.device != hybrid.device:
             raise UserError(f"packed {name} is on {part.device}, records are on {hybrid.device}")
         if not part.is_contiguous():
@@ -402,7 +455,7 @@ def _check_schedule(hybrid: HybridWeight) -> None:
     sparse = hybrid.sparse_blocks.long()
     if bool(((sparse < 0) | (sparse > hybrid.steps)).any()):
         raise UserError(f"packed sparse_blocks lie in {int(sparse.min())}..{int(sparse.max())}, not 0..{hybrid.steps}")
-    units = SPARSE_UNITS * sparse + DENSE_UNITS * (hybrid.steps - sparse)
+    units = sparse_units(hybrid.dtype) * sparse + DENSE_UNITS * (hybrid.steps - sparse)
     starts = pad_edges(units.cumsum(0), (1, 0))
     wrong = (starts != hybrid.starts).nonzero()
     if len(wrong):
@@ -433,3 +486,12 @@ def _check_metadata(hybrid: HybridWeight) -> None:
                 f"packed metadata: 2:4 record {record} from panel {first} on, row {row}, group {group} keeps positions "
                 f"{int(nibbles[record, row, group]) & 3} and {int(nibbles[record, row, group]) >> 2}, not ascending"
             )
+
+
+def _check_scales(hybrid: HybridWeight) -> None:
+    if hybrid.scales is None:
+        return
+    wrong = (~(hybrid.scales.isfinite() & (hybrid.scales > 0))).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise UserError(f"packed scales[{at}] is {float(hybrid.scales[at])}: scales must be positive and finite")

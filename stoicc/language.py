@@ -1,28 +1,38 @@
 """What a kernel author writes to reach sparse tensor cores from Gluon.
 
 A *fragment* is the A operand of one instruction in registers: an int32 tensor ``[4 warps, 32 lanes, 4 registers]``,
-each word two 16-bit values, loaded from the fragment order of ``stoicc.format``. ``x`` is a ``[tokens, 64]`` tile of
-activations in shared memory, K-major with 128-byte swizzle.
+each word two 16-bit or four 8-bit values, loaded from the fragment order of ``stoicc.format``. ``x`` is a tile of
+activations in shared memory, ``[tokens, 64]`` of 16 bits or ``[tokens, 128]`` of 8, K-major with 128-byte swizzle.
 
     acc = dot_24(values, metadata, x, acc, start=0, selector=0)     wgmma, 2:4, 32 columns of K       sm_90a
     acc = dot_dense(values, x, acc, start=0)                        wgmma, dense, 16 columns of K     sm_90a
     acc = mma_24(a, b, metadata, acc, selector=0)                   mma.sp, 2:4, 32 columns           sm_80 and newer
     acc = mma_dense(a, b, acc)                                      mma, dense, 16 columns            sm_80 and newer
 
+Of 8 bits each takes twice the columns; ``float8e4nv`` needs sm_89, and on Hopper ``mma`` widens it to half precision.
+
 The first two only mark a dense instruction; they need ``stoicc.lowering`` active while the kernel is compiled.
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from stoicc.format import DENSE_UNITS, SPARSE_UNITS, SPARSE_VALUE_UNITS, UNIT_WORDS
+from stoicc.format import DENSE_UNITS, SPARSE_VALUE_UNITS, UNIT_WORDS, sparse_units
 from stoicc.lowering import VERSION
 
 FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]))
 
+GLUON_DTYPE = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.int8: gl.int8,
+}
+
 # Words of a record, and where its metadata starts.
-RECORD_24 = gl.constexpr(SPARSE_UNITS * UNIT_WORDS)
+RECORD_24 = {8 * dtype.itemsize: sparse_units(dtype) * UNIT_WORDS for dtype in (torch.int8, torch.float16)}
 RECORD_DENSE = gl.constexpr(DENSE_UNITS * UNIT_WORDS)
 METADATA = gl.constexpr(SPARSE_VALUE_UNITS * UNIT_WORDS)
 
@@ -33,35 +43,48 @@ _MARK_REMOTE = gl.constexpr(f"stoicc.{VERSION} remote $1")
 _MARK_DENSE = gl.constexpr(f"stoicc.{VERSION} dense $4 $5 $6 $7")
 
 
+@gluon.constexpr_function
+def record_24(dtype):
+    """Words of a 2:4 record of values of ``dtype``."""
+    return RECORD_24[dtype.primitive_bitwidth]
+
+
 @gluon.jit
-def dot_24(values, metadata, x, acc, start: gl.constexpr, selector: gl.constexpr):
-    """``acc + W @ x[:, start : start + 32]^T`` for 64 rows of a 2:4 weight, asynchronous.
+def dot_24(values, metadata, x, acc, start: gl.constexpr, selector: gl.constexpr, stand_in=None):
+    """``acc + W @ x[:, start : start + 32]^T`` for 64 rows of a 2:4 weight, asynchronous; of 8 bits 64 columns.
 
     Args:
-        values: int32 ``[4, 32, 4]`` in ``FRAGMENT`` layout, the kept values of one k-step.
+        values: int32 ``[4, 32, 4]`` in ``FRAGMENT`` layout, the kept values of one k-step; of 128 rows eight warps.
         metadata: int32 ``[4, 32, 1]`` in the same layout, the record's metadata words.
-        x: shared memory ``[tokens, 64]``, bfloat16 or float16, at least 64 tokens.
-        acc: float32 ``[64, tokens]``.
-        start: the first column of ``x``, 0 or 32.
-        selector: which lanes' metadata words belong to this k-step, 0 or 1.
+        x: shared memory of at least 64 tokens: ``[tokens, 64]`` of 16 bits, ``[tokens, 128]`` of 8.
+        acc: float32 ``[64, tokens]``, of int8 int32.
+        start: the first column of ``x``, 0 or half of them.
+        selector: which lanes' metadata words belong to this k-step, 0 or 1; of 8 bits 0.
+        stand_in: any shared memory of as many rows as ``acc`` and the kind of ``x``, where that has fewer.
     """
     mark: gl.constexpr = _MARK_24 + ("1" if selector else "0")
-    words = metadata.broadcast_to([4, 32, 4])
+    words = metadata.broadcast_to(values.shape)
     gl.inline_asm_elementwise(mark, _CONSTRAINTS_24, [values, words], gl.int32, False, 4)
-    return warpgroup_mma(_placeholder(x), x.slice(start, 16, 1).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(_placeholder(x, stand_in), _columns(x, start), acc, is_async=True)
 
 
 @gluon.jit
-def dot_dense(values, x, acc, start: gl.constexpr):
-    """``acc + W @ x[:, start : start + 16]^T`` for 64 rows of a dense weight, asynchronous; arguments as ``dot_24``."""
+def dot_dense(values, x, acc, start: gl.constexpr, stand_in=None):
+    """``acc + W @ x[:, start : start + 16]^T`` for 64 rows of a dense weight, asynchronous; of 8 bits 32 columns."""
     gl.inline_asm_elementwise(_MARK_DENSE, _CONSTRAINTS_DENSE, [values], gl.int32, False, 4)
-    return warpgroup_mma(_placeholder(x), x.slice(start, 16, 1).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(_placeholder(x, stand_in), _columns(x, start), acc, is_async=True)
 
 
 @gluon.jit
-def _placeholder(x):
-    # Any 64 x 16 operand: the lowering replaces it by the registers of the mark.
-    return x.slice(0, 64, 0).slice(0, 16, 1)
+def _columns(x, start: gl.constexpr):
+    return x.slice(start, x.shape[1] // 4, 1).permute((1, 0))
+
+
+@gluon.jit
+def _placeholder(x, stand_in):
+    # Any operand of 64 rows: the lowering replaces it by the registers of the mark.
+    operand = x.slice(0, 64, 0) if stand_in is None else stand_in
+    return operand.slice(0, x.shape[1] // 4, 1)
 
 
 @gluon.constexpr_function
@@ -73,6 +96,11 @@ def _cluster_barrier(size, threads):
         "barrier.cluster.wait.acquire;\n"
         "mov.b32 $0, 0;"
     )
+
+
+@gluon.constexpr_function
+def _quiet_mark(threads):
+    return f"stoicc.{VERSION} quiet {threads}\nmov.b32 $0, 0;"
 
 
 @gluon.constexpr_function
@@ -88,6 +116,16 @@ def cluster_barrier(SIZE: gl.constexpr, THREADS: gl.constexpr):
     ``THREADS`` threads of the default partition.
     """
     gl.inline_asm_elementwise(_cluster_barrier(SIZE, THREADS), "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def quiet(THREADS: gl.constexpr):
+    """In partitions of ``THREADS`` threads, warps wait at ``mbarrier``s and arrive at them each for itself.
+
+    So as many must arrive as there are warps. For partitions whose warps share no memory but by bulk copies, ``wgmma``
+    and barriers of their own.
+    """
+    gl.inline_asm_elementwise(_quiet_mark(THREADS), "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -121,52 +159,68 @@ def remote_next(rank):
     gl.inline_asm_elementwise(_MARK_REMOTE, "=r,r", [rank], gl.int32, False, 1)
 
 
-_OPERANDS_24 = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f")
-_OPERANDS_DENSE = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f")
+@gluon.constexpr_function
+def _operands(inputs, dtype):
+    kind = "r" if dtype == gl.int8 else "f"
+    return ",".join([f"={kind}"] * 4 + ["r"] * inputs + [kind] * 4)
+
+
+@gluon.constexpr_function
+def _types(dtype):
+    name = {gl.bfloat16: "bf16", gl.float16: "f16", gl.float8e4nv: "e4m3", gl.int8: "s8"}[dtype]
+    accumulator = "s32" if dtype == gl.int8 else "f32"
+    return f"row.col.{accumulator}.{name}.{name}.{accumulator}"
 
 
 @gluon.constexpr_function
 def _instruction_24(dtype, selector):
-    kind = "bf16.bf16" if dtype == gl.bfloat16 else "f16.f16"
+    depth = 512 // dtype.primitive_bitwidth
     return (
-        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.f32 "
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k{depth}.{_types(dtype)} "
         f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$16,$17,$18,$19}}, $12, {selector};"
     )
 
 
 @gluon.constexpr_function
 def _instruction_dense(dtype, half):
-    kind = "bf16.bf16" if dtype == gl.bfloat16 else "f16.f16"
+    depth = 256 // dtype.primitive_bitwidth
     x = "$10,$11" if half else "$8,$9"
     return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32 "
+        f"mma.sync.aligned.m16n8k{depth}.{_types(dtype)} "
         f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{{x}}}, {{$12,$13,$14,$15}};"
     )
 
 
+@gluon.constexpr_function
+def accumulator(dtype):
+    """What products of values of ``dtype`` are added up in."""
+    return gl.int32 if dtype == gl.int8 else gl.float32
+
+
 @gluon.jit
 def mma_24(values, x, metadata, acc, selector: gl.constexpr, dtype: gl.constexpr):
-    """``acc + W @ x^T`` for 16 x 32 elements of a 2:4 weight against 8 tokens, by one warp.
+    """``acc + W @ x^T`` for 16 x 32 elements of a 2:4 weight against 8 tokens, by one warp; of 8 bits 16 x 64.
 
     All tensors are broadcast against each other over their leading dimensions; the last two are 32 lanes and the four
     registers of one instruction, which must lie in one thread.
 
     Args:
         values: int32, the kept values of one k-step in fragment order.
-        x: int32; register ``r`` of lane ``4q + p`` holds columns ``8r + 2p`` and ``8r + 2p + 1`` of token ``q``.
+        x: int32; register ``r`` of lane ``4q + p`` holds bytes ``16r + 4p`` to ``+ 3`` of token ``q``.
         metadata: int32, the record's metadata words.
-        acc: float32; lane ``4q + p`` holds rows ``q`` (two registers) and ``q + 8``, tokens ``2p`` and ``2p + 1``.
-        selector: 0 or 1, the k-step of the record.
-        dtype: what the words are pairs of, ``gl.bfloat16`` or ``gl.float16``.
+        acc: float32, of int8 int32; lane ``4q + p`` holds rows ``q`` (two registers) and ``q + 8``, tokens ``2p`` and
+            ``2p + 1``.
+        selector: 0 or 1, the k-step of the record; of 8 bits 0.
+        dtype: what the words hold: ``gl.bfloat16``, ``gl.float16``, ``gl.float8e4nv`` or ``gl.int8``.
     """
     return gl.inline_asm_elementwise(
-        _instruction_24(dtype, selector), _OPERANDS_24, [values, x, metadata, acc], gl.float32, True, 4
+        _instruction_24(dtype, selector), _operands(12, dtype), [values, x, metadata, acc], acc.dtype, True, 4
     )
 
 
 @gluon.jit
 def mma_dense(values, x, acc, half: gl.constexpr, dtype: gl.constexpr):
-    """The same for 16 x 16 elements of a dense weight, against registers ``2 * half`` and ``2 * half + 1`` of ``x``."""
+    """The same for half the columns of a dense weight, against registers ``2 * half`` and ``2 * half + 1`` of ``x``."""
     return gl.inline_asm_elementwise(
-        _instruction_dense(dtype, half), _OPERANDS_DENSE, [values, x, acc], gl.float32, True, 4
+        _instruction_dense(dtype, half), _operands(8, dtype), [values, x, acc], acc.dtype, True, 4
     )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from patch.errors import UserError
 from patch.mask import HybridMask
-from stoicc.format import DTYPES, HybridWeight, pack
-from stoicc.matmul import linear_op
+from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack
+from stoicc.matmul import linear_op, scaled_linear_op
+from stoicc.quantise import quantise_tokens, quantise_weight
 from stoicc.tune import faster_packed
 
 # Names, within one parent module, of linears that are applied to the same activations.
@@ -35,7 +36,8 @@ class Spec:
         tile, band: of the ``HybridWeight``.
         units: rows of its records.
         bias: whether it has one.
-        dtype: of the weight, ``bfloat16`` or ``float16``; its records mean nothing in the other.
+        dtype: of the weight: ``bfloat16`` or ``float16``, whose records mean nothing in the other, ``float8_e4m3fn`` or
+            ``int8``.
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -45,6 +47,11 @@ class Spec:
     units: int
     bias: bool
     dtype: str
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether its weight has values of 8 bits, and scales."""
+        return getattr(torch, self.dtype, None) in SCALED
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,16 +123,17 @@ class HybridLinear(Fused):
         self.columns: Tensor
         self.sparse_blocks: Tensor
         self.leads: Tensor
+        self.scales: Tensor
         self.orders: Tensor
         self.bias: Tensor | None
         self._dtype, self._shape, self._tile = hybrid.dtype, list(spec.shape), list(spec.tile)
 
     @classmethod
-    def empty(cls, spec: Spec) -> "HybridLinear":
+    def empty(cls, spec: Spec, bias_dtype: torch.dtype) -> "HybridLinear":
         """One without data, on the meta device, to load a packed checkpoint into."""
         n, k = spec.shape
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        panels, steps = -(-n // 64), -(-k // 64)
+        panels, steps = -(-n // 64), -(-k // block_columns(dtype))
         sizes = {
             "records": (spec.units, 128),
             "starts": (panels + 1,),
@@ -134,7 +142,9 @@ class HybridLinear(Fused):
             "leads": (panels,),
         }
         parts = {name: torch.empty(size, dtype=torch.int32, device="meta") for name, size in sizes.items()}
-        bias = torch.empty(n, dtype=dtype, device="meta") if spec.bias else None
+        if spec.eight_bits:
+            parts["scales"] = torch.empty(n, dtype=torch.float32, device="meta")
+        bias = torch.empty(n, dtype=bias_dtype, device="meta") if spec.bias else None
         return cls(spec, HybridWeight(spec.shape, spec.tile, dtype, **parts, band=spec.band), bias)
 
     def checked(self) -> HybridWeight:
@@ -154,15 +164,19 @@ class HybridLinear(Fused):
                 sparse_blocks=self.sparse_blocks,
                 leads=self.leads,
                 band=self.spec.band,
+                scales=self.scales if self.spec.eight_bits else None,
             )
         except UserError as error:
             raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
 
     def product(self, x: Tensor) -> Tensor:
-        return linear_op(
-            x, self.records, self.starts, self.columns, self.sparse_blocks, self.leads, self.orders, self.bias,
-            self._dtype, self._shape, self._tile, self.spec.band,
-        )  # fmt: skip
+        schedule = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
+        kinds = (self._shape, self._tile, self.spec.band)
+        if not self.spec.eight_bits:
+            return linear_op(x, *schedule, self.orders, self.bias, self._dtype, *kinds)
+        values, scales = quantise_tokens(x, self._dtype)
+        y = scaled_linear_op(values, scales, *schedule, self.scales, self.orders, self.bias, x.dtype, *kinds)
+        return y.reshape(*x.shape[:-1], self._shape[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tile={self._tile}"
@@ -226,6 +240,7 @@ def compile_model(
     fuse: bool = True,
     tokens: Sequence[int] = (),
     keep_dense: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Report:
     """Replace the masked linears of ``model`` by packed ones, in place, freeing each dense weight as it goes.
 
@@ -237,11 +252,15 @@ def compile_model(
             are packed if it says that this is faster, in the geometric mean over them: with one token, that may be
             those whose tiles are all dense too. Otherwise all are packed but these, to save memory.
         keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
+        dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
+            them packed.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
-            or a weight has another dtype.
+            a weight has another dtype, or ``dtype`` is not one of 8 bits.
     """
+    if dtype is not None and dtype not in SCALED:
+        raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
     for name, mask in masks.items():
         _check_linear(model, name, mask)
     packed: list[Spec] = []
@@ -254,13 +273,13 @@ def compile_model(
         before += size
         mask = _stack([masks[name] for name in names])
         device = linears[0].weight.device
-        choose = bool(tokens) and device.type == "cuda"
-        all_dense = bool(mask.dense.all())
+        choose = bool(tokens) and device.type == "cuda" and dtype is None
+        all_dense = bool(mask.dense.all()) and dtype is None
         if all_dense and keep_dense and not choose:
             dense += names
             after += size
             continue
-        module, hybrid = _pack_linears(names, linears, mask)
+        module, hybrid = _pack_linears(names, linears, mask, dtype)
         if choose and not faster_packed(device, hybrid, tokens):
             (dense if all_dense else slower).extend(names)
             after += size
@@ -341,9 +360,14 @@ def _stack(masks: Sequence[HybridMask]) -> HybridMask:
 
 
 def _pack_linears(
-    names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask
+    names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask, dtype: torch.dtype | None
 ) -> tuple[HybridLinear, HybridWeight]:
-    hybrid = pack(torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight, mask)
+    weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
+    if dtype is None:
+        hybrid = pack(weight, mask)
+    else:
+        values, scales = quantise_weight(mask.to(weight.device).apply(weight), dtype)
+        hybrid = pack(values, mask, scales)
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     parts = tuple((name, linear.out_features) for name, linear in zip(names, linears, strict=True))
     units = hybrid.records.shape[0]

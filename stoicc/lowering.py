@@ -7,16 +7,23 @@ before the instruction; this pass, wrapped around Triton's own PTX stage through
 
     sparse a0 a1 a2 a3 metadata selector    wgmma.mma_async ... m64nNk16       A in those registers, 2:4, m64nNk32
     dense a0 a1 a2 a3                       wgmma.mma_async ... m64nNk16       A in those registers
+                                            of 8 bits: m64nNk32                the same, 2:4 m64nNk64
     multicast mask                          cp.async.bulk.tensor to shared     into the same place of several blocks
     remote rank                             mbarrier.arrive                    at the barrier of another block
 
 The registers of the A operand come from the mark, as 32-bit words exactly as they were loaded: Triton's own way through
 tensors of 16-bit elements unpacks and repacks every word, and those moves wait for loads that should stay in flight.
-The B operand of the sparse instruction covers 32 columns of K; the 16-column slice that the kernel names starts at the
-same address and, K-major and 128-byte swizzled, has the same descriptor.
+The B operand of the sparse instruction covers twice the columns of K; the slice that the kernel names starts at the
+same address and, K-major and 128-byte swizzled, has the same descriptor. Instructions of 8 bits have no transposition
+operands, for B is always K-major, those of integers no scales either, and the only selector of metadata is 0.
 
 A fifth mark stands alone: ``cluster size threads`` makes the kernel one of clusters of that many blocks. Only its first
 ``threads`` threads wait at the cluster's barrier; the others, Triton's waiting workers, arrive as the kernel starts.
+
+A sixth, ``quiet threads``, stands alone as well: the warps of a partition of that many threads meet at no barrier
+before they wait at an ``mbarrier`` or arrive at one, and instead of one thread the first lane of each warp arrives, so
+that the count must be that of the warps. Triton lets all warps meet each time; for a ring that is filled by bulk copies
+and read by ``wgmma`` alone, each warp knows for itself when its part is there and when it has read it.
 
 A mark that is not followed by its instruction, or a mark of another version, is a ``LoweringError``. Kernels without
 marks pass through unchanged, and the hook is set only while one of ours is compiled.
@@ -38,8 +45,8 @@ VERSION = sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 _MARK = re.compile(r"\s*stoicc\.(?P<version>\S+) (?P<kind>\w+) ?(?P<operands>.*?)\s*")
 _WGMMA = re.compile(
-    r"(?P<indent>\s*)wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<types>\w+\.\w+)\s+"
-    r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+),\s*(?P<rest>.*);"
+    r"(?P<indent>\s*)wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>16|32)\.(?P<types>[fs]32\.\w+\.\w+)\s+"
+    r"(?P<acc>\{[^}]*\}),\s*(?P<a>\{[^}]*\}|[^,{]+),\s*(?P<b>[^,]+),\s*(?P<scale_d>[^,]+)(,\s*(?P<rest>.*))?;"
 )
 _BREAKS_CHAIN = re.compile(
     r"(@!?%p\d+ )?(bra|brx|ret|bar|barrier|mbarrier|ld|st|cp|wgmma\.wait_group)\b|(?!\$L__tmp)[\w$]+:|\{$"
@@ -50,6 +57,15 @@ _COPY = re.compile(
     r"(?P<rest> .*);"
 )
 _ARRIVE = re.compile(r"\s*(?P<guard>@!?%p\d+ )?mbarrier\.arrive\.shared::cta\.b64 _, \[(?P<barrier>[^\]]+)\];")
+
+
+# Lines that do nothing, and arrivals of one thread.
+_NOTHING = re.compile(r"\s*(\$L__tmp\d+:|\.loc\b.*|//.*)?\s*")
+_ARRIVAL = re.compile(r"@!?%p\d+ (mbarrier\.arrive\.shared::(?:cta|cluster)\.b64 _, \[[^\]]+\];)")
+_BY_WARP = (
+    r"{ .reg .pred stoicc_first; .reg .b32 stoicc_lane; mov.u32 stoicc_lane, %laneid; "
+    r"setp.eq.u32 stoicc_first, stoicc_lane, 0; @stoicc_first \1 }"
+)
 
 
 class LoweringError(RuntimeError):
@@ -79,6 +95,7 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
     lines: list[str] = []
     pending: _Mark | None = None
     cluster: _Mark | None = None
+    quiet: _Mark | None = None
     for number, line in enumerate(ptx.split("\n"), start=1):
         found = _MARK.fullmatch(line)
         if found:
@@ -90,6 +107,8 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
                 )
             if mark.kind == "cluster":
                 cluster = mark
+            elif mark.kind == "quiet":
+                quiet = mark
             else:
                 pending = mark
             continue
@@ -107,6 +126,8 @@ def lower(ptx: str, kernel: str = "kernel") -> str:
             f"{_INSTRUCTIONS[pending.kind]}"
         )
     lines = _chain(lines)
+    if quiet:
+        lines = _quiet(lines, quiet)
     return "\n".join(lines if cluster is None else _in_clusters(lines, cluster))
 
 
@@ -121,12 +142,17 @@ def _wgmma(line: str, mark: _Mark) -> str | None:
     found = _WGMMA.fullmatch(line.rstrip())
     if not found:
         return None
-    # A in registers has no transposition bit, A in shared memory has one: keep the scales and B's bit.
-    scale_a, scale_b, *transposed = (item.strip() for item in found["rest"].split(","))
+    scales = [item.strip() for item in (found["rest"] or "").split(",") if item.strip()]
+    if found["k"] == "16":
+        # A in registers has no transposition bit, A in shared memory has one: keep the scales and B's bit.
+        scales = [*scales[:2], scales[-1]]
+    elif mark.operands[5:] not in ([], ["0"]):
+        return None
     operands = [found["acc"], "{" + ", ".join(mark.operands[:4]) + "}", found["b"], *mark.operands[4:]]
-    name, k = ("wgmma.mma_async.sp", 32) if mark.kind == "sparse" else ("wgmma.mma_async", 16)
-    operands += [found["scale_d"], scale_a, scale_b, transposed[-1]]
-    return f"{found['indent']}{name}.sync.aligned.m64n{found['n']}k{k}.f32.{found['types']} {', '.join(operands)};"
+    name, k = ("wgmma.mma_async.sp", 2) if mark.kind == "sparse" else ("wgmma.mma_async", 1)
+    operands += [found["scale_d"], *scales]
+    shape = f"m64n{found['n']}k{k * int(found['k'])}"
+    return f"{found['indent']}{name}.sync.aligned.{shape}.{found['types']} {', '.join(operands)};"
 
 
 def _multicast(line: str, mark: _Mark) -> str | None:
@@ -183,7 +209,21 @@ def _in_clusters(lines: list[str], mark: _Mark) -> list[str]:
     return [*lines[: entry + 1], *directives, *lines[entry + 1 : body + 1], arrive, *lines[body + 1 :]]
 
 
-_OPERANDS = {"sparse": 6, "dense": 4, "multicast": 1, "remote": 1, "cluster": 2}
+def _quiet(lines: list[str], mark: _Mark) -> list[str]:
+    """Without the barriers directly before waits and arrivals, and with an arrival of each warp."""
+    barrier = re.compile(rf"\s*bar(rier)?\.sync\s+\d+, {mark.operands[0]};")
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if barrier.fullmatch(line):
+            following = (later for later in lines[number + 1 :] if not _NOTHING.fullmatch(later))
+            first, second = next(following, ""), next(following, "")
+            if _ARRIVAL.search(first) or (first.strip() == "{" and second.strip() == ".reg .pred complete;"):
+                continue
+        kept.append(_ARRIVAL.sub(_BY_WARP, line))
+    return kept
+
+
+_OPERANDS = {"sparse": 6, "dense": 4, "multicast": 1, "remote": 1, "cluster": 2, "quiet": 1}
 _INSTRUCTIONS = {
     "sparse": "wgmma.mma_async",
     "dense": "wgmma.mma_async",

@@ -3,7 +3,8 @@
     >>> y = linear(x, hybrid, bias)
 
 The custom operator takes the weight's tensors one by one, so that it can stand in a graph of ``torch.compile``; it
-enqueues on the current stream, keeps no state between calls, and computes the same bits every time.
+enqueues on the current stream, keeps no state between calls, and computes the same bits every time. Weights of 8 bits
+have two: ``torch.ops.stoicc.quantise_tokens`` for the activations, ``torch.ops.stoicc.scaled_linear`` for the product.
 """
 
 import warnings
@@ -15,9 +16,10 @@ from torch import Tensor
 from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Config
-from stoicc.dispatch import check_operands, run
+from stoicc.dispatch import check_operands, check_quantised, run, run_scaled
 from stoicc.format import HybridWeight
 from stoicc.kernels.portable import PortableConfig
+from stoicc.quantise import quantise_tokens
 from stoicc.tune import tune_shape
 
 
@@ -25,17 +27,25 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
     """``x @ W^T + bias``.
 
     Args:
-        x: ``[..., K]`` of the weight's dtype, on its device; any strides, any leading dimensions, also no tokens.
-        bias: ``[N]`` of the same dtype.
+        x: ``[..., K]`` of the weight's dtype, on its device; any strides, any leading dimensions, also no tokens. Of
+            weights of 8 bits bfloat16 or float16, quantised here, a scale for each token.
+        bias: ``[N]`` of the dtype of ``x``.
 
     Returns:
-        ``[..., N]``, accumulated in float32. On a CPU the weight is unpacked first.
+        ``[..., N]`` in the dtype of ``x``, accumulated in float32, of int8 in int32. On a CPU the weight is unpacked.
 
     Raises:
         UserError: if dtype, device or shape do not fit.
     """
-    parts = (*hybrid.parts().values(), hybrid.orders)
-    return linear_op(x, *parts, bias, hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
+    parts = list(hybrid.parts().values())
+    if hybrid.scales is None:
+        kinds = (hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
+        return linear_op(x, *parts, hybrid.orders, bias, *kinds)
+    check_operands(x, hybrid, bias)
+    values, token_scales = quantise_tokens(x, hybrid.dtype)
+    kinds = (x.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
+    y = scaled_linear_op(values, token_scales, *parts, hybrid.orders, bias, *kinds)
+    return y.reshape(*x.shape[:-1], hybrid.shape[0])
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())
@@ -59,15 +69,15 @@ def linear_op(
         UserError: if dtype, device or shape of ``x`` or ``bias`` do not fit.
     """
     hybrid = HybridWeight.trusted(
-        tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band, orders
+        tuple(shape), tuple(tile), dtype, records, starts, columns, sparse_blocks, leads, band, None, orders
     )
     check_operands(x, hybrid, bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], shape[0])
     if x.device.type == "cpu":
         return reference.linear(x, hybrid, bias)
-    tokens = x.numel() // shape[1]
-    return run(x, hybrid, bias, choose(x.device, shape[0], shape[1], band, configs.token_bucket(tokens)))
+    tokens = configs.token_bucket(x.numel() // shape[1])
+    return run(x, hybrid, bias, choose(x.device, shape[0], shape[1], band, tokens, dtype))
 
 
 @linear_op.register_fake
@@ -88,22 +98,82 @@ def _(
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
+@torch.library.custom_op("stoicc::scaled_linear", mutates_args=())
+def scaled_linear_op(
+    values: Tensor,
+    token_scales: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    sparse_blocks: Tensor,
+    leads: Tensor,
+    scales: Tensor,
+    orders: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    shape: list[int],
+    tile: list[int],
+    band: int,
+) -> Tensor:
+    """The product of quantised activations with the parts of a ``HybridWeight`` of 8 bits: ``[tokens, N]``.
+
+    Args:
+        values, token_scales: what `quantise_tokens` returns, in the weight's dtype.
+        out_dtype: of the result and of ``bias``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UserError: if dtype, device or shape do not fit.
+    """
+    hybrid = HybridWeight.trusted(
+        tuple(shape), tuple(tile), values.dtype, records, starts, columns, sparse_blocks, leads, band, scales, orders
+    )
+    check_quantised(values, token_scales, hybrid, bias, out_dtype)
+    if len(values) == 0:
+        return values.new_empty(0, shape[0], dtype=out_dtype)
+    if values.device.type == "cpu":
+        return reference.exact(values, hybrid, bias, token_scales).to(out_dtype)
+    tokens = configs.token_bucket(len(values))
+    config = choose(values.device, shape[0], shape[1], band, tokens, values.dtype)
+    return run_scaled(values, token_scales, hybrid, bias, out_dtype, config)
+
+
+@scaled_linear_op.register_fake
+def _(
+    values: Tensor,
+    token_scales: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    sparse_blocks: Tensor,
+    leads: Tensor,
+    scales: Tensor,
+    orders: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    shape: list[int],
+    tile: list[int],
+    band: int,
+) -> Tensor:
+    return values.new_empty(values.shape[0], shape[0], dtype=out_dtype)
+
+
 @cache
-def choose(device: torch.device, n: int, k: int, band: int, tokens: int) -> Config:
-    """The configuration for a shape on a GPU: from its table, else measured now.
+def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Config:
+    """The configuration for a shape and the dtype of its values on a GPU: from its table, else measured now.
 
     Raises:
         UserError: if it would have to be measured while a graph is captured.
     """
     capability = configs.capability_of(device)
     name = torch.cuda.get_device_name(device)
-    options = configs.candidates(tokens, capability, band)
+    options = configs.candidates(tokens, capability, band, dtype)
     if isinstance(options[0], PortableConfig):
-        warnings.warn(f"{name} has no 2:4 tensor cores that are supported: using the portable kernel", stacklevel=2)
+        said = str(dtype).removeprefix("torch.")
+        warnings.warn(f"{name} has no 2:4 tensor cores for {said}: using the portable kernel", stacklevel=2)
         return options[0]
-    entry = configs.nearest(configs.tables(name), n, k, band, tokens, capability)
+    entry = configs.nearest(configs.tables(name), n, k, band, tokens, capability, dtype)
     if entry is not None:
         return entry.config
     if torch.cuda.is_current_stream_capturing():
         raise UserError(f"no tuning table for {name}, and it cannot be measured during a graph capture: run `hts tune`")
-    return tune_shape(device, n, k, band, tokens).config
+    return tune_shape(device, n, k, band, tokens, dtype).config

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "stoicc"
-FORMAT = 1
+# Written by what it needs: 2 knows weights of 8 bits, 1 does not.
+FORMAT = 2
 
 
 @register_quantization_config(METHOD)
@@ -44,8 +45,8 @@ class StoiccConfig(QuantizationConfigMixin):
         Raises:
             UserError: if the format is newer than this code or a spec is not one.
         """
-        if self.format != FORMAT:
-            raise UserError(f"packed checkpoint has format {self.format}, this version reads {FORMAT}: update it")
+        if self.format not in range(1, FORMAT + 1):
+            raise UserError(f"packed checkpoint has format {self.format}, this version reads up to {FORMAT}: update it")
         try:
             return [_spec(**module) for module in self.modules]
         except (TypeError, ValueError) as error:
@@ -74,11 +75,11 @@ class StoiccQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for spec in self.quantization_config.specs():
-            if str(model.dtype) != f"torch.{spec.dtype}":
+            if not spec.eight_bits and str(model.dtype) != f"torch.{spec.dtype}":
                 raise UserError(
                     f"packed weights are {spec.dtype}, the model is loaded as {model.dtype}: load it as they are"
                 )
-            install(model, HybridLinear.empty(spec))
+            install(model, HybridLinear.empty(spec, model.dtype))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in packed_modules(model):
@@ -106,7 +107,8 @@ def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrain
     modules = packed_modules(model)
     if not modules:
         raise UserError("the model has no packed weights: call stoicc.compile_model first")
-    model.config.quantization_config = StoiccConfig(modules=[asdict(module.spec) for module in modules])
+    written = FORMAT if any(module.spec.eight_bits for module in modules) else 1
+    model.config.quantization_config = StoiccConfig(written, [asdict(module.spec) for module in modules])
     with new_directory(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:

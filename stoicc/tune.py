@@ -15,8 +15,9 @@ from torch.nn.functional import linear as dense_linear
 from patch.mask import HybridMask, best_patterns, tile_grid
 from stoicc import configs
 from stoicc.configs import Config, Entry
-from stoicc.dispatch import run
-from stoicc.format import HybridWeight, pack
+from stoicc.dispatch import run, run_scaled
+from stoicc.format import DTYPES, HybridWeight, block_columns, pack
+from stoicc.quantise import quantise_tokens, quantise_weight
 from stoicc.timing import Call, time_in_turns
 
 # Weights are rotated so that none is read from the L2 cache, which is at most 60 MB on GPUs with these tensor cores.
@@ -26,50 +27,54 @@ SPARSE_SHARE = 0.75
 MARGIN = 1.05
 
 
-def compile_candidates(device: torch.device, workers: int) -> None:
+def compile_candidates(device: torch.device, workers: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Compile every configuration that may be measured on this GPU, in parallel, into Triton's cache on disk."""
     capability = configs.capability_of(device)
     wanted = {
         (config, tokens, band)
         for tokens in configs.TOKENS
         for band in (1, 2)
-        for config in configs.candidates(tokens, capability, band)
-        if band == 2 or config not in configs.candidates(tokens, capability, 2)
+        for config in configs.candidates(tokens, capability, band, dtype)
+        if band == 2 or config not in configs.candidates(tokens, capability, 2, dtype)
     }
     ordered = sorted(wanted, key=str)
     processes = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=processes) as pool:
-        for _ in pool.map(_compile, [(device, *ordered[first :: workers * 2]) for first in range(workers * 2)]):
+        for _ in pool.map(_compile, [(device, dtype, *ordered[first :: workers * 2]) for first in range(workers * 2)]):
             pass
 
 
 def _compile(work: tuple[Any, ...]) -> None:
-    device, *wanted = work
+    device, dtype, *wanted = work
     for config, tokens, band in wanted:
-        hybrid = random_weights(device, 512, 512, band, tokens=8192)[0]
-        run(torch.zeros(tokens, 512, device=device, dtype=torch.bfloat16), hybrid, None, config)
+        weights = random_weights(device, 512, 512, band, 8192, dtype)
+        x = torch.zeros(tokens, 512, device=device, dtype=dtype if dtype in DTYPES else torch.bfloat16)
+        _calls(x, weights, config)[0]()
 
 
-def tune_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> Entry:
+def tune_shape(
+    device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> Entry:
     """Measure all candidates for one shape, and add the fastest to the user's table."""
-    entry = measure_shape(device, n, k, band, tokens)
+    entry = measure_shape(device, n, k, band, tokens, dtype)
     name = torch.cuda.get_device_name(device)
     configs.remember(configs.user_table(name), [entry], {"gpu": name, "torch": torch.__version__})
     return entry
 
 
-def measure_shape(device: torch.device, n: int, k: int, band: int, tokens: int) -> Entry:
+def measure_shape(
+    device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> Entry:
     """The fastest of all candidates, on random weights with three quarters of the blocks 2:4, and cuBLAS beside it."""
-    weights = random_weights(device, n, k, band, tokens)
-    x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
-    dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in weights]
-    dense_time = _time([partial(dense_linear, x, weight) for weight in dense])
-    del dense
+    weights = random_weights(device, n, k, band, tokens, dtype)
+    x = torch.randn(tokens, k, device=device, dtype=dtype if dtype in DTYPES else torch.bfloat16)
+    dense_time = min(_time(calls) for calls in _dense_calls(x, n, dtype, len(weights)))
     timed: list[tuple[float, Config]] = []
-    for config in configs.candidates(tokens, configs.capability_of(device), band):
+    for config in configs.candidates(tokens, configs.capability_of(device), band, dtype):
         timed.append((_time(_calls(x, weights, config)), config))
     microseconds, config = min(timed, key=lambda pair: pair[0])
-    return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2))
+    name = configs.table_dtype(dtype)
+    return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2), name)
 
 
 def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[int]) -> bool:
@@ -78,7 +83,8 @@ def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[i
     If nothing is known of the GPU, whether it has fewer bytes.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
-    known = [configs.nearest(configs.tables(name), *hybrid.shape, hybrid.band, count, capability) for count in tokens]
+    table = configs.tables(name)
+    known = [configs.nearest(table, *hybrid.shape, hybrid.band, count, capability, hybrid.dtype) for count in tokens]
     speedups = [expected_speedup(entry, hybrid.sparse_share) for entry in known if entry]
     return statistics.geometric_mean(speedups) >= MARGIN if speedups else hybrid.sparse_share > 0
 
@@ -101,18 +107,48 @@ def _time(calls: Sequence[Call]) -> float:
 
 
 def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[Call]:
-    return [partial(run, x, weight, None, config) for weight in weights]
+    if weights[0].scales is None:
+        return [partial(run, x, weight, None, config) for weight in weights]
+    values, scales = quantise_tokens(x, weights[0].dtype)
+    return [partial(run_scaled, values, scales, weight, None, x.dtype, config) for weight in weights]
 
 
-def random_weights(device: torch.device, n: int, k: int, band: int, tokens: int) -> list[HybridWeight]:
+def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[list[Call]]:
+    """What cuBLAS has for a dense weight of this dtype, each way on as many weights as are measured packed."""
+    dense = [torch.randn(n, x.shape[1], device=x.device, dtype=torch.bfloat16) for _ in range(copies)]
+    if dtype in DTYPES:
+        return [[partial(dense_linear, x, weight.to(dtype)) for weight in dense]]
+    values, scales = quantise_tokens(x, dtype)
+    values = values[:, : x.shape[1]].contiguous()
+    quantised = [quantise_weight(weight, dtype) for weight in dense]
+    del dense
+    if dtype == torch.int8:
+        # cuBLAS wants more than 16 rows of integers, and returns their sums unscaled.
+        padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - len(values))))
+        return [[partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]]
+    one = torch.ones((), device=x.device)
+    product = partial(torch._scaled_mm, out_dtype=x.dtype, use_fast_accum=True)
+    by_tensor = [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
+    by_row = [
+        partial(product, values, weight.T, scale_a=scales[:, None], scale_b=scale[None, :])
+        for weight, scale in quantised
+    ]
+    return [by_tensor, by_row]
+
+
+def random_weights(
+    device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> list[HybridWeight]:
     """Copies of a random hybrid weight, enough that none stays in the L2 cache between its turns."""
-    tile = (min(n, 64 * band), min(k, 64))
+    tile = (min(n, 64 * band), min(k, block_columns(dtype)))
     grid = tile_grid((n, k), tile)
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16, generator=generator) / k**0.5
     dense = torch.rand(grid, device=device, generator=generator) >= SPARSE_SHARE
-    packed = pack(weight, HybridMask((n, k), tile, dense, best_patterns(weight.abs())))
+    patterns = best_patterns(weight.abs())
+    values, scales = (weight.to(dtype), None) if dtype in DTYPES else quantise_weight(weight, dtype)
+    packed = pack(values, HybridMask((n, k), tile, dense, patterns), scales)
     if packed.band != band:  # a single row of tiles is uniform by chance
-        packed = pack(weight, HybridMask((n, k), tile, dense & False, best_patterns(weight.abs())))
+        packed = pack(values, HybridMask((n, k), tile, dense & False, patterns), scales)
     copies = max(1, min(64, round(BEYOND_L2 / packed.nbytes))) if tokens <= 512 else 1
     return [packed, *(packed.copy() for _ in range(copies - 1))]

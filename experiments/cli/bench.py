@@ -28,6 +28,9 @@ def tune(
     model: Models = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated. All by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Table to add to; by default the user's own.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Of the weights: bfloat16, float8_e4m3fn, int8; may be repeated.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = max(1, (os.cpu_count() or 2) - 2),
 ) -> None:
     """Find the fastest kernel configuration for every linear of the models, at 1 to 8192 tokens."""
@@ -37,16 +40,23 @@ def tune(
     from experiments.run.provenance import provenance
     from experiments.studies.speed import TIMED
     from stoicc import configs
+    from stoicc.format import SCALED
     from stoicc.tune import compile_candidates, measure_shape
 
     device = _gpu()
     started = time.time()
+    names = dtype or ["bfloat16"]
+    known = ("bfloat16", *(str(kind).removeprefix("torch.") for kind in SCALED))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--dtype {unknown[0]}: weights are {', '.join(known)}")
+    dtypes: list[torch.dtype] = [getattr(torch, name) for name in names]
     with console.status("compiling all candidates"):
-        compile_candidates(device, workers)
+        for kind in dtypes:
+            compile_candidates(device, workers, kind)
     shapes = dict.fromkeys((linear.n, linear.k) for name in model or TIMED for linear in fused_linears(name))
     # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
     both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
-    work = [(*shape, count) for shape in both for count in tokens or configs.TOKENS]
+    work = [(*shape, count, kind) for kind in dtypes for shape in both for count in tokens or configs.TOKENS]
     entries = []
     with Progress(console=console) as progress:
         for shape in progress.track(work, description="tuning"):

@@ -33,13 +33,15 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from stoicc.compat import barrier, copy_to_shared
 from stoicc.format import HybridWeight
 from stoicc.language import (
+    GLUON_DTYPE,
     METADATA,
-    RECORD_24,
     RECORD_DENSE,
+    accumulator,
     cluster_barrier,
     let_next_begin,
     mma_24,
     mma_dense,
+    record_24,
     wait_for_previous,
 )
 
@@ -175,14 +177,21 @@ def _staged_x(ring, turn, staged: gl.constexpr, layout: gl.constexpr, K_WARPS: g
 
 
 @gluon.jit
-def _load_24(record, step, count, lane_words, lane_metadata):
+def _load_24(record, step, count, lane_words, lane_metadata, dtype: gl.constexpr):
+    """Of one record both k-steps' values, and the metadata word of each, which of 16 bits is the same one."""
     inside = step < count
-    record += step * RECORD_24
+    record += step * record_24(dtype)
     # Where there is no record there must still be metadata that the instruction takes: 0x4 keeps positions 0 and 1.
+    metadata = record + METADATA + lane_metadata
+    first = gl.load(metadata, mask=inside, eviction_policy="evict_first", other=0x44444444)
+    second = first
+    if dtype.primitive_bitwidth == 8:
+        second = gl.load(metadata + 128, mask=inside, eviction_policy="evict_first", other=0x44444444)
     return (
         gl.load(record + lane_words, mask=inside, eviction_policy="evict_first", other=0),
         gl.load(record + 128 + lane_words, mask=inside, eviction_policy="evict_first", other=0),
-        gl.load(record + METADATA + lane_metadata, mask=inside, eviction_policy="evict_first", other=0x44444444),
+        first,
+        second,
     )
 
 
@@ -199,14 +208,15 @@ def _load_dense(record, step, count, lane_words):
 
 
 @gluon.jit
-def _multiply_24(a0, a1, metadata, x0, x1, acc, dtype: gl.constexpr):
-    return mma_24(a1, x1, metadata, mma_24(a0, x0, metadata, acc, 0, dtype), 1, dtype)
+def _multiply_24(a, x0, x1, acc, dtype: gl.constexpr):
+    acc = mma_24(a[0], x0, a[2], acc, 0, dtype)
+    return mma_24(a[1], x1, a[3], acc, 1 if dtype.primitive_bitwidth == 16 else 0, dtype)
 
 
 @gluon.jit
-def _multiply_dense(a0, a1, a2, a3, x0, x1, acc, dtype: gl.constexpr):
-    acc = mma_dense(a1, x0, mma_dense(a0, x0, acc, 0, dtype), 1, dtype)
-    return mma_dense(a3, x1, mma_dense(a2, x1, acc, 0, dtype), 1, dtype)
+def _multiply_dense(a, x0, x1, acc, dtype: gl.constexpr):
+    acc = mma_dense(a[1], x0, mma_dense(a[0], x0, acc, 0, dtype), 1, dtype)
+    return mma_dense(a[3], x1, mma_dense(a[2], x1, acc, 0, dtype), 1, dtype)
 
 
 @gluon.jit
@@ -236,12 +246,18 @@ def _add_blocks(total, workspace, tile, block, layout: gl.constexpr, BLOCKS: gl.
 
 
 @gluon.jit
-def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _store(
+    y, total, bias, scales, token_scales, first, tokens, out_features, y_stride,
+    layout: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
     ROWS: gl.constexpr = total.shape[0]
     EIGHTS: gl.constexpr = total.shape[1]
     row, eight, lane, register = _fragment_indices(ROWS, EIGHTS, layout)
     feature = first + row * 16 + lane // 4 + register // 2 * 8
     token = (gl.program_id(1) * EIGHTS + eight) * 8 + lane % 4 * 2 + register % 2
+    if SCALED:
+        total *= gl.load(scales + feature, mask=feature < out_features, other=0.0)
+        total *= gl.load(token_scales + token, mask=token < tokens, other=0.0)
     if HAS_BIAS:
         total += gl.load(bias + feature, mask=feature < out_features, other=0.0).to(gl.float32)
     inside = (feature < out_features) & (token < tokens)
@@ -251,25 +267,29 @@ def _store(y, total, bias, first, tokens, out_features, y_stride, layout: gl.con
 # Sizes are not specialised on, but for those that the width of the copies of activations depends on.
 @gluon.jit(do_not_specialize=["steps", "tokens", "out_features", "early"])
 def decode_linear(
-    x, y, words, bias, workspace, columns, order, steps, tokens, k_words, x_stride, out_features, y_stride, early,
+    x, y, words, bias, scales, token_scales, workspace, columns, order,
+    steps, tokens, k_words, x_stride, out_features, y_stride, early,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, K_WARPS: gl.constexpr, ROW_WARPS: gl.constexpr, TOKEN_WARPS: gl.constexpr,
     RECORDS: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    VALUES: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias``, a thread block per ``ROWS`` features and ``TOKENS`` tokens.
 
     Args:
-        x: int32, activations ``[tokens, K]`` as pairs, rows ``x_stride`` words apart.
+        x: int32, activations ``[tokens, K]`` as words, rows ``x_stride`` of them apart.
         y: output ``[tokens, N]``, rows ``y_stride`` elements apart.
         words, columns: parts of the ``HybridWeight``; words are its records.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
+        scales, token_scales: float32 ``[N]`` and ``[tokens]``, factors of products of 8 bits; else anything.
         workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
         order: int32 ``[panels, 4]`` (with 128 ``ROWS``, of pairs of panels), most expensive first.
-        k_words: ``K / 2``.
+        k_words: words of a row of ``x``.
         early: whether the first records may be read before the kernel before on the stream is done.
         ROWS to BLOCKS: as in ``DecodeConfig``.
         PDL: whether it is launched with ``launch_pdl``.
+        VALUES: what the words of ``x`` and the records hold.
     """
-    dtype: gl.constexpr = y.dtype.element_ty
+    dtype: gl.constexpr = VALUES
     PARTS: gl.constexpr = 1 if ROWS > 64 else 64 // ROWS
     PANELS: gl.constexpr = 2 if ROWS > 64 else 1
     R: gl.constexpr = ROWS // 16
@@ -296,7 +316,7 @@ def decode_linear(
         # Where there is no second panel, the first is computed again: those output rows are outside and not stored.
         record = words + gl.where(row < 4, start, gl.load(order + 2)).to(gl.int64) * 128
         row = row % 4
-    record_dense = record + sparse * RECORD_24
+    record_dense = record + sparse * record_24(dtype)
     columns += panel * steps
     columns_dense = columns + sparse
     lane_24 = row * 256 + lane * 4 + register
@@ -308,10 +328,10 @@ def decode_linear(
     SET: gl.constexpr = BLOCKS * OWN
     step = block * OWN + _index(RECORDS, layout, 1) * K_WARPS + _index(K_WARPS, layout, 0)
     turns_24 = (sparse + 2 * SET - 1) // (2 * SET) * 2
-    acc = gl.zeros([K_WARPS, RECORDS, R, TOKENS // 8, 32, 4], gl.float32, layout)
-    a0, a1, am = _load_24(record, step, sparse, lane_24, lane_metadata)
-    b0, b1, bm = _load_24(record, step + SET, sparse, lane_24, lane_metadata)
-    c0, c1, c2, c3 = _load_dense(record_dense, step, dense, lane_dense)
+    acc = gl.zeros([K_WARPS, RECORDS, R, TOKENS // 8, 32, 4], accumulator(dtype), layout)
+    a = _load_24(record, step, sparse, lane_24, lane_metadata, dtype)
+    b = _load_24(record, step + SET, sparse, lane_24, lane_metadata, dtype)
+    c = _load_dense(record_dense, step, dense, lane_dense)
     if STAGES == 0:
         a_column = gl.load(columns + step, mask=step < sparse, other=0)
         b_column = gl.load(columns + step + SET, mask=step + SET < sparse, other=0)
@@ -346,8 +366,8 @@ def decode_linear(
             ax, ay = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, column, ring, turn + STAGES - 1, tokens, k_words, x_stride)
             column = _column(columns, turn + STAGES, turns_24, sparse, steps, block, OWN, BLOCKS)
-        acc = _multiply_24(a0, a1, am, ax, ay, acc, dtype)
-        a0, a1, am = _load_24(record, ahead, sparse, lane_24, lane_metadata)
+        acc = _multiply_24(a, ax, ay, acc, dtype)
+        a = _load_24(record, ahead, sparse, lane_24, lane_metadata, dtype)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             barrier()
@@ -356,11 +376,11 @@ def decode_linear(
             column = _column(columns, turn + STAGES + 1, turns_24, sparse, steps, block, OWN, BLOCKS)
         else:
             ax, ay = _next_x(x, columns, ahead, sparse, x_words, offsets, k_words, inside)
-        acc = _multiply_24(b0, b1, bm, bx, by, acc, dtype)
-        b0, b1, bm = _load_24(record, ahead + SET, sparse, lane_24, lane_metadata)
+        acc = _multiply_24(b, bx, by, acc, dtype)
+        b = _load_24(record, ahead + SET, sparse, lane_24, lane_metadata, dtype)
         if STAGES == 0:
             bx, by = _next_x(x, columns, ahead + SET, sparse, x_words, offsets, k_words, inside)
-    d0, d1, d2, d3 = _load_dense(record_dense, step + SET, dense, lane_dense)
+    d = _load_dense(record_dense, step + SET, dense, lane_dense)
     if STAGES == 0:
         dx, dy = _next_x(x, columns_dense, step + SET, dense, x_words, offsets, k_words, inside)
     for done in range(0, dense, 2 * SET):
@@ -372,8 +392,8 @@ def decode_linear(
             cx, cy = _staged_x(ring, turn, staged, layout, K_WARPS, RECORDS)
             _copy_x(x, column, ring, turn + STAGES - 1, tokens, k_words, x_stride)
             column = _column(columns, turn + STAGES, turns_24, sparse, steps, block, OWN, BLOCKS)
-        acc = _multiply_dense(c0, c1, c2, c3, cx, cy, acc, dtype)
-        c0, c1, c2, c3 = _load_dense(record_dense, ahead, dense, lane_dense)
+        acc = _multiply_dense(c, cx, cy, acc, dtype)
+        c = _load_dense(record_dense, ahead, dense, lane_dense)
         if STAGES > 0:
             async_copy.wait_group(STAGES - 2)
             barrier()
@@ -382,24 +402,33 @@ def decode_linear(
             column = _column(columns, turn + STAGES + 1, turns_24, sparse, steps, block, OWN, BLOCKS)
         else:
             cx, cy = _next_x(x, columns_dense, ahead, dense, x_words, offsets, k_words, inside)
-        acc = _multiply_dense(d0, d1, d2, d3, dx, dy, acc, dtype)
-        d0, d1, d2, d3 = _load_dense(record_dense, ahead + SET, dense, lane_dense)
+        acc = _multiply_dense(d, dx, dy, acc, dtype)
+        d = _load_dense(record_dense, ahead + SET, dense, lane_dense)
         if STAGES == 0:
             dx, dy = _next_x(x, columns_dense, ahead + SET, dense, x_words, offsets, k_words, inside)
 
     if PDL and STAGES > 0:
         let_next_begin()
-    total = gl.sum(gl.sum(acc, 1), 0)
+    total = gl.sum(gl.sum(acc, 1), 0).to(gl.float32)
     rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
     if BLOCKS > 1:
         tile = (gl.program_id(1) * (gl.num_programs(0) // BLOCKS) + part) * BLOCKS
         total = _add_blocks(total, workspace, tile, block, rows, BLOCKS, gl.num_warps() * 32)
     if block == 0:
-        _store(y, total, bias, panel * 64 + first_row * 16, tokens, out_features, y_stride, rows, HAS_BIAS)
+        _store(
+            y, total, bias, scales, token_scales, panel * 64 + first_row * 16, tokens, out_features, y_stride,
+            rows, HAS_BIAS, dtype.primitive_bitwidth == 8,
+        )  # fmt: skip
 
 
 def launch(
-    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: DecodeConfig
+    x: Tensor,
+    hybrid: HybridWeight,
+    order: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: DecodeConfig,
+    token_scales: Tensor | None = None,
 ) -> None:
     """Enqueue ``y = x @ W^T + bias`` on the current stream.
 
@@ -407,9 +436,10 @@ def launch(
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
         order: int32 ``[panels, 4]``, or with 128 ``rows`` of pairs of panels.
         y: ``[tokens, N]``.
+        token_scales: float32 ``[tokens]``, of weights of 8 bits.
     """
     tokens = x.shape[0]
-    pairs = x.view(torch.int32)
+    words = x.view(torch.int32)
     k_warps, row_warps, token_warps = config.warps
     grid = (triton.cdiv(hybrid.panels * 64, config.rows) * config.blocks, triton.cdiv(tokens, config.tokens))
     # Early clusters of eight crowd onto the multiprocessors that are free first: half as slow again on an H200.
@@ -419,17 +449,19 @@ def launch(
         # A new one for every call: the allocator keeps streams and captured graphs apart.
         workspace = torch.empty(grid[0] * grid[1] * config.rows * config.tokens, dtype=torch.float32, device=x.device)
     decode_linear[grid](
-        pairs,
+        words,
         y,
         hybrid.records,
         y if bias is None else bias,
+        y if hybrid.scales is None else hybrid.scales,
+        y if token_scales is None else token_scales,
         workspace,
         hybrid.columns,
         order,
         hybrid.steps,
         tokens,
-        pairs.shape[1],
-        pairs.stride(0),
+        words.shape[1],
+        words.stride(0),
         hybrid.shape[0],
         y.stride(0),
         # In a captured graph weights are constants; elsewhere the kernel before may have written them.
@@ -444,6 +476,7 @@ def launch(
         BLOCKS=config.blocks,
         HAS_BIAS=bias is not None,
         PDL=pdl,
+        VALUES=GLUON_DTYPE[x.dtype],
         num_warps=k_warps * row_warps * token_warps,
         launch_pdl=pdl,
     )

@@ -10,6 +10,8 @@ Where bands have two panels (tiles of at least 128 rows), two thread blocks form
 activation tile and the copy lands in both, which halves what is read from the L2 cache. Each block has one panel of
 either band, so that a column that is dense in one band and 2:4 in the other costs both blocks the same.
 
+The warps of a consumer do not meet to wait for a stage or to give one back: each does so for itself.
+
 A consumer drains its ``wgmma`` once per turn of the loop, since ptxas serialises the pipeline when metadata registers
 change while it is open; within a turn one step is in flight while the next is issued.
 """
@@ -25,20 +27,23 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.compat import barrier, load_tile, reinterpret, store_tile
-from stoicc.format import HybridWeight
+from stoicc.format import ROW_BYTES, HybridWeight, block_columns
 from stoicc.language import (
     FRAGMENT,
+    GLUON_DTYPE,
     METADATA,
-    RECORD_24,
     RECORD_DENSE,
+    accumulator,
     cluster_barrier,
     dot_24,
     dot_dense,
     multicast_next,
+    quiet,
+    record_24,
     remote_next,
 )
 
-GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_ROW_BYTES = gl.constexpr(ROW_BYTES)
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,12 @@ def _produce(
         for step in range(steps):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), TOKENS * 64 * 2)
+            mbarrier.expect(full.index(stage), TOKENS * _ROW_BYTES)
             if CLUSTER == 2:
                 multicast_next(3)
-            load_tile(x_desc, [token, column * 64], full.index(stage), x_ring.index(stage * CLUSTER + rank))
+            load_tile(
+                x_desc, [token, column * x_desc.block_shape[1]], full.index(stage), x_ring.index(stage * CLUSTER + rank)
+            )
             column = gl.load(walk + gl.minimum(step + 1, steps - 1))
             count += 1
     if CLUSTER == 2:
@@ -113,54 +120,57 @@ def _release(empty, count, peer, CLUSTER: gl.constexpr):
 
 
 @gluon.jit
-def _load_24(record, lane_words, lane_metadata):
-    return gl.load(record + lane_words), gl.load(record + 128 + lane_words), gl.load(record + METADATA + lane_metadata)
+def _load_24(record, lane_words, lane_metadata, BITS: gl.constexpr):
+    """Of one record both k-steps' values, and the metadata word of each, which of 16 bits is the same one."""
+    first = gl.load(record + METADATA + lane_metadata)
+    second = first
+    if BITS == 8:
+        second = gl.load(record + METADATA + 128 + lane_metadata)
+    return gl.load(record + lane_words), gl.load(record + 128 + lane_words), first, second
 
 
 @gluon.jit
-def _dot_24(values0, values1, metadata, x, acc):
-    return dot_24(values1, metadata, x, dot_24(values0, metadata, x, acc, 0, 0), 32, 1)
-
-
-@gluon.jit
-def _step_24(acc, a0, a1, am, count, x_ring, full):
+def _step_24(acc, a, count, x_ring, full):
     _wait_full(full, count)
-    return _dot_24(a0, a1, am, x_ring.index(count % x_ring.shape[0]), acc)
+    x = x_ring.index(count % x_ring.shape[0])
+    HALF: gl.constexpr = x.shape[1] // 2
+    return dot_24(a[1], a[3], x, dot_24(a[0], a[2], x, acc, 0, 0), HALF, 1 if HALF == 32 else 0)
 
 
 @gluon.jit
 def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
     """``length`` steps over 2:4 blocks: those that four do not divide first, then four at a time."""
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    RECORD: gl.constexpr = record_24(x_ring.dtype)
     for _ in range(length % 4):
-        a0, a1, am = _load_24(record, lane_words, lane_metadata)
-        record += RECORD_24
-        acc = warpgroup_mma_wait(0, [_step_24(acc, a0, a1, am, count, x_ring, full)])
+        a = _load_24(record, lane_words, lane_metadata, BITS)
+        record += RECORD
+        acc = warpgroup_mma_wait(0, [_step_24(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
         count += 1
     if length >= 4:
-        a0, a1, am = _load_24(record, lane_words, lane_metadata)
-        b0, b1, bm = _load_24(record + RECORD_24, lane_words, lane_metadata)
-        c0, c1, cm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
-        d0, d1, dm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+        a = _load_24(record, lane_words, lane_metadata, BITS)
+        b = _load_24(record + RECORD, lane_words, lane_metadata, BITS)
+        c = _load_24(record + 2 * RECORD, lane_words, lane_metadata, BITS)
+        d = _load_24(record + 3 * RECORD, lane_words, lane_metadata, BITS)
         for left in range(length // 4, 0, -1):
             # The last turn loads its own records again rather than read past the end.
-            record += gl.where(left > 1, 4 * RECORD_24, 0)
-            e0, e1, em = _load_24(record, lane_words, lane_metadata)
-            f0, f1, fm = _load_24(record + RECORD_24, lane_words, lane_metadata)
-            g0, g1, gm = _load_24(record + 2 * RECORD_24, lane_words, lane_metadata)
-            h0, h1, hm = _load_24(record + 3 * RECORD_24, lane_words, lane_metadata)
+            record += gl.where(left > 1, 4 * RECORD, 0)
+            e = _load_24(record, lane_words, lane_metadata, BITS)
+            f = _load_24(record + RECORD, lane_words, lane_metadata, BITS)
+            g = _load_24(record + 2 * RECORD, lane_words, lane_metadata, BITS)
+            h = _load_24(record + 3 * RECORD, lane_words, lane_metadata, BITS)
             # While one step is in flight the next is issued, and the stage of the one before is given back.
-            acc = _step_24(acc, a0, a1, am, count, x_ring, full)
-            acc = warpgroup_mma_wait(1, [_step_24(acc, b0, b1, bm, count + 1, x_ring, full)])
+            acc = _step_24(acc, a, count, x_ring, full)
+            acc = warpgroup_mma_wait(1, [_step_24(acc, b, count + 1, x_ring, full)])
             _release(empty, count, peer, CLUSTER)
-            acc = warpgroup_mma_wait(1, [_step_24(acc, c0, c1, cm, count + 2, x_ring, full)])
+            acc = warpgroup_mma_wait(1, [_step_24(acc, c, count + 2, x_ring, full)])
             _release(empty, count + 1, peer, CLUSTER)
-            acc = warpgroup_mma_wait(1, [_step_24(acc, d0, d1, dm, count + 3, x_ring, full)])
+            acc = warpgroup_mma_wait(1, [_step_24(acc, d, count + 3, x_ring, full)])
             _release(empty, count + 2, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 3, peer, CLUSTER)
-            a0, a1, am, b0, b1, bm = e0, e1, em, f0, f1, fm
-            c0, c1, cm, d0, d1, dm = g0, g1, gm, h0, h1, hm
+            a, b, c, d = e, f, g, h
             count += 4
     return acc, count
 
@@ -172,52 +182,51 @@ def _load_dense(record, lane_words):
 
 
 @gluon.jit
-def _dot_dense(values0, values1, values2, values3, x, acc):
-    acc = dot_dense(values1, x, dot_dense(values0, x, acc, 0), 16)
-    return dot_dense(values3, x, dot_dense(values2, x, acc, 32), 48)
-
-
-@gluon.jit
-def _step_dense(acc, a0, a1, a2, a3, count, x_ring, full):
+def _step_dense(acc, a, count, x_ring, full):
     _wait_full(full, count)
-    return _dot_dense(a0, a1, a2, a3, x_ring.index(count % x_ring.shape[0]), acc)
+    x = x_ring.index(count % x_ring.shape[0])
+    QUARTER: gl.constexpr = x.shape[1] // 4
+    acc = dot_dense(a[1], x, dot_dense(a[0], x, acc, 0), QUARTER)
+    return dot_dense(a[3], x, dot_dense(a[2], x, acc, 2 * QUARTER), 3 * QUARTER)
 
 
 @gluon.jit
 def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
     """``length`` steps over dense blocks: an odd one first, then two at a time."""
     if length % 2 == 1:
-        a0, a1, a2, a3 = _load_dense(record, lane_words)
+        a = _load_dense(record, lane_words)
         record += RECORD_DENSE
-        acc = warpgroup_mma_wait(0, [_step_dense(acc, a0, a1, a2, a3, count, x_ring, full)])
+        acc = warpgroup_mma_wait(0, [_step_dense(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
         count += 1
     if length >= 2:
-        a0, a1, a2, a3 = _load_dense(record, lane_words)
-        b0, b1, b2, b3 = _load_dense(record + RECORD_DENSE, lane_words)
+        a = _load_dense(record, lane_words)
+        b = _load_dense(record + RECORD_DENSE, lane_words)
         for left in range(length // 2, 0, -1):
             record += gl.where(left > 1, 2 * RECORD_DENSE, 0)
-            e0, e1, e2, e3 = _load_dense(record, lane_words)
-            f0, f1, f2, f3 = _load_dense(record + RECORD_DENSE, lane_words)
-            acc = _step_dense(acc, a0, a1, a2, a3, count, x_ring, full)
-            acc = _step_dense(acc, b0, b1, b2, b3, count + 1, x_ring, full)
+            e = _load_dense(record, lane_words)
+            f = _load_dense(record + RECORD_DENSE, lane_words)
+            acc = _step_dense(acc, a, count, x_ring, full)
+            acc = _step_dense(acc, b, count + 1, x_ring, full)
             acc = warpgroup_mma_wait(1, [acc])
             _release(empty, count, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 1, peer, CLUSTER)
-            a0, a1, a2, a3, b0, b1, b2, b3 = e0, e1, e2, e3, f0, f1, f2, f3
+            a, b = e, f
             count += 2
     return acc, count
 
 
 @gluon.jit
 def _consume(
-    y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
-    steps, panels, groups, token_tiles, out_features,
+    y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages, factors,
+    full, empty, steps, panels, groups, token_tiles, out_features, tokens,
     CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = x_ring.shape[1]
-    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 256 // BITS])
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     warp = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, FRAGMENT)))[:, None, None]
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, FRAGMENT)))[None, :, None]
     register = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FRAGMENT)))[None, None, :]
@@ -237,25 +246,34 @@ def _consume(
         sparse = gl.load(sparse_blocks + panel)
         lead = gl.load(leads + panel)
         record = words + gl.load(starts + panel).to(gl.int64) * 128
-        acc = gl.zeros([64, TOKENS], gl.float32, accumulator)
+        feature = own_panel * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        if HAS_BIAS:
+            offset = gl.load(bias + feature, mask=feature < out_features, other=0.0).to(gl.float32)
+        if BITS == 8:
+            # Asked for now, needed after the walk; from shared memory each thread then takes those of its tokens.
+            factor = gl.load(scales + feature, mask=feature < out_features, other=0.0)
+            token = token_tile * TOKENS + gl.arange(0, TOKENS, spread)
+            factors.index(CONSUMER).store(gl.load(token_scales + token, mask=token < tokens, other=0.0))
+        acc = gl.zeros([64, TOKENS], accumulator(x_ring.dtype), layout)
         if lead > 0:
             acc, count = _walk_24(acc, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
         if steps > sparse:
-            acc, count = _walk_dense(
-                acc, record + sparse * RECORD_24, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER
-            )
+            dense = record + sparse * record_24(x_ring.dtype)
+            acc, count = _walk_dense(acc, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER)
         if sparse > lead:
-            record += lead * RECORD_24
+            record += lead * record_24(x_ring.dtype)
             acc, count = _walk_24(
                 acc, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER
             )
-        if HAS_BIAS:
-            features = own_panel * 64 + gl.arange(0, 64, gl.SliceLayout(1, accumulator))
-            acc += gl.load(bias + features, mask=features < out_features, other=0.0).to(gl.float32)[:, None]
         # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
         barrier()
-        y_stage.permute((1, 0)).store(acc.to(y_stage.dtype))
+        out = acc.to(gl.float32)
+        if BITS == 8:
+            out *= factors.index(CONSUMER).load(gl.SliceLayout(0, layout))[None, :] * factor[:, None]
+        if HAS_BIAS:
+            out += offset[:, None]
+        y_stage.permute((1, 0)).store(out.to(y_stage.dtype))
         fence_async_shared()
         barrier()
         store_tile(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
@@ -263,19 +281,20 @@ def _consume(
 
 
 # Sizes are not specialised on: a binary for each of their divisibilities would gain nothing.
-@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features"])
+@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features", "tokens"])
 def hopper_linear(
-    x_desc, y_desc, words, bias, starts, columns, sparse_blocks, leads, order,
-    steps, panels, groups, token_tiles, out_features,
+    x_desc, y_desc, words, bias, scales, token_scales, starts, columns, sparse_blocks, leads, order,
+    steps, panels, groups, token_tiles, out_features, tokens,
     STAGES: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias`` over output tiles of 128 features a thread block by as many tokens as ``y_desc``'s block.
 
     Args:
-        x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS / CLUSTER, 64]``.
+        x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS / CLUSTER, 64]``, of 8 bits 128 columns.
         y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``.
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
+        scales, token_scales: float32 ``[N]`` and ``[tokens]``, factors of products of 8 bits; else anything.
         leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
             group is only one of its bands, whose panels turn together.
         order: int32 ``[groups, 4]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
@@ -284,28 +303,36 @@ def hopper_linear(
         TILES_TOGETHER: token tiles that are walked together.
     """
     TOKENS: gl.constexpr = y_desc.block_shape[0]
-    x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, 64], x_desc.layout)
-    x_ring = reinterpret(x_halves, x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
+    WIDTH: gl.constexpr = x_desc.block_shape[1]
+    x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, WIDTH], x_desc.layout)
+    x_ring = reinterpret(x_halves, x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
     y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
+    factors = gl.allocate_shared_memory(
+        gl.float32, [2, TOKENS if WIDTH == 128 else 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), 2 * CLUSTER)
+        # Every warp of every consumer arrives for itself.
+        mbarrier.init(empty.index(stage), 2 * CLUSTER * 4)
     fence_async_shared()
     barrier()
+    quiet(128)
     if CLUSTER == 2:
         cluster_barrier(2, 128)
     # Written out, since values of a tuple that has a name are no longer compile-time constants.
     gl.warp_specialize(
         [
             (_consume, (
-                y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
-                steps, panels, groups, token_tiles, out_features, 0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+                y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
+                factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
+                0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
             (_consume, (
-                y_desc, words, bias, starts, sparse_blocks, leads, order, x_ring, y_stages, full, empty,
-                steps, panels, groups, token_tiles, out_features, 1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+                y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
+                factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
+                1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
             (_produce, (
                 x_desc, columns, order, x_halves, full, empty, steps, groups, token_tiles,
@@ -318,7 +345,13 @@ def hopper_linear(
 
 
 def launch(
-    x: Tensor, hybrid: HybridWeight, order: Tensor, bias: Tensor | None, y: Tensor, config: HopperConfig
+    x: Tensor,
+    hybrid: HybridWeight,
+    order: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: HopperConfig,
+    token_scales: Tensor | None = None,
 ) -> None:
     """Enqueue ``y = x @ W^T + bias`` on the current stream.
 
@@ -326,17 +359,20 @@ def launch(
         x: ``[tokens, K]`` of the weight's dtype, 16-byte aligned rows, at least one token.
         order: int32 ``[groups, 4]`` for ``2 * config.cluster`` panels.
         y: ``[tokens, N]``, 16-byte aligned rows.
+        token_scales: float32 ``[tokens]``, of weights of 8 bits.
     """
+    tokens = x.shape[0]
     groups = len(order)
-    token_tiles = triton.cdiv(x.shape[0], config.tokens)
-    dtype = GLUON_DTYPE[hybrid.dtype]
-    x_block, y_block = [config.tokens // config.cluster, 64], [config.tokens, 64]
+    token_tiles = triton.cdiv(tokens, config.tokens)
+    x_block, y_block = [config.tokens // config.cluster, block_columns(x.dtype)], [config.tokens, 64]
     clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // config.cluster
     hopper_linear[(min(clusters, groups * token_tiles) * config.cluster,)](
-        TensorDescriptor.from_tensor(x, x_block, gl.NVMMASharedLayout.get_default_for(x_block, dtype)),
-        TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout.get_default_for(y_block, dtype)),
+        TensorDescriptor.from_tensor(x, x_block, gl.NVMMASharedLayout.get_default_for(x_block, GLUON_DTYPE[x.dtype])),
+        TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout.get_default_for(y_block, GLUON_DTYPE[y.dtype])),
         hybrid.records,
         y if bias is None else bias,
+        y if hybrid.scales is None else hybrid.scales,
+        y if token_scales is None else token_scales,
         hybrid.starts,
         hybrid.columns,
         hybrid.sparse_blocks,
@@ -347,6 +383,7 @@ def launch(
         groups,
         token_tiles,
         hybrid.shape[0],
+        tokens,
         STAGES=config.stages,
         CLUSTER=config.cluster,
         TILES_TOGETHER=config.together,

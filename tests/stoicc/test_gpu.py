@@ -7,19 +7,23 @@ import torch
 from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 
+from patch.mask import TileShape
 from stoicc import configs, reference
 from stoicc.configs import Config
-from stoicc.dispatch import run
+from stoicc.dispatch import run, run_scaled
 from stoicc.format import HybridWeight, pack, unpack
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
+from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.linear import HybridLinear, compile_model
 from stoicc.matmul import linear, linear_op
+from stoicc.quantise import quantise_tokens, quantise_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 SHAPES = [(512, 512), (576, 192), (200, 344), (1536, 576), (960, 1024)]
+EIGHT = [torch.float8_e4m3fn, torch.int8]
 
 
 def assert_right(y: Tensor, x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> None:
@@ -36,12 +40,12 @@ def poisoned_run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: C
     return run(x, hybrid, bias, config)
 
 
-def shipped() -> list[tuple[Config, int, int]]:
+def shipped(dtype: torch.dtype = torch.bfloat16) -> list[tuple[Config, int, int]]:
     """Every configuration that may be chosen, with a band and a number of tokens for it."""
     found: dict[tuple[Config, int], int] = {}
     for tokens in configs.TOKENS:
         for band in (1, 2):
-            for config in configs.candidates(tokens, CAPABILITY, band):
+            for config in configs.candidates(tokens, CAPABILITY, band, dtype):
                 found.setdefault((config, band), tokens)
     return [(config, band, tokens) for (config, band), tokens in found.items()] + [(PortableConfig(32), 2, 40)]
 
@@ -58,11 +62,105 @@ def test_every_shipped_configuration_is_right(config: Config, band: int, tokens:
         assert_right(poisoned_run(x, hybrid, bias, config), x, hybrid, bias)
 
 
+def hybrid_of_eight(
+    n: int, k: int, tile: TileShape, share: float, dtype: torch.dtype, *, uneven: bool = False, seed: int = 0
+) -> HybridWeight:
+    mask = random_mask(n, k, tile, share, uneven=uneven, seed=seed, device="cuda")
+    values, scales = quantise_weight(mask.apply(random_weight(n, k, seed=seed, device="cuda")), dtype)
+    return pack(values, mask, scales)
+
+
+def assert_right_of_eight(hybrid: HybridWeight, tokens: int, bias: Tensor | None, config: Config) -> None:
+    """No further from the float64 product of the quantised operands than 1.1 times what rounding the result is.
+
+    And for e4m3, of which the tensor cores add up fewer bits, than 1.1 times what the library's fast mode is.
+    """
+    n, k = hybrid.shape
+    x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+    values, scales = quantise_tokens(x, hybrid.dtype)
+    exact = reference.exact(values, hybrid, bias, scales)
+    allowed = (exact.bfloat16().double() - exact).norm() / exact.norm()
+    if hybrid.dtype == torch.float8_e4m3fn and hasattr(torch, "_scaled_mm") and n % 16 == k % 16 == 0:
+        by = {"scale_a": scales[:, None], "scale_b": hybrid.scales[None, :], "out_dtype": torch.bfloat16}
+        fast = torch._scaled_mm(values, unpack(hybrid).T, use_fast_accum=True, **by).double()
+        fast = fast if bias is None else fast + bias.double()
+        allowed = max(allowed, (fast - exact).norm() / exact.norm())
+    torch.full((tokens, n + 8), float("nan"), device="cuda", dtype=torch.bfloat16)
+    y = run_scaled(values, scales, hybrid, bias, torch.bfloat16, config)
+    error = (y.double() - exact).norm() / exact.norm()
+    # Of short sums the tensor cores' own order of addition counts.
+    assert error <= 1.1 * allowed + 2e-4, f"relative error {error:.2e}, allowed {allowed:.2e}"
+    assert torch.equal(y, run_scaled(values, scales, hybrid, bias, torch.bfloat16, config))
+
+
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+def test_every_shipped_configuration_of_eight_bits_is_right(dtype: torch.dtype) -> None:
+    for config, band, tokens in shipped(dtype):
+        for number, (n, k) in enumerate(SHAPES):
+            tile = (64 * band, 128)
+            hybrid = hybrid_of_eight(n, k, tile, 0.6, dtype, uneven=bool(number % 2), seed=number)
+            if configs.runs(config, CAPABILITY, hybrid.band, dtype):
+                bias = torch.randn(n, device="cuda", dtype=torch.bfloat16) if number % 2 else None
+                assert_right_of_eight(hybrid, max(1, tokens - 3), bias, config)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 63, 64, 65, 127, 300, 1000, 8192])
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+def test_chosen_kernel_of_eight_bits_at_any_number_of_tokens(dtype: torch.dtype, tokens: int) -> None:
+    for share in (0.0, 0.7, 1.0):
+        hybrid = hybrid_of_eight(1152, 896, (128, 128), share, dtype, uneven=True)
+        x = torch.randn(tokens, 896, device="cuda", dtype=torch.bfloat16)
+        bias = torch.randn(1152, device="cuda", dtype=torch.bfloat16)
+        values, scales = reference.quantise(x, dtype)
+        exact = reference.exact(values, hybrid, bias, scales)
+        assert (linear(x, hybrid, bias).double() - exact).norm() <= 0.003 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+def test_eight_bits_in_a_captured_chain(dtype: torch.dtype) -> None:
+    hybrids = [hybrid_of_eight(1024, 1024, (128, 128), 0.6, dtype, uneven=True, seed=seed) for seed in range(4)]
+
+    def chain(x: Tensor) -> Tensor:
+        for hybrid in hybrids:
+            x = linear(x, hybrid)
+        return x
+
+    for tokens in (1, 16, 300):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+        chain(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(x)
+        for _ in range(20):
+            x.copy_(torch.randn_like(x))
+            expected = chain(x)
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
+def test_quantised_tokens_are_the_references(dtype: torch.dtype, norm: bool) -> None:
+    for tokens, k in ((1, 8), (37, 344), (130, 4096), (3, 28672)):
+        x = torch.randn(tokens, k + 8, device="cuda", dtype=torch.bfloat16)[:, :k]
+        weight = torch.randn(k, device="cuda", dtype=torch.bfloat16) if norm else None
+        values, scales = quantise_tokens(x, dtype, weight, 1e-5)
+        expected, expected_scales = reference.quantise_tokens(x, dtype, weight, 1e-5)
+        differ = (values[:, :k].view(torch.int8) != expected.view(torch.int8)).float().mean()
+        # Sums of a norm in another order put some values on the other side of an edge.
+        assert differ <= (0.01 if norm else 0)
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-2 if norm else 0, atol=0)
+        assert not values[:, k:].view(torch.int8).any()
+
+
 FAMILIES = [
     DecodeConfig(16, 8, (4, 1, 1), 2, 0, 1),
     DecodeConfig(64, 16, (1, 2, 1), 2, 4, 4),
     DecodeConfig(128, 64, (1, 4, 2), 1, 4, 4),
     DecodeConfig(64, 128, (1, 2, 4), 1, 4, 1),
+    HopperDecodeConfig(64, 16, 4, 2, 4),
+    HopperDecodeConfig(64, 128, 2, 2, 1),
+    HopperDecodeConfig(128, 64, 2, 4, 2),
     HopperConfig(64, 8, 8, 1),
     HopperConfig(256, 4, 4, 1),
     HopperConfig(256, 5, 4, 2),

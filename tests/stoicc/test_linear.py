@@ -357,6 +357,36 @@ def test_loads_what_was_saved(packed: tuple[Path, nn.Module, Tensor, Tensor]) ->
         assert torch.equal(found.orders, saved.orders)
 
 
+def test_checkpoints_of_sixteen_bits_can_be_read_by_earlier_versions(packed: Any) -> None:
+    assert json.loads((packed[0] / "config.json").read_text())["quantization_config"]["format"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_a_model_of_eight_bits_survives_the_disk(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    masks = some_masks(model, tile=(64, 128))
+    expected = logits(masked(model, masks))
+    report = stoicc.compile_model(model, masks, dtype=dtype)
+    assert sum(len(spec.parts) for spec in report.packed) == LINEARS
+    found = logits(model)
+    assert (found - expected).norm() <= 0.1 * expected.norm()
+    stoicc.save_packed(tmp_path / "packed", model)
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["format"] == 2
+    assert torch.equal(logits(loaded(tmp_path / "packed")), found)
+
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    tensors[f"{QKV}.q_proj.scales"][3] = -1
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{QKV}\.q_proj: packed scales\[3\] is -1"):
+        loaded(tmp_path / "packed")
+
+
+def test_weights_are_quantised_to_eight_bits_only() -> None:
+    model = tiny_model()
+    with pytest.raises(UserError, match=r"cannot quantise to torch\.float16"):
+        stoicc.compile_model(model, some_masks(model), dtype=torch.float16)
+
+
 def test_checkpoint_holds_no_dense_weights(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
     path, model, *_ = packed
     tensors = load_file(path / "model.safetensors")
@@ -443,7 +473,7 @@ def test_missing_tensors_are_refused(packed: Any, tmp_path: Path, part: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda c: c.update(format=2), "has format 2, this version reads 1", id="newer-format"),
+        pytest.param(lambda c: c.update(format=3), "has format 3, this version reads up to 2", id="newer-format"),
         pytest.param(lambda c: c["modules"][0].pop("band"), "quantization_config is damaged", id="field-missing"),
         pytest.param(lambda c: c["modules"][0].update(speed=9), "quantization_config is damaged", id="field-unknown"),
         pytest.param(lambda c: c["modules"][0].update(units="many"), "quantization_config is damaged", id="wrong-type"),

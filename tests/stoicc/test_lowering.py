@@ -35,6 +35,40 @@ def body(*lines: str) -> str:
 SPARSE = "sparse %r1 %r2 %r3 %r4 %r5 1"
 DENSE = "dense %r1 %r2 %r3 %r4"
 
+# Waits and arrivals of each warp
+
+POLL = ["{", "\t.reg .pred complete;", "\twaitLoop:", "}"]
+
+
+def test_quiet_warps_meet_no_more_and_arrive_each() -> None:
+    lines = [
+        mark("quiet 128"),
+        "\tbar.sync \t0, 128;",
+        "\t// begin inline asm",
+        *POLL,
+        "\tbarrier.sync 2, 128;",
+        "\t.loc\t1 2 3",
+        "\t@%p42 mbarrier.arrive.shared::cta.b64 _, [%r3];",
+        "\tbar.sync \t0, 128;",
+        "\tld.shared.b32 %r1, [%r2];",
+        "\tbar.sync \t1, 32;",
+        *POLL,
+    ]
+    found = lower(body(*lines))
+    assert found.count("bar.sync") == 2 and "barrier.sync" not in found
+    assert "bar.sync \t0, 128;\n\tld.shared" in found and "bar.sync \t1, 32;" in found
+    assert "@%p42" not in found and "%laneid" in found
+    assert "@stoicc_first mbarrier.arrive.shared::cta.b64 _, [%r3]; }" in found
+
+
+def test_a_remote_arrival_is_of_each_warp_too() -> None:
+    arrive = "\t@%p42 mbarrier.arrive.shared::cta.b64 _, [%r3];"
+    found = lower(body(mark("quiet 128"), mark("remote %r7"), arrive))
+    assert "mapa.shared::cluster.u32 stoicc_remote, %r3, %r7;" in found
+    assert "@stoicc_first mbarrier.arrive.shared::cluster.b64 _, [stoicc_remote]; }" in found
+    assert "@%p42" not in found
+
+
 # Rewrites
 
 REWRITTEN = [
@@ -51,6 +85,25 @@ REWRITTEN = [
         f"\twgmma.mma_async.sp.sync.aligned.m64n256k32.f32.f16.f16 {ACC}, {{%r1, %r2, %r3, %r4}}, %rd2, %r5, 0, "
         "0, 1, 1, 0;",
         id="sparse-of-registers",
+    ),
+    pytest.param(
+        "sparse %r1 %r2 %r3 %r4 %r5 0",
+        f"\twgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {ACC}, %rd1, %rd2, %p48, 1, 1;",
+        f"\twgmma.mma_async.sp.sync.aligned.m64n8k64.f32.e4m3.e4m3 {ACC}, {{%r1, %r2, %r3, %r4}}, %rd2, %r5, 0, "
+        "%p48, 1, 1;",
+        id="sparse-e4m3",
+    ),
+    pytest.param(
+        DENSE,
+        f"\twgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {ACC}, %rd1, %rd2, %p48, 1, 1;",
+        f"\twgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {ACC}, {{%r1, %r2, %r3, %r4}}, %rd2, %p48, 1, 1;",
+        id="dense-e4m3",
+    ),
+    pytest.param(
+        "sparse %r1 %r2 %r3 %r4 %r5 0",
+        f"\twgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {ACC}, %rd1, %rd2, 1;",
+        f"\twgmma.mma_async.sp.sync.aligned.m64n8k64.s32.s8.s8 {ACC}, {{%r1, %r2, %r3, %r4}}, %rd2, %r5, 0, 1;",
+        id="sparse-integers",
     ),
     pytest.param(
         DENSE,

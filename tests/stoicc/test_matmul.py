@@ -1,22 +1,27 @@
 """The operator without a GPU, and the choice of configurations."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from stoicc_hybrids import random_hybrid
+from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 
 from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Entry
-from stoicc.dispatch import check_operands
+from stoicc.dispatch import check_operands, check_quantised
+from stoicc.format import HybridWeight, pack, unpack
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
+from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.matmul import linear, linear_op
+from stoicc.matmul import linear, linear_op, scaled_linear_op
+from stoicc.quantise import quantise_tokens, quantise_weight
 
 X = torch.randn(6, 344, dtype=torch.bfloat16)
+WEIGHT = random_weight(200, 344)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,78 @@ def test_operands_that_do_not_fit(x: Tensor, bias: Tensor | None, message: str) 
         check_operands(x, random_hybrid(200, 344, (64, 64), 0.5), bias)
 
 
+def eight_bits(dtype: torch.dtype) -> HybridWeight:
+    mask = random_mask(200, 344, (64, 128), 0.5)
+    values, scales = quantise_weight(mask.apply(WEIGHT), dtype)
+    return pack(values, mask, scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    "x", [X, X.reshape(2, 3, 344), X[0], X[:0], X.repeat(1, 2)[:, ::2], X.half()],
+    ids=["matrix", "batch", "vector", "no-tokens", "strided", "half"],
+)  # fmt: skip
+def test_a_product_of_eight_bits_is_that_of_the_quantised_operands(x: Tensor, dtype: torch.dtype) -> None:
+    hybrid = eight_bits(dtype)
+    bias = torch.randn(200, dtype=x.dtype)
+    y = linear(x, hybrid, bias)
+    values, scales = reference.quantise_tokens(x.reshape(-1, 344), dtype, None, 0.0)
+    expected = reference.exact(values, hybrid, bias, scales)
+    assert y.shape == (*x.shape[:-1], 200) and y.dtype == x.dtype
+    assert torch.equal(y.reshape(-1, 200), expected.to(x.dtype))
+    dense = x.reshape(-1, 344).double() @ unpack(hybrid).double().mul(hybrid.scales[:, None]).T + bias.double()
+    assert len(x) == 0 or (expected - dense).norm() <= 0.04 * dense.norm()
+
+
+def test_the_operators_of_eight_bits_are_well_formed() -> None:
+    hybrid = eight_bits(torch.int8)
+    torch.library.opcheck(quantise_tokens, (X, torch.int8, torch.ones(344, dtype=X.dtype), 1e-5))
+    values, scales = quantise_tokens(X, torch.int8)
+    parts = (*hybrid.parts().values(), hybrid.orders)
+    kinds = (torch.bfloat16, [200, 344], [64, 128], hybrid.band)
+    torch.library.opcheck(scaled_linear_op, (values, scales, *parts, None, *kinds))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"values": torch.zeros(6, 352, dtype=torch.float8_e4m3fn)}, "e4m3fn.*int8", id="dtype"),
+        pytest.param({"values": torch.zeros(6, 344, dtype=torch.int8)}, r"\(6, 344\).*\[tokens, 352\]", id="columns"),
+        pytest.param({"token_scales": torch.ones(5)}, r"\(5,\), need float32 \(6,\)", id="scales"),
+        pytest.param({"token_scales": torch.ones(6).double()}, "float64", id="scales-dtype"),
+        pytest.param({"bias": torch.zeros(200)}, "bias.*float32", id="bias"),
+        pytest.param({"out_dtype": torch.float32}, "result torch.float32", id="result"),
+        pytest.param({"hybrid": random_hybrid(200, 344, (64, 64), 0.5)}, "packed weight torch.bfloat16", id="weight"),
+    ],
+)
+def test_quantised_operands_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    good = {"values": torch.zeros(6, 352, dtype=torch.int8), "token_scales": torch.ones(6), "bias": None}
+    good |= {"hybrid": eight_bits(torch.int8), "out_dtype": torch.bfloat16}
+    check_quantised(**good)
+    with pytest.raises(UserError, match=message):
+        check_quantised(**good | change)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_a_gpu_without_the_instruction_falls_back(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    least = (8, 9) if dtype == torch.float8_e4m3fn else (8, 0)
+    for tokens in configs.TOKENS:
+        for band in (1, 2):
+            found = configs.candidates(tokens, capability, band, dtype)
+            assert found and all(configs.runs(config, capability, band, dtype) for config in found)
+            assert len(set(found)) == len(found)
+            assert all(isinstance(config, PortableConfig) for config in found) == (capability < least)
+
+
+def test_entries_serve_weights_of_their_dtype() -> None:
+    sixteen = Entry(64, 128, 1, 512, HopperConfig(64, 8, 8, 1), 3.5, 4.0)
+    eight = Entry(64, 128, 1, 512, HopperConfig(128, 6, 8, 1), 3.5, 4.0, "float8_e4m3fn")
+    for dtype, entry in ((torch.bfloat16, sixteen), (torch.float16, sixteen), (torch.float8_e4m3fn, eight)):
+        assert configs.nearest((sixteen, eight), 64, 128, 1, 512, (9, 0), dtype) is entry
+    assert configs.nearest((sixteen, eight), 64, 128, 1, 512, (9, 0), torch.int8) is None
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("band", [1, 2])
 def test_every_gpu_has_candidates_that_it_can_run(capability: tuple[int, int], band: int) -> None:
@@ -61,6 +138,8 @@ def test_every_gpu_has_candidates_that_it_can_run(capability: tuple[int, int], b
         assert len(set(found)) == len(found)
         assert all(isinstance(config, PortableConfig) for config in found) == (capability < (8, 0))
         assert any(isinstance(config, HopperConfig) for config in found) == (capability == (9, 0) and tokens > 32)
+        few = any(isinstance(config, HopperDecodeConfig) for config in found)
+        assert few == (capability == (9, 0) and 8 < tokens <= 256)
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
@@ -68,6 +147,7 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
         Entry(64, 128, 1, 8, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0),
         Entry(128, 64, 2, 512, HopperConfig(256, 5, 8, 2), 20.25, 21.0),
         Entry(128, 64, 2, 1024, PortableConfig(64), 20.25, 1.0),
+        Entry(128, 64, 2, 1024, HopperDecodeConfig(64, 64, 4, 2, 2), 20.25, 1.0, "float8_e4m3fn"),
     )
     path = tmp_path / "tables" / "gpu.json"
     configs.write_table(path, entries, {"gpu": "one"})
@@ -113,7 +193,8 @@ def test_the_committed_tables_are_ones_that_can_be_used() -> None:
         entries = configs.read_table(path)
         assert {entry.tokens for entry in entries} >= set(configs.TOKENS)
         for entry in entries:
-            assert entry.config in configs.candidates(entry.tokens, (9, 0), entry.band), entry
+            dtype = getattr(torch, entry.dtype)
+            assert entry.config in configs.candidates(entry.tokens, (9, 0), entry.band, dtype), entry
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1), (3, 8), (2, 1), (12, 16), (100, 128), (1_000_000, 8192)])

@@ -8,24 +8,34 @@ import json
 import pytest
 import torch
 from interpreted import printed_by
-from stoicc_hybrids import random_hybrid
+from stoicc_hybrids import random_hybrid, random_mask, random_weight
 
 from stoicc import reference
+from stoicc.format import SCALED, pack
 from stoicc.kernels.portable import PortableConfig, launch
+from stoicc.quantise import quantise_tokens, quantise_weight
 
 SHAPES = [(64, 64, 1), (200, 344, 5), (128, 192, 33), (72, 8, 16)]
 SHARES = [0.0, 0.5, 1.0]
 # The interpreter cuts bfloat16 off where a GPU rounds.
-TOLERANCE = {"float16": 5e-4, "bfloat16": 5e-3}
+TOLERANCE = {"float16": 5e-4, "bfloat16": 5e-3, "float8_e4m3fn": 5e-4, "int8": 5e-4}
 
 
 def relative_error(n: int, k: int, tokens: int, share: float, dtype: torch.dtype) -> float:
-    hybrid = random_hybrid(n, k, (64, min(k, 64)), share, dtype)
-    x = torch.randn(tokens, k).to(dtype)
-    bias = torch.randn(n).to(dtype) if tokens > 1 else None
-    y = torch.full((tokens, n), float("nan"), dtype=dtype)
-    launch(x, hybrid, bias, y, PortableConfig(16))
-    exact = reference.exact(x, hybrid, bias)
+    out = torch.float16 if dtype in SCALED else dtype
+    x = torch.randn(tokens, k).to(out)
+    bias = torch.randn(n).to(out) if tokens > 1 else None
+    y = torch.full((tokens, n), float("nan"), dtype=out)
+    token_scales = None
+    if dtype in SCALED:
+        mask = random_mask(n, k, (64, min(k, 128)), share)
+        values, scales = quantise_weight(mask.apply(random_weight(n, k)), dtype)
+        hybrid = pack(values, mask, scales)
+        x, token_scales = quantise_tokens(x, dtype)
+    else:
+        hybrid = random_hybrid(n, k, (64, min(k, 64)), share, dtype)
+    launch(x, hybrid, bias, y, PortableConfig(16), token_scales)
+    exact = reference.exact(x, hybrid, bias, token_scales)
     return float((y.double() - exact).norm() / exact.norm())
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from stoicc import configs
 from stoicc.kernels.decode import DecodeConfig, decode_linear
 from stoicc.kernels.hopper import HopperConfig, hopper_linear
+from stoicc.kernels.hopper_decode import HopperDecodeConfig, hopper_decode_linear
 from stoicc.lowering import lowering
 
 # Shared memory that one thread block may have, in bytes.
@@ -43,16 +45,19 @@ def compile_for(arch: int, function: Any, constants: dict[str, Any], types: dict
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
+KINDS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv, "i8": gl.int8}
+
+
 @cache
 def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
-    kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+    def descriptor(tokens: int, name: str) -> str:
+        block = [tokens, 1024 // KINDS[name].primitive_bitwidth]
+        return f"tensordesc<{name}{block},{gl.NVMMASharedLayout.get_default_for(block, KINDS[name])!r}>"
 
-    def descriptor(tokens: int) -> str:
-        return f"tensordesc<{dtype}[{tokens}, 64],{gl.NVMMASharedLayout.get_default_for([tokens, 64], kind)!r}>"
-
+    out = "bf16" if KINDS[dtype].primitive_bitwidth == 8 else dtype
     pointers = ("words", "starts", "columns", "sparse_blocks", "leads", "order")
-    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{dtype}"}
-    types |= {"x_desc": descriptor(config.tokens // config.cluster), "y_desc": descriptor(config.tokens)}
+    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{out}", "scales": "*fp32", "token_scales": "*fp32"}
+    types |= {"x_desc": descriptor(config.tokens // config.cluster, dtype), "y_desc": descriptor(config.tokens, out)}
     constants = {
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
@@ -65,7 +70,9 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
 @cache
 def decode(config: DecodeConfig, arch: int, dtype: str = "bf16") -> Any:
     pointers = ("x", "words", "columns", "order")
-    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{dtype}", "y": f"*{dtype}", "workspace": "*fp32"}
+    out = "bf16" if KINDS[dtype].primitive_bitwidth == 8 else dtype
+    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{out}", "y": f"*{out}"}
+    types |= dict.fromkeys(("workspace", "scales", "token_scales"), "*fp32")
     k_warps, row_warps, token_warps = config.warps
     constants = {
         "ROWS": config.rows,
@@ -78,13 +85,41 @@ def decode(config: DecodeConfig, arch: int, dtype: str = "bf16") -> Any:
         "BLOCKS": config.blocks,
         "HAS_BIAS": True,
         "PDL": arch >= 90 and config.blocks < 8,
+        "VALUES": KINDS[dtype],
     }
     return compile_for(arch, decode_linear, constants, types, k_warps * row_warps * token_warps)
 
 
+@cache
+def hopper_decode(config: HopperDecodeConfig, dtype: str = "bf16") -> Any:
+    block = [config.tokens, 1024 // KINDS[dtype].primitive_bitwidth]
+    x_desc = f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, KINDS[dtype])!r}>"
+    out = "bf16" if KINDS[dtype].primitive_bitwidth == 8 else dtype
+    types = dict.fromkeys(("words", "columns", "order"), "*i32") | {"x_desc": x_desc}
+    types |= {"bias": f"*{out}", "y": f"*{out}"} | dict.fromkeys(("workspace", "scales", "token_scales"), "*fp32")
+    constants = {
+        "ROWS": config.rows,
+        "TOGETHER": config.together,
+        "STAGES": config.stages,
+        "BLOCKS": config.blocks,
+        "HAS_BIAS": True,
+        "PDL": config.blocks < 8,
+    }
+    return compile_for(90, hopper_decode_linear, constants, types, config.rows // 16)
+
+
+def whole_sass(kernel: Any) -> str:
+    """All of the machine code: what Triton keeps as ``sass`` ends after 64 KiB."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(Path(get_ptxas(90).path).with_name("cuobjdump")), "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def assert_sound(kernel: Any, arch: int) -> None:
     """No local memory, no serialised wgmma, and shared memory within the chip's limit."""
-    assert not re.search(r"\b(LDL|STL)\b", kernel.asm["sass"]), "registers spill to local memory"
+    assert not re.search(r"\b(LDL|STL)\b", whole_sass(kernel)), "registers spill to local memory"
     assert kernel.metadata.shared <= SHARED_LIMIT[arch]
     if arch == 90:
         command = [get_ptxas(90).path, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
@@ -100,6 +135,69 @@ def test_hopper_configurations(config: HopperConfig) -> None:
     assert kernel.asm["sass"].count("HGMMA.SP.") == 2 * 2 * (4 + 1) * 2
     assert kernel.asm["sass"].count("HGMMA.64x") == 2 * (2 + 1) * 4
     assert_sound(kernel, 90)
+
+
+# The widest of each kind, which need the most registers, and the narrowest.
+EIGHT_BITS = [
+    pytest.param(HopperConfig(256, 5, 8, 2), "fp8e4nv", "QGMMA", "64x256", id="e4m3-256"),
+    pytest.param(HopperConfig(64, 8, 8, 1), "fp8e4nv", "QGMMA", "64x64", id="e4m3-64"),
+    pytest.param(HopperConfig(128, 6, 8, 2), "i8", "IGMMA", "64x128", id="int8-128"),
+]
+
+
+@pytest.mark.parametrize(("config", "dtype", "name", "shape"), EIGHT_BITS)
+def test_hopper_instructions_of_eight_bits(config: HopperConfig, dtype: str, name: str, shape: str) -> None:
+    kernel = hopper(config, dtype)
+    sass = whole_sass(kernel)
+    assert sass.count(f"{name}.SP.{shape}x64.") == 2 * 2 * (4 + 1) * 2
+    assert sass.count(f"{name}.{shape}x32.") == 2 * (2 + 1) * 4
+    assert_sound(kernel, 90)
+
+
+HOPPER_DECODE = [
+    (HopperDecodeConfig(64, 8, 4, 2, 4), "fp8e4nv", "QGMMA"),
+    (HopperDecodeConfig(64, 128, 4, 2, 1), "fp8e4nv", "QGMMA"),
+    (HopperDecodeConfig(128, 128, 2, 4, 2), "fp8e4nv", "QGMMA"),
+    (HopperDecodeConfig(64, 16, 2, 4, 8), "i8", "IGMMA"),
+    (HopperDecodeConfig(64, 128, 4, 2, 1), "bf16", "HGMMA"),
+    (HopperDecodeConfig(64, 16, 4, 2, 4), "fp16", "HGMMA"),
+]
+
+
+@pytest.mark.parametrize(("config", "dtype", "name"), HOPPER_DECODE, ids=str)
+def test_hopper_decode_configurations(config: HopperDecodeConfig, dtype: str, name: str) -> None:
+    kernel = hopper_decode(config, dtype)
+    sass = whole_sass(kernel)
+    depth = 256 // KINDS[dtype].primitive_bitwidth
+    assert sass.count(f"{name}.SP.64x{config.tokens}x{2 * depth}.") == 2 * config.together
+    assert sass.count(f"{name}.64x{config.tokens}x{depth}.") == 4 * config.together
+    # The first records of every kind are asked for before the kernel waits for the one before it.
+    if config.blocks < 8:
+        _, before, after = sass.split("ACQBULK")
+        assert before.count("LDG.E.EF.128") == 6 * config.together
+        assert "PREEXIT" in after
+    else:
+        assert "ACQBULK" not in sass
+    assert_sound(kernel, 90)
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "dtype", "name"),
+    [
+        (89, DecodeConfig(16, 8, (2, 1, 1), 2, 0), "fp8e4nv", "QMMA"),
+        (89, DecodeConfig(64, 64, (1, 4, 1), 1, 4), "fp8e4nv", "QMMA"),
+        *((arch, DecodeConfig(64, 16, (1, 2, 1), 2, 4), "i8", "IMMA") for arch in (80, 86, 90)),
+    ],
+    ids=str,
+)
+def test_decode_instructions_of_eight_bits(arch: int, config: DecodeConfig, dtype: str, name: str) -> None:
+    kernel = decode(config, arch, dtype)
+    _, row_warps, token_warps = config.warps
+    products = config.records * (config.rows // 16 // row_warps) * (config.tokens // 8 // token_warps)
+    sass = whole_sass(kernel)
+    assert sass.count(f"{name}.SP.16864.") == 2 * 2 * products
+    assert sass.count(f"{name}.16832.") == 2 * 4 * products
+    assert_sound(kernel, arch)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Activations to 8 bits, a scale for each token, in one pass; with RMSNorm in front of it where that is wanted.
+
+A thread block per token holds the whole row in registers, so that it is read once and the largest magnitude is known
+before anything is written. Plain Triton, so it runs wherever the products do.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stoicc.format import SCALED
+
+# Added and taken away again it rounds to the nearest integer, to even at the half, for magnitudes below 2**22.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit(do_not_specialize=["columns", "padded"])
+def quantise_kernel(
+    x, norm, values, scales, columns, padded, x_stride, eps, largest,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, INTEGERS: tl.constexpr,
+):  # fmt: skip
+    """``values * scales = x``, a thread block per token.
+
+    Args:
+        x: ``[tokens, columns]`` with unit column stride, rows ``x_stride`` elements apart.
+        norm: ``[columns]``, the weight of the RMSNorm if ``NORM``.
+        values: ``[tokens, padded]``, zero from ``columns`` on.
+        scales: float32 ``[tokens]``.
+        largest: the magnitude that the token's largest becomes.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    row = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
+    wide = row.to(tl.float32)
+    if NORM:
+        wide *= tl.math.rsqrt(tl.sum(wide * wide, 0) / columns + eps)
+        # Rounded as often as transformers does it: before the weight and after.
+        weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+        wide = (wide.to(row.dtype).to(tl.float32) * weight).to(row.dtype).to(tl.float32)
+    # A maximum passes NaNs over: they must reach the scale, for integers cannot hold them.
+    bad = tl.sum((wide != wide).to(tl.int32), 0) > 0
+    scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30) / largest
+    scale = tl.where(bad, float("nan"), scale)
+    wide = wide * (1 / scale)
+    if INTEGERS:
+        wide = (wide + _ROUND) - _ROUND
+    tl.store(values + token * padded + column, wide.to(values.dtype.element_ty), mask=column < padded)
+    tl.store(scales + token, scale)
+
+
+def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, values: Tensor, scales: Tensor) -> None:
+    """Enqueue the quantisation of ``x`` ``[tokens, K]``, unit column stride, into ``values`` and ``scales``."""
+    tokens, columns = x.shape
+    block = triton.next_power_of_2(values.shape[1])
+    quantise_kernel[(tokens,)](
+        x,
+        x if norm is None else norm,
+        values,
+        scales,
+        columns,
+        values.shape[1],
+        x.stride(0),
+        eps,
+        SCALED[dtype],
+        BLOCK=block,
+        NORM=norm is not None,
+        INTEGERS=dtype == torch.int8,
+        num_warps=min(16, max(1, block // 512)),
+        # A product that is fused with the rounding is rounded once where the reference does it twice.
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,78 @@
+"""Eight bits: weights and activations as values of ``float8_e4m3fn`` or ``int8``, and scales.
+
+>>> values, scales = quantise_weight(mask.apply(weight), torch.float8_e4m3fn)   # a scale for each output feature
+>>> hybrid = pack(values, mask, scales)
+>>> values, scales = quantise_tokens(x, torch.float8_e4m3fn)                    # a scale for each token
+"""
+
+import torch
+from torch import Tensor
+
+from patch.errors import UserError
+from stoicc import reference
+from stoicc.format import DTYPES, SCALED
+from stoicc.kernels import quantise
+
+# Values of a token are padded with zeros to rows of this many, for copies of 16 bytes.
+ROW = 16
+
+
+def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values ``[N, K]`` and float32 scales ``[N]`` of a weight ``[N, K]``, rounded to nearest; mask it before.
+
+    The largest magnitude of each output feature becomes the largest of the dtype, so zeros stay zeros.
+
+    Raises:
+        UserError: if ``dtype`` is not one of 8 bits, or the weight has values that are not finite.
+    """
+    _check_dtype(dtype)
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"weight {tuple(weight.shape)} has values that are not finite: it cannot be quantised")
+    return reference.quantise(weight, dtype)
+
+
+@torch.library.custom_op("stoicc::quantise_tokens", mutates_args=())
+def quantise_tokens(
+    x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of activations ``[..., K]``: 8 bits ``[tokens, K rounded up to 16]``, float32 ``[tokens]``.
+
+    Args:
+        x: bfloat16 or float16, any strides and leading dimensions; a token that is not finite gets a scale that is not.
+        norm: ``[K]``, the weight of an RMSNorm that is applied first, with its ``eps``.
+
+    Raises:
+        UserError: if a dtype, shape or device does not fit.
+    """
+    _check_dtype(dtype)
+    if x.dim() == 0 or x.dtype not in DTYPES:
+        raise UserError(
+            f"activations are {x.dtype} {tuple(x.shape)}, need bfloat16 or float16 [..., K] to be quantised"
+        )
+    k = x.shape[-1]
+    if norm is not None and (tuple(norm.shape) != (k,) or norm.device != x.device):
+        raise UserError(f"norm is {tuple(norm.shape)} on {norm.device}, needs ({k},) on {x.device}")
+    x2d = x.reshape(-1, k)
+    x2d = x2d if x2d.stride(1) == 1 else x2d.contiguous()
+    values = torch.zeros if x.device.type == "cpu" else torch.empty
+    quantised = values(x2d.shape[0], k + -k % ROW, dtype=dtype, device=x.device)
+    if x.device.type == "cpu" or x2d.shape[0] == 0:
+        own, scales = reference.quantise_tokens(x2d, dtype, norm, eps)
+        quantised[:, :k] = own
+        return quantised, scales
+    scales = torch.empty(x2d.shape[0], dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device):
+        quantise.launch(x2d, dtype, norm, eps, quantised, scales)
+    return quantised, scales
+
+
+@quantise_tokens.register_fake
+def _(x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    tokens = x.numel() // k
+    return x.new_empty(tokens, k + -k % ROW, dtype=dtype), x.new_empty(tokens, dtype=torch.float32)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in SCALED:
+        raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
