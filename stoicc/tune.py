@@ -128,8 +128,8 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[lis
         return [[partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]]
     one = torch.ones((), device=x.device)
     product = partial(torch._scaled_mm, out_dtype=x.dtype, use_fast_accum=True)
-    by_tensor = [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
-    by_row = [
+    by_tensor: list[Call] = [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
+    by_row: list[Call] = [
         partial(product, values, weight.T, scale_a=scales[:, None], scale_b=scale[None, :])
         for weight, scale in quantised
     ]
