@@ -249,10 +249,13 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     return {**asdict(entry), "config": {"kernel": kernel_name(entry.config), **asdict(entry.config)}}
 
 
+def config_named(kernel: str, fields: dict[str, Any]) -> Config:
+    """A configuration as tables and rows write it: its kernel's name, then or now, and its fields."""
+    kind: Any = KERNELS[_FORMER.get(kernel, kernel)]
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:
     for item in table["entries"]:
         fields: dict[str, Any] = dict(item["config"])
-        name = fields.pop("kernel")
-        kind: Any = KERNELS[_FORMER.get(name, name)]
-        config = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-        yield Entry(**{**item, "config": config})
+        yield Entry(**{**item, "config": config_named(fields.pop("kernel"), fields)})
