@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
-.PHONY: help demo test lint docs test-gpu test-slurm triton-versions clean
+.PHONY: help demo test lint fuzz docs test-gpu test-slurm triton-versions clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -20,6 +20,9 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 
 test: lint ## ruff, mypy and the tests; needs no GPU (8 minutes on two cores)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+fuzz: $(INSTALLED) ## damage files in a thousand ways each: refused in one line, or a fault (half an hour)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
 
 lint: $(INSTALLED) ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
     rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]
     # Last, so that changed weights show where they violate, which says more than that a hash differs.
     if own and not any(row.violating for row in rows):
-        load_info(folder, verify_weights=True)
+        load_info(folder, verify=True)
     return rows
 
 

@@ -8,7 +8,8 @@ A hybrid checkpoint is a normal Hugging Face model directory whose weights are a
         <name>.patterns      uint8 [N, ceil(K/4 / 2)], two patterns a byte, the first in the low half
         <name>.tile_scores   float32 [R, C], where the method scored tiles
     hybrid.json          format version; tile shape; shape and zeros of each pruned weight; size and SHA-256 of
-                         hybrid.masks and of the weights; method, structure, target, sparsity, seed, provenance
+                         all other files; method, structure, target, sparsity, seed, provenance; and
+                         the SHA-256 of all that
 
 An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.masks``. Checkpoints of before call that
 file ``hybrid.safetensors``, which servers that read all files of that kind took for weights; they still load.
@@ -46,7 +47,7 @@ MASKS_FILE = "hybrid.masks"
 FORMER_MASKS_FILE = "hybrid.safetensors"
 INFO_FILE = "hybrid.json"
 TILED = ("2:4", "hybrid")
-_OWN_KEYS = ("format", "tile", "weights", "files")
+_OWN_KEYS = ("format", "tile", "weights", "files", "digest")
 
 
 @torch.no_grad()
@@ -108,9 +109,20 @@ def _write(
         tokenizer.save_pretrained(folder)
     if masks:
         save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob(MASKS_FILE), *folder.glob(INDEX)])
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    record["digest"] = _digest(record)
+    (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _holds_tensors(name: str) -> bool:
+    return name.endswith(".safetensors") or name in (MASKS_FILE, INDEX)
+
+
+def _digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of all that ``hybrid.json`` says but this."""
+    said = json.dumps({name: value for name, value in info.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -141,6 +153,9 @@ def restore_checkpoint(
     with new_directory(path) as folder:
         _write(folder, model, tokenizer, _mask_tensors(found, scores), record)
         for name, expected in info["files"].items():
+            # Configurations and tokenizers may be written otherwise by another version of transformers.
+            if not _holds_tensors(name):
+                continue
             made = record["files"].get(MASKS_FILE if name == FORMER_MASKS_FILE else name)
             if made != expected:
                 raise UserError(
@@ -161,11 +176,11 @@ def copy_checkpoint(source: str | Path, path: str | Path) -> Path:
     return Path(path)
 
 
-def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool = False) -> dict[str, Any]:
+def load_info(path: str | Path, verify: bool = False, masks_alone: bool = False) -> dict[str, Any]:
     """The content of ``hybrid.json``: the info it was saved with, and ``format``, ``tile``, ``weights`` and ``files``.
 
     Args:
-        verify_weights: also hash the weight files (about a second per GiB); their sizes are compared in any case.
+        verify: also hash all files (about a second per GiB); the sizes of those with tensors are compared in any case.
         masks_alone: the folder holds the masks without the model's weights, which are not missed.
 
     Raises:
@@ -176,6 +191,9 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
     version = info.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"{folder / INFO_FILE}: format {version} is newer than {FORMAT}, the newest known here: update")
+    # Of a checkpoint of before there is none.
+    if info.get("digest", _digest(info)) != _digest(info):
+        raise UserError(f"{folder / INFO_FILE}: its digest is not that of what it says: changed or damaged")
     try:
         _check_info(info)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -183,11 +201,13 @@ def load_info(path: str | Path, verify_weights: bool = False, masks_alone: bool 
     for name, expected in info["files"].items():
         if masks_alone and name not in (MASKS_FILE, FORMER_MASKS_FILE):
             continue
+        if not verify and not _holds_tensors(name):
+            continue
         file = existing(folder, name)
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise UserError(f"{file}: {size} bytes instead of {expected['bytes']}: truncated or changed, copy it again")
-        if verify_weights:
+        if verify:
             _check_hash(file, info)
     return info
 
@@ -348,7 +368,7 @@ def _unpack_nibbles(packed: Tensor, groups: int) -> Tensor:
 def _check_info(info: dict[str, Any]) -> None:
     """Whether ``hybrid.json`` has all that loading relies on; its tile shape becomes a tuple."""
     for key in (*_OWN_KEYS, "structure"):
-        if key not in info:
+        if key not in info and key != "digest":
             raise UserError(f"'{key}' is missing")
     if info["tile"] is None and info["weights"]:
         raise UserError("there are masks but no tile shape")

@@ -40,8 +40,8 @@ SHORT["maskllm"] = dataclasses.replace(
 def tiny_model(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """A random model whose linears are not all multiples of the tile."""
     sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **(sizes | changes))
+    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    config = LlamaConfig(max_position_embeddings=64, **(sizes | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).to(dtype)

@@ -122,12 +122,20 @@ def test_checkpoints_of_before_load(saved: Path) -> None:
     assert all(torch.equal(again[name].keep(), mask.keep()) for name, mask in masks.items())
 
 
+def test_what_hybrid_json_says_has_a_digest(saved: Path) -> None:
+    content = json.loads((saved / INFO_FILE).read_text())
+    (saved / INFO_FILE).write_text(json.dumps(content | {"seed": 7}))
+    with pytest.raises(UserError, match="its digest is not that of what it says"):
+        load_info(saved)
+
+
 def visible(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir() if item.suffix != ".lock")
 
 
 def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads((path / INFO_FILE).read_text())
+    del content["digest"]  # as in a checkpoint of before: what else is checked must notice
     change(content)
     (path / INFO_FILE).write_text(json.dumps(content))
 
@@ -155,7 +163,7 @@ def test_round_trip(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
         assert torch.equal(loaded[name].dense, mask.dense)
         assert torch.equal(loaded[name].patterns, mask.patterns)
         assert torch.equal(load_tile_scores(tmp_path / "out")[name], scores[name])
-    info = load_info(tmp_path / "out", verify_weights=True)
+    info = load_info(tmp_path / "out", verify=True)
     assert info["note"] == "é" and info["method"] == "wanda" and info["tile"] == TILE
     assert info["weights"][UP]["zeros"] == masks[UP].zeros
 
@@ -420,7 +428,7 @@ def test_changed_weights_of_the_same_size_need_the_hash(saved: Path) -> None:
     flip_last_byte(saved / "model.safetensors")
     load_info(saved)
     with pytest.raises(UserError, match=r"model.safetensors: its SHA-256"):
-        load_info(saved, verify_weights=True)
+        load_info(saved, verify=True)
 
 
 def test_audit_counts_what_was_saved(saved: Path) -> None:

@@ -123,6 +123,7 @@ def repacked(archive: Path, target: Path, change: str) -> Path:
         save_file(tensors, folder / MASKS_FILE, metadata={"format": "pt"})
     elif change in DEFINITIONS:
         info = json.loads((folder / INFO_FILE).read_text())
+        del info["digest"]
         DEFINITIONS[change](info)
         (folder / INFO_FILE).write_text(json.dumps(info))
     elif change == "bomb":

@@ -111,7 +111,7 @@ def test_the_evaluated_checkpoint_is_the_audited_one(undisturbed: tuple, tiny_mo
     layers = audit(path)
     assert not any(layer.violating for layer in layers)
     zeros = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in layers)
-    info = load_info(path, verify_weights=True)
+    info = load_info(path, verify=True)
     assert zeros == pytest.approx(info["sparsity"] * sum(la.shape[0] * la.shape[1] for la in layers))
 
 
