@@ -17,7 +17,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 
 from analysis.rows import layout
 from experiments.publish import reports
-from experiments.run import pipeline, progress
+from experiments.run import checkpoints, pipeline, progress
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
@@ -168,9 +168,9 @@ def make_checkpoint(step: Step, work: Work, launch: Launch) -> None:
     """What a pruning or learning step does, in one process or, if it learns, in as many as `launch` says."""
     store = Store(work.results)
     if step.kind == "learn" and launch.size > 1:
-        torchrun.run(launch, partial(pipeline.ensure_checkpoint, step.pruning, store), work.machine)
+        torchrun.run(launch, partial(checkpoints.ensure_checkpoint, step.pruning, store), work.machine)
     else:
-        pipeline.ensure_checkpoint(step.pruning, store, work.machine())
+        checkpoints.ensure_checkpoint(step.pruning, store, work.machine())
 
 
 @dataclass(frozen=True)

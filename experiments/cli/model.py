@@ -243,7 +243,7 @@ def _window(model: str, data: Path | None) -> int:
 
 def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path | None, device: str | None) -> None:
     """Make the checkpoint of one pruning, copy it to ``out``, and say where it is."""
-    from experiments.run import pipeline
+    from experiments.run import checkpoints, pipeline
     from experiments.run.store import Store
     from experiments.studies.trial import Evaluation, Trial
     from patch.checkpoint import copy_checkpoint, load_info
@@ -255,7 +255,7 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     with machine_on(device, data) as machine:
         if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():
             _say_what_it_takes(pruning, machine)
-        path = pipeline.ensure_checkpoint(pruning, store, machine)
+        path = checkpoints.ensure_checkpoint(pruning, store, machine)
         if machine.ranks.rank:
             return
     assert path is not None

@@ -116,7 +116,7 @@ import signal, sys
 from functools import partial
 from pathlib import Path
 import rank_stubs
-from experiments.run import pipeline
+from experiments.run import checkpoints
 from experiments.studies import build
 from experiments.studies.trial import Calibration
 from experiments.run.store import Store
@@ -131,7 +131,8 @@ pruning = build.learned(
     checkpoint_every=50_000,
 )
 try:
-    torchrun.run(Launch(1, 2), partial(pipeline.ensure_checkpoint, pruning, Store(Path(sys.argv[1]))), rank_stubs.cpu)
+    learn = partial(checkpoints.ensure_checkpoint, pruning, Store(Path(sys.argv[1])))
+    torchrun.run(Launch(1, 2), learn, rank_stubs.cpu)
 except torchrun.Interrupted:
     print("interrupted", flush=True)
 """

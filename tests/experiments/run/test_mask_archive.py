@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
-from experiments.run import mask_archive, pipeline
+from experiments.run import checkpoints, mask_archive, pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
@@ -28,7 +28,7 @@ def pruned(model: Path, text: Path, store: Store, method: str, structure: str = 
     sparsity = 0.4 if structure == "hybrid" else 0.5
     calibration = Calibration(str(text), windows=8, length=16)
     pruning = build.one_shot(str(model), method, structure, sparsity, (16, 16), calibration)
-    path = pipeline.ensure_checkpoint(pruning, store, CPU)
+    path = checkpoints.ensure_checkpoint(pruning, store, CPU)
     assert path is not None
     return pruning, path
 
@@ -45,7 +45,7 @@ def test_what_is_restored_is_the_checkpoint(tiny_model: Path, tiny_text: Path, t
     made, other = Store(tmp_path / "made"), Store(tmp_path / "other")
     if method == "learned":
         pruning = tiny_trials(tiny_model, tiny_text)[-1].pruning
-        checkpoint = pipeline.ensure_checkpoint(pruning, made, CPU)
+        checkpoint = checkpoints.ensure_checkpoint(pruning, made, CPU)
         assert pruning.learning is not None and checkpoint is not None
     else:
         pruning, checkpoint = pruned(tiny_model, tiny_text, made, method)
@@ -84,7 +84,7 @@ def test_a_study_takes_what_was_restored(
     store = Store(tmp_path / "other")
     path = mask_archive.restore(archive, store, CPU)
     assert mask_archive.restore(archive, store, CPU) == path
-    monkeypatch.setattr(pipeline, "_make_checkpoint", lambda *_: pytest.fail("made anew"))
+    monkeypatch.setattr(checkpoints, "_make_checkpoint", lambda *_: pytest.fail("made anew"))
     pruned(tiny_model, tiny_text, store, "wanda")
 
 
@@ -197,7 +197,7 @@ def test_what_masks_alone_cannot_restore_is_not_exported(tiny_model: Path, tiny_
     with pytest.raises(UserError, match="sparsegpt changes the weights"):
         mask_archive.export(changed, tmp_path / "masks.tar.xz")
     pruning, _ = pruned(tiny_model, tiny_text, store, "wanda")
-    fitted = pipeline.ensure_checkpoint(build.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
+    fitted = checkpoints.ensure_checkpoint(build.refitted(pruning, Calibration(str(tiny_text), 8, 16)), store, CPU)
     with pytest.raises(UserError, match="refit changes the weights"):
         mask_archive.export(fitted, tmp_path / "masks.tar.xz")
     _, unstructured = pruned(tiny_model, tiny_text, store, "wanda", "unstructured")

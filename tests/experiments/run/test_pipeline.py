@@ -18,7 +18,7 @@ from tiny_study import tiny_trials
 from analysis.rows.jsonl import from_lines
 from experiments.data import text
 from experiments.data.models import load_model
-from experiments.run import pipeline
+from experiments.run import checkpoints, pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
@@ -190,7 +190,7 @@ def test_dense_tiles_are_those_that_cost_the_model_most(
     seen = Calibration(str(tiny_text), 8, 16)
     pruning = build.one_shot(str(tiny_model), method, "hybrid", 0.35, (16, 16), seen, "model")
     pipeline.validate([Trial(pruning, Evaluation(()))], None)
-    path = pipeline.ensure_checkpoint(pruning, store, Machine("cpu", None, lambda label, *_: told.append(label)))
+    path = checkpoints.ensure_checkpoint(pruning, store, Machine("cpu", None, lambda label, *_: told.append(label)))
     assert path is not None and any("ranking tiles" in label for label in told)
     masks, two_four = load_masks(path), load_masks(store.checkpoint_path(pruning.base))
     model, tokenizer = load_model(str(tiny_model), device="cpu", dtype=torch.float32)

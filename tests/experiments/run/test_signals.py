@@ -81,7 +81,7 @@ def test_in_another_thread_there_is_nothing_to_defer() -> None:
 
 LEARN = """
 import os, signal, sys
-from experiments.run import pipeline
+from experiments.run import checkpoints
 from experiments.studies import build
 from experiments.studies.trial import Calibration
 from experiments.run.runtime import Machine
@@ -96,7 +96,7 @@ pruning = build.learned(
     "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", Calibration("embedded/train", 4, 64),
     start=None, steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
 )
-print(pipeline.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), Machine("cpu", None, progress)))
+print(checkpoints.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), Machine("cpu", None, progress)))
 """
 
 

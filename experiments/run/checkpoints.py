@@ -1,0 +1,281 @@
+"""Making a pruning's checkpoint: load, calibrate, prune or learn or refit, harden, save.
+
+Of several processes that want the same checkpoint one makes it, and the others wait for it.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from analysis.rows import layout
+from analysis.rows.format import Fact
+from experiments.data import models, text
+from experiments.run.provenance import provenance
+from experiments.run.runtime import Machine
+from experiments.run.signals import deferred_signals
+from experiments.run.store import Store
+from experiments.studies.trial import Calibration, Pruning, definition, describe, key
+from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.errors import UserError
+from patch.layers import check_coverage, prunable_linears, prunable_matrices
+from patch.learn.learner import Learned, learn
+from patch.learn.prior import Prior
+from patch.learn.sensitivity import most_sensitive_tiles
+from patch.learn.state import CHECKPOINT as LEARNER_STATE
+from patch.mask import HybridMask
+from patch.oneshot import prune_model
+from patch.oneshot.refit import refit_model
+from patch.weights import kept_shares
+
+
+def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
+    """The checkpoint of a pruning, made now (with its priors) if it is not there; None for the dense model.
+
+    Raises:
+        Stopped: if learning was told to stop (`experiments.run.signals`).
+    """
+    if pruning.method == "dense":
+        return None
+    path = store.checkpoint_path(pruning)
+    ranks, first = machine.ranks, machine.ranks.rank == 0
+    # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
+    if ranks.agree(first and path.exists(), machine.device):
+        return path
+    for base in pruning.bases:
+        ensure_checkpoint(base, store, machine)
+    with store.lease(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
+        # Another process may have finished it while this one waited.
+        missing = ranks.agree(first and not path.exists(), machine.device)
+        if missing and (first or pruning.learns):
+            _make_checkpoint(pruning, store, machine)
+    return path
+
+
+def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
+    started = time.monotonic()
+    # All but learning brings one block at a time to the device, whatever the depth of the model.
+    model, tokenizer = models.load_model(
+        pruning.model, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
+    )
+    covered = check_coverage(model, pruning.partial)
+    if machine.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    sources: dict[str, str] = {}
+    tile_scores: Mapping[str, Tensor] = {}
+    masks: Mapping[str, HybridMask]
+    if pruning.refit:
+        masks, tile_scores, facts = _refit(pruning, model, tokenizer, store, machine, sources)
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+    elif pruning.learns:
+        outcome = _learn(pruning, model, tokenizer, store, machine, sources)
+        if machine.ranks.rank:
+            return
+        masks = outcome.masks
+        zeros = {name: mask.zeros for name, mask in masks.items()}
+        facts = [
+            Fact(metric, value, "1", {"step": int(entry["step"])})
+            for entry in outcome.history
+            for metric, value in entry.items()
+            if metric != "step"
+        ]
+    else:
+        windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
+        layers = prune_model(
+            model,
+            pruning.method,
+            pruning.structure,
+            pruning.sparsity,
+            pruning.tile,
+            windows,
+            machine.device,
+            dense=_ranked_tiles(pruning, model, windows, store, machine),
+            weight_update=pruning.weight_update,
+            on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        )
+        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        tile_scores = {name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None}
+        zeros = {name: layer.zeros for name, layer in layers.items()}
+        facts = []
+    achieved = sum(zeros.values()) / covered.prunable
+    facts += [
+        Fact("sparsity", achieved, "1", {}),
+        Fact("prunable_share", covered.share, "1", {}),
+        Fact("block_sparsity", sum(zeros.values()) / covered.matrices, "1", {}),
+        Fact("prune_seconds", time.monotonic() - started, "s", {}),
+        *_layer_facts(model, masks, zeros),
+    ]
+    if machine.device.startswith("cuda"):
+        facts.append(Fact("peak_memory", torch.cuda.max_memory_allocated(), "B", {}))
+    save_checkpoint(
+        store.checkpoint_path(pruning),
+        model,
+        tokenizer,
+        masks,
+        {
+            "method": pruning.method,
+            "structure": pruning.structure,
+            "target": pruning.sparsity,
+            "sparsity": achieved,
+            "seed": pruning.seed,
+            "definition": definition(pruning),
+            "zeros": zeros,
+            "facts": [vars(fact) for fact in facts],
+            "provenance": provenance(time.monotonic() - started, sources),
+        },
+        tile_scores,
+    )
+    # The learner's state has served; its TensorBoard log stays.
+    (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
+
+
+def _calibration_windows(
+    wanted: Calibration | None,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> Tensor | None:
+    if wanted is None:
+        return None
+    documents = text.load_documents(wanted.source, machine.data)
+    sources[wanted.source] = documents.sha256
+    if wanted.drawn_from == "stream":
+        stream = text.token_stream(documents, tokenizer, wanted.length, wanted.seed, store.root / layout.TOKENS)
+        if stream.windows < wanted.windows:
+            raise UserError(
+                f"calibration needs {wanted.windows} windows of {wanted.length} tokens, but {wanted.source} holds "
+                f"{stream.windows}: ask for fewer or shorter windows, or name a source with more text"
+            )
+        return stream.batch(0, wanted.windows)
+    return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+def _ranked_tiles(
+    pruning: Pruning, model: nn.Module, windows: Tensor | None, store: Store, machine: Machine
+) -> dict[str, Tensor] | None:
+    """The tiles that stay dense if they are ranked over the whole model, which visits the device; else None."""
+    if pruning.tile_ranking != "model":
+        return None
+    assert pruning.base is not None and pruning.tile is not None and windows is not None
+    label = f"{describe(pruning)}: ranking tiles"
+    masks = load_masks(store.checkpoint_path(pruning.base))
+    dense = most_sensitive_tiles(
+        model.to(machine.device),
+        {name: mask.patterns for name, mask in masks.items()},
+        pruning.tile,
+        windows,
+        pruning.seed,
+        pruning.sparsity,
+        on_sequence=lambda done, total: machine.progress(label, done, total),
+    )
+    model.to("cpu")
+    return dense
+
+
+def _refit(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> tuple[dict[str, HybridMask], dict[str, Tensor], list[Fact]]:
+    """Mask the dense model's weights as the pruning without refit does, and fit what is kept; the masks, and facts."""
+    assert pruning.base is not None
+    windows = _calibration_windows(pruning.refit, tokenizer, store, machine, sources)
+    assert windows is not None
+    found = store.checkpoint_path(pruning.base)
+    masks = load_masks(found)
+    fits = refit_model(
+        model,
+        masks,
+        windows,
+        machine.device,
+        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+    )
+    facts = [
+        Fact(metric, value, "1", {"layer": name})
+        for name, fit in fits.items()
+        for metric, value in (
+            ("masked_output_error", fit.masked_error),
+            ("refitted_output_error", fit.error),
+            ("refit_steps", fit.steps),
+        )
+    ]
+    return masks, load_tile_scores(found), facts
+
+
+def _learn(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> Learned:
+    """Learn the masks of a pruning and apply them to the model's weights."""
+    assert pruning.learning is not None and pruning.tile is not None
+    recipe = pruning.learning.recipe
+    documents = text.load_documents(pruning.learning.source, machine.data)
+    sources[pruning.learning.source] = documents.sha256
+    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / layout.TOKENS)
+    prior = Prior()
+    if pruning.prior:
+        path = store.checkpoint_path(pruning.prior)
+        patterns = {name: mask.patterns for name, mask in load_masks(path).items()}
+        prior = Prior(patterns=patterns, tile_scores=load_tile_scores(path) or None)
+    if pruning.tile_prior:
+        shares = kept_shares(store.checkpoint_path(pruning.tile_prior), pruning.tile)
+        prior = dataclasses.replace(prior, tile_scores=shares)
+
+    def on_step(metrics: Mapping[str, Any]) -> None:
+        machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
+
+    with deferred_signals() as stop:
+        outcome = learn(
+            model,
+            recipe,
+            lambda step: stream.batch(step, recipe.batch),
+            sparsity=pruning.sparsity,
+            tile=pruning.tile,
+            seed=pruning.seed,
+            prior=prior,
+            work=store.work_path(pruning),
+            device=machine.device,
+            on_step=on_step,
+            stop=stop,
+            ranks=machine.ranks,
+        )
+    with torch.no_grad():
+        for name, linear in prunable_linears(model).items():
+            linear.weight.copy_(outcome.masks[name].to(linear.weight.device).apply(linear.weight))
+    return outcome
+
+
+def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mapping[str, int]) -> list[Fact]:
+    facts = []
+    for name, matrix in prunable_matrices(model).items():
+        n, k = matrix.weight.shape
+        labels = {"layer": name, "rows": n, "cols": k}
+        facts.append(Fact("layer_sparsity", zeros[name] / (n * k), "1", labels))
+        if name in masks:
+            dense = masks[name].dense
+            facts.append(Fact("dense_tiles", dense.double().mean().item(), "1", labels))
+            rows = ["".join("01"[int(tile)] for tile in row) for row in dense.tolist()]
+            facts.append(Fact("tile_map", None, "1", labels | {"tile_map": rows}))
+    return facts
+
+
+def facts_of(pruning: Pruning, store: Store) -> tuple[list[Fact], dict[str, Any]]:
+    """What was measured when the checkpoint was made, and on what; for the dense model, that it has no zeros."""
+    if pruning.method == "dense":
+        return [Fact("sparsity", 0.0, "1", {})], provenance(0.0)
+    info = load_info(store.checkpoint_path(pruning))
+    return [Fact(**fact) for fact in info["facts"]], info["provenance"]
