@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import pandas as pd
 
-from analysis.names import SOURCES, TASKS, percent
+from analysis.names import PAPER_TASKS, SOURCES, TASKS, percent
 from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, Task, Text, gather, mean_tasks, tasks, texts
 from analysis.tables import published
@@ -44,7 +44,7 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
         fields.append((mean, lambda point: point.mean_accuracy))
     notes = _notes(points, found, over)
     if beside_published and any(_reported(point) for point in points):
-        fields += _published_fields()
+        fields += _published_fields(found)
         notes.append(f"Published: {published.CITATION}. Not measured here; windows of {published.WINDOW} tokens.")
     elif beside_published and (text := next(iter(texts(frame)), None)):
         fields += _other_models_fields(points, text)
@@ -105,16 +105,25 @@ def _reported(point: Point) -> published.Published | None:
     return published.find(point.model, point.method, point.structure, point.sparsity)
 
 
-def _published_fields() -> list[Field]:
+def _published_fields(of: Sequence[Task]) -> list[Field]:
     def perplexity(point: Point) -> Value:
         return Measured(found.perplexity) if (found := _reported(point)) else None
 
     def accuracy(point: Point) -> Value:
         return Measured(found.mean_accuracy) if (found := _reported(point)) else None
 
+    def of_task(task: Task) -> Field:
+        column = Column(f"published accuracy {task}", f"Published: {task_heading(task)} (%)", "reported accuracy")
+
+        def value(point: Point) -> Value:
+            return Measured(found.accuracy[task.name]) if (found := _reported(point)) else None
+
+        return column, value
+
     text = Text("wikitext2/test", published.WINDOW)
     return [
         (Column(f"published perplexity {text}", f"Published: {heading(text)}", "reported perplexity"), perplexity),
+        *(of_task(task) for task in of if task.name in PAPER_TASKS and task.limit is None),
         (Column("published mean_accuracy", "Published: mean of 8 (%)", "reported accuracy"), accuracy),
     ]
 

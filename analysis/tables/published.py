@@ -1,42 +1,43 @@
 """The numbers that the PATCH paper reports, to print beside ours.
 
 Hourri, Mozaffari, Mehri Dehnavi: PATCH: Learnable Tile-level Hybrid Sparsity for LLMs, arXiv:2509.23410.
-WikiText-2 perplexity in windows of 4096 tokens, and the mean accuracy of eight zero-shot tasks. PATCH is *joint* up to
-one billion parameters and *tile* above.
+WikiText-2 perplexity in windows of 4096 tokens, and the accuracy of eight tasks, as ``patch_paper.csv`` beside
+this file has them. PATCH is *joint* up to one billion parameters and *tile* above.
 """
 
+import csv
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from analysis.names import PAPER_TASKS
 from patch.methods import METHODS
 
 CITATION = "Hourri et al., PATCH: Learnable Tile-level Hybrid Sparsity for LLMs, arXiv:2509.23410"
 WINDOW = 4096
-MODELS = ("Qwen2.5-0.5B", "LLaMA-3.2-1B", "Gemma-3-1B", "LLaMA-2-7B", "LLaMA-3.1-8B")
-_LEARNED_JOINTLY = MODELS[:3]
-
-# (method, structure, sparsity): perplexity and mean accuracy in percent, one pair per model.
-_RESULTS: dict[tuple[str, str, float], tuple[tuple[float, float], ...]] = {
-    ("dense", "dense", 0.0): ((12.08, 46.00), (9.06, 47.70), (11.67, 47.01), (5.12, 54.61), (5.84, 60.31)),
-    ("magnitude", "2:4", 0.5): (
-        (6734.97, 30.16),
-        (563.44, 29.66),
-        (5005.56, 31.66),
-        (54.39, 43.44),
-        (765.92, 35.93),
-    ),
-    ("wanda", "2:4", 0.5): ((72.48, 32.97), (78.18, 31.61), (69.41, 34.16), (11.15, 44.30), (21.29, 41.77)),
-    ("sparsegpt", "2:4", 0.5): ((36.59, 34.81), (32.73, 35.55), (44.59, 35.58), (10.12, 45.09), (15.11, 45.53)),
-    ("maskllm", "2:4", 0.5): ((15.22, 39.33), (12.93, 41.04), (12.82, 41.84), (6.78, 48.62), (8.58, 52.80)),
-    ("patch", "hybrid", 0.45): ((14.57, 40.29), (12.23, 42.08), (11.96, 42.80), (6.55, 48.99), (8.20, 53.60)),
-    ("patch", "hybrid", 0.35): ((13.84, 41.15), (11.67, 42.72), (11.48, 43.30), (6.18, 50.08), (7.89, 55.28)),
-    ("patch", "hybrid", 0.25): ((13.47, 42.39), (11.00, 43.81), (11.17, 44.07), (5.86, 51.58), (7.34, 56.48)),
+# What the table of the paper is called here. Of the last one MaskLLM is not reported.
+_NAMES = {
+    "qwen2.5-0.5b": "Qwen2.5-0.5B",
+    "llama-3.2-1b": "LLaMA-3.2-1B",
+    "gemma-3-1b": "Gemma-3-1B",
+    "llama-2-7b": "LLaMA-2-7B",
+    "llama-3.1-8b": "LLaMA-3.1-8B",
+    "llama-2-13b": "LLaMA-2-13B",
 }
+# Those of which everything is reported that is compared here.
+MODELS = tuple(_NAMES.values())[:5]
+_TABLE = Path(__file__).with_name("patch_paper.csv")
 
 
 @dataclass(frozen=True)
 class Published:
-    """One reported point; ``mean_accuracy`` is a share, perplexity is at `WINDOW` tokens."""
+    """One reported point; accuracies are shares, perplexity is at `WINDOW` tokens.
+
+    Attributes:
+        accuracy: by the name of the task.
+        mean_accuracy: over all of them.
+    """
 
     model: str
     method: str
@@ -44,22 +45,37 @@ class Published:
     sparsity: float
     perplexity: float
     mean_accuracy: float
+    accuracy: Mapping[str, float] = field(default_factory=dict)
 
 
 def _results() -> tuple[Published, ...]:
-    results = []
-    for place, model in enumerate(MODELS):
-        for (method, structure, sparsity), values in _RESULTS.items():
-            if method == "patch":
-                method = "patch-joint" if model in _LEARNED_JOINTLY else "patch-tile"
-            perplexity, accuracy = values[place]
-            results.append(Published(model, method, structure, sparsity, perplexity, round(accuracy / 100, 4)))
-    return tuple(results)
+    with open(_TABLE, newline="") as file:
+        return tuple(
+            Published(
+                _NAMES[row["model"]],
+                row["method"],
+                "dense" if row["method"] == "dense" else row["pattern"],
+                int(row["sparsity"]) / 100,
+                float(row["wikitext2_ppl_4096"]),
+                _share(row["mean"]),
+                {task: _share(row[task]) for task in PAPER_TASKS},
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def _share(percent: str) -> float:
+    return round(float(percent) / 100, 4)
 
 
 RESULTS = _results()
-# By falling perplexity, alike on each of the models. Dense is not in it: Gemma-3-1B's is above PATCH's at 35%.
-ORDER = tuple(about for about in _RESULTS if about[0] != "dense")
+# By falling perplexity, alike on each of `MODELS`, of the methods that are here. Dense is not in it: Gemma-3-1B's is
+# above PATCH's at 35%.
+ORDER = tuple(
+    (result.method.partition("-")[0], result.structure, result.sparsity)
+    for result in RESULTS
+    if result.model == MODELS[0] and result.method in METHODS and result.method != "dense"
+)
 
 
 def name_of(method: str) -> str:
@@ -79,12 +95,12 @@ def find(model: str, method: str, structure: str, sparsity: float) -> Published 
 
 def over_dense(method: str, structure: str, sparsity: float) -> tuple[float, float] | None:
     """The lowest and the highest of the reported perplexities over their models' dense ones; None if there are none."""
-    dense = {result.model: result.perplexity for result in RESULTS if result.method == "dense"}
+    dense = {r.model: r.perplexity for r in RESULTS if r.method == "dense" and r.model in MODELS}
     about = (method, structure, sparsity)
     factors = [
         result.perplexity / dense[result.model]
         for result in RESULTS
-        if (result.method, result.structure, result.sparsity) == about
+        if (result.method, result.structure, result.sparsity) == about and result.model in dense
     ]
     return (min(factors), max(factors)) if factors else None
 
