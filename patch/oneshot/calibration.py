@@ -207,10 +207,10 @@ def _record(
         if len(made) != len(blocks):
             raise UserError(f"{type(model).__name__} runs {len(made)} of its {len(blocks)} blocks: cannot calibrate it")
         known = calls.setdefault(len(ids), made)
-        before, now = _distinct_tensors(known), _distinct_tensors(made)
-        if len(before) != len(now) or not all(map(torch.equal, before, now)):
+        if difference := _difference(known, made):
             raise UserError(
-                f"{type(model).__name__} gives its blocks inputs that depend on the text: cannot calibrate it"
+                f"{type(model).__name__} gives its blocks inputs that depend on the text: cannot calibrate it "
+                f"({difference}, between the first batch of {len(ids)} windows and batch {len(states) + 1})"
             )
         states.append(entered[0].to(device))
     return states, calls
@@ -243,20 +243,52 @@ def _passed_over(blocks: Iterable[nn.Module], made: list[_Call]) -> Iterator[lis
                 block.__dict__.pop("forward", None)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a value, each by the path that leads to it."""
     if isinstance(value, Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+        for place, part in enumerate(value):
+            yield from _tensors(part, f"{name}[{place}]")
 
 
-def _distinct_tensors(calls: list[_Call]) -> list[Tensor]:
-    # Blocks mostly share the same mask objects, which are large: each is compared once.
-    found = {id(tensor): tensor for call in calls for tensor in _tensors([call.positional, call.keywords])}
-    return list(found.values())
+def _difference(before: list[_Call], now: list[_Call]) -> str | None:
+    """What blocks are called with in one batch and not in another, beyond rounding; None if there is nothing."""
+    compared: set[tuple[int, int]] = set()
+    for index, calls in enumerate(zip(before, now, strict=True)):
+        one, other = (dict(_all(call)) for call in calls)
+        if one.keys() != other.keys():
+            return f"block {index}: {min(one.keys() ^ other.keys())} is there in one of them alone"
+        for name, tensor in one.items():
+            # Blocks mostly share the same mask objects, which are large: each is compared once.
+            pair = id(tensor), id(other[name])
+            if pair not in compared and (found := _apart(tensor, other[name])):
+                return f"block {index}: {name} {found}"
+            compared.add(pair)
+    return None
+
+
+def _all(call: _Call) -> Iterator[tuple[str, Tensor]]:
+    yield from _tensors(call.positional, "argument")
+    yield from _tensors(call.keywords, "")
+
+
+def _apart(before: Tensor, now: Tensor) -> str | None:
+    """How two tensors differ; None if in nothing but the last digit, which a kernel's division of work decides."""
+    if before.shape != now.shape or before.dtype != now.dtype:
+        return f"is {before.dtype} {tuple(before.shape)} and {now.dtype} {tuple(now.shape)}"
+    if not before.is_floating_point():
+        changed = int((before != now).sum())
+        return f"differs in {changed} of {before.numel()} elements" if changed else None
+    rounding = 2 * torch.finfo(before.dtype).eps
+    close = torch.isclose(before, now, rtol=rounding, atol=max(rounding * 1e-2, 1e-5))
+    if close.all():
+        return None
+    largest = float((before.double() - now.double()).abs()[~close].max())
+    return f"differs in {int((~close).sum())} of {before.numel()} elements, by up to {largest:.3g}"
 
 
 def _moved(call: _Call, device: torch.device) -> _Call:

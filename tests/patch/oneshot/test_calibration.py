@@ -18,6 +18,7 @@ from transformers import (
 
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
+from patch.oneshot import calibration
 from patch.oneshot.calibration import Block, blocks_on, calibrate
 
 VOCABULARY, LENGTH = 97, 24
@@ -313,6 +314,29 @@ def test_blocks_that_return_tuples_and_take_positional_arguments() -> None:
     for block in calibrate(model, windows, "cpu", 2, Total):
         for name, statistic in block.statistics.items():
             torch.testing.assert_close(statistic.products, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        pytest.param(torch.tensor([1.0, 0.5]) * (1 + 1e-7), None, id="rounding"),
+        pytest.param(
+            torch.tensor([1.0, 0.6]), "block 0: extra.mask differs in 1 of 2 elements, by up to 0.1", id="other"
+        ),
+        pytest.param(torch.tensor([1.0, torch.nan]), "by up to nan", id="nan"),
+        pytest.param(torch.tensor([1, 0]), "is torch.float32 (2,) and torch.int64 (2,)", id="dtype"),
+        pytest.param(torch.ones(3), "(2,) and torch.float32 (3,)", id="shape"),
+    ],
+)
+def test_what_differs_between_two_batches_is_told(now: Tensor, said: str | None) -> None:
+    calls = [[calibration._Call((), {"extra": {"mask": mask}})] for mask in (torch.tensor([1.0, 0.5]), now)]
+    found = calibration._difference(*calls)
+    assert found is None if said is None else found is not None and said in found
+
+
+def test_a_mask_that_only_some_batches_have_is_told() -> None:
+    calls = [[calibration._Call((None, mask), {})] for mask in (torch.ones(2), None)]
+    assert calibration._difference(*calls) == "block 0: argument[1] is there in one of them alone"
 
 
 def test_inputs_that_depend_on_the_text_are_refused() -> None:
