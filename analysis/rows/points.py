@@ -8,8 +8,7 @@ told apart by their ``variant``.
 import json
 import math
 import statistics
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +19,10 @@ from analysis.names import PAPER_TASKS, TASKS, percent, rank
 from analysis.rows.items import task_items, window_items
 from analysis.rows.load import records
 from analysis.rows.same_checkpoint import check_one_artefact
+from analysis.rows.variants import canonical, variants_of
 from patch.errors import UserError
-from patch.learn.recipe import ADDED_DEFAULTS, CHANGES, EARLIER, HOW_IT_RUNS, OURS
-from patch.methods import METHODS, STRUCTURES, label_of, published_recipe
-
-# Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
-_SHOWN_ANYHOW = ("sparsity", "tile")
-# Settings that no published method has; a definition leaves them out where they are as published.
-_DEPARTURES = {"recipe", "tile_ranking", "refit.source", *(f"learning.recipe.{name}" for name in OURS)}
-# Said wherever it is not so of all.
-_ALWAYS_SAID = _DEPARTURES | {"earlier"}
-# The one setting that is said of a part of a definition, where it tells that part from others.
-_SAID_OF_PARTS = {"prior": "prior.method", "refit": "refit.source"}
+from patch.learn.recipe import HOW_IT_RUNS
+from patch.methods import METHODS, STRUCTURES, label_of
 
 
 @dataclass(frozen=True)
@@ -130,12 +121,12 @@ def gather(frame: pd.DataFrame) -> list[Point]:
     definitions = {row.trial: row.definition for row in records(frame.drop_duplicates("trial"))}
     for trial, definition in definitions.items():
         seedless, seeds = _split_seeds(definition["pruning"])
-        groups.setdefault(_canonical(seedless), {}).setdefault(_canonical(seeds), []).append(trial)
+        groups.setdefault(canonical(seedless), {}).setdefault(canonical(seeds), []).append(trial)
     averaged = mean_tasks(tasks(frame))
     rows_of = dict(list(frame.groupby("trial")))
     points = []
-    for about, variant in _variants([json.loads(group) for group in groups]):
-        seeded = groups[_canonical(about)].items()
+    for about, variant in variants_of([json.loads(group) for group in groups]):
+        seeded = groups[canonical(about)].items()
         by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
         for trials in by_seed:
             check_one_artefact(pd.concat([rows_of[trial] for trial in trials]), trials)
@@ -169,15 +160,15 @@ def variants(definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         definitions: of trials, by their hash.
     """
     seedless = {trial: _split_seeds(definition["pruning"])[0] for trial, definition in definitions.items()}
-    distinct = {_canonical(about): about for about in seedless.values()}
-    found = {_canonical(about): variant for about, variant in _variants(list(distinct.values()))}
-    return {trial: found[_canonical(about)] for trial, about in seedless.items()}
+    distinct = {canonical(about): about for about in seedless.values()}
+    found = {canonical(about): variant for about, variant in variants_of(list(distinct.values()))}
+    return {trial: found[canonical(about)] for trial, about in seedless.items()}
 
 
 def across_seeds(definition: Mapping[str, Any]) -> tuple[str, str]:
     """A trial's pruning without its seeds, and the seeds: trials that share the first differ in seeds alone."""
     seedless, seeds = _split_seeds(definition["pruning"])
-    return _canonical(seedless), _canonical(seeds)
+    return canonical(seedless), canonical(seeds)
 
 
 def texts(frame: pd.DataFrame) -> list[Text]:
@@ -262,10 +253,6 @@ def _mean(accuracy: Mapping[Task, Measured], over: Sequence[Task]) -> Measured:
     return Measured(statistics.fmean(measured.value for measured in chosen), stderr, parts=tuple(chosen))
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
 def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     """A definition without its seeds (its own, of calibration, of the prior), and the seeds by dotted name.
 
@@ -287,107 +274,6 @@ def _split_seeds(pruning: Mapping[str, Any], prefix: str = "") -> tuple[dict[str
 def _tile(about: Mapping[str, Any]) -> str | None:
     # Masks at 2:4 have a tile shape for the methods that start from them; their weights do not depend on it.
     return "x".join(map(str, about["tile"])) if about["structure"] == "hybrid" and about["tile"] else None
-
-
-def _variants(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Each definition with what tells it apart from others of its model, method and structure, sparsity and tile aside.
-
-    Of what differs between any two of these, the value that most of them have goes without saying; any other is said
-    at every sparsity, so that a line through several is of one recipe. Departures from every published recipe are said
-    even where nothing differs.
-    """
-    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for about in definitions:
-        alike.setdefault((about["model"], about["method"], about["structure"]), []).append(about)
-    result = []
-    for members in alike.values():
-        flat = [
-            {name: value for name, value in _settings(member).items() if name.rpartition(".")[2] not in _SHOWN_ANYHOW}
-            for member in members
-        ]
-        # Not as they come: fields that a definition leaves out would move when another one has them.
-        names = sorted({name for fields in flat for name in fields}, key=lambda name: (name != "recipe", name))
-        differing = [
-            name for name in names if len({_canonical(fields.get(name)) for fields in flat}) > 1 or name in _DEPARTURES
-        ]
-        # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
-        brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
-        if _distinct(flat, brief) == _distinct(flat, differing):
-            differing = brief
-        usual = {name: _usual([_canonical(fields.get(name)) for fields in flat]) for name in differing}
-        for member, fields in zip(members, flat, strict=True):
-            said = [
-                _setting(name, fields)
-                for name in differing
-                if name in _ALWAYS_SAID or _canonical(fields.get(name)) != usual[name]
-            ]
-            result.append((member, ", ".join(filter(None, said))))
-    return result
-
-
-def _usual(values: Sequence[str]) -> str | None:
-    """The value that more than half of them are, if there is one."""
-    value, count = Counter(values).most_common(1)[0]
-    return value if 2 * count > len(values) else None
-
-
-def _setting(name: str, fields: Mapping[str, Any]) -> str:
-    """One field that tells variants apart; nothing for a setting of the recipe that is left out, as published."""
-    if name not in fields:
-        return "no prior" if name == "prior.method" else ""
-    value = fields[name]
-    if name in ("recipe", "earlier"):
-        return str(value)
-    if name == "prior.method":
-        return f"from {label_of(value)}"
-    if name == "refit.source":
-        return f"refitted on {value}"
-    return f"{name.removeprefix('learning.recipe.')}={f'{value:g}' if isinstance(value, float) else value}"
-
-
-def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:
-    """How many of the definitions the fields of these names tell apart."""
-    return len({tuple(_canonical(fields.get(name)) for name in names) for fields in flat})
-
-
-def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition's fields by dotted name; settings that together have a name go by it, as ``recipe``."""
-    fields = _without_published(about, _flatten(about))
-    for recipe, changes in CHANGES.items():
-        named = {f"learning.recipe.{name}": value for name, value in changes.items()}
-        if named and named.items() <= fields.items():
-            return {"recipe": recipe} | {name: value for name, value in fields.items() if name not in named}
-    return fields
-
-
-def _without_published(about: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """A learned definition's fields without the start and the settings that are as published at its sparsity.
-
-    ``earlier`` stands for those that the first studies had instead (`patch.learn.recipe.EARLIER`).
-    """
-    method, recipe = about["method"], (about.get("learning") or {}).get("recipe")
-    if recipe is None or method not in EARLIER:
-        return fields
-    at_each = [published_recipe(method, sparsity).substance() for sparsity in (about["sparsity"], 0.25, 0.5)]
-    before, now = EARLIER[method].substance(), at_each[0]
-    told = {name for name in now if any(other[name] != now[name] for other in (before, *at_each))}
-    mine = {name: _canonical(recipe.get(name, ADDED_DEFAULTS.get(name))) for name in told}
-    # Of what recipes with a name change, too.
-    usual = {name for changes in CHANGES.values() for name in changes if recipe.get(name) == now[name]}
-    usual = {f"learning.recipe.{name}" for name in usual}
-    left = {n: value for n, value in fields.items() if n not in usual and not n.startswith("tile_prior.")}
-    for settings, said in ((now, {}), (before, {"earlier": "earlier"})):
-        if all(mine[name] == _canonical(settings[name]) for name in told):
-            names = {f"learning.recipe.{name}" for name in told}
-            return {name: value for name, value in left.items() if name not in names} | said
-    return left
-
-
-def _flatten(about: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in about.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def tile_order(tile: str | None) -> tuple[int, str]:

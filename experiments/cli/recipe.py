@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from patch.errors import UserError, check_name
-from patch.learn.recipe import Recipe, Span
+from patch.learn.recipe import PATCH_JOINT, Recipe, Span, spelled
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
@@ -30,15 +30,10 @@ def changes(assignments: Iterable[str]) -> dict[str, Any]:
         name, _, value = assignment.partition("=")
         check_name("setting of a recipe", name, kinds)
         if not value:
-            raise UserError(f"--set {assignment}: give NAME=VALUE, such as {name}={_text(_example(name))}")
+            example = f"{name}={spelled(getattr(PATCH_JOINT, name))}"
+            raise UserError(f"--set {assignment}: give NAME=VALUE, such as {example}")
         given[name] = _typed(kinds[name], value)
     return given
-
-
-def _example(name: str) -> Any:
-    from patch.learn.recipe import PATCH_JOINT
-
-    return getattr(PATCH_JOINT, name)
 
 
 def _typed(kind: Any, text: str) -> Any:
@@ -56,21 +51,12 @@ def _typed(kind: Any, text: str) -> Any:
     return text
 
 
-def _text(value: Any) -> str:
-    """A value as ``--set`` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(_text, value))
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def settings(recipe: Recipe, published: Recipe) -> list[tuple[str, str, str]]:
-    """Every field of a recipe: name, value, and the published one where that is another; as ``--set`` has them."""
+    """Every field of a recipe: name, value, and the published one where that is another, as ``--set`` has them."""
     rows = []
     for name in SETTINGS:
         value, usual = getattr(recipe, name), getattr(published, name)
-        rows.append((name, _text(value), "" if value == usual else _text(usual)))
+        rows.append((name, spelled(value), "" if value == usual else spelled(usual)))
     return rows
 
 

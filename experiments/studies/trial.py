@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from analysis.rows.format import name_of
+from analysis.rows.variants import RECIPE, differences, settings
 from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
-from patch.learn.recipe import GUIDED, Recipe, TileRanking
+from patch.learn.recipe import EARLIER, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
 from patch.methods import METHODS, STRUCTURES, TILED, members, published_recipe
 
@@ -349,34 +350,31 @@ def describe(pruning: Pruning) -> str:
     parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
     if pruning.tile and pruning.structure == "hybrid":
         parts.append("{}x{}".format(*pruning.tile))
-    about = METHODS[pruning.method]
-    if about.prior and pruning.prior is None:
-        parts.append("without prior")
-    elif pruning.prior and pruning.prior.method != about.prior:
-        parts.append(f"from {pruning.prior.method}")
-    if pruning.learning and about.recipe:
-        parts += _changes(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity))
-    if pruning.seed:
-        parts.append(f"seed {pruning.seed}")
-    if not pruning.weight_update:
-        parts.append("weights not updated")
-    if pruning.tile_ranking != "weight":
-        parts.append(f"tile_ranking {pruning.tile_ranking}")
-    if pruning.refit:
-        parts.append("refitted")
-    return " ".join(parts)
+    return " ".join(parts + _unusual(pruning))
 
 
-def _changes(recipe: Recipe, published: Recipe) -> list[str]:
-    """How a recipe, ours by its name, differs from the published one, but for how long and on how much it learns."""
-    size = {"steps", "batch", "microbatch", "length", "warmup"}
-    usual = published.substance()
-    changed = {k: value for k, value in recipe.substance().items() if k not in size and value != usual[k]}
-    parts = []
-    if GUIDED.items() <= changed.items():
-        parts = ["guided"]
-        changed = {name: value for name, value in changed.items() if name not in GUIDED}
-    return parts + [f"{k} {value:g}" if isinstance(value, float) else f"{k} {value}" for k, value in changed.items()]
+# Not said in a label: what a study chooses for all of its masks, by how long and on how much it learns.
+_SIZE = {"steps", "batch", "microbatch", "length", "warmup"}
+_LABELLED = {"recipe", "prior.method", "refit.source", "seed", "tile_ranking", "weight_update"}
+_LABELLED |= {RECIPE + each.name for each in dataclasses.fields(Recipe) if each.name not in _SIZE | HOW_IT_RUNS}
+
+
+def _unusual(pruning: Pruning) -> list[str]:
+    """How a pruning is not as published, or, if that is nearer, how not as the first studies' were (`EARLIER`)."""
+    about, given = METHODS[pruning.method], settings(definition(pruning))
+    usual: dict[str, Any] = dict.fromkeys(_LABELLED) | {"seed": 0, "prior.method": about.prior}
+    if pruning.learning is None:
+        return differences(given, usual, _LABELLED, " ")
+    fields = given | settings({"learning": {"recipe": pruning.learning.recipe.substance()}})
+
+    def against(recipe: Recipe) -> list[str]:
+        known = usual | settings({"learning": {"recipe": recipe.substance()}})
+        return differences(fields, known, _LABELLED, " ")
+
+    said = against(published_recipe(pruning.method, pruning.sparsity))
+    if pruning.method in EARLIER and len(earlier := against(EARLIER[pruning.method])) < len(said):
+        return ["earlier", *earlier]
+    return said
 
 
 def definition(value: Any) -> Any:

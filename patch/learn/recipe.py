@@ -245,6 +245,15 @@ ADDED_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Recipe)
 OURS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("ours"))
 
 
+def spelled(value: Any) -> str:
+    """A setting's value as people write it: ``4,0.05``, ``false``, ``none``."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(spelled, value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _linear(span: Span, progress: float) -> float:
     return span[0] + (span[1] - span[0]) * progress
 

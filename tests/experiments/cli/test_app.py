@@ -226,10 +226,10 @@ def test_the_demo_and_smollm2_studies_have_the_points_that_are_reported() -> Non
         "magnitude 2:4 50%",
         "wanda 2:4 50%",
         "sparsegpt 2:4 50%",
-        "maskllm 2:4 50% lr 0.002",
-        "patch-joint hybrid 45% 64x64 lr 0.003",
-        "patch-joint hybrid 35% 64x64 lr 0.003",
-        "patch-joint hybrid 25% 64x64 lr 0.003",
+        "maskllm 2:4 50% earlier lr 0.002",
+        "patch-joint hybrid 45% 64x64 earlier lr 0.003",
+        "patch-joint hybrid 35% 64x64 earlier lr 0.003",
+        "patch-joint hybrid 25% 64x64 earlier lr 0.003",
     ]
     assert len(STUDIES["smollm2-oneshot"].trials()) == 19
 

@@ -17,7 +17,7 @@ def test_the_rate_is_what_a_committed_row_took() -> None:
     (trial,) = [
         trial
         for trial in STUDIES["smollm2-learned"].trials()
-        if trial.label == "smollm2-135m patch-joint hybrid 45% 64x64 pattern_start noisy"
+        if trial.label == "smollm2-135m patch-joint hybrid 45% 64x64 earlier"
     ]
     rows = Store(ROOT / "results").read_rows(trial, "prune")
     (seconds,) = [row["value"] for row in rows if row["metric"] == "prune_seconds"]

@@ -22,7 +22,7 @@ from experiments.studies.trial import (
     lineage,
 )
 from patch.errors import UserError
-from patch.learn.recipe import GUIDED, MASKLLM, PATCH_JOINT
+from patch.learn.recipe import EARLIER, GUIDED, MASKLLM, PATCH_JOINT
 
 
 def sparsegpt(**changes: Any) -> Pruning:
@@ -210,3 +210,8 @@ def test_descriptions_tell_prunings_apart() -> None:
     assert len({describe(pruning) for pruning in prunings}) == len(prunings)
     assert describe(joint()) == "embedded patch-joint hybrid 45% 64x64"
     assert describe(joint(learning=Learning("c4", guided))) == "embedded patch-joint hybrid 45% 64x64 guided"
+    earlier = dataclasses.replace(EARLIER["patch-joint"], lr=2e-3)
+    assert describe(joint(learning=Learning("c4", earlier))) == "embedded patch-joint hybrid 45% 64x64 earlier lr 0.002"
+    warm = dataclasses.replace(PATCH_JOINT, tile_tau=(2.0, 0.05), clip=None)
+    said = "clip none tile_tau 2,0.05"
+    assert describe(joint(learning=Learning("c4", warm))) == f"embedded patch-joint hybrid 45% 64x64 {said}"
