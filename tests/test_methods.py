@@ -54,14 +54,14 @@ def test_a_study_runs_it_to_its_table_and_figure(  # type: ignore[no-untyped-def
     prunings = [
         build.dense(model),
         build.learned(model, "scratch", 0.25, tile, text, Calibration(text, 8, 16)),
-        build.learned(model, "scratch", 0.35, tile, text, Calibration(text, 8, 16), distillation=1.0),
+        build.learned(model, "scratch", 0.35, tile, text, Calibration(text, 8, 16)),
     ]
     trials = tuple(Trial(pruning, Evaluation((Perplexity(text, 32),))) for pruning in prunings)
     monkeypatch.setitem(STUDIES, "scratch", Study("a test", lambda: trials))
     assert [trial.label.removeprefix(model) for trial in trials] == [
         " dense",
         " scratch hybrid 25% 16x16",
-        " scratch hybrid 35% 16x16 distillation 1",
+        " scratch hybrid 35% 16x16",
     ]
     code, printed, err = hts("run", "scratch")
     assert code == 0, err
