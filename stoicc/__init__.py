@@ -3,11 +3,13 @@
 >>> import stoicc
 >>> report = stoicc.compile_model(model, masks)     # an ordinary transformers model now runs packed
 >>> y = stoicc.linear(x, stoicc.pack(weight, mask)) # or one product
+>>> report = stoicc.compile_model(model, masks, dtype=torch.float8_e4m3fn)  # weights and activations of eight bits
 """
 
 from stoicc.format import HybridWeight, pack, pack_masked, unpack
 from stoicc.linear import HybridLinear, compile_model
 from stoicc.matmul import linear
+from stoicc.quantise import quantise_tokens, quantise_weight
 from stoicc.quantizer import StoiccConfig, save_packed
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "linear",
     "pack",
     "pack_masked",
+    "quantise_tokens",
+    "quantise_weight",
     "save_packed",
     "unpack",
 ]

@@ -1,4 +1,4 @@
-"""Names that moved between the versions of Triton that the kernels compile with, 3.6 to 3.9 (where a few spill)."""
+"""Names that moved between the versions of Triton that the kernels compile with, 3.6 to 3.9."""
 
 import triton
 from triton.experimental.gluon import language as gl
@@ -9,9 +9,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from patch.errors import UserError
 
 SUPPORTED = ((3, 6), (3, 9))
-_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-if not SUPPORTED[0] <= _VERSION <= SUPPORTED[1]:
+if not SUPPORTED[0] <= VERSION <= SUPPORTED[1]:
     raise UserError(f"triton {triton.__version__} is not supported: install one of 3.6 to 3.9")
 
 # The newer name first.

@@ -20,6 +20,7 @@ import torch
 from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.files import write_atomic
+from stoicc.compat import VERSION
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
@@ -68,6 +69,10 @@ def kernel_name(config: Config) -> str:
     return next(name for name, kind in KERNELS.items() if isinstance(config, kind))
 
 
+# Triton 3.9 keeps more in registers than there are.
+_SPILLED_BY_39 = {DecodeConfig(128, 32, (1, 4, 1), 2, 3, blocks) for blocks in (4, 8)}
+
+
 def table_dtype(dtype: torch.dtype) -> str:
     """The ``dtype`` of the entries that serve weights of a dtype."""
     return "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
@@ -82,6 +87,8 @@ def runs(config: Config, capability: tuple[int, int], band: int, dtype: torch.dt
     if isinstance(config, DecodeConfig):
         clusters = config.blocks == 1 or capability[0] == 9
         # Ada's instruction; on Hopper the assembler makes it of wider ones, and spills.
+        if VERSION >= (3, 9) and config in _SPILLED_BY_39:
+            return False
         known = capability >= (8, 0) if dtype != torch.float8_e4m3fn else capability == (8, 9) or capability[0] > 9
         return known and clusters and (config.rows <= 64 or band == 2)
     return isinstance(config, PortableConfig)

@@ -20,8 +20,9 @@ from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.models import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
-from stoicc import configs, dispatch, matmul
+from stoicc import configs, dispatch, matmul, reference
 from stoicc.format import pack
+from stoicc.quantise import quantise_weight
 from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
 
@@ -325,7 +326,45 @@ def hybrid(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     return entries
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (cublas, compiled, fp8, int4, libraries, hybrid)
+def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    """Every variant in FP8, a scale for each feature and each token, which are quantised within what is timed."""
+    n, k = given.linear.n, given.linear.k
+    packed, masked = {}, {}
+    for variant, mask in given.masks.items():
+        masked[variant] = quantise_weight(mask.apply(given.weight), baselines.FP8)
+        values, scales = masked[variant]
+        packed[variant] = pack(values, mask, scales)
+
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare(variant: Variant) -> Ready:
+            weight = packed[variant]
+            values, scales = masked[variant]
+
+            def check(y: Tensor) -> tuple[float, float]:
+                x8, x_scales = reference.quantise(x, baselines.FP8)
+                return error(x8.double() * x_scales[:, None], values.double() * scales[:, None], y), FP8_BOUND
+
+            about: Labels = {"bytes": weight.nbytes}
+            if x.device.type == "cuda":
+                config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), baselines.FP8)
+                about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
+                if not faster_packed(x.device, weight, [len(x)]):
+                    dense = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
+                    about["fallback"] = "predicted slower than dense"
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
+                    rowwise = torch.compile(baselines.fp8_rowwise)
+                    return Ready([partial(rowwise, x, one, scales[:, None]) for one in dense], check, about)
+            held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
+            return Ready([partial(matmul.linear, x, one) for one in held], check, about)
+
+        for variant in packed:
+            labels = {"implementation": "hybrid", "precision": "fp8"} | variant.labels
+            yield Entry(labels, partial(prepare, variant))
+
+    return entries
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (cublas, compiled, fp8, int4, libraries, hybrid, hybrid_fp8)
 
 BENCH = Bench(
     title="every linear of a model",

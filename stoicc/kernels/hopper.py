@@ -340,7 +340,8 @@ def hopper_linear(
             )),
         ],
         [4, 1],
-        [232, 24],
+        # All that there are: with 232 Triton 3.9 spills.
+        [240, 24],
     )  # fmt: skip
 
 
