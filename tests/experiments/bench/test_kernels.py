@@ -40,11 +40,12 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     assert (hybrid.speedup == hybrid.own_speedup).all()
     eight = frame[frame.implementation == "fp8_tensorwise"]
     assert (eight.own_speedup.dropna() < eight.speedup.dropna().max() + 1).all()
-    (table,) = speed_tables(
+    table, of_eight_bits = speed_tables(
         frame[frame.tile.isna() | True].assign(tile=frame.tile.replace("64x64", "128x128"))
     ).values()
     assert [line[0] for line in shown_cells(table)] == ["1", "20"]
     assert [column.heading for column in table.columns][-1] == "Dense FP8"
+    assert [column.heading for column in of_eight_bits.columns][-1] == "Dense FP8 over bfloat16"
 
 
 def test_a_wrong_product_is_left_out_of_the_times(tiny: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
