@@ -83,7 +83,10 @@ def write_labels(figure: Figure, panels: Iterable[Panel]) -> None:
     panels = list(panels)
     if not any(labels for _, labels, _ in panels):
         return
-    figure.draw_without_rendering()
+    # The layout is what sizes depend on; it stays as it is, for names take no part in it.
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     pitch = SMALL * figure.dpi / 72
     for axes, labels, columns in panels:
         for side, (near, far) in columns.items():

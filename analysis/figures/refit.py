@@ -35,6 +35,12 @@ def refitted_pairs(frame: pd.DataFrame, points: Sequence[Point]) -> list[Pair]:
     return pairs
 
 
+def mostly_refitted(points: Sequence[Point], pairs: Sequence[Pair]) -> bool:
+    """Whether most of some pruned points are in pairs: then fitting is what they are about."""
+    pruned = [point for point in points if point.method != "dense"]
+    return bool(pairs) and 4 * len(pairs) >= len(pruned)
+
+
 def _key(pruning: dict[str, object]) -> str:
     return json.dumps(pruning, sort_keys=True)
 

@@ -64,7 +64,9 @@ class Placed:
     agrees: bool
 
 
-def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list[Placed]:
+def placed(
+    frame: pd.DataFrame, workload: str, shape: str | None = None, points: Sequence[Point] | None = None
+) -> list[Placed]:
     """The points that were timed.
 
     Args:
@@ -72,6 +74,7 @@ def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list
         workload: one of `analysis.tables.packed.workloads`.
         shape: instead of the checkpoints' own speed, that of their tile statistics on this model's shapes; the dense
             model is at 1.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if rows of one point are of different checkpoints (`analysis.rows.same_checkpoint`).
@@ -83,7 +86,7 @@ def placed(frame: pd.DataFrame, workload: str, shape: str | None = None) -> list
     speeds = rows.groupby("trial").value.mean()
     bad = wrong(frame)
     found = []
-    for point in gather(frame):
+    for point in gather(frame) if points is None else points:
         timed = [float(speeds[trial]) for trial in point.trials if trial in speeds.index]
         if shape and point.method == "dense":
             timed = [1.0]
@@ -119,7 +122,8 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     if not timed:
         raise UserError("no speed to plot: run a frontier study on a GPU first")
     gpu = timed_on(frame)
-    by_workload = {workload: placed(frame, workload, shape) for workload in timed}
+    gathered = gather(frame)
+    by_workload = {workload: placed(frame, workload, shape, gathered) for workload in timed}
     text = texts(frame)[0]
     points = [each.point for each in by_workload[timed[0]]]
     quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [

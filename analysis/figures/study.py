@@ -21,7 +21,7 @@ from analysis.figures.frontier import draw_frontier, frontier_of
 from analysis.figures.kernels import TILE, draw_roof, draw_speedup
 from analysis.figures.layer_sparsity import draw_layer_sparsity
 from analysis.figures.learning_curves import draw_learning_curves
-from analysis.figures.refit import draw_refit, pairs_of
+from analysis.figures.refit import draw_refit, mostly_refitted, pairs_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.figures.style import FORMATS, Width, save_figure
@@ -72,23 +72,24 @@ def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Dra
     points = gather(frame)
     measured = texts(frame)
     pairs = pairs_of(frame, points, measured[0]) if measured else []
-    groups = ablated(points) if measured and not pairs else {}
+    only_pairs = mostly_refitted(points, pairs)
+    groups = ablated(points) if measured and not only_pairs else {}
     of = about(frame)
     if pairs:
         yield Drawing("refit", f"What fitting the kept weights does to each mask: {of}.", draw_refit(frame))
-    elif groups:
+    if groups:
         caption = f"Perplexity of each variant, lowest on top: {of}. Bars are the spread over seeds."
         yield Drawing("ablation", caption, draw_ablation(frame, width))
-    elif measured and swept(points):
+    elif measured and not only_pairs and swept(points):
         yield Drawing(
             "tile-shapes", f"Perplexity by tile shape, all else equal: {of}. {_BARS}", draw_tile_shapes(frame)
         )
-    if measured and not pairs and not groups and not _one_sparsity(points) and frontier_of(points):
+    if measured and not only_pairs and not groups and not _one_sparsity(points) and frontier_of(points):
         yield Drawing("frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width))
     yield from _speed_drawings(frame, width)
     yield from kernel_drawings(from_rows(frame, "kernels"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
-    if not pairs and not groups:
+    if not only_pairs and not groups:
         yield from _mask_drawings(everything, points, width)
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from analysis.names import PAPER_TASKS, TASKS, percent, rank
 from analysis.rows.items import task_items, window_items
 from analysis.rows.load import records
-from analysis.rows.same_checkpoint import check_one_artefact
+from analysis.rows.same_checkpoint import PACKED_STAGES, check_one_artefact
 from analysis.rows.variants import canonical, variants_of
 from patch.errors import UserError
 from patch.learn.recipe import HOW_IT_RUNS
@@ -122,19 +122,26 @@ def gather(frame: pd.DataFrame) -> list[Point]:
     for trial, definition in definitions.items():
         seedless, seeds = _split_seeds(definition["pruning"])
         groups.setdefault(canonical(seedless), {}).setdefault(canonical(seeds), []).append(trial)
+    perplexity, accuracy = _by_trial(_perplexity_rows(frame)), _by_trial(_accuracy_rows(frame))
     averaged = mean_tasks(tasks(frame))
-    rows_of = dict(list(frame.groupby("trial")))
+    achieved_by = dict(zip(frame.trial, frame.achieved, strict=True))
+    contents: dict[str, set[Any]] = {}
+    for trial, content in zip(frame.trial, frame.checkpoint, strict=True):
+        contents.setdefault(trial, set()).add(content if isinstance(content, str) else None)
+    packed = bool(frame.stage.str.partition(":")[0].isin(PACKED_STAGES).any())
     points = []
     for about, variant in variants_of([json.loads(group) for group in groups]):
         seeded = groups[canonical(about)].items()
         by_seed = [trials for _, trials in sorted(seeded, key=lambda item: list(json.loads(item[0]).values()))]
         for trials in by_seed:
-            check_one_artefact(pd.concat([rows_of[trial] for trial in trials]), trials)
-        perplexities = [_quantities(rows_of, trials, _perplexity_rows) for trials in by_seed]
-        accuracies = [_quantities(rows_of, trials, _accuracy_rows) for trials in by_seed]
+            found = set().union(*(contents[trial] for trial in trials))
+            if len(found) > 1 or (packed and None in found):
+                check_one_artefact(frame[frame.trial.isin(trials)], trials)
+        perplexities = [_quantities(perplexity, trials) for trials in by_seed]
+        accuracies = [_quantities(accuracy, trials) for trials in by_seed]
         complete = [seed for seed in accuracies if averaged and all(task in seed for task in averaged)]
         members = tuple(trial for trials in by_seed for trial in trials)
-        achieved = [rows_of[trial].achieved.iloc[0] for trial in members]
+        achieved = [achieved_by[trial] for trial in members]
         points.append(
             Point(
                 model=about["model"],
@@ -173,13 +180,13 @@ def across_seeds(definition: Mapping[str, Any]) -> tuple[str, str]:
 
 def texts(frame: pd.DataFrame) -> list[Text]:
     """The texts that perplexity was measured on, WikiText-2 first."""
-    found = {key for key, _ in _perplexity_rows(frame)}
+    found = {key for _, key, _ in _perplexity_rows(frame)}
     return sorted(found, key=lambda text: (text.source != "wikitext2/test", text.source, text.length))
 
 
 def tasks(frame: pd.DataFrame) -> list[Task]:
     """The tasks that were evaluated, in the order of the published table."""
-    found = {key for key, _ in _accuracy_rows(frame)}
+    found = {key for _, key, _ in _accuracy_rows(frame)}
     return sorted(found, key=lambda task: (rank(TASKS, task.name), task.name, task.limit or 0))
 
 
@@ -190,37 +197,52 @@ def mean_tasks(found: Iterable[Task]) -> list[Task]:
     return paper if len(paper) == len(PAPER_TASKS) else found
 
 
-def _perplexity_rows(frame: pd.DataFrame) -> list[tuple[Text, tuple[float, float, np.ndarray | None]]]:
+def _perplexity_rows(frame: pd.DataFrame) -> "list[_Quantity]":
     # LAMBADA has a perplexity too, of its last words.
     rows = frame[(frame.metric == "perplexity") & frame.stage.str.startswith("perplexity:")]
     return [
-        (Text(row.source, int(row.length)), (row.value, row.stderr, window_items(row.labels, row.value)))
+        (row.trial, Text(row.source, int(row.length)), _one(row, window_items(row.labels, row.value)))
         for row in records(rows)
     ]
 
 
-def _accuracy_rows(frame: pd.DataFrame) -> list[tuple[Task, tuple[float, float, np.ndarray | None]]]:
+def _accuracy_rows(frame: pd.DataFrame) -> "list[_Quantity]":
     rows = frame[frame.stage.str.startswith("task:")]
     return [
         (
+            row.trial,
             Task(row.task, None if pd.isna(row.limit) else int(row.limit)),
-            (row.value, row.stderr, task_items(row.labels)),
+            _one(row, task_items(row.labels)),
         )
         for row in records(rows)
         if row.labels.get("primary", row.metric == "acc")
     ]
 
 
-def _quantities(rows_of: Mapping[Any, pd.DataFrame], trials: Sequence[str], select: Any) -> dict[Any, Measured]:
+# The trial, what was measured, and the number.
+_Quantity = tuple[str, Any, Measured]
+
+
+def _one(row: Any, items: np.ndarray | None) -> Measured:
+    return Measured(row.value, None if math.isnan(row.stderr) else row.stderr, items=items)
+
+
+def _by_trial(quantities: "Iterable[_Quantity]") -> dict[str, list[tuple[Any, Measured]]]:
+    found: dict[str, list[tuple[Any, Measured]]] = {}
+    for trial, key, measured in quantities:
+        found.setdefault(trial, []).append((key, measured))
+    return found
+
+
+def _quantities(by_trial: Mapping[str, Sequence[tuple[Any, Measured]]], trials: Sequence[str]) -> dict[Any, Measured]:
     """What the trials of one pruning measured; they may differ in what they evaluate, not in the outcome."""
     found: dict[Any, Measured] = {}
     for trial in trials:
-        for key, (value, stderr, items) in select(rows_of[trial]):
-            measured = Measured(value, None if math.isnan(stderr) else stderr, items=items)
-            if found.setdefault(key, measured) != measured and not math.isnan(value):
+        for key, measured in by_trial.get(trial, ()):
+            if found.setdefault(key, measured) != measured and not math.isnan(measured.value):
                 raise UserError(
                     f"trials {', '.join(trials)} are of the same pruned model, but measured {found[key].value} and "
-                    f"{value} for {key}: select one of them"
+                    f"{measured.value} for {key}: select one of them"
                 )
     return found
 
@@ -303,7 +325,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
     """
     trials = frame.drop_duplicates("trial").set_index("trial")
     several = {column: trials[column].nunique() > 1 for column in ("model", "tile")}
-    variants = {trial: point.variant for point in gather(frame) for trial in point.trials}
+    named = variants(dict(zip(trials.index, trials.definition, strict=True)))
     seeds = trials.groupby("method").seed.nunique()
     labels: dict[str, str] = {}
     order = sorted(
@@ -314,7 +336,7 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
             rank(STRUCTURES, trials.structure[trial]),
             -trials.sparsity[trial],
             tile_order(None if pd.isna(trials.tile[trial]) else trials.tile[trial]),
-            variants[trial],
+            named[trial],
             trials.seed[trial],
         ),
     )
@@ -330,8 +352,8 @@ def trial_labels(frame: pd.DataFrame) -> dict[str, str]:
             parts.append(about.tile)
         if seeds[about.method] > 1:
             parts.append(f"seed {about.seed}")
-        if variants[trial]:
-            parts.append(f"({variants[trial]})")
+        if named[trial]:
+            parts.append(f"({named[trial]})")
         labels[trial] = " ".join(parts)
     names = list(labels.values())
     return {trial: f"{name} ({trial})" if names.count(name) > 1 else name for trial, name in labels.items()}

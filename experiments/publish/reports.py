@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pandas import DataFrame
@@ -31,13 +31,26 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
     Raises:
         UserError: if nothing was.
     """
+    return _some(_rows_of({key(trial) for trial in trials}, store), store)
+
+
+def _rows_of(trials: Collection[str], store: Store) -> DataFrame:
+    """The rows of some trials, none perhaps; those whose files are damaged are named and left out.
+
+    Raises:
+        UserError: if all are damaged.
+    """
     damaged: list[str] = []
-    found = load_rows(store.root, {key(trial) for trial in trials}, damaged.append)
+    found = load_rows(store.root, trials, damaged.append)
     found = found[found.stage != FAILURE]
     if damaged and found.empty:
         raise UserError(damaged[0])
     for problem in damaged:
         logger.warning("left out: %s", problem)
+    return found
+
+
+def _some(found: DataFrame, store: Store) -> DataFrame:
     if found.empty:
         raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
     return found
@@ -95,7 +108,7 @@ def page(names: Sequence[str], store: Store) -> str:
     Raises:
         UserError: if a study that is named has no rows, or there are none at all.
     """
-    studies = []
+    wanted: list[tuple[str, list[str], tuple[str, ...]]] = []
     started = store.started()
     for name in names or STUDIES:
         trials = STUDIES[check_name("study", name, STUDIES)].trials()
@@ -103,13 +116,25 @@ def page(names: Sequence[str], store: Store) -> str:
         # The dense model alone is no study.
         if names or any(rows and trial.pruning.method != "dense" for rows, trial in zip(has_rows, trials, strict=True)):
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
-            studies.append(report.Study(name, STUDIES[name].title, frame(trials, store), missing))
+            wanted.append((name, [key(trial) for trial in trials], missing))
+    # Studies share trials: rows are read once.
+    rows = _rows_of({trial for _, members, _ in wanted for trial in members}, store) if wanted else None
+    studies = [
+        report.Study(name, STUDIES[name].title, _some(rows[rows.trial.isin(members)], store), missing)
+        for name, members, missing in wanted
+        if rows is not None
+    ]
     speeds = [speed(path) for path in sorted((store.root / layout.BENCH).glob("*")) if path.is_dir()]
     if not studies and not speeds:
         raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
+    return report.report(studies, speeds, _made())
+
+
+def _made() -> str:
+    """When the page is made, and by which code: a revision is named alone only where nothing differs from it."""
     commit, dirty = revision()
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    return report.report(studies, speeds, f"Made on {when} from revision {commit[:10]}{' (changed)' * bool(dirty)}")
+    code = f"code that has changes since revision {commit[:10]}" if dirty else f"revision {commit[:10]}"
+    return f"Made on {time.strftime('%Y-%m-%d', time.gmtime())} by {code}"
 
 
 def speed(folder: Path) -> report.Speed:

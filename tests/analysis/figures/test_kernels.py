@@ -18,7 +18,15 @@ def frame() -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for linear in ("qkv", "o"):
         for tokens in (1, 16, 64, 512, 4096):
-            cell = {"model": "llama-2-7b", "linear": linear, "tokens": tokens, "n": 64, "k": 32, "dense": 2.0}
+            cell = {
+                "model": "llama-2-7b",
+                "linear": linear,
+                "tokens": tokens,
+                "n": 64,
+                "k": 32,
+                "dense": 2.0,
+                "precision": "bf16",
+            }
             about = {"gpu": "NVIDIA H200", "copy_roof": 4.0, "matmul_roof": 700.0, "fallback": None, "tiles": None}
             rows.append(cell | about | {"implementation": "cublas", "value": 2.0, "speedup": 1.0})
             rows += [
@@ -28,7 +36,7 @@ def frame() -> pd.DataFrame:
                 | {"value": 2 - sparsity, "speedup": 2 / (2 - sparsity), "bytes": 1000.0}
                 for sparsity in SPARSITIES
             ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(metric="time", precision="bf16")
 
 
 def test_limits() -> None:

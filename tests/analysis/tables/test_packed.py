@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from analysis.figures.speed_frontier import draw_speed_frontier, placed
-from analysis.page.report import _origins
+from analysis.page.origins import origins
 from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
 from analysis.tables.render import Table, render, rich_table, shown_cells
 from analysis.tables.study import study_tables, title
@@ -146,16 +146,16 @@ def test_without_a_gpu_it_says_that_nothing_was_timed(frame: pd.DataFrame) -> No
 @pytest.mark.parametrize("name", ["accuracy", "speed", "carried-llama-2-7b"])
 def test_every_measured_number_has_its_row(frame: pd.DataFrame, name: str) -> None:
     table = study_tables(frame)[name]
-    origins = _origins(table, frame)
+    found = origins(table, frame)
     for place, about in enumerate(table.columns):
         measured = about.kind == "perplexity" or about.name.startswith(("speedup", "peak", "disk"))
         for row, values in enumerate(table.rows):
             dense = values[[each.name for each in table.columns].index("method")] == "Dense"
             derived = dense and about.name.startswith("peak")
             if measured and not derived:
-                assert ((row, place) in origins) == (values[place] is not None), about.name
+                assert ((row, place) in found) == (values[place] is not None), about.name
     rows = {row.origin: row for row in frame.itertuples()}
-    for (row, place), origin in origins.items():
+    for (row, place), origin in found.items():
         for each in origin.split(", "):
             assert rows[each].trial in table.trials[row]
         if table.columns[place].name.startswith("speedup"):
