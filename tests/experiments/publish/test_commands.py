@@ -36,6 +36,7 @@ PARSED = (
     "torchrun --nproc-per-node 8 -m experiments learn",
     "hts run frontier",
     "hts run smollm2-oneshot --data DIR",
+    "hts publish runs",
     "hts tune",
     "hts bench",
     "hts sweep accuracy-small",
@@ -48,6 +49,9 @@ SHELL = (
     "git clone --filter=blob:none REPOSITORY hybrid-tile-sparsity",
     "cd hybrid-tile-sparsity",
     ". .venv/bin/activate",
+    # They write README, docs and figures, which test_pages.py compares with the rows.
+    "python -m experiments.publish.pages",
+    "python -m experiments.publish.figures",
     "export HTS_RESULTS=/scratch/me/runs",
 )
 
