@@ -37,6 +37,8 @@ PARSED = (
     "hts run frontier",
     "hts run smollm2-oneshot --data DIR",
     "hts publish runs",
+    # test_report.py makes that page.
+    "hts report demo",
     "hts tune",
     "hts bench",
     "hts sweep accuracy-small",
