@@ -192,6 +192,12 @@ def test_a_truncated_checkpoint_is_refused(hts, pruned: Path) -> None:  # type: 
     assert_refused(hts("eval", pruned, "--perplexity", f"{pruned / 'config.json'}@8"), "text source")
 
 
+def test_a_hybrid_mask_without_a_sparsity_says_what_it_took(hts, tiny_model: Path) -> None:  # type: ignore[no-untyped-def]
+    code, printed, err = hts("prune", tiny_model, "--method", "magnitude", "--structure", "hybrid", "--tile", "16x16")
+    assert code == 0, err
+    assert "sparsity 0.5, which makes every tile 2:4" in printed
+
+
 def test_tampered_weights_fail_the_audit(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]
     from safetensors.torch import load_file, save_file
 
