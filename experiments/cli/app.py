@@ -40,6 +40,7 @@ PANELS: Panels = {
         "audit": model.audit,
         "export": model.export,
         "restore": model.restore,
+        "import": model.import_masks,
     },
     "This machine": {"doctor": doctor.doctor, "tune": bench.tune},
 }

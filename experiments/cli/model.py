@@ -207,6 +207,21 @@ def restore(
     console.print(path, soft_wrap=True)
 
 
+def import_masks(
+    archive: Annotated[Path, typer.Argument(help="Masks that PATCH's authors released (mask.npz).")],
+    base: Annotated[str, typer.Option(help="The dense model that they are for: name, path or hub id.")],
+    out: Annotated[Path, typer.Option(help="Where to write the checkpoint.")],
+    tile: Tile = "128x128",
+    data: Data = None,
+) -> None:
+    """Make a hybrid checkpoint of masks that others released, to audit, evaluate and pack as our own."""
+    from experiments.run import foreign_masks
+
+    with machine_on("cpu", data) as machine:
+        path, sparsity = foreign_masks.import_masks(archive, base, tile_shape(tile), out, machine)
+    console.print(f"{path}, sparsity {sparsity:.4f}", soft_wrap=True, highlight=False)
+
+
 def list_models() -> None:
     """List the models of the registry; any path or hub id works too."""
     from experiments.data.models import REGISTRY

@@ -1,0 +1,97 @@
+"""Masks that others released become checkpoints like ours, or are refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_learner import RAGGED, magnitude_prior, tiny_model
+
+from experiments.run.foreign_masks import import_masks
+from experiments.run.runtime import Machine
+from patch.audit import audit
+from patch.checkpoint import load_info, load_masks
+from patch.errors import UserError
+from patch.layers import prunable_linears
+from patch.mask import HybridMask, tile_grid
+
+MACHINE = Machine("cpu", None, lambda *_: None)
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("experiments.data.models.load_model", lambda *_, **__: (tiny_model(), None))
+    return tmp_path / "base"
+
+
+def masks_of(share: float = 0.3) -> dict[str, HybridMask]:
+    """Masks with some dense tiles, of ragged ones."""
+    model = tiny_model()
+    patterns = magnitude_prior(model).patterns or {}
+    source = torch.Generator().manual_seed(1)
+    found = {}
+    for name, linear in prunable_linears(model).items():
+        shape = linear.weight.shape[0], linear.weight.shape[1]
+        dense = torch.rand(tile_grid(shape, RAGGED), generator=source) < share
+        found[name] = HybridMask(shape, RAGGED, dense, patterns[name])
+    return found
+
+
+def archive_of(masks: dict[str, HybridMask], path: Path, **changes: Any) -> Path:
+    arrays: dict[str, Any] = {"__meta__": np.array(json.dumps({"sparsity": 0.35}))}
+    for name, mask in masks.items():
+        arrays[f"{name}.weight"] = np.packbits(mask.keep().numpy().reshape(-1))
+        arrays[f"{name}.weight.__shape__"] = np.array(mask.shape)
+    arrays = {name: value for name, value in (arrays | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_released_masks_become_a_checkpoint(base: Path, tmp_path: Path) -> None:
+    masks = masks_of()
+    out, sparsity = import_masks(archive_of(masks, tmp_path / "m.npz"), str(base), RAGGED, tmp_path / "out", MACHINE)
+    found = load_masks(out)
+    assert found.keys() == masks.keys()
+    assert all(torch.equal(found[name].keep(), mask.keep()) for name, mask in masks.items())
+    assert not any(row.violating for row in audit(out))
+    info = load_info(out)
+    assert info["imported"]["meta"] == {"sparsity": 0.35} and info["structure"] == "hybrid"
+    assert sparsity == pytest.approx(info["sparsity"])
+
+
+def test_masks_without_a_dense_tile_are_two_four(base: Path, tmp_path: Path) -> None:
+    archive = archive_of(masks_of(0), tmp_path / "m.npz")
+    out, sparsity = import_masks(archive, str(base), RAGGED, tmp_path / "out", MACHINE)
+    assert sparsity == 0.5 and load_info(out)["structure"] == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({f"{FIRST}.weight": None, f"{FIRST}.weight.__shape__": None}, f"no mask for {FIRST}"),
+        ({f"{FIRST}.weight.__shape__": None}, "not an archive of masks"),
+        ({f"{FIRST}.weight.__shape__": np.array([32, 128])}, r"is \(32, 128\), the weight is \(64, 64\)"),
+        ({f"{FIRST}.weight": np.packbits(np.arange(4096) % 3 > 0)}, f"{FIRST} is not made of dense and 2:4 tiles"),
+        ({"lm_head": np.zeros(8, np.uint8), "lm_head.__shape__": np.array([8, 8])}, "lm_head, which is no prunable"),
+        ({f"{FIRST}.weight": np.zeros(3, np.uint8)}, "has 3 bytes of uint8"),
+        ({"__meta__": np.array("{")}, "not an archive of masks"),
+    ],
+    ids=["missing", "no-shape", "other-shape", "other-tiles", "strange", "truncated", "meta"],
+)
+def test_other_archives_are_refused(changes: dict[str, Any], said: str, base: Path, tmp_path: Path) -> None:
+    archive = archive_of(masks_of(), tmp_path / "m.npz", **changes)
+    with pytest.raises(UserError, match=said):
+        import_masks(archive, str(base), RAGGED, tmp_path / "out", MACHINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_archive_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.npz").write_bytes(b"nothing")
+    for path in (tmp_path / "m.npz", tmp_path / "none.npz"):
+        with pytest.raises(UserError, match=r"not an archive of masks|no such file"):
+            import_masks(path, str(base), RAGGED, tmp_path / "out", MACHINE)
