@@ -115,11 +115,13 @@ def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[C
 
 def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[list[Call]]:
     """What cuBLAS has for a dense weight of this dtype, each way on as many weights as are measured packed."""
-    dense = [torch.randn(n, x.shape[1], device=x.device, dtype=torch.bfloat16) for _ in range(copies)]
     if dtype in DTYPES:
-        return [[partial(dense_linear, x, weight.to(dtype)) for weight in dense]]
+        dense = [torch.randn(n, x.shape[1], device=x.device, dtype=dtype) for _ in range(copies)]
+        return [[partial(dense_linear, x, weight) for weight in dense]]
+    # cuBLAS takes rows and columns by sixteen; the values of tokens are padded so.
     values, scales = quantise_tokens(x, dtype)
-    values = values[:, : x.shape[1]].contiguous()
+    shape = (n + -n % 16, values.shape[1])
+    dense = [torch.randn(shape, device=x.device, dtype=torch.bfloat16) for _ in range(copies)]
     quantised = [quantise_weight(weight, dtype) for weight in dense]
     del dense
     if dtype == torch.int8:
@@ -133,7 +135,8 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[lis
         partial(product, values, weight.T, scale_a=scales[:, None], scale_b=scale[None, :])
         for weight, scale in quantised
     ]
-    return [by_tensor, by_row]
+    # A scale for each token is Hopper's.
+    return [by_tensor, by_row] if configs.capability_of(x.device) >= (9, 0) else [by_tensor]
 
 
 def random_weights(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from stoicc import configs
+from stoicc import configs, tune
 from stoicc.configs import Entry
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.tune import MARGIN, SPARSE_SHARE, expected_speedup
@@ -23,6 +24,15 @@ def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) 
     speedups = [expected_speedup(entry, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert speedups == sorted(speedups)
     assert speedups[-1] / speedups[0] < (16 / 9 if tokens <= 64 else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_dense_of_any_shape_can_be_measured_beside(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "capability_of", lambda device: (9, 0))
+    ways = tune._dense_calls(torch.randn(3, 344, dtype=torch.bfloat16), 200, dtype, copies=2)
+    assert len(ways) == (2 if dtype == torch.float8_e4m3fn else 1)
+    for calls in ways:
+        assert len(calls) == 2 and all(len(call()) >= 3 for call in calls)
 
 
 def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:
