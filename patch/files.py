@@ -19,15 +19,19 @@ from patch.leases import lease
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, with another suffix, that becomes ``path`` if the block succeeds.
+
+    Args:
+        one_writer: no other process writes ``path`` at the same time: what one that was killed left half-written, which
+            may be large, is overwritten by the next instead of piling up.
 
     Raises:
         OSError: if the disk is full or the place cannot be written; what was at ``path`` before is untouched then, and
             no partial file stays behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{'partial' if one_writer else secrets.token_hex(4)}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -44,7 +48,7 @@ def write_atomic(path: Path, text: str) -> None:
         OSError: as `replacing`.
     """
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ import numpy as np
 
 from experiments.embedded import MODEL, TASKS, TEXT
 from patch.errors import UserError
-from patch.files import replacing, write_atomic
+from patch.files import replacing, sha256, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -202,7 +202,7 @@ def write_tokens(
             wiki_lengths=np.array([len(article) for article in ids[: len(wiki)]], dtype=np.uint32),
             validation=np.array(held_out["validation"], dtype=np.uint16),
             test=np.array(held_out["test"], dtype=np.uint16),
-            tokenizer=np.array(hashlib.sha256((MODEL / "tokenizer.json").read_bytes()).hexdigest()),
+            tokenizer=np.array(sha256(MODEL / "tokenizer.json")),
         )
 
 

@@ -24,7 +24,6 @@ Weights and log are saved at intervals, each file complete or absent: a run that
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from experiments.embedded import MODEL
 from patch.contexts import full_float32
 from patch.errors import UserError
-from patch.files import replacing, write_atomic
+from patch.files import replacing, sha256, write_atomic
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -107,7 +106,7 @@ def load_corpus(path: Path) -> Corpus:
     if not path.exists():
         raise UserError(f"token file {path} is not there: write it with experiments.embedded.build_data --tokens-out")
     with np.load(path) as arrays:
-        expected = hashlib.sha256((MODEL / "tokenizer.json").read_bytes()).hexdigest()
+        expected = sha256(MODEL / "tokenizer.json")
         if str(arrays["tokenizer"]) != expected:
             raise UserError(f"token file {path} was made with another tokenizer than {MODEL}: build both again")
         bounds = np.cumsum(arrays["wiki_lengths"])[:-1]

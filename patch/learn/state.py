@@ -3,7 +3,6 @@
 A checkpoint holds the whole of what ranks divide, so one that any number of processes wrote serves any other number.
 """
 
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.files import check_seal, seal
+from patch.files import check_seal, replacing, seal
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
 from patch.learn.recipe import ADDED_DEFAULTS, Recipe
@@ -97,19 +96,13 @@ class State:
             "learned": learned,
             "logged": logged,
         }
-        # One name: what a killed process left half-written is overwritten, not piled up.
-        temporary = self.path.with_name(f".{self.path.name}.partial")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-            seal(temporary)
-            os.replace(temporary, self.path)
+            with replacing(self.path, one_writer=True) as temporary:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                seal(temporary)
         except RuntimeError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(f"cannot write the learner's checkpoint {self.path}: {error}") from error
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def resume(self) -> None:
         """Take up the checkpoint, if there is one.

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,22 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("one_writer", [True, False], ids=["one-writer", "many"])
+def test_what_a_killed_writer_left_piles_up_only_where_there_are_many(one_writer: bool, tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from patch.files import replacing
+with replacing(Path({str(tmp_path / "state")!r}), {one_writer}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert len(list(tmp_path.iterdir())) == (1 if one_writer else 2)
+    with replacing(tmp_path / "state", one_writer) as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "state").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == (1 if one_writer else 3)
