@@ -106,6 +106,12 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "front": _front,
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
+    "published-start": partial(
+        _study_table,
+        "smollm2-published",
+        "accuracy",
+        ("method", "structure", "variant", "achieved_sparsity", "seeds", "perplexity", "mean_accuracy"),
+    ),
     "recipes": partial(_study_table, "smollm2-recipes", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "oneshot": partial(_study_table, "smollm2-oneshot", "accuracy", _ACCURACY),
     "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
