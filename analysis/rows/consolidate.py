@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import OUTCOMES, Damaged, Row, names
+from analysis.rows.format import Damaged, Row, names
 from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from analysis.rows.points import across_seeds, variants
-from analysis.rows.published import ABOUT, digest_of, is_detail, read, table
+from analysis.rows.published import ABOUT, digest_of, read, split, table
 from patch.errors import UserError
 from patch.files import replacing, write_atomic
 
@@ -86,11 +86,11 @@ def write(folder: Path, stages: Stages) -> list[Path]:
     lines = []
     about = _about({trial: stages[trial] for trial in order})
     for trial in order:
-        details = []
+        details: list[Row] = []
         for stage in sorted(stages[trial]):
-            rows = stages[trial][stage]
-            headlines += (about[trial] | _where(row) | row for row in rows if not is_detail(row))
-            details += [row for row in rows if is_detail(row)]
+            first, more = split(stages[trial][stage])
+            headlines += (about[trial] | _where(row) | row for row in first)
+            details += more
         lines.append(json.dumps(_trial(trial, stages[trial])) + "\n")
         path = folder / DETAILS / f"{trial}.csv.xz"
         if details:
@@ -191,7 +191,7 @@ def _spread(headlines: list[dict[str, Any]]) -> None:
     for row in headlines:
         if "pruning" in row["definition"]:
             seedless, seeds = across_seeds(row["definition"])
-            labels = json.dumps({k: v for k, v in row["labels"].items() if k not in OUTCOMES}, sort_keys=True)
+            labels = json.dumps(row["labels"], sort_keys=True)
             alike = groups.setdefault((seedless, row["stage"], row["metric"], row["unit"], labels), {})
             alike.setdefault(seeds, []).append(row)
     for by_seed in groups.values():

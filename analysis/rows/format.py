@@ -79,6 +79,15 @@ def as_rows(
     ]
 
 
+def identity(row: Row) -> tuple[str, str, str]:
+    """What a row of a trial is about; rows that agree in this state the same fact."""
+    labels = {name: value for name, value in row["labels"].items() if name not in OUTCOMES}
+    return row["stage"], row["metric"], _canonical(labels)
+
+
+_canonical = json.JSONEncoder(sort_keys=True).encode
+
+
 def digest(plain: Any) -> str:
     """The first 12 hex digits of the SHA-256 of plain data's canonical JSON."""
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))

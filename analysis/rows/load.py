@@ -8,7 +8,6 @@ something to skip.
     >>> frame[frame.metric == "perplexity"][["model", "method", "achieved", "value"]]
 """
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import bench_schema1, layout, published
-from analysis.rows.format import OUTCOMES, Damaged, Row, check_row
+from analysis.rows.format import OUTCOMES, Damaged, Row, check_row, identity
 from analysis.rows.jsonl import numbered
 from patch.errors import UserError
 
@@ -58,9 +57,9 @@ _DTYPES = {
 }
 COLUMNS = tuple(_DTYPES)
 # What a results directory has beside the rows of its studies.
-_OTHER_FOLDERS = ("bench", "checkpoints", "details", "locks", "packed", "reports", "sweeps", "tokens", "work")
+_OTHER_FOLDERS = (layout.BENCH, layout.CHECKPOINTS, layout.DETAILS, layout.LOCKS, layout.PACKED, layout.REPORTS)
+_OTHER_FOLDERS += (layout.SWEEPS, layout.TOKENS, layout.WORK)
 
-_canonical = json.JSONEncoder(sort_keys=True).encode
 _LABELS = ("source", "length", "task", "layer", "step")
 
 # What is done with what cannot be read: told, and left out.
@@ -109,12 +108,29 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
 
 
 def stored_rows(root: Path) -> Iterator[Row]:
-    """Every row below a directory, as `load_rows` finds them, the published ones first.
+    """Every row below a directory, as `load_rows` finds them, the published ones first; or of one file.
 
     Raises:
-        UserError: if one cannot be read.
+        UserError: if one cannot be read, or a stage was published with other facts than it has.
     """
-    return _rows(_chunks(root, None))
+    known: dict[tuple[str, str], str] = {}
+    if root.is_dir():
+        for _, rows in published.read(root):
+            if isinstance(rows, UserError):
+                raise rows
+            yield from (row for _, row in rows)
+        for trial, stages in published.stages(root).items():
+            known |= {(trial, stage): told["digest"] for stage, told in stages.items()}
+    again: dict[tuple[str, str], list[Row]] = {}
+    for row in journal_rows(root):
+        about = row["trial"], row["stage"]
+        if about in known:
+            again.setdefault(about, []).append(row)
+        else:
+            yield row
+    for (trial, stage), rows_again in again.items():
+        if published.digest_of(rows_again) != known[trial, stage]:
+            raise UserError(f"{root}: {trial} {stage} is published with other facts: remove the ones that are wrong")
 
 
 def journal_rows(root: Path) -> Iterator[Row]:
@@ -217,7 +233,7 @@ class _Table:
             record = about | where_measured | {label: labels.get(label) for label in _LABELS}
             record |= {field: row[field] for field in _MEASURED}
             record["origin"] = origin
-            earlier = self._facts.setdefault(_identity(row), record)
+            earlier = self._facts.setdefault((row["trial"], *identity(row)), record)
             if earlier is not record and _outcome(earlier) != _outcome(record):
                 raise UserError(
                     f"{where}: {row['metric']} of trial {row['trial']} is {row['value']}, but {earlier['value']} at "
@@ -254,12 +270,6 @@ def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
         **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint")},
         "software": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
     }
-
-
-def _identity(row: Row) -> tuple[str, ...]:
-    """What a row is about; rows that agree in this state the same fact."""
-    labels = {name: value for name, value in row["labels"].items() if name not in OUTCOMES}
-    return row["trial"], row["stage"], row["metric"], _canonical(labels)
 
 
 def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:

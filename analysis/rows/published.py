@@ -4,7 +4,7 @@
 
     trials.jsonl              a line a trial: its definition; of each stage the provenance, how many facts, their digest
     facts.csv                 a line a fact, with what a reader asks first of it in columns
-    details/<trial>.csv.xz    the facts of steps, layers, and parts of tasks
+    details/<trial>.csv.xz    the facts of steps, layers, and parts of tasks, and what is known of windows and items
 
 Folders of this form are a results directory, for its studies, and each ``bench/<gpu>`` in it.
 
@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import SCHEMA, Damaged, Row, names
+from analysis.rows.format import OUTCOMES, SCHEMA, Damaged, Row, identity, names
 from analysis.rows.layout import DETAILS, FACTS, TRIALS
 
 # What was measured and where: made from the definition and the provenance.
@@ -42,12 +42,30 @@ Numbered = list[tuple[str, Row]]
 
 
 def is_detail(row: Row) -> bool:
-    """Whether a fact is of a step, a layer, one item of a text or task, or a part of a task."""
+    """Whether a fact is of a step, a layer, or a part of a task."""
     labels = row["labels"]
-    if not labels.keys().isdisjoint(("step", "layer", "item", "window")):
+    if not labels.keys().isdisjoint(("step", "layer")):
         return True
     kind, _, task = row["stage"].partition(":")
     return kind == "task" and labels.get("task", task) != task
+
+
+def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Facts for the table of all and for the details.
+
+    Details are facts of parts, and in full those that say something of each window or item, which is left out of the
+    table of all.
+    """
+    headlines: list[Row] = []
+    details: list[Row] = []
+    for row in rows:
+        detail = is_detail(row)
+        brief = {name: value for name, value in row["labels"].items() if name not in OUTCOMES}
+        if not detail:
+            headlines.append(row | {"labels": brief})
+        if detail or len(brief) < len(row["labels"]):
+            details.append(row)
+    return headlines, details
 
 
 def digest_of(rows: Iterable[Row]) -> str:
@@ -109,10 +127,15 @@ def _trials(folder: Path, trials: Collection[str] | None) -> dict[str, tuple[int
 
 def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines: Numbered) -> Numbered:
     """The whole rows of a trial, each stage checked against what the list of trials says of it."""
-    rows = list(headlines)
     details = folder / DETAILS / f"{trial}.csv.xz"
-    if details.exists():
-        rows += read_table(details, f"{DETAILS}/{details.name}")
+    more = read_table(details, f"{DETAILS}/{details.name}") if details.exists() else []
+    in_full = {identity(row): row for _, row in more if not is_detail(row)}
+    rows = list(more)
+    for origin, row in headlines:
+        if (same := in_full.get(identity(row))) is None:
+            rows.append((origin, row))
+        elif any(_canonical(row[name]) != _canonical(same[name]) for name in NUMBERS):
+            raise Damaged(f"{folder / origin}: {row['metric']} is another in {details.name}: {_AGAIN}")
     of_stage: dict[str, Numbered] = {}
     for origin, row in rows:
         of_stage.setdefault(row["stage"], []).append((origin, row))

@@ -1,10 +1,9 @@
 """Rows of a bench as tables: speedup over the fastest dense implementation of the same precision.
 
-A bench file has rows as a study's stage does. Older ones are JSON lines of another form, of which the first says where
-the others come from; there a whole model's dense baseline has separate projections, which is superseded. No torch.
+A bench has rows as a study's stage does. Of older ones a whole model's dense baseline has separate projections, which
+is superseded. No torch.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,19 @@ import numpy as np
 import pandas as pd
 
 from analysis.names import percent, workload_name
-from analysis.rows.format import SCHEMA, Row
-from analysis.rows.jsonl import numbered
-from analysis.rows.load import records
+from analysis.rows.format import Row
+from analysis.rows.load import records, stored_rows
 from analysis.rows.points import Measured
 from analysis.tables.render import Column, Table, Value
 from patch.errors import UserError
 
-# The form of a bench file before its rows were those of a stage.
-OLD_SCHEMA = 1
 # What is dense, by precision; of a whole model, "dense" has separate projections and counts only where nothing else is.
 DENSE = {
     "bf16": ("cublas", "compiled", "fused", "dense"),
     "fp8": ("fp8_rowwise", "fp8_tensorwise"),
     "int4": ("int4",),
 }
+KINDS = ("kernels", "model")
 LIBRARIES = ("cusparselt", "cusparselt_fp8", "semi_structured")
 PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "int4": "INT4"}
 SUPERSEDED = (
@@ -37,61 +34,59 @@ SUPERSEDED = (
 
 
 def measurements(path: Path) -> list[Row]:
-    """The rows of a bench file, of either form, each with metric, value, unit, stage, labels and provenance.
+    """The rows of a GPU's bench folder, as benches wrote them and as they were published, or of one file.
+
+    Where a model's linear, or a whole model, was timed in several benches, the newest counts.
 
     Raises:
         UserError: if it is missing or is not a bench file, naming it and the line.
     """
     if not path.exists():
         raise UserError(f"{path}: no such bench file: run `hts bench`")
-    data = path.read_bytes()
-    lines = []
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}: line {number} is not JSON: the file is damaged, measure it again") from None
-    schema = lines[0].get("schema") if lines and isinstance(lines[0], dict) else None
-    if schema == OLD_SCHEMA:
-        return list(_renewed(*lines))
-    if not isinstance(schema, int) or not OLD_SCHEMA < schema <= SCHEMA:
-        raise UserError(f"{path}: not a bench file of schema {OLD_SCHEMA} to {SCHEMA}")
-    return [row for _, row in numbered(data, str(path))]
-
-
-def _renewed(header: Row, *rows: Row) -> Iterable[Row]:
-    """Rows of the older form in the newer one."""
-    common = {"stage": "bench", "provenance": header["provenance"]}
+    rows = list(stored_rows(path))
+    newest: dict[Any, tuple[str, str]] = {}
     for row in rows:
-        labels = row["cell"] | {
-            name: value for name, value in row.items() if name not in ("metric", "value", "unit", "cell")
-        }
-        yield common | {name: row[name] for name in ("metric", "value", "unit")} | {"labels": labels}
-    for name, value in header["roof"].items():
-        unit = {"copy": "TB/s", "matmul": "TFLOP/s"}[name]
-        yield common | {"metric": f"{name}_roof", "value": value, "unit": unit, "labels": {}}
+        about, when = _timed(row), (row["provenance"].get("time") or "", row["trial"])
+        newest[about] = max(when, newest.get(about, when)) if about else when
+    return [row for row in rows if _timed(row) is None or newest[_timed(row)][1] == row["trial"]]
 
 
-def load_bench(paths: Iterable[Path]) -> pd.DataFrame:
+def _timed(row: Row) -> tuple[str, ...] | None:
+    """What a row of a kernel or a whole model says something about; None of other benches."""
+    kind = row["stage"].partition(":")[0]
+    if kind not in KINDS:
+        return None
+    model = row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", "")
+    return (kind, model, row["stage"] if kind == "kernels" else "")
+
+
+def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:
     """One row a measurement: its labels, metric and value, the best dense times of its cell, and speedups over them.
+
+    Args:
+        paths: folders of a GPU's bench, or files.
+        kind: ``kernels`` or ``model``; where nothing of it was timed, the table is empty.
 
     Raises:
         UserError: as `measurements`, or if something that was timed is wrong.
     """
-    frames = []
-    for path in paths:
-        rows = measurements(path)
-        origin = {"origin": str(path)}
-        frames.append(
-            _frame(
-                row["labels"]
-                | {name: row[name] for name in ("metric", "value", "stage")}
-                | {name: row["provenance"][name] for name in ("gpu", "git")}
-                | origin
-                for row in rows
-            )
+    return bench_frame((row for path in paths for row in measurements(path)), kind)
+
+
+def bench_frame(rows: Iterable[Row], kind: str) -> pd.DataFrame:
+    """As `load_bench`, of rows."""
+    chosen = [row for row in rows if row["stage"].partition(":")[0] == kind]
+    if not any(row["metric"] == "time" for row in chosen):
+        return pd.DataFrame()
+    return _compared(
+        _frame(
+            row["labels"]
+            | {name: row[name] for name in ("metric", "value", "stage")}
+            | {name: row["provenance"].get(name) for name in ("gpu", "git")}
+            | {"origin": f"{row['trial']} {row['stage']}"}
+            for row in chosen
         )
-    return _compared(pd.concat(frames, ignore_index=True))
+    )
 
 
 def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -138,7 +133,7 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
         cell = ["model", "linear", "tokens"]
     else:
         # Older rows name the sparsity that the dense model was timed beside, newer ones the stage.
-        frame["beside"] = frame.stage.where(frame.stage != "bench", frame.sparsity.astype(str))
+        frame["beside"] = frame.stage.where(frame.stage.str.contains(":"), frame.sparsity.astype(str))
         cell = ["model", "beside", "kind", "batch", "length"]
     timed = frame[frame.metric == "time"]
     fused = set(map(tuple, timed[timed.implementation == "fused"][cell].to_numpy().tolist()))

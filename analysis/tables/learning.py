@@ -1,10 +1,8 @@
 """What learning costs, from the rows of `experiments.bench.soft_mask` and `experiments.bench.learning`, as tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from analysis.rows.jsonl import from_lines
 from analysis.rows.points import Measured
 from analysis.tables.render import Column, Table, Value
 from patch.errors import UserError
@@ -22,25 +20,25 @@ _STEPS = {
 }
 
 
-def learning_tables(folder: Path) -> dict[str, Table]:
-    """The tables that a GPU's bench folder has rows for, by title.
+def learning_tables(rows: Iterable[Row]) -> dict[str, Table]:
+    """The tables that a GPU's bench has rows for, by title.
 
     Args:
-        folder: ``<results>/bench/<gpu>``.
+        rows: as from `analysis.tables.kernels.measurements`.
 
     Raises:
-        UserError: if a file there is damaged.
+        UserError: if a bench was cut off.
     """
     found: dict[str, Table] = {}
-    masks = folder / "soft_mask.jsonl"
-    if masks.exists():
-        rows = _read(masks)
-        found["Soft masks of LLaMA-3.2-1B, forward and backward pass"] = masks_table(rows)
-        if any(row["metric"] == "step" for row in rows):
-            found["A step on 1 x 4096 tokens, LLaMA-3.2-1B"] = steps_table(rows)
-    learning = sorted((folder / "learning").glob("*.jsonl"))
-    if learning:
-        found["Learning, PATCH joint"] = rates_table(learning)
+    rows = list(rows)
+    masks = [row for row in rows if row["stage"] == "bench:relax" or row["stage"].startswith("soft_mask:")]
+    if masks:
+        found["Soft masks of LLaMA-3.2-1B, forward and backward pass"] = masks_table(masks)
+        if any(row["metric"] == "step" for row in masks):
+            found["A step on 1 x 4096 tokens, LLaMA-3.2-1B"] = steps_table(masks)
+    rates = rates_table(rows)
+    if rates.rows:
+        found["Learning, PATCH joint"] = rates
     return found
 
 
@@ -103,11 +101,14 @@ def steps_table(rows: Sequence[Row]) -> Table:
     return Table(columns, tuple(lines), ("",) * len(lines), frozenset(), notes)
 
 
-def rates_table(paths: Iterable[Path]) -> Table:
-    """Tokens a second and peak memory of learning, a line per bench file.
+def rates_table(rows: Iterable[Row]) -> Table:
+    """Tokens a second and peak memory of learning, a line per definition and GPU.
+
+    Args:
+        rows: as from `analysis.tables.kernels.measurements`, of one GPU or several.
 
     Raises:
-        UserError: if one is damaged.
+        UserError: if a bench was cut off.
     """
     columns = (
         Column("model", "Shapes of", "text"),
@@ -122,16 +123,20 @@ def rates_table(paths: Iterable[Path]) -> Table:
         Column("memory", "Peak memory (GiB a GPU)", "number"),
     )
     lines: list[tuple[Value, ...]] = []
-    for rows in map(_read, paths):
-        about = rows[0]["definition"]
+    benches: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["stage"] in ("bench:learning", "learning"):
+            benches.setdefault((row["trial"], row["provenance"]["gpu"]), []).append(row)
+    for mine in benches.values():
+        about = mine[0]["definition"]
         recipe = about["recipe"]
-        numbers = (_value(rows, "step", {}), _value(rows, "tokens_per_second", {}))
-        memory = _value(rows, "peak_memory", {}) / 2**30
+        numbers = (_value(mine, "step", {}), _value(mine, "tokens_per_second", {}))
+        memory = _value(mine, "peak_memory", {}) / 2**30
         lines.append(
             (
                 about["model"],
                 Measured(about["blocks"]),
-                f"{about['processes']} x {rows[0]['provenance']['gpu']}",
+                f"{about['processes']} x {mine[0]['provenance']['gpu']}",
                 recipe.get("logit_dtype", "float32"),
                 "yes" if recipe["activation_checkpointing"] else "no",
                 Measured(recipe["microbatch"]),
@@ -142,15 +147,6 @@ def rates_table(paths: Iterable[Path]) -> Table:
     lines.sort(key=lambda line: (line[0], line[2]))
     notes = ("Random weights, tiles of 128x128, 45%. Sequences a pass are those of all GPUs together.",)
     return Table(columns, tuple(lines), ("",) * len(lines), frozenset(), notes)
-
-
-def _read(path: Path) -> list[Row]:
-    try:
-        rows = from_lines(path.read_text())
-        assert all({"metric", "value", "labels", "definition"} <= row.keys() for row in rows) and rows
-    except (ValueError, AttributeError, AssertionError):
-        raise UserError(f"{path}: not a file of rows, or cut off: measure it again") from None
-    return list(rows)
 
 
 def _value(rows: Sequence[Row], metric: str, labels: Mapping[str, Any]) -> float:

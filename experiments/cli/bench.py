@@ -163,6 +163,7 @@ def _run(
     name: str, definitions: Sequence[Any], results: Path, again: bool, base: str | None, context: typer.Context
 ) -> None:
     """Measure what is missing of a bench's definitions, and print the tables of all its rows; or compare revisions."""
+    from analysis.tables.kernels import measurements
     from analysis.tables.render import markdown
     from experiments.bench import harness, rows
     from experiments.bench.registry import BENCHES
@@ -186,7 +187,8 @@ def _run(
                 if first:
                     rows.write(bench, wanted, part, facts, seconds, rows.path_of(bench, wanted, part, results, gpu))
     paths = {rows.path_of(bench, wanted, part, results, gpu) for wanted in definitions for part in bench.parts(wanted)}
-    for title, table in reports.bench_tables(sorted(paths)).items() if first else ():
+    measured = [row for path in sorted(paths) for row in measurements(path)] if first else []
+    for title, table in reports.bench_tables(measured).items():
         console.print(f"{title}\n\n{markdown(table)}\n", soft_wrap=True)
     for path in sorted(paths) if first else ():
         console.print(str(path), soft_wrap=True)

@@ -22,7 +22,7 @@ from pandas import DataFrame
 from analysis.rows import layout
 from analysis.rows.points import Measured, Point, gather
 from analysis.tables.compare import select
-from analysis.tables.kernels import kernel_table, load_bench, model_table
+from analysis.tables.kernels import kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Table, markdown, only, shown_cells
 from analysis.tables.study import study_tables
@@ -35,9 +35,8 @@ from patch.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-# The GPU whose speed is shown; what learning costs is shown of all.
+# The GPU whose speed is shown.
 BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
-LEARNING = sorted((RESULTS / layout.BENCH).glob("*/learning/*.jsonl"))
 
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 _VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -->)")
@@ -91,11 +90,18 @@ def _front() -> Table:
 
 @cache
 def _kernels() -> DataFrame:
-    return load_bench(sorted((BENCH / "kernels").glob("llama-2-7b-*.jsonl")))
+    frame = load_bench([BENCH], "kernels")
+    return frame[frame.model == "llama-2-7b"]
 
 
 def _learning_table(place: int) -> Table:
-    return tuple(learning_tables(BENCH).values())[place]
+    return tuple(learning_tables(measurements(BENCH)).values())[place]
+
+
+@cache
+def _rates() -> Table:
+    """What learning costs, of all GPUs."""
+    return rates_table(row for gpu in sorted((RESULTS / layout.BENCH).iterdir()) for row in measurements(gpu))
 
 
 _ABOUT = ("method", "structure", "achieved_sparsity")
@@ -128,10 +134,10 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     ),
     "kernels": lambda: kernel_table(_kernels()),
     "kernels-front": lambda: kernel_table(_kernels()[_kernels().tokens.isin([1, 16, 64, 512, 2048, 8192])]),
-    "model": lambda: model_table(load_bench([BENCH / "model" / "llama-2-7b.jsonl"])),
+    "model": lambda: model_table(load_bench([BENCH], "model")),
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
-    "rates": lambda: rates_table(LEARNING),
+    "rates": _rates,
     "published": reproduction.table,
     "needs": reproduction.needs,
 }
@@ -169,7 +175,7 @@ def _max_autotune_gain() -> str:
 
 def _hours(model: str, tokens: float) -> str:
     """How long learning on so many tokens takes at the measured rate."""
-    rates = rates_table(LEARNING)
+    rates = _rates()
     column = [column.name for column in rates.columns].index("rate")
     (rate,) = (row[column] for row in rates.rows if row[0] == model)
     assert isinstance(rate, Measured)
@@ -178,7 +184,7 @@ def _hours(model: str, tokens: float) -> str:
 
 def _gain_of_two() -> str:
     """How much faster two GPUs of a kind learn than one, the shapes and passes being the same."""
-    rates = rates_table(LEARNING)
+    rates = _rates()
     gpus, rate = ([column.name for column in rates.columns].index(name) for name in ("gpus", "rate"))
     by_gpus = {row[gpus]: row[rate] for row in rates.rows}
     (pair,) = (name for name in by_gpus if str(name).startswith("2 x "))

@@ -10,8 +10,9 @@ from pandas import DataFrame
 from analysis.figures.study import kernel_drawings, plot_study
 from analysis.page import report
 from analysis.rows import consolidate, layout
+from analysis.rows.format import Row
 from analysis.rows.load import journal_rows, load_rows
-from analysis.tables.kernels import load_bench, speed_tables
+from analysis.tables.kernels import KINDS, bench_frame, measurements, speed_tables
 from analysis.tables.learning import learning_tables
 from analysis.tables.render import Table, render
 from analysis.tables.study import study_tables, title
@@ -143,31 +144,29 @@ def speed(folder: Path) -> report.Speed:
     Raises:
         UserError: if nothing was timed there, or a file is damaged.
     """
-    paths = sorted(folder.rglob("*.jsonl"))
-    tables = bench_tables(paths)
+    rows = measurements(folder)
+    tables = bench_tables(rows)
     if not tables:
         raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
-    kernels = [path for path in paths if path.parent.name == "kernels"]
-    figures = kernel_drawings(load_bench(kernels)) if kernels else []
+    kernels = bench_frame(rows, "kernels")
+    figures = [] if kernels.empty else kernel_drawings(kernels)
     return report.Speed(folder.name, tuple(tables.items()), tuple(figures))
 
 
-def bench_tables(paths: Iterable[Path]) -> dict[str, Table]:
-    """The tables of files that benches of one GPU wrote, by title.
+def bench_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """The tables of what benches of one GPU measured, by title.
+
+    Args:
+        rows: as from `analysis.tables.kernels.measurements`.
 
     Raises:
-        UserError: if one is damaged.
+        UserError: if a bench was cut off, or something is wrong.
     """
-    paths = list(paths)
     found: dict[str, Table] = {}
-    kernels = [path for path in paths if path.parent.name == "kernels"]
-    models = [path for path in paths if path.parent.name == "model"]
-    for group in [kernels] * bool(kernels) + [[path] for path in models]:
-        found |= {title(name): table for name, table in speed_tables(load_bench(group)).items()}
-    folders = {path.parent.parent if path.parent.name == "learning" else path.parent for path in paths}
-    for folder in sorted(folders - {path.parent for path in (*kernels, *models)}):
-        found |= learning_tables(folder)
-    return found
+    for kind in KINDS:
+        timed = bench_frame(rows, kind)
+        found |= {} if timed.empty else {title(name): table for name, table in speed_tables(timed).items()}
+    return found | learning_tables(rows)
 
 
 def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:

@@ -1,6 +1,5 @@
 """What the tuning tables make of a weight that was not measured: whether it should run packed at all."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.rows.load import records
+from analysis.tables.kernels import load_bench
 from stoicc import configs, tune
 from stoicc.configs import Entry
 from stoicc.kernels.decode import DecodeConfig
@@ -41,19 +42,21 @@ def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:
     Only those that ran as the table says today: of another kernel they tell nothing.
     """
     table = configs.read_table(configs.committed_table(gpu))
-    for path in sorted((ROOT / "results" / "bench" / configs.gpu_slug(gpu) / "kernels").glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-        dense = {row["cell"]["tokens"]: row["value"] for row in rows if row["implementation"] == "cublas"}
-        for row in rows:
-            if row["implementation"] == "hybrid" and "fallback" not in row:
-                cell = row["cell"]
+    frame = load_bench([ROOT / "results" / "bench" / configs.gpu_slug(gpu)], "kernels")
+    frame = frame[frame.metric == "time"]
+    for _, rows in frame.groupby(["model", "linear"]):
+        dense = rows[rows.implementation == "cublas"].set_index("tokens").value
+        for row in records(rows):
+            if row.implementation == "hybrid" and row.precision == "bf16" and not isinstance(row.fallback, str):
+                cell: dict[str, Any] = {"n": row.n, "k": row.k, "tokens": row.tokens, "sparsity": row.sparsity}
+                cell |= {"tile": [int(side) for side in str(row.tile).split("x")]}
                 n, k, tokens = cell["n"], cell["k"], cell["tokens"]
                 band = 2 if cell["tile"][0] > 64 else 1
                 entry = configs.nearest(table, n, k, band, configs.token_bucket(tokens), (9, 0))
                 assert entry
-                if configs.config_named(row["kernel"], row["config"]) != entry.config:
+                if configs.config_named(row.kernel, row.config) != entry.config:
                     continue
-                yield cell, dense[tokens] / row["value"], expected_speedup(entry, 2 * cell["sparsity"])
+                yield cell, dense[tokens] / row.value, expected_speedup(entry, 2 * cell["sparsity"])
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=configs.gpu_slug)

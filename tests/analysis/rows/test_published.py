@@ -71,7 +71,8 @@ def rows_of(about: Row, value: float = 20.0, dirty: bool | None = False) -> list
         Fact("tile_map", None, "1", {"layer": "q", "tile_map": ["01", "10"]}),
         Fact("sparsity", about["pruning"]["sparsity"], "1", {}),
     ]
-    text = [Fact("perplexity", value, "ppl", {"source": "a/b", "length": 8}, 0.25)]
+    losses = {"window_losses": [1.5, 2.5]}
+    text = [Fact("perplexity", value, "ppl", {"source": "a/b", "length": 8} | losses, 0.25)]
     timed = [Fact("dense_time", 7, "us", {"tile": [4, 4], "note": "0.5"}, None, 6.5, 7.5, 11)]
     by_stage = {"prune": pruned, "perplexity:a/b@8": text, "speed:decode@1x1": timed}
     name = name_of(about)
@@ -102,7 +103,8 @@ def test_what_a_reader_asks_first_is_in_columns(published: Path) -> None:
     assert text.spread[0.5, 0] == pytest.approx(2**0.5, rel=1e-5) and pd.isna(text.spread[0.25, 0])
     assert text.seeds.tolist() == [2, 2, 1] and text.stderr.tolist() == [0.25] * 3
     details = pd.read_csv(published / DETAILS / f"{name_of(definition())}.csv.xz")
-    assert details.metric.tolist() == ["loss", "tile_map"] and details.step[0] == 1
+    assert details.metric.tolist() == ["perplexity", "loss", "tile_map"] and details.step[1] == 1
+    assert details.window_losses[0] == "[1.5, 2.5]" and "window_losses" not in facts.columns
 
 
 def test_journal_and_tables_are_read_as_one(published: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.tables.kernels import measurements
 from analysis.tables.learning import learning_tables
 from analysis.tables.render import shown_cells
 from patch.errors import UserError
@@ -13,7 +14,7 @@ FOLDER = ROOT / "results" / "bench" / "nvidia-h200"
 
 
 def test_the_committed_rows_are_tables() -> None:
-    masks, steps, rates = learning_tables(FOLDER).values()
+    masks, steps, rates = learning_tables(measurements(FOLDER)).values()
     assert [line[:2] for line in shown_cells(masks)] == [
         ["joint", "float32"],
         ["joint", "bfloat16"],
@@ -24,19 +25,17 @@ def test_the_committed_rows_are_tables() -> None:
 
 
 def test_a_folder_without_them_has_no_tables(tmp_path: Path) -> None:
-    assert learning_tables(tmp_path) == {}
+    assert learning_tables(measurements(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", '{"metric": "time"}'], ids=["cut", "empty", "list", "other"])
 def test_damaged_files_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "soft_mask.jsonl").write_text(text)
     with pytest.raises(UserError, match=r"soft_mask\.jsonl"):
-        learning_tables(tmp_path)
+        learning_tables(measurements(tmp_path))
 
 
 def test_a_cut_off_bench_is_named(tmp_path: Path) -> None:
-    lines = (FOLDER / "soft_mask.jsonl").read_text().splitlines()
-    kept = [line for line in lines if '"time_with_host"' not in line]
-    (tmp_path / "soft_mask.jsonl").write_text("\n".join(kept))
+    kept = [row for row in measurements(FOLDER) if row["metric"] != "time_with_host"]
     with pytest.raises(UserError, match="cut off"):
-        learning_tables(tmp_path)
+        learning_tables(kept)

@@ -34,7 +34,7 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
         path = tmp_path / f"{part[8:]}.jsonl"
         rows.write(kernels.BENCH, wanted, part, facts, 0.0, path)
         paths.append(path)
-    frame = load_bench(paths)
+    frame = load_bench(paths, "kernels")
     assert set(frame.linear) == {"qkv", "down"} and set(frame.copy_roof) == {4.0}
     hybrid = frame[(frame.implementation == "hybrid") & (frame.precision == "bf16") & (frame.metric == "time")]
     assert (hybrid.speedup == hybrid.own_speedup).all()

@@ -90,7 +90,7 @@ def test_whole_models_are_compared_with_the_fused_dense_one(tiny: str, lab: Lab,
         dense_ones = {"dense", "fused", "fp8_rowwise", "fp8_tensorwise"}
         assert timed == (dense_ones if part == "model:dense" else {"fused", "hybrid"})
         rows.write(model.BENCH, wanted, part, facts, 0.0, path)
-    frame = load_bench([path])
+    frame = load_bench([path], "model")
     table = model_table(frame)
     assert [column.heading for column in table.columns] == [
         "Workload", "0%", "25%", "Dense, separate projections", "Dense FP8",
