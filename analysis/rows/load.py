@@ -57,8 +57,19 @@ _DTYPES = {
 }
 COLUMNS = tuple(_DTYPES)
 # What a results directory has beside the rows of its studies.
-_OTHER_FOLDERS = (layout.BENCH, layout.CHECKPOINTS, layout.DETAILS, layout.LOCKS, layout.PACKED, layout.REPORTS)
-_OTHER_FOLDERS += (layout.SWEEPS, layout.TOKENS, layout.WORK)
+_OTHER_FOLDERS = frozenset(
+    (
+        layout.BENCH,
+        layout.CHECKPOINTS,
+        layout.DETAILS,
+        layout.LOCKS,
+        layout.PACKED,
+        layout.REPORTS,
+        layout.SWEEPS,
+        layout.TOKENS,
+        layout.WORK,
+    )
+)
 
 _LABELS = ("source", "length", "task", "layer", "step")
 
