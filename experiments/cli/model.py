@@ -23,7 +23,7 @@ from experiments.cli.options import (
 )
 from experiments.cli.recipe import SETTINGS, changes, forecast, settings
 from patch.errors import UserError, check_name
-from patch.learn.recipe import CHANGES
+from patch.learn.recipe import CHANGES, PUBLISHED
 from patch.methods import members, published_recipe
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def learn(
     calibration_length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
     recipe: Annotated[
         str,
-        typer.Option(help=listed(CHANGES) + "; guided learns from the dense model, which lowers PATCH's perplexity."),
+        typer.Option(
+            help=listed([*CHANGES, *PUBLISHED])
+            + "; published is the method's at its sparsity, guided learns from the dense model, which lowers PATCH's "
+            "perplexity, the others are published runs by name."
+        ),
     ] = "published",
     set_: Annotated[
         list[str] | None,
@@ -109,8 +113,11 @@ def learn(
     from experiments.studies.trial import Calibration
 
     seen = Calibration(calibration, calibration_windows, calibration_length or _window(model, data))
-    given = CHANGES[check_name("recipe", recipe, CHANGES)] | changes(set_ or [])
-    pruning = build.learned(model, method, sparsity, tile_shape(tile), text, seen, seed, **given)
+    check_name("recipe", recipe, [*CHANGES, *PUBLISHED])
+    given = CHANGES.get(recipe, {}) | changes(set_ or [])
+    pruning = build.learned(
+        model, method, sparsity, tile_shape(tile), text, seen, seed, recipe=PUBLISHED.get(recipe), **given
+    )
     if refit:
         pruning = build.refitted(pruning, seen)
     _checkpoint(pruning, out, results, data, device)
