@@ -29,6 +29,9 @@ lint: $(INSTALLED) ## ruff and mypy alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+report: $(INSTALLED) ## the committed results as one page, results/report.html
+	$(BIN)/hts report --results results --out results/report.html
+
 docs: $(INSTALLED_DOCS) ## the documentation as a site in site/, its links checked; open site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "wrote site/index.html"
