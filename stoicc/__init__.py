@@ -10,7 +10,8 @@ from stoicc.format import HybridWeight, pack, pack_masked, unpack
 from stoicc.linear import HybridLinear, compile_model
 from stoicc.matmul import linear
 from stoicc.quantise import quantise_tokens, quantise_weight
-from stoicc.quantizer import StoiccConfig, save_packed
+from stoicc.quantizer import save_packed
+from stoicc.spec import StoiccConfig
 
 __all__ = [
     "HybridLinear",

@@ -11,6 +11,7 @@ rows of the result.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +21,11 @@ from patch.mask import HybridMask
 from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack
 from stoicc.matmul import linear_op, scaled_linear_op
 from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
 
 # Names, within one parent module, of linears that are applied to the same activations.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What must be known of a packed module to make an empty one and load its tensors.
-
-    Attributes:
-        parts: full names of the linears it replaces, with the output features of each.
-        in_features: inputs of all of them.
-        tile, band: of the ``HybridWeight``.
-        units: rows of its records.
-        bias: whether it has one.
-        dtype: of the weight: ``bfloat16`` or ``float16``, whose records mean nothing in the other, ``float8_e4m3fn`` or
-            ``int8``.
-    """
-
-    parts: tuple[tuple[str, int], ...]
-    in_features: int
-    tile: tuple[int, int]
-    band: int
-    units: int
-    bias: bool
-    dtype: str
-
-    @property
-    def eight_bits(self) -> bool:
-        """Whether its weight has values of 8 bits, and scales."""
-        return getattr(torch, self.dtype, None) in SCALED
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(rows for _, rows in self.parts), self.in_features
 
 
 class Fused(nn.Module):
@@ -127,6 +97,15 @@ class HybridLinear(Fused):
         self.orders: Tensor
         self.bias: Tensor | None
         self._dtype, self._shape, self._tile = hybrid.dtype, list(spec.shape), list(spec.tile)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+
+    def refresh(self) -> None:
+        """Check what was loaded, and derive from it what the kernels read beside it.
+
+        Raises:
+            UserError: naming the module and what is wrong.
+        """
+        self.orders = self.checked().orders
 
     @classmethod
     def empty(cls, spec: Spec, bias_dtype: torch.dtype) -> "HybridLinear":
@@ -288,6 +267,10 @@ def compile_model(
         packed.append(module.spec)
         after += hybrid.nbytes
         del linears
+    config: Any = getattr(model, "config", None)
+    if packed and config is not None:
+        # So that save_pretrained writes what from_pretrained reads as packed.
+        config.quantization_config = StoiccConfig.of(packed)
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
 

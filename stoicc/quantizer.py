@@ -7,55 +7,30 @@
 The dense weights are never made. What is loaded is checked in full before it can reach a kernel.
 """
 
+import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from patch.errors import UserError
-from patch.files import new_directory
+from patch.files import existing, new_directory, read_json, sha256
 from stoicc.format import DTYPES
-from stoicc.linear import HybridLinear, Spec, install, packed_modules
+from stoicc.linear import HybridLinear, install, packed_modules
+from stoicc.spec import METHOD, Spec, StoiccConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METHOD = "stoicc"
-# Written by what it needs: 2 knows weights of 8 bits, 1 does not.
-FORMAT = 2
-
-
-@register_quantization_config(METHOD)
-class StoiccConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a packed checkpoint: format version, and one spec for each packed module."""
-
-    def __init__(self, format: int = FORMAT, modules: Sequence[Mapping[str, Any]] = (), **_: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # the mixin names its own methods only
-        self.format = format
-        self.modules = [dict(module) for module in modules]
-
-    def specs(self) -> list[Spec]:
-        """What must be known of each packed module.
-
-        Raises:
-            UserError: if the format is newer than this code or a spec is not one.
-        """
-        if self.format not in range(1, FORMAT + 1):
-            raise UserError(f"packed checkpoint has format {self.format}, this version reads up to {FORMAT}: update it")
-        try:
-            return [_spec(**module) for module in self.modules]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"packed checkpoint: quantization_config is damaged ({error})") from None
-
-
-def _spec(parts: Any, in_features: int, tile: Any, band: int, units: int, bias: bool, dtype: str) -> Spec:
-    named = tuple((str(name), int(rows)) for name, rows in parts)
-    return Spec(named, int(in_features), (int(tile[0]), int(tile[1])), int(band), int(units), bool(bias), str(dtype))
+CONFIG = "config.json"
 
 
 @register_quantizer(METHOD)
@@ -73,17 +48,25 @@ class StoiccQuantizer(HfQuantizer):
             raise UserError(f"packed weights run in bfloat16 or float16, not {dtype}")
         return dtype
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if checkpoint_files and self.quantization_config.files is not None:
+            _check_files(Path(checkpoint_files[0]).parent, self.quantization_config)
         for spec in self.quantization_config.specs():
             if not spec.eight_bits and str(model.dtype) != f"torch.{spec.dtype}":
                 raise UserError(
                     f"packed weights are {spec.dtype}, the model is loaded as {model.dtype}: load it as they are"
                 )
+            _check_place(model, spec)
             install(model, HybridLinear.empty(spec, model.dtype))
+        _check_tensors(model, [Path(file) for file in checkpoint_files or ()])
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in packed_modules(model):
-            module.orders = module.checked().orders
+            module.refresh()
+        # What is saved from here on has other files.
+        self.quantization_config.files = self.quantization_config.digest = None
         return model
 
     def is_serializable(self) -> bool:
@@ -98,6 +81,24 @@ class StoiccQuantizer(HfQuantizer):
         return True
 
 
+def _check_place(model: "PreTrainedModel", spec: Spec) -> None:
+    """Each part takes the place of a linear of its shape."""
+    for name, rows in spec.parts:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"packed checkpoint: the model has no linear {name!r}, which is said to be packed")
+        if (linear.out_features, linear.in_features) != (rows, spec.in_features):
+            raise UserError(
+                f"packed checkpoint: {name} is said to be {rows}x{spec.in_features}, the configuration says "
+                f"{linear.out_features}x{linear.in_features}"
+            )
+        if (linear.bias is not None) != spec.bias:
+            raise UserError(f"packed checkpoint: {name} and the configuration do not agree whether it has a bias")
+
+
 def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> Path:
     """Write a model that ``compile_model`` has converted as a packed checkpoint, atomically.
 
@@ -107,10 +108,67 @@ def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrain
     modules = packed_modules(model)
     if not modules:
         raise UserError("the model has no packed weights: call stoicc.compile_model first")
-    written = FORMAT if any(module.spec.eight_bits for module in modules) else 1
-    model.config.quantization_config = StoiccConfig(written, [asdict(module.spec) for module in modules])
+    model.config.quantization_config = StoiccConfig.of([module.spec for module in modules])
     with new_directory(path) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        _seal(folder)
     return Path(path)
+
+
+def _seal(folder: Path) -> None:
+    """Add the hashes of all files to ``config.json``, last its own."""
+    content = read_json(folder / CONFIG)
+    about = content["quantization_config"]
+    about["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != CONFIG}
+    about["digest"] = _digest(content)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    about = {name: value for name, value in config["quantization_config"].items() if name != "digest"}
+    return hashlib.sha256(json.dumps({**config, "quantization_config": about}, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(folder: Path, about: StoiccConfig) -> None:
+    """Every file is what was saved, about a second per GiB."""
+    if _digest(read_json(existing(folder, CONFIG))) != about.digest:
+        raise UserError(f"{folder / CONFIG}: its digest is not that of what it says: changed or damaged, copy it again")
+    for name, digest in (about.files or {}).items():
+        if sha256(existing(folder, name)) != digest:
+            raise UserError(
+                f"{folder / name}: its SHA-256 is not the one in {CONFIG}: changed or damaged, copy it again"
+            )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _check_tensors(model: "PreTrainedModel", files: Sequence[Path]) -> None:
+    """The files hold the model's tensors, none more or less, each of its shape and kind.
+
+    Not of a model whose tensors have other names on disk, behind another prefix: what they end in is the same.
+    """
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping
+                part = tensors.get_slice(name)
+                found[name] = part.get_dtype(), part.get_shape()
+    own = model.state_dict()
+    tied = {name for name in own for pattern in model._tied_weights_keys or () if re.fullmatch(pattern, name)}
+    missing, unexpected = sorted(own.keys() - found.keys() - tied), sorted(found.keys() - own.keys())
+    if missing and Counter(map(_leaf, missing)) == Counter(map(_leaf, unexpected)):
+        return
+    for names, what in ((missing, "is missing"), (unexpected, "is no part of the model")):
+        if names:
+            raise UserError(f"{files[0].parent}: tensor {names[0]} {what}: incomplete or damaged, copy it again")
+    for name, (kind, shape) in found.items():
+        if list(own[name].shape) != shape:
+            raise UserError(f"{files[0].parent}: {name} is {shape}, the configuration says {list(own[name].shape)}")
+        if own[name].is_floating_point() != kind.startswith(("F", "BF")):
+            raise UserError(f"{files[0].parent}: {name} is {kind}, the model's is {own[name].dtype}")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 
 SLOW = 10
 JUNK: list[Any] = [None, True, -1, 0, 1 << 80, 1e300, float("nan"), float("inf"), "", "[/x]", "\x00", [], {}, [[]] * 3]
@@ -189,6 +189,36 @@ def hybrid() -> Target:
     return Target(make, read)
 
 
+def packed() -> Target:
+    """A packed checkpoint: records, schedules, quantization_config."""
+    import torch
+    from tiny_learner import tiny_model
+    from transformers import AutoModelForCausalLM
+
+    import stoicc
+    from patch.oneshot import prune_model
+
+    tokens = torch.arange(16)[None]
+
+    def make(folder: Path) -> None:
+        model = tiny_model(torch.bfloat16, intermediate_size=128)
+        layers = prune_model(model, "magnitude", "hybrid", 0.35, (32, 32), None, "cpu")
+        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        stoicc.compile_model(model, masks)
+        stoicc.save_packed(folder / "packed", model)
+
+    def read(folder: Path) -> Any:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder / "packed").eval()
+        except (OSError, RecursionError) as error:
+            # What transformers says of a configuration that is no JSON, before anything of ours is asked.
+            raise UserError(one_line(error)) from error
+        with torch.no_grad():
+            return model(tokens).logits.float().tolist()
+
+    return Target(make, read)
+
+
 def restore() -> Target:
     """An archive of masks."""
     from tiny_learner import tiny_model
@@ -290,7 +320,7 @@ def cluster() -> Target:
     return Target(make, lambda folder: repr(clusters.load(str(folder / "cluster.toml"))), means=False)
 
 
-TARGETS = {"hybrid": hybrid, "restore": restore, "learner": learner, "rows": rows, "cluster": cluster}
+TARGETS = {"hybrid": hybrid, "packed": packed, "restore": restore, "learner": learner, "rows": rows, "cluster": cluster}
 
 
 def main() -> int:

@@ -187,7 +187,7 @@ def _check_quantisation(name: str, source: str, packed: bool) -> None:
     if quantised is None:
         return
     # Importing it registers the quantizer that reads packed checkpoints.
-    from stoicc.quantizer import METHOD
+    from stoicc.spec import METHOD
 
     kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
     if kind != METHOD:

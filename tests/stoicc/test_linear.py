@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -326,11 +327,19 @@ def loaded(path: Path, **options: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, **{"dtype": torch.bfloat16, **options}).eval()
 
 
+def without_hashes(path: Path) -> None:
+    """As checkpoints of before: what else is checked must notice."""
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]["files"], config["quantization_config"]["digest"]
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def damaged(packed: tuple[Path, Any, Any, Any], to: Path, spoil: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of the checkpoint whose tensors ``spoil`` has changed."""
     to.mkdir()
     for file in packed[0].iterdir():
         (to / file.name).write_bytes(file.read_bytes())
+    without_hashes(to)
     tensors = load_file(to / "model.safetensors")
     spoil(tensors)
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
@@ -377,6 +386,7 @@ def test_a_model_of_eight_bits_survives_the_disk(dtype: torch.dtype, tmp_path: P
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
     tensors[f"{QKV}.q_proj.scales"][3] = -1
     save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    without_hashes(tmp_path / "packed")
     with pytest.raises(UserError, match=rf"{QKV}\.q_proj: packed scales\[3\] is -1"):
         loaded(tmp_path / "packed")
 
@@ -518,3 +528,85 @@ def test_a_packed_checkpoint_loads_in_its_own_dtype_only(packed: tuple[Path, nn.
 def test_activations_of_another_dtype_are_refused(attention: Any) -> None:
     with pytest.raises(UserError, match=r"activations are torch\.float16, the packed weight torch\.bfloat16"):
         attention[0](some_activations(0).half())
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_byte_is_noticed(packed: Any, tmp_path: Path, name: str, place: float) -> None:
+    shutil.copytree(packed[0], tmp_path / "damaged")
+    content = bytearray((tmp_path / "damaged" / name).read_bytes())
+    at = int(place * len(content))
+    # A digit stays a digit, so that it is JSON still.
+    while name == "config.json" and not chr(content[at]).isdigit():
+        at += 1
+    content[at] ^= 1
+    (tmp_path / "damaged" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"changed or damaged|quantization_config is damaged|format"):
+        loaded(tmp_path / "damaged")
+
+
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.update({NORM: t[NORM][:1].clone()}), rf"{NORM} is \[1\], the configuration says"),
+        (lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1].clone()}), f"{EMBEDDING} is .*, the configuration says"),
+        (lambda t: t.update({NORM: t[NORM].to(torch.int8)}), f"{NORM} is I8, the model's is"),
+        (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
+        (lambda t: t.update({"model.other": t[NORM].clone()}), "tensor model.other is no part of the model"),
+    ],
+    ids=["norm-of-one", "rows", "integers", "missing", "unexpected"],
+)
+def test_tensors_beside_the_packed_ones_are_checked_too(
+    packed: Any, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loaded(damaged(packed, tmp_path / "damaged", spoil))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["modules"].append(c["modules"][0]), "a linear is packed twice"),
+        (lambda c: c["modules"][0].update(bias="no"), "bias 'no'"),
+        (lambda c: c["modules"][0]["parts"][0].__setitem__(0, "model.layers.9.self_attn.q_proj"), "has no linear"),
+        (lambda c: c["modules"].pop(), "is missing|is no part"),
+    ],
+    ids=["twice", "bias", "another-name", "dropped"],
+)
+def test_modules_are_the_models_linears(
+    packed: Any, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loaded(with_config(packed, tmp_path / "changed", change))
+
+
+def test_save_pretrained_of_a_packed_model_is_a_packed_checkpoint(packed: Any, tmp_path: Path) -> None:
+    """Also of one that was loaded, whose files had other hashes."""
+    _, model, _, _ = packed
+    model.save_pretrained(tmp_path / "plain")
+    again = loaded(tmp_path / "plain")
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "once more")
+    assert torch.equal(logits(loaded(tmp_path / "once more")), logits(model))
+
+
+def test_a_state_of_another_mask_takes_effect() -> None:
+    first, second = tiny_model("qwen2"), tiny_model("qwen2")
+    stoicc.compile_model(first, some_masks(first))
+    other = {name: HybridMask(m.shape, m.tile, ~m.dense, m.patterns) for name, m in some_masks(second).items()}
+    stoicc.compile_model(second, other, fuse=True, keep_dense=False)
+    mine, theirs = packed_modules(first), packed_modules(second)
+    taken = 0
+    for module, source in zip(mine, theirs, strict=False):
+        if module.spec == source.spec:
+            module.load_state_dict(source.state_dict())
+            assert torch.equal(module.orders, source.checked().orders)
+            taken += 1
+    broken = {name: tensor.clone() for name, tensor in mine[0].state_dict().items()}
+    broken["starts"][-1] += 1
+    with pytest.raises(UserError, match="q_proj"):
+        mine[0].load_state_dict(broken)

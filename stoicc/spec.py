@@ -1,0 +1,105 @@
+"""What a packed checkpoint says of its packed modules, in the ``quantization_config`` of its ``config.json``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from patch.errors import UserError
+from stoicc.format import SCALED
+
+METHOD = "stoicc"
+# Written by what it needs: 2 knows weights of 8 bits, 1 does not.
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What must be known of a packed module to make an empty one and load its tensors.
+
+    Attributes:
+        parts: full names of the linears it replaces, with the output features of each.
+        in_features: inputs of all of them.
+        tile, band: of the ``HybridWeight``.
+        units: rows of its records.
+        bias: whether it has one.
+        dtype: of the weight: ``bfloat16`` or ``float16``, whose records mean nothing in the other, ``float8_e4m3fn`` or
+            ``int8``.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    in_features: int
+    tile: tuple[int, int]
+    band: int
+    units: int
+    bias: bool
+    dtype: str
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether its weight has values of 8 bits, and scales."""
+        return getattr(torch, self.dtype, None) in SCALED
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(rows for _, rows in self.parts), self.in_features
+
+
+@register_quantization_config(METHOD)
+class StoiccConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a packed checkpoint: format version, and one spec for each packed module.
+
+    Attributes:
+        files: SHA-256 of every other file of the directory, by name; None in checkpoints of before, and of a model in
+            memory, whose files are still to be written.
+        digest: SHA-256 of all that ``config.json`` says but this.
+    """
+
+    def __init__(
+        self,
+        format: int = FORMAT,
+        modules: Sequence[Mapping[str, Any]] = (),
+        files: Mapping[str, str] | None = None,
+        digest: str | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # the mixin names its own methods only
+        self.format = format
+        self.modules = [dict(module) for module in modules]
+        self.files = files
+        self.digest = digest
+
+    @classmethod
+    def of(cls, specs: Sequence[Spec]) -> "StoiccConfig":
+        """Of packed modules, in the oldest format that can say it."""
+        return cls(FORMAT if any(spec.eight_bits for spec in specs) else 1, [asdict(spec) for spec in specs])
+
+    def specs(self) -> list[Spec]:
+        """What must be known of each packed module.
+
+        Raises:
+            UserError: if the format is newer than this code or a spec is not one.
+        """
+        if self.format not in range(1, FORMAT + 1):
+            raise UserError(f"packed checkpoint has format {self.format}, this version reads up to {FORMAT}: update it")
+        try:
+            specs = [_spec(**module) for module in self.modules]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"packed checkpoint: quantization_config is damaged ({error})") from None
+        names = [name for spec in specs for name, _ in spec.parts]
+        if len(set(names)) < len(names):
+            raise UserError("packed checkpoint: quantization_config is damaged (a linear is packed twice)")
+        return specs
+
+
+def _spec(parts: Any, in_features: int, tile: Any, band: int, units: int, bias: bool, dtype: str) -> Spec:
+    named = tuple((str(name), rows) for name, rows in parts)
+    sizes = [in_features, *tile, band, units, *(rows for _, rows in named)]
+    if not named or len(tile) != 2 or any(type(size) is not int or not 0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"sizes of {named[0][0] if named else 'a module'}: {sizes}")
+    if type(bias) is not bool or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{named[0][0]}: bias {bias!r}, dtype {dtype!r}")
+    return Spec(named, in_features, (tile[0], tile[1]), band, units, bias, dtype)
