@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patch.errors import UserError, one_line
+from patch.errors import UserError
 
 SLOW = 10
 JUNK: list[Any] = [None, True, -1, 0, 1 << 80, 1e300, float("nan"), float("inf"), "", "[/x]", "\x00", [], {}, [[]] * 3]
@@ -193,28 +193,26 @@ def packed() -> Target:
     """A packed checkpoint: records, schedules, quantization_config."""
     import torch
     from tiny_learner import tiny_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer
 
     import stoicc
+    from experiments.data.models import load_model
+    from experiments.embedded import MODEL
     from patch.oneshot import prune_model
 
     tokens = torch.arange(16)[None]
 
     def make(folder: Path) -> None:
-        model = tiny_model(torch.bfloat16, intermediate_size=128)
+        model = tiny_model(torch.bfloat16, intermediate_size=128, vocab_size=4096)
         layers = prune_model(model, "magnitude", "hybrid", 0.35, (32, 32), None, "cpu")
         masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
         stoicc.compile_model(model, masks)
-        stoicc.save_packed(folder / "packed", model)
+        stoicc.save_packed(folder / "packed", model, AutoTokenizer.from_pretrained(MODEL))
 
     def read(folder: Path) -> Any:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder / "packed").eval()
-        except (OSError, RecursionError) as error:
-            # What transformers says of a configuration that is no JSON, before anything of ours is asked.
-            raise UserError(one_line(error)) from error
+        model, tokenizer = load_model(str(folder / "packed"), packed=True)
         with torch.no_grad():
-            return model(tokens).logits.float().tolist()
+            return model(tokens).logits.float().tolist(), tokenizer("a river in the north").input_ids
 
     return Target(make, read)
 
