@@ -174,8 +174,8 @@ def _config(source: str) -> dict[str, Any]:
 
     try:
         return PretrainedConfig.get_config_dict(source, local_files_only=True)[0]
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # loading it says what is wrong
 
 
 def _check_quantisation(name: str, source: str, packed: bool) -> None:
