@@ -111,6 +111,14 @@ def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return frame.assign(**roofs)
 
 
+def _newest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without rows of what was measured again later, in another file."""
+    told = ["stage", "model", "linear", "tokens", "kind", "batch", "length", "metric"]
+    told += ["implementation", "precision", "sparsity", "tile", "tiles"]
+    same = [name for name in told if name in frame and not (name == "stage" and "linear" in frame)]
+    return frame.sort_values("time", kind="stable", na_position="first").drop_duplicates(same, keep="last").sort_index()
+
+
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     """With the best dense times of each cell, in bfloat16 and in the row's own precision, and speedups over them.
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear as dense_linear
 from experiments.bench import baselines
 from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.models import REGISTRY
-from experiments.studies.trial import KernelGrid, Trial
+from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from stoicc import configs, dispatch, matmul, reference
 from stoicc.format import pack
@@ -370,5 +370,6 @@ BENCH = Bench(
     title="every linear of a model",
     parts=lambda trial: trial.evaluation.grid.parts,
     cases=cases,
-    file=lambda trial, part: f"kernels/{trial.pruning.model}-{part.partition(':')[2]}.jsonl",
+    # Grids of one linear lie beside each other: readers take the newest row of a cell.
+    file=lambda trial, part: f"kernels/{trial.pruning.model}-{part.partition(':')[2]}-{key(trial)}.jsonl",
 )

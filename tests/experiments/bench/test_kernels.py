@@ -11,7 +11,7 @@ from analysis.tables.render import shown_cells
 from experiments.bench import baselines, harness, kernels, rows
 from experiments.bench.harness import Lab
 from experiments.studies.build import dense
-from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, Trial
+from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, Trial, key
 
 
 def trial(tiny: str) -> Trial:
@@ -86,4 +86,5 @@ def test_cold_weights_exceed_the_cache() -> None:
 def test_definitions_of_grids_name_their_rows() -> None:
     one, other = (Trial(dense("llama-2-7b"), Evaluation((), grid=KernelGrid(rounds=rounds))) for rounds in (4, 5))
     assert kernels.BENCH.identity(one) != kernels.BENCH.identity(other)
-    assert kernels.BENCH.file(dataclasses.replace(one), "kernels:o") == "kernels/llama-2-7b-o.jsonl"
+    name = kernels.BENCH.file(dataclasses.replace(one), "kernels:o")
+    assert name == f"kernels/llama-2-7b-o-{key(one)}.jsonl"
