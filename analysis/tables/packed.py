@@ -8,6 +8,7 @@ from analysis.names import workload_name, workload_of
 from analysis.rows.points import Measured, Point, Text, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.accuracy import Field, heading, identity_fields
+from analysis.tables.kernels import SUPERSEDED
 from analysis.tables.render import Column, Table, Value
 from patch.errors import UserError
 
@@ -63,6 +64,7 @@ def speed_table(frame: pd.DataFrame) -> Table:
     notes = ["Perplexity (PPL): lower is better; packed, it is that of the same weights through the kernels."]
     if timed:
         notes.append(_TIMED.format(timed_on(frame)))
+        notes += _superseded(frame[frame.stage.str.startswith("speed:")])
     else:
         notes.append("Nothing was timed: speed is measured on a CUDA GPU.")
     bad = wrong(frame)
@@ -105,8 +107,15 @@ def projected_table(frame: pd.DataFrame, shape: str) -> Table:
         f"Shapes of {shape} with random weights: each linear has the share of dense tiles that the checkpoint's linear "
         f"of the same kind and relative depth has, on a random map of {', '.join(sorted(tiles))} tiles.",
         _TIMED.format(timed_on(frame)),
+        *_superseded(rows),
     ]
     return _table(points, fields, notes)
+
+
+def _superseded(rows: pd.DataFrame) -> list[str]:
+    """What must be said of speedups over a dense model that was not the fastest."""
+    old = [labels for labels in rows[rows.metric == "speedup"].labels if labels.get("dense") != "fused"]
+    return [SUPERSEDED] if old else []
 
 
 def _size(workload: str) -> tuple[str, list[int]]:

@@ -22,7 +22,7 @@ from pandas import DataFrame
 from analysis.rows import layout
 from analysis.rows.points import Measured, Point, gather
 from analysis.tables.compare import select
-from analysis.tables.kernels import kernel_table, load_bench, measurements, model_table
+from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Table, markdown, only, shown_cells
 from analysis.tables.study import study_tables
@@ -94,6 +94,16 @@ def _kernels() -> DataFrame:
     return frame[frame.model == "llama-2-7b"]
 
 
+def _model() -> DataFrame:
+    return load_bench([BENCH], "model")
+
+
+def _energy() -> Table:
+    table = energy_table(_model())
+    assert table is not None
+    return table
+
+
 def _learning_table(place: int) -> Table:
     return tuple(learning_tables(measurements(BENCH)).values())[place]
 
@@ -134,7 +144,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     ),
     "kernels": lambda: kernel_table(_kernels()),
     "kernels-front": lambda: kernel_table(_kernels()[_kernels().tokens.isin([1, 16, 64, 512, 2048, 8192])]),
-    "model": lambda: model_table(load_bench([BENCH], "model")),
+    "model": lambda: model_table(_model()),
+    "energy": _energy,
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
     "rates": _rates,
@@ -166,8 +177,11 @@ def _of_tile(tile: str) -> str:
 
 def _max_autotune_gain() -> str:
     """How much less time than cuBLAS torch.compile's choice takes with one token: the range over linears."""
-    kernels = _kernels()
-    one = kernels[(kernels.tokens == 1) & kernels.implementation.isin(["cublas", "compiled"])]
+    # Of the benches that have both, since only what one process timed is compared.
+    rows = [row for row in measurements(BENCH) if row["metric"] == "time" and row["labels"].get("tokens") == 1]
+    both = {row["trial"] for row in rows if row["labels"]["implementation"] == "compiled"}
+    one = DataFrame([row["labels"] | {"value": row["value"]} for row in rows if row["trial"] in both])
+    one = one[(one.model == "llama-2-7b") & one.implementation.isin(["cublas", "compiled"])]
     times = one.pivot_table(index="linear", columns="implementation", values="value")
     saved = 100 * (1 - times.compiled / times.cublas)
     return f"{saved.min():.0f} to {saved.max():.0f}%"
