@@ -36,7 +36,7 @@ SUPERSEDED = (
 def measurements(path: Path) -> list[Row]:
     """The rows of a GPU's bench folder, as benches wrote them and as they were published, or of one file.
 
-    Where a model's linear, or a whole model, was timed in several benches, the newest counts.
+    Where a whole model was timed in several benches, the newest counts.
 
     Raises:
         UserError: if it is missing or is not a bench file, naming it and the line.
@@ -52,16 +52,16 @@ def measurements(path: Path) -> list[Row]:
 
 
 def _timed(row: Row) -> tuple[str, ...] | None:
-    """What a row of a kernel or a whole model says something about; None of other benches."""
-    kind = row["stage"].partition(":")[0]
-    if kind not in KINDS:
+    """What a row of a whole model says something about; None of other benches."""
+    if row["stage"].partition(":")[0] != "model":
         return None
-    model = row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", "")
-    return (kind, model, row["stage"] if kind == "kernels" else "")
+    return ("model", row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", ""))
 
 
 def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:
     """One row a measurement: its labels, metric and value, the best dense times of its cell, and speedups over them.
+
+    Of a product that several benches timed the newest row counts, and of dense implementations the fastest.
 
     Args:
         paths: folders of a GPU's bench, or files.
@@ -78,15 +78,14 @@ def bench_frame(rows: Iterable[Row], kind: str) -> pd.DataFrame:
     chosen = [row for row in rows if row["stage"].partition(":")[0] == kind]
     if not any(row["metric"] == "time" for row in chosen):
         return pd.DataFrame()
-    return _compared(
-        _frame(
-            row["labels"]
-            | {name: row[name] for name in ("metric", "value", "stage")}
-            | {name: row["provenance"].get(name) for name in ("gpu", "git")}
-            | {"origin": f"{row['trial']} {row['stage']}"}
-            for row in chosen
-        )
+    frame = _frame(
+        row["labels"]
+        | {name: row[name] for name in ("metric", "value", "stage")}
+        | {name: row["provenance"].get(name) for name in ("gpu", "git", "time")}
+        | {"origin": f"{row['trial']} {row['stage']}"}
+        for row in chosen
     )
+    return _newest(_compared(frame))
 
 
 def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:

@@ -63,8 +63,8 @@ def speed_table(frame: pd.DataFrame) -> Table:
         fields.append((column, _of(frame, f"speed:{work}", "speedup")))
     notes = ["Perplexity (PPL): lower is better; packed, it is that of the same weights through the kernels."]
     if timed:
-        notes.append(_TIMED.format(timed_on(frame)))
         notes += _superseded(frame[frame.stage.str.startswith("speed:")])
+        notes.append(_TIMED.format(timed_on(frame)))
     else:
         notes.append("Nothing was timed: speed is measured on a CUDA GPU.")
     bad = wrong(frame)
@@ -106,8 +106,8 @@ def projected_table(frame: pd.DataFrame, shape: str) -> Table:
     notes = [
         f"Shapes of {shape} with random weights: each linear has the share of dense tiles that the checkpoint's linear "
         f"of the same kind and relative depth has, on a random map of {', '.join(sorted(tiles))} tiles.",
-        _TIMED.format(timed_on(frame)),
         *_superseded(rows),
+        _TIMED.format(timed_on(frame)),
     ]
     return _table(points, fields, notes)
 
