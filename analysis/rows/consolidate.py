@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import Damaged, Row, identity, names
+from analysis.rows.format import Damaged, Row, names
 from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from analysis.rows.points import across_seeds, variants
 from analysis.rows.published import ABOUT, digest_of, read, split, table
@@ -89,7 +89,7 @@ def write(folder: Path, stages: Stages) -> list[Path]:
         details: list[Row] = []
         for stage in sorted(stages[trial]):
             first, more = split(stages[trial][stage])
-            headlines += (about[trial] | _where(row) | row for row in sorted(first, key=identity))
+            headlines += (about[trial] | _where(row) | row for row in first)
             details += more
         lines.append(json.dumps(_trial(trial, stages[trial])) + "\n")
         path = folder / DETAILS / f"{trial}.csv.xz"

@@ -130,12 +130,14 @@ def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines:
     details = folder / DETAILS / f"{trial}.csv.xz"
     more = read_table(details, f"{DETAILS}/{details.name}") if details.exists() else []
     in_full = {identity(row): row for _, row in more if not is_detail(row)}
-    rows = list(more)
+    # In the order of the table of all, so that publishing again changes nothing.
+    rows: Numbered = []
     for origin, row in headlines:
-        if (same := in_full.get(identity(row))) is None:
-            rows.append((origin, row))
-        elif any(_canonical(row[name]) != _canonical(same[name]) for name in NUMBERS):
+        same = in_full.get(identity(row))
+        if same is not None and any(_canonical(row[name]) != _canonical(same[name]) for name in NUMBERS):
             raise Damaged(f"{folder / origin}: {row['metric']} is another in {details.name}: {_AGAIN}")
+        rows.append((origin, same or row))
+    rows += [(origin, row) for origin, row in more if is_detail(row)]
     of_stage: dict[str, Numbered] = {}
     for origin, row in rows:
         of_stage.setdefault(row["stage"], []).append((origin, row))
