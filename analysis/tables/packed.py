@@ -93,9 +93,10 @@ def projected_table(frame: pd.DataFrame, shape: str) -> Table:
     fields = identity_fields(points)
     share = Column("packed_share", "Masked weights (x dense)", "ratio")
     fields.append((share, _ratio(frame, stage, ("packed_bytes", {}), ("masked_bytes", {}))))
-    timed = {
+    works = {
         workload_of(labels): {name: labels[name] for name in ("kind", "batch", "length")} for labels in rows.labels
     }
+    timed = {name: works[name] for name in sorted(works, key=_size)}
     for name, work in list(timed.items())[:1]:
         peak = Column(f"peak_memory {stage} {name}", f"Peak memory, {workload_name(name).lower()} (x dense)", "ratio")
         fields.append((peak, _memory(frame, stage, work)))
