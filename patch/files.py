@@ -95,7 +95,7 @@ def existing(folder: Path, name: str) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):

@@ -114,7 +114,7 @@ def start_ticks(pid: int) -> int | None:
     """When a process of this machine started, in ticks since the boot; None if it is gone, or dead and not reaped."""
     try:
         # The name in parentheses may hold anything; what follows it does not.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
@@ -122,7 +122,8 @@ def start_ticks(pid: int) -> int | None:
 
 def here() -> str:
     """Where a pid means something: this boot of this machine's kernel, and this namespace of processes."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + os.readlink("/proc/self/ns/pid")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
 
 
 def _me() -> Owner:
@@ -156,7 +157,7 @@ def _link(draft: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        return _create(path, draft.read_text())
+        return _create(path, draft.read_text(encoding="utf-8"))
     # An NFS server may do the work and lose the answer, so that the repeated request fails: the count tells.
     return os.stat(draft).st_nlink == 2
 
@@ -164,7 +165,7 @@ def _link(draft: Path, path: Path) -> bool:
 def _create(path: Path, record: str) -> bool:
     """What `_link` does, on disks without hard links; those are of one machine, where creating a file is exclusive."""
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(record)
     except FileExistsError:
         return False
@@ -195,7 +196,7 @@ def _read(path: Path) -> tuple[Owner, float] | None:
     """The owner of a lease and when it last touched it; None if there is no lease."""
     try:
         # Opening makes NFS ask the server instead of its cache.
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             record, touched = file.read(), os.fstat(file.fileno()).st_mtime
             return Owner(**json.loads(record)) if record else _UNKNOWN, touched
     except FileNotFoundError:

@@ -214,7 +214,7 @@ def read_table(path: Path) -> tuple[Entry, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(_entries(json.loads(path.read_text())))
+        return tuple(_entries(json.loads(path.read_text(encoding="utf-8"))))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
 

@@ -36,7 +36,7 @@ class DevCluster:
         lines = [f"{name} = {json.dumps(value)}" for name, value in {"executor": "slurm", **changes}.items()]
         for stage in ("prune", "learn", "evaluate", "report"):
             lines += [f"[stages.{stage}]", "gpus = 0", "cpus = 1", "memory = 2", 'time = "0:20:00"']
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
 

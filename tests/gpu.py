@@ -52,7 +52,7 @@ def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
         listed.write_text("\n".join(ids) + "\n")
         quiet = ["-q", "-p", "no:cacheprovider", f"--junitxml={folder / str(number)}.xml"]
         # To a file: one that fails much must not wait until its pipe is read.
-        with open(folder / f"{number}.log", "w") as log:
+        with open(folder / f"{number}.log", "w", encoding="utf-8") as log:
             command = [sys.executable, "-m", "pytest", *quiet, f"@{listed}"]
             processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     return processes

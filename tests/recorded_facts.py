@@ -42,7 +42,7 @@ def digests(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[int, str]]:
 def lines(path: Path) -> list[Row]:
     """A file of lines, each of which leaves out what it shares with the one above."""
     found: list[Row] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.append(row if "schema" in row or not found else found[-1] | row)
     return found

@@ -49,7 +49,7 @@ class Published:
 
 
 def _results() -> tuple[Published, ...]:
-    with open(_TABLE, newline="") as file:
+    with open(_TABLE, encoding="utf-8", newline="") as file:
         return tuple(
             Published(
                 _NAMES[row["model"]],

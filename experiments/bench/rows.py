@@ -27,7 +27,7 @@ def rows_in(path: Path) -> list[Row]:
         UserError: if it is damaged.
     """
     try:
-        rows = from_lines(path.read_text())
+        rows = from_lines(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except ValueError:

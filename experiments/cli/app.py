@@ -1,5 +1,6 @@
 """``hts``: its commands put together, and how it ends when something is wrong."""
 
+import io
 import shlex
 import sys
 import tempfile
@@ -64,6 +65,10 @@ def build(panels: Panels = PANELS) -> typer.Typer:
 
 def answer(app: typer.Typer) -> None:
     """Run the command of this process; whatever goes wrong is one line, and the traceback of a fault of ours a file."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding has no sign for is escaped: it must not end hours of work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (UserError, OSError) as error:

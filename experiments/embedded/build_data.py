@@ -74,7 +74,7 @@ def read_articles(path: Path) -> list[Article]:
         UserError: if the file is missing or a line is not such an article.
     """
     try:
-        with lzma.open(path, "rt") if path.suffix == ".xz" else open(path) as file:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else open(path, encoding="utf-8") as file:
             return [Article(row["title"], row["text"]) for row in map(json.loads, file)]
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: --data names a directory with train/{path.name}") from error

@@ -145,7 +145,7 @@ def _unpack(archive: Path, target: Path, wanted: Mapping[str, int]) -> None:
 def _dtype(config: Path) -> torch.dtype:
     """The dtype of a checkpoint's weights, as its configuration says it."""
     try:
-        dtype = getattr(torch, json.loads(config.read_text())["dtype"])
+        dtype = getattr(torch, json.loads(config.read_text(encoding="utf-8"))["dtype"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{config}: does not say which dtype was pruned: {error}") from error
     if not isinstance(dtype, torch.dtype):

@@ -21,7 +21,7 @@ def leave(path: Path, age: float = 0.0, **changes: object) -> Owner:
     owner = Owner("feed", "node7", "another boot:another namespace", 1, 1, None)
     owner = dataclasses.replace(owner, **changes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(owner)))
+    path.write_text(json.dumps(dataclasses.asdict(owner)), encoding="utf-8")
     os.utime(path, (time.time() - age,) * 2)
     return owner
 
@@ -101,9 +101,9 @@ def test_a_remover_that_died_does_not_block(path: Path) -> None:
 def _count(path: Path, counter: Path, rounds: int) -> None:
     for _ in range(rounds):
         with lease(path, wait=True):
-            seen = int(counter.read_text())
+            seen = int(counter.read_text(encoding="utf-8"))
             time.sleep(0.001)
-            counter.write_text(str(seen + 1))
+            counter.write_text(str(seen + 1), encoding="utf-8")
 
 
 def test_many_processes_after_an_expired_lease_never_own_it_together(path: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_many_processes_after_an_expired_lease_never_own_it_together(path: Path,
 @pytest.mark.parametrize(("age", "free"), [(0.0, False), (TERM + 60, True)], ids=["just-made", "old"])
 def test_a_lease_without_a_record_expires(age: float, free: bool, path: Path) -> None:
     leave(path, age)
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     os.utime(path, (time.time() - age,) * 2)
     with lease(path, wait=False) as mine:
         assert mine == free

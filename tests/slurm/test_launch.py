@@ -80,7 +80,7 @@ def test_the_first_error_is_told_with_its_traceback() -> None:
 
 def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text(tiny_text.read_text())
+    text.write_text(tiny_text.read_text(encoding="utf-8"))
     step, store, work = learning(tiny_model, text), Store(tmp_path / "runs"), Work(tmp_path / "runs", device="cpu")
     for id in step.needs:
         RunStep(work)(plan.steps(step.trials)[id])

@@ -74,7 +74,7 @@ def test_a_failed_trial_is_a_row_and_is_retried_when_asked(  # type: ignore[no-u
     assert code == 0 and "Dense" in out and "failure" not in out, err
     code, out, _ = hts("sweep", "tiny", "--cluster", "debug")
     assert code == 0 and "submitted" not in out
-    text.write_text(Path(tiny[1].evaluation.perplexity[0].source).read_text())
+    text.write_text(Path(tiny[1].evaluation.perplexity[0].source).read_text(encoding="utf-8"))
     code, out, _ = hts("sweep", "tiny", "--cluster", "debug", "--retry-failed")
     assert code == 0 and "2 done" in out
     assert Store(tmp_path / "runs").failure(trials[1]) is None

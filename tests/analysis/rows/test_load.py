@@ -28,7 +28,7 @@ def rows(make_pruning: Callable[..., Row], make_trial: Callable[..., list[Row]])
 
 def write(path: Path, rows: list[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

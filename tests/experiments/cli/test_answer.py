@@ -36,7 +36,7 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(
     code, printed = end(AttributeError("no such\nthing"), capsys, monkeypatch)
     found = re.fullmatch(r"hts: error: AttributeError: no such thing; its traceback is (\S+)", printed)
     assert code == 1 and found
-    written = Path(found[1]).read_text()
+    written = Path(found[1]).read_text(encoding="utf-8")
     assert "Traceback" in written and "in fail" in written
 
 

@@ -247,6 +247,16 @@ def test_overviews_print(hts, command: str) -> None:  # type: ignore[no-untyped-
     assert {"studies": "smollm2-oneshot", "models": "llama-2-7b", "doctor": "torch"}[command] in out
 
 
+def test_what_a_terminal_cannot_print_is_escaped(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments", "eval", f"{tmp_path}/\u6a21\u578b"],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "\\u6a21" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_the_installed_command_answers() -> None:
     command = shutil.which("hts", path=os.path.dirname(sys.executable))
     assert command, "the package is not installed in this environment"

@@ -89,8 +89,9 @@ def test_rows_of_a_newer_schema_are_neither_complete_nor_missing(stored: Path, t
 
 @pytest.mark.parametrize("schema", [1, 2])
 def test_files_of_before_there_was_an_end_are_complete(schema: int, stored: Path, tmp_path: Path) -> None:
-    old = stored.read_text().replace('"schema": 3', f'"schema": {schema}').splitlines(keepends=True)[:-1]
-    stored.write_text("".join(old))
+    text = stored.read_text(encoding="utf-8")
+    old = text.replace('"schema": 3', f'"schema": {schema}').splitlines(keepends=True)[:-1]
+    stored.write_text("".join(old), encoding="utf-8")
     assert Store(tmp_path).has_rows(TRIAL, "prune") and len(Store(tmp_path).read_rows(TRIAL, "prune")) == 4
 
 

@@ -749,7 +749,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "text":
-        path.write_text("not a checkpoint\n")
+        path.write_text("not a checkpoint\n", encoding="utf-8")
     elif how == "foreign":
         torch.save({"weights": torch.ones(3)}, path)
     elif how == "code":
