@@ -34,7 +34,7 @@ INK = "0.25"
 FAINT = "0.55"
 SMALL = 6.0
 """Points of labels inside of panels."""
-DPI = 240
+DPI = 200
 FORMATS = ("png", "pdf")
 
 # Characters of a title to an inch.
@@ -150,12 +150,16 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG of 256 colours, which it has no more of to the eye, at a third of the size of a full one."""
+    """The figure as a PNG of 256 colours, which it has no more of to the eye, at a third of the size of a full one.
+
+    A ninth of the pixels is enough to choose the colours from: all of them cost more than drawing.
+    """
     with paper_style(), io.BytesIO() as small:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
-        image.quantize(256).save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+        colors = image.resize((image.width // 3, image.height // 3), Image.Resampling.NEAREST).quantize(256)
+        image.quantize(palette=colors, dither=Image.Dither.NONE).save(small, "PNG", dpi=(DPI, DPI))
         return small.getvalue()
 
 

@@ -7,7 +7,9 @@ command that makes each again; at its end every number's row and the definitions
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+import multiprocessing
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +60,12 @@ class Speed:
     figures: tuple[Drawing, ...]
 
 
-def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
-    """The page.
+def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str, processes: int = 1) -> str:
+    """The page, the same bytes by however many processes.
 
     Args:
         made: when and from which revision the page was made, one line.
+        processes: that draw studies; one is this process itself.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.page", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -71,6 +74,7 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
     asked = {study.name: question(study.evaluated) for study in ordered}
     found = {study.name: findings(study.evaluated, asked[study.name]) for study in ordered}
     of_speeds = {speed.gpu: kernel_findings(short_gpu(speed.gpu), speed.tables) for speed in speeds}
+    shown = _shown(ordered, speeds, processes)
     sections = []
     for which, words in QUESTIONS.items():
         members = [study for study in ordered if asked[study.name] == which]
@@ -78,7 +82,8 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str) -> str:
         if members or timed:
             answers = [_answer(each.name, each.title, found[each.name], is_smallest(each.frame)) for each in members]
             answers += [_answer(f"speed-{s.gpu}", f"linears on {s.gpu}", of_speeds[s.gpu], False) for s in timed]
-            sections.append(_section(which, words, members, timed, [each for each in answers if each["findings"]]))
+            answers = [each for each in answers if each["findings"]]
+            sections.append(_section(which, words, members, timed, answers, shown))
     return environment.get_template("report.html.j2").render(
         sections=sections,
         errors=errors_said([each for some in found.values() for each in some]),
@@ -94,6 +99,7 @@ def _section(
     studies: Iterable[Study],
     speeds: Iterable[Speed],
     answers: Sequence[dict[str, Any]],
+    shown: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """One question, its answers, and the studies that ask it; what the smallest model answers is folded away."""
     return {
@@ -101,9 +107,23 @@ def _section(
         "question": words,
         "answers": [each for each in answers if not each["minor"]],
         "minor_answers": [each for each in answers if each["minor"]],
-        "studies": [_study(study) for study in studies],
-        "speeds": [_speed(speed) for speed in speeds],
+        "studies": [shown[study.name] for study in studies],
+        "speeds": [shown[speed.gpu] for speed in speeds],
     }
+
+
+def _shown(studies: Sequence[Study], speeds: Iterable[Speed], processes: int) -> dict[str, dict[str, Any]]:
+    """Studies and speeds with tables and figures as the template takes them, by name: nearly all of the page's time."""
+    if min(processes, len(studies)) < 2:
+        return {study.name: _study(study) for study in studies} | {speed.gpu: _speed(speed) for speed in speeds}
+    # Matplotlib may hold locks and threads, which a forked process would inherit.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(studies)), mp_context=spawn) as pool:
+        # The largest first, so that no process ends long after the others.
+        largest = sorted(studies, key=lambda study: len(study.frame), reverse=True)
+        drawn = [(study.name, pool.submit(_study, study)) for study in largest]
+        shown = {speed.gpu: _speed(speed) for speed in speeds}
+        return shown | {name: each.result() for name, each in drawn}
 
 
 def _answer(name: str, words: str, found: Sequence[Finding], minor: bool) -> dict[str, Any]:

@@ -83,12 +83,17 @@ def table(
     print(reports.table(trials_of(study, where), Store(results), format, about, published))
 
 
-def plot(study: Study, where: Where = None, results: Results = DEFAULT_RESULTS) -> None:
+def plot(
+    study: Study,
+    format: Annotated[str, typer.Option(help="png or pdf.")] = "png",
+    where: Where = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
     """Draw the study's figures from its rows."""
     from experiments.publish import reports
     from experiments.run.store import Store
 
-    for path in reports.figures(study, trials_of(study, where), Store(results)):
+    for path in reports.figures(study, trials_of(study, where), Store(results), format):
         console.print(f"wrote {path}", soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """Reports: a study's tables and figures as files, a GPU's measured speed, and all of it as one page."""
 
 import logging
+import os
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from analysis.figures.study import kernel_drawings, plot_study
+from analysis.figures.style import FORMATS
 from analysis.page import report
 from analysis.rows import consolidate, layout
 from analysis.rows.format import Row
@@ -95,9 +97,14 @@ def table(
     return render(found[check_name("table", about, found)], format)
 
 
-def figures(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:
-    """Draw the study's figures."""
-    return plot_study(frame(trials, store), store.root / layout.REPORTS / study)
+def figures(study: str, trials: Iterable[Trial], store: Store, format: str = FORMATS[0]) -> list[Path]:
+    """Draw the study's figures.
+
+    Raises:
+        UserError: for another format than ``FORMATS``, before anything is read.
+    """
+    check_name("figure format", format, FORMATS)
+    return plot_study(frame(trials, store), store.root / layout.REPORTS / study, formats=[format])
 
 
 def page(names: Sequence[str], store: Store) -> str:
@@ -128,7 +135,7 @@ def page(names: Sequence[str], store: Store) -> str:
     speeds = [speed(path) for path in sorted((store.root / layout.BENCH).glob("*")) if path.is_dir()]
     if not studies and not speeds:
         raise UserError(f"{store.root} has no rows of any study: run one first, or name another --results")
-    return report.report(studies, speeds, _made())
+    return report.report(studies, speeds, _made(), processes=len(os.sched_getaffinity(0)))
 
 
 def _made() -> str:

@@ -51,12 +51,16 @@ def frame(demo: pd.DataFrame) -> pd.DataFrame:
     return demo[(demo.method != "magnitude") | (demo.metric != "perplexity")]
 
 
-@pytest.fixture(scope="module")
-def page(frame: pd.DataFrame) -> str:
+def made(frame: pd.DataFrame, processes: int) -> str:
     study = Study("demo", "a <study> & its table", frame, missing=("a model that is not there",))
     # Another study that shares all trials: rows and definitions stand once.
     again = Study("demo-again", "the same rows", frame[frame.method != "wanda"])
-    return report([study, again], [Speed("nvidia-h200", (("kernels", TABLE),), ())], "Made today")
+    return report([study, again], [Speed("nvidia-h200", (("kernels", TABLE),), ())], "Made today", processes)
+
+
+@pytest.fixture(scope="module")
+def page(frame: pd.DataFrame) -> str:
+    return made(frame, 1)
 
 
 class Elements(html.parser.HTMLParser):
@@ -87,6 +91,10 @@ def test_it_is_one_whole_page_that_needs_no_other_file(page: str) -> None:
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not any(tag in ("link", "iframe") for tag, _ in elements.found)
     assert "http" not in "".join(attributes.get("href") or "" for _, attributes in elements.found)
+
+
+def test_several_processes_make_the_same_page(page: str, frame: pd.DataFrame) -> None:
+    assert made(frame, 2) == page
 
 
 def test_names_cannot_break_it(page: str) -> None:

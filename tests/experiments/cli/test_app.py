@@ -87,6 +87,10 @@ def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path)
     report = tmp_path / "runs" / "reports" / "tiny"
     assert {"accuracy.md", "accuracy.csv", "frontier.png"} <= set(os.listdir(report))
     assert "Magnitude" in (report / "accuracy.md").read_text()
+    assert_refused(hts("plot", "tiny", "--format", "svg"), "svg")
+    code, out, err = hts("plot", "tiny", "--where", "method=magnitude", "--format", "pdf")
+    assert code == 0 and "frontier.pdf" in out, err
+    assert (report / "frontier.pdf").read_bytes().startswith(b"%PDF")
     code, out, _ = hts("status", "tiny")
     assert code == 0 and "1 done" in out and "2 missing" in out
     code, out, _ = hts("table", "tiny", "--where", "method=magnitude")

@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1].split(":")
 import torch
 torch.set_num_threads(1)
-from test_ranks import learn_here
+from test_distributed import learn_here
 learn_here(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
 """
 
@@ -90,7 +90,7 @@ def learn_with(
         for rank in range(size)
     ]
     try:
-        errors = [child.communicate(timeout=180)[1] for child in children]
+        errors = [child.communicate(timeout=600)[1] for child in children]
     finally:
         for child in children:
             child.kill()
