@@ -43,9 +43,9 @@ def question(frame: pd.DataFrame) -> Question:
     return "tiles" if swept(points) else "methods"
 
 
-def reading_order(frame: pd.DataFrame) -> tuple[int, bool]:
+def reading_order(asked: Question, frame: pd.DataFrame) -> tuple[int, bool]:
     """Sorts studies by question, those of the smallest model last."""
-    return list(QUESTIONS).index(question(frame)), is_smallest(frame)
+    return list(QUESTIONS).index(asked), is_smallest(frame)
 
 
 def is_smallest(frame: pd.DataFrame) -> bool:

@@ -8,7 +8,7 @@ command that makes each again; at its end every number's row and the definitions
 import base64
 import json
 import multiprocessing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -70,23 +70,25 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str, process
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.page", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    ordered = sorted(studies, key=lambda study: reading_order(study.evaluated))
-    asked = {study.name: question(study.evaluated) for study in ordered}
-    found = {study.name: findings(study.evaluated, asked[study.name]) for study in ordered}
+    of_studies, of_gpus = _contents(studies, speeds, processes)
+    ordered = sorted(studies, key=lambda study: reading_order(of_studies[study.name].asked, study.frame))
     of_speeds = {speed.gpu: kernel_findings(short_gpu(speed.gpu), speed.tables) for speed in speeds}
-    shown = _shown(ordered, speeds, processes)
     sections = []
     for which, words in QUESTIONS.items():
-        members = [study for study in ordered if asked[study.name] == which]
+        members = [study for study in ordered if of_studies[study.name].asked == which]
         timed = speeds if which == "kernels" else ()
         if members or timed:
-            answers = [_answer(each.name, each.title, found[each.name], is_smallest(each.frame)) for each in members]
+            answers = [
+                _answer(each.name, each.title, of_studies[each.name].findings, is_smallest(each.frame))
+                for each in members
+            ]
             answers += [_answer(f"speed-{s.gpu}", f"linears on {s.gpu}", of_speeds[s.gpu], False) for s in timed]
             answers = [each for each in answers if each["findings"]]
-            sections.append(_section(which, words, members, timed, answers, shown))
+            bodies = [of_studies[study.name].body for study in members]
+            sections.append(_section(which, words, bodies, [of_gpus[speed.gpu] for speed in timed], answers))
     return environment.get_template("report.html.j2").render(
         sections=sections,
-        errors=errors_said([each for some in found.values() for each in some]),
+        errors=errors_said([each for study in ordered for each in of_studies[study.name].findings]),
         facts=_facts(ordered),
         definitions=_definitions(ordered),
         made=made,
@@ -96,10 +98,9 @@ def report(studies: Sequence[Study], speeds: Sequence[Speed], made: str, process
 def _section(
     which: Question,
     words: str,
-    studies: Iterable[Study],
-    speeds: Iterable[Speed],
+    studies: Sequence[dict[str, Any]],
+    speeds: Sequence[dict[str, Any]],
     answers: Sequence[dict[str, Any]],
-    shown: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """One question, its answers, and the studies that ask it; what the smallest model answers is folded away."""
     return {
@@ -107,23 +108,45 @@ def _section(
         "question": words,
         "answers": [each for each in answers if not each["minor"]],
         "minor_answers": [each for each in answers if each["minor"]],
-        "studies": [shown[study.name] for study in studies],
-        "speeds": [shown[speed.gpu] for speed in speeds],
+        "studies": studies,
+        "speeds": speeds,
     }
 
 
-def _shown(studies: Sequence[Study], speeds: Iterable[Speed], processes: int) -> dict[str, dict[str, Any]]:
-    """Studies and speeds with tables and figures as the template takes them, by name: nearly all of the page's time."""
-    if min(processes, len(studies)) < 2:
-        return {study.name: _study(study) for study in studies} | {speed.gpu: _speed(speed) for speed in speeds}
+@dataclass(frozen=True)
+class _Content:
+    """What the page says of one study: nearly all of its time is spent on these.
+
+    Attributes:
+        asked: the question that it is under.
+        findings: its answers.
+        body: tables and figures, as the template takes them.
+    """
+
+    asked: Question
+    findings: Sequence[Finding]
+    body: dict[str, Any]
+
+
+def _content(study: Study) -> _Content:
+    asked = question(study.evaluated)
+    return _Content(asked, findings(study.evaluated, asked), _study(study))
+
+
+def _contents(
+    studies: Sequence[Study], speeds: Iterable[Speed], processes: int
+) -> tuple[dict[str, _Content], dict[str, dict[str, Any]]]:
+    """What is said of studies by name, and of speeds by GPU."""
+    processes = min(processes, len(studies))
+    if processes < 2:
+        return {study.name: _content(study) for study in studies}, {speed.gpu: _speed(speed) for speed in speeds}
     # Matplotlib may hold locks and threads, which a forked process would inherit.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(studies)), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         # The largest first, so that no process ends long after the others.
         largest = sorted(studies, key=lambda study: len(study.frame), reverse=True)
-        drawn = [(study.name, pool.submit(_study, study)) for study in largest]
-        shown = {speed.gpu: _speed(speed) for speed in speeds}
-        return shown | {name: each.result() for name, each in drawn}
+        begun = {study.name: pool.submit(_content, study) for study in largest}
+        of_gpus = {speed.gpu: _speed(speed) for speed in speeds}
+        return {name: content.result() for name, content in begun.items()}, of_gpus
 
 
 def _answer(name: str, words: str, found: Sequence[Finding], minor: bool) -> dict[str, Any]:
