@@ -41,7 +41,8 @@ from patch.weights import INDEX, tensor_names, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1
+# 1: masks lie in hybrid.safetensors. 2: in hybrid.masks.
+FORMAT = 2
 # Named so that no server takes it for weights: some read every *.safetensors of a directory.
 MASKS_FILE = "hybrid.masks"
 FORMER_MASKS_FILE = "hybrid.safetensors"

@@ -144,7 +144,7 @@ def check_coverage(model: nn.Module, partial: bool = False) -> Coverage:
 
 
 def check_shared(model: nn.Module) -> None:
-    """Raise if a decoder block or a prunable weight is used more than once: pruned twice, it would be counted once.
+    """Raise if a decoder block or a prunable parameter is used more than once: pruned twice, it would be counted once.
 
     Raises:
         UserError: naming the second place.
@@ -153,7 +153,8 @@ def check_shared(model: nn.Module) -> None:
     if len({id(block) for block in blocks}) < len(blocks):
         raise UserError(f"{type(model).__name__} runs the same decoder block more than once: cannot prune it")
     places: dict[int, str] = {}
-    prunable = {id(linear.weight) for linear in prunable_linears(model).values()}
+    held = {matrix.parameter for matrix in prunable_matrices(model).values()}
+    prunable = {id(parameter) for name, parameter in model.named_parameters() if name in held}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in prunable and (first := places.setdefault(id(parameter), name)) != name:
             raise UserError(f"{name} is the same weight as {first}: cannot prune a weight that is used twice")
@@ -181,26 +182,25 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _experts(blocks: nn.ModuleList) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Every parameter ``[experts, ., .]``, and whether its experts are stored as ``[K, N]``."""
+    """Every parameter ``[experts, ., .]``, and whether its experts are stored as ``[K, N]``.
+
+    Only of holders that say which, as those of transformers do that run one expert at a time. The others, which are
+    multiplied all at once, are left out and so not covered: an expert that is pruned along its outputs is wrong.
+    """
     for holder, parameters, _ in _mixtures(blocks):
-        transposed = bool(getattr(holder, "is_transposed", False))
-        yield from ((parameter, transposed) for parameter in parameters)
+        transposed = getattr(holder, "is_transposed", None)
+        if isinstance(transposed, bool):
+            yield from ((parameter, transposed) for parameter in parameters)
 
 
 def _routers(blocks: nn.ModuleList) -> Iterator[nn.Parameter]:
-    """The weights that choose among experts: one row an expert, beside them in the same mixture."""
-    for holder, parameters, mixture in _mixtures(blocks):
-        inside = {id(parameter) for parameter in holder.parameters()}
-        experts = len(parameters[0]) if parameters else len(holder)  # type: ignore[arg-type]
-        yield from (
-            parameter
-            for parameter in mixture.parameters()
-            if parameter.ndim == 2 and len(parameter) == experts and id(parameter) not in inside
-        )
+    """The weights that choose among experts."""
+    for _, _, routers in _mixtures(blocks):
+        yield from routers
 
 
-def _mixtures(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, list[nn.Parameter], nn.Module]]:
-    """Every mixture of experts: what holds the experts, their fused parameters, and the module that routes to them.
+def _mixtures(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]]:
+    """Every mixture of experts: what holds the experts, their fused parameters, and its routers' weights.
 
     The experts are fused in parameters of three dimensions, or a list of modules (then there are no fused parameters).
     What has no router beside it, such as a block-diagonal gate, is no mixture.
@@ -214,7 +214,17 @@ def _mixtures(blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, list[nn.Parame
             if not fused and not listed:
                 continue
             experts = len(fused[0]) if fused else len(holder)  # type: ignore[arg-type]
-            inside = {id(parameter) for parameter in holder.parameters()}
-            beside = (each for each in mixture.parameters() if each.ndim == 2 and id(each) not in inside)
-            if any(len(each) == experts and experts > 1 for each in beside):
-                yield holder, fused, mixture
+            if routers := _routers_beside(mixture, holder, experts):
+                yield holder, fused, routers
+
+
+def _routers_beside(mixture: nn.Module, holder: nn.Module, experts: int) -> list[nn.Parameter]:
+    """Weights of one row an expert, in a part of the mixture that has no other: attention has others too."""
+    parts = [list(part.parameters()) for part in mixture.children() if part is not holder]
+    parts += [[each] for each in mixture.parameters(recurse=False)]
+    routers = []
+    for part in parts:
+        matrices = [each for each in part if each.ndim == 2]
+        if matrices and experts > 1 and all(len(each) == experts for each in matrices):
+            routers += matrices
+    return routers

@@ -60,6 +60,10 @@ def check_quantised(
             f"quantised activations are {tuple(values.shape)} with strides {values.stride()}, the packed weight "
             f"{n}x{k} needs a contiguous [tokens, {columns}]"
         )
+    if hybrid.scales is not None and hybrid.scales.dtype != torch.float32:
+        raise UserError(
+            f"scales of the packed weight are {hybrid.scales.dtype}, need float32: convert a model before packing it"
+        )
     if tuple(token_scales.shape) != (len(values),) or token_scales.dtype != torch.float32:
         raise UserError(
             f"scales of tokens are {token_scales.dtype} {tuple(token_scales.shape)}, need float32 ({len(values)},)"

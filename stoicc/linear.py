@@ -44,7 +44,7 @@ class Fused(nn.Module):
         self.parts = tuple(parts)
         self.in_features, self.out_features = in_features, self.parts[0][1]
         self._sizes = [rows for _, rows in self.parts]
-        self._results: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
+        self._results: tuple[Tensor, int | Tensor | None, Sequence[Tensor]] | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """The outputs of all fused linears, one after the other, for ``x`` ``[..., K]``."""
@@ -69,7 +69,7 @@ class Fused(nn.Module):
         results = self._results
         if index == len(self._sizes) - 1:
             self._results = None
-        if results is None or results[0] is not x or results[1] != _version(x):
+        if results is None or results[0] is not x or not _unchanged(x, results[1]):
             return self.all_parts(x)[index]
         return results[2][index]
 
@@ -161,9 +161,20 @@ class HybridLinear(Fused):
         return f"{super().extra_repr()}, tile={self._tile}"
 
 
-def _version(x: Tensor) -> int | None:
-    """Changes when ``x`` is written in place; not known while tracing, and of inference tensors."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _version(x: Tensor) -> int | Tensor | None:
+    """What tells whether ``x`` is written in place later: its version, or of an inference tensor, without one, a copy.
+
+    None while tracing or capturing a graph, where a write in between would be seen as another tensor, or cannot be.
+    """
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return x.clone() if x.is_inference() else x._version
+
+
+def _unchanged(x: Tensor, version: int | Tensor | None) -> bool:
+    if isinstance(version, Tensor):
+        return torch.equal(x, version)
+    return version is None or (not x.is_inference() and x._version == version)
 
 
 class HybridPart(nn.Module):
@@ -270,7 +281,7 @@ def compile_model(
     config: Any = getattr(model, "config", None)
     if packed and config is not None:
         # So that save_pretrained writes what from_pretrained reads as packed.
-        config.quantization_config = StoiccConfig.of(packed)
+        config.quantization_config = StoiccConfig.of([module.spec for module in packed_modules(model)])
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
 

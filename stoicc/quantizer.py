@@ -10,7 +10,6 @@ The dense weights are never made. What is loaded is checked in full before it ca
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 
+# As safetensors call them: those of 8 bits mean nothing without a scale.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 @register_quantizer(METHOD)
 class StoiccQuantizer(HfQuantizer):
@@ -52,7 +54,7 @@ class StoiccQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if checkpoint_files and self.quantization_config.files is not None:
-            _check_files(Path(checkpoint_files[0]).parent, self.quantization_config)
+            _check_files([Path(file) for file in checkpoint_files], self.quantization_config)
         for spec in self.quantization_config.specs():
             if not spec.eight_bits and str(model.dtype) != f"torch.{spec.dtype}":
                 raise UserError(
@@ -60,7 +62,8 @@ class StoiccQuantizer(HfQuantizer):
                 )
             _check_place(model, spec)
             install(model, HybridLinear.empty(spec, model.dtype))
-        _check_tensors(model, [Path(file) for file in checkpoint_files or ()])
+        hashed = self.quantization_config.files is not None
+        _check_tensors(model, [Path(file) for file in checkpoint_files or ()], hashed)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in packed_modules(model):
@@ -121,7 +124,8 @@ def _seal(folder: Path) -> None:
     """Add the hashes of all files to ``config.json``, last its own."""
     content = read_json(folder / CONFIG)
     about = content["quantization_config"]
-    about["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != CONFIG}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CONFIG)
+    about["files"] = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     about["digest"] = _digest(content)
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -131,25 +135,30 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**config, "quantization_config": about}, sort_keys=True).encode()).hexdigest()
 
 
-def _check_files(folder: Path, about: StoiccConfig) -> None:
-    """Every file is what was saved, about a second per GiB."""
+def _check_files(weights: Sequence[Path], about: StoiccConfig) -> None:
+    """Every file that is here is what was saved, and all weights are here; about a second per GiB.
+
+    Others may be missing: the hub's cache holds what was asked for, and tokenizers are asked for apart.
+    """
+    folder = weights[0].parent
     if _digest(read_json(existing(folder, CONFIG))) != about.digest:
         raise UserError(f"{folder / CONFIG}: its digest is not that of what it says: changed or damaged, copy it again")
-    for name, digest in (about.files or {}).items():
-        if sha256(existing(folder, name)) != digest:
+    known = about.files or {}
+    for file in weights:
+        if file.name not in known:
+            raise UserError(f"{file}: {CONFIG} does not know this file: changed or damaged, copy it again")
+    for name, digest in known.items():
+        needed = name.endswith(".safetensors")
+        if (needed or (folder / name).exists()) and sha256(existing(folder, name)) != digest:
             raise UserError(
                 f"{folder / name}: its SHA-256 is not the one in {CONFIG}: changed or damaged, copy it again"
             )
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _check_tensors(model: "PreTrainedModel", files: Sequence[Path]) -> None:
+def _check_tensors(model: "PreTrainedModel", files: Sequence[Path], hashed: bool) -> None:
     """The files hold the model's tensors, none more or less, each of its shape and kind.
 
-    Not of a model whose tensors have other names on disk, behind another prefix: what they end in is the same.
+    Where the files are those that were saved, by their hashes, names on disk may differ from those in memory.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return
@@ -160,15 +169,19 @@ def _check_tensors(model: "PreTrainedModel", files: Sequence[Path]) -> None:
                 part = tensors.get_slice(name)
                 found[name] = part.get_dtype(), part.get_shape()
     own = model.state_dict()
-    tied = {name for name in own for pattern in model._tied_weights_keys or () if re.fullmatch(pattern, name)}
+    ties = model.config.get_text_config().tie_word_embeddings
+    tied = {name for name in own for pattern in model._tied_weights_keys or () if ties and re.fullmatch(pattern, name)}
     missing, unexpected = sorted(own.keys() - found.keys() - tied), sorted(found.keys() - own.keys())
-    if missing and Counter(map(_leaf, missing)) == Counter(map(_leaf, unexpected)):
+    if hashed and missing and unexpected:
         return
     for names, what in ((missing, "is missing"), (unexpected, "is no part of the model")):
         if names:
-            raise UserError(f"{files[0].parent}: tensor {names[0]} {what}: incomplete or damaged, copy it again")
+            raise UserError(
+                f"{files[0].parent}: tensor {names[0]} {what}: incomplete or damaged, copy it again, or, of a model "
+                "whose tensors have other names on disk, write it with stoicc.save_packed"
+            )
     for name, (kind, shape) in found.items():
         if list(own[name].shape) != shape:
             raise UserError(f"{files[0].parent}: {name} is {shape}, the configuration says {list(own[name].shape)}")
-        if own[name].is_floating_point() != kind.startswith(("F", "BF")):
+        if kind not in (_FLOATS if own[name].is_floating_point() else ("I32", "I64", "BOOL", "U8")):
             raise UserError(f"{files[0].parent}: {name} is {kind}, the model's is {own[name].dtype}")

@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     MptConfig,
@@ -60,6 +61,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, moe_intermediate_size=48, head_dim=16),
     "olmoe": lambda: OlmoeConfig(**SIZES, **EXPERTS, num_experts=4),
     "gpt-oss": lambda: GptOssConfig(**SIZES, **EXPERTS, num_local_experts=4, head_dim=16),
+    "llama4": lambda: Llama4TextConfig(
+        **SIZES, **EXPERTS, num_local_experts=4, intermediate_size_mlp=64, head_dim=16, pad_token_id=0
+    ),
     "jamba": lambda: JambaConfig(
         **SIZES, **EXPERTS, num_experts=4, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=4
     ),
@@ -67,7 +71,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZES, lru_width=32, attention_window_size=32, block_types=["recurrent", "attention"]
     ),
 }
-WHOLE = [name for name in FAMILIES if name not in ("jamba", "recurrent-gemma")]
+WHOLE = [name for name in FAMILIES if name not in ("jamba", "recurrent-gemma", "llama4")]
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss")
 
 

@@ -10,6 +10,7 @@ holds one block, the hidden states of the windows and the statistics of that blo
     ...         weight.mul_(keep(weight, block.statistics[name]))
 """
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -362,9 +363,12 @@ def _observe(
         statistics.clear()
         if _gather(block, weights, states, call, statistic, statistics, sharing):
             break
+    if unseen := [name for name in weights if name not in statistics]:
+        raise UserError(
+            f"{unseen[0]}: no calibration window reaches this weight, so it cannot be pruned by its inputs "
+            f"({len(unseen)} of {len(weights)} in its block): more or other text reaches more experts"
+        )
     for name in weights:
-        if name not in statistics:
-            raise UserError(f"{name}: no calibration window reaches this weight, so it cannot be pruned by its inputs")
         if not statistics[name].finite():
             raise UserError(f"{name}: its calibration inputs are not finite (NaN or overflow): try float32 or bfloat16")
     return statistics
@@ -381,6 +385,7 @@ def _gather(
 ) -> bool:
     """Fill ``statistics``; false, and they are of no use, if matrices that shared their inputs stop doing so."""
     leaders: dict[str, str] = {}
+    calls: Counter[str] = Counter()
     last: tuple[str, Tensor] | None = None
     windows = 0
     agree = True
@@ -391,7 +396,9 @@ def _gather(
         if name not in leaders:
             leaders[name] = leader
             statistics[name] = statistics[leader] if leader != name else statistic(inputs.shape[-1])
-        agree = agree and leaders[name] == leader
+        calls[name] += 1
+        # A weight that is run less or more often than the one it shares with has other inputs than that one.
+        agree = agree and leaders[name] == leader and calls[name] == calls[leader]
         if leaders[name] == name:
             statistics[name].add(inputs.reshape(-1, inputs.shape[-1]).float(), windows)
         last = leader, inputs
@@ -402,4 +409,4 @@ def _gather(
             _run(block, state, call)
             if not agree:
                 return False
-    return True
+    return all(calls[name] == calls[leader] for name, leader in leaders.items())

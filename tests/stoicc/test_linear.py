@@ -610,3 +610,55 @@ def test_a_state_of_another_mask_takes_effect() -> None:
     broken["starts"][-1] += 1
     with pytest.raises(UserError, match="q_proj"):
         mine[0].load_state_dict(broken)
+
+
+def test_writes_between_siblings_are_seen_in_inference_mode(packed: Any) -> None:
+    _, model, _, _ = packed
+    attention = model.model.layers[0].self_attn
+    with torch.inference_mode():
+        x = torch.randn(2, attention.q_proj.in_features, dtype=torch.bfloat16)
+        expected = attention.k_proj(x * 2)
+        attention.q_proj(x)
+        x.mul_(2)
+        assert torch.equal(attention.k_proj(x), expected)
+
+
+def test_packing_in_two_calls_saves_both(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    masks = some_masks(model)
+    names = list(masks)
+    half = {name: masks[name] for name in names if "layers.0" in name}
+    expected = logits(masked(tiny_model("qwen2"), masks))
+    stoicc.compile_model(model, half)
+    stoicc.compile_model(model, {name: mask for name, mask in masks.items() if name not in half})
+    model.save_pretrained(tmp_path / "both")
+    torch.testing.assert_close(logits(loaded(tmp_path / "both")), expected, rtol=0.02, atol=0.02)
+
+
+def test_other_files_may_be_missing_and_folders_have_hashes_too(packed: Any, tmp_path: Path) -> None:
+    """As in the hub's cache, which holds what was asked for."""
+    shutil.copytree(packed[0], tmp_path / "some")
+    (tmp_path / "some" / "generation_config.json").unlink()
+    loaded(tmp_path / "some")
+
+
+def test_scales_of_another_dtype_are_refused() -> None:
+    model = tiny_model("qwen2")
+    stoicc.compile_model(model, some_masks(model, tile=(64, 128)), dtype=torch.int8)
+    with pytest.raises(UserError, match=r"scales of the packed weight are torch\.float16, need float32"):
+        logits(model.to(torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.update({"model.narm.weight": t.pop(NORM)}), f"tensor {NORM} is missing"),
+        (lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}), f"{NORM} is F8_E4M3"),
+    ],
+    ids=["renamed", "float8"],
+)
+def test_names_and_dtypes_are_the_models(
+    packed: Any, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loaded(damaged(packed, tmp_path / "damaged", spoil))
