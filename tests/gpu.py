@@ -1,14 +1,13 @@
 """Runs the tests that need a GPU, in several processes beside each other, and writes down what came of them.
 
-    python tests/gpu.py --out results/bench/nvidia-h200/tests.jsonl
+    python tests/gpu.py --out runs/bench/nvidia-h200/tests.jsonl
 
-Needs no more than pytest and what the tests import; where pytest-xdist is not to be had, this deals the tests out. The
-first line of the file says where its rows come from; then one row a test file: passed, failed, skipped, seconds. What
-failed is printed in full.
+Needs no more than pytest and what the tests import; where pytest-xdist is not to be had, this deals the tests out. Rows
+(`analysis.rows.format`) say of each test file how many passed, failed and were skipped, and the seconds that they took;
+``hts publish`` takes them into the committed tables. What failed is printed in full.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -81,6 +80,8 @@ def main() -> None:
 
     import torch
 
+    from analysis.rows.format import Fact, as_rows, digest
+    from analysis.rows.jsonl import to_lines
     from experiments.run.provenance import provenance
     from patch.files import write_atomic
 
@@ -98,13 +99,17 @@ def main() -> None:
             print("\n".join(log.read_text() for log in sorted(folder.glob("*.log"))))
     seconds = time.time() - started
     total = sum((counts for counts in found.values()), Counter())
-    header = {"schema": 1, "gpus": torch.cuda.device_count(), "provenance": provenance(seconds)}
-    rows = [
-        {"file": name, **{outcome: counts[outcome] for outcome in OUTCOMES}, "seconds": counts["milliseconds"] / 1e3}
+    about = {"bench": "tests", "gpus": torch.cuda.device_count()}
+    facts = [
+        Fact(metric, value, unit, {"file": name})
         for name, counts in sorted(found.items())
+        for metric, value, unit in (
+            *((outcome, counts[outcome], "1") for outcome in OUTCOMES),
+            ("seconds", counts["milliseconds"] / 1e3, "s"),
+        )
     ]
     if options.out:
-        write_atomic(options.out, "".join(json.dumps(line) + "\n" for line in (header, *rows)))
+        write_atomic(options.out, to_lines(as_rows(digest(about), about, "tests", facts, provenance(seconds))))
     print(", ".join(f"{total[outcome]} {outcome}" for outcome in OUTCOMES), f"in {seconds:.0f} s")
     # A process that died left no list of what it ran.
     if total["failed"] or sum(total[outcome] for outcome in OUTCOMES) < len(ids):
