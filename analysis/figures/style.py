@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -159,7 +160,12 @@ def png_bytes(figure: Figure) -> bytes:
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
         colors = image.resize((image.width // 3, image.height // 3), Image.Resampling.NEAREST).quantize(256)
-        image.quantize(palette=colors, dither=Image.Dither.NONE).save(small, "PNG", dpi=(DPI, DPI))
+        mapped = image.quantize(palette=colors, dither=Image.Dither.NONE)
+        # Pillow looks colours up in steps of four: white, which the first pixel has, would be grey.
+        palette, white = mapped.getpalette() or [], 3 * int(np.asarray(mapped)[0, 0])
+        palette[white : white + 3] = [255, 255, 255]
+        mapped.putpalette(palette)
+        mapped.save(small, "PNG", dpi=(DPI, DPI))
         return small.getvalue()
 
 

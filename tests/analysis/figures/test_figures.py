@@ -382,6 +382,7 @@ def test_pngs_are_small_and_as_wide_as_their_figure(demo: pd.DataFrame) -> None:
     content = png_bytes(draw_frontier(demo))
     with Image.open(io.BytesIO(content)) as image:
         assert image.mode == "P" and image.width == round(DPI * WIDTHS["double"])
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert len(content) < 100_000
 
 
