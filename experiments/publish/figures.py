@@ -17,6 +17,7 @@ FOLDER = ROOT / "docs" / "figures"
 # For a study, or None for the GPU whose speed is shown: under which names which of its drawings are shown.
 FIGURES: Mapping[str | None, Mapping[str, str]] = {
     "demo": {"frontier-demo": "frontier"},
+    "smollm2-published": {"frontier-smollm2-published": "frontier"},
     "smollm2-learned": {
         "frontier-smollm2-learned": "frontier",
         "layers-guided": "layer-sparsity-patch-joint-patch-joint-guided",

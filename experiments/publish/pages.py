@@ -20,11 +20,12 @@ from pathlib import Path
 from pandas import DataFrame
 
 from analysis.rows import layout
+from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, gather
 from analysis.tables.compare import select
 from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
-from analysis.tables.render import Table, markdown, only, shown_cells
+from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.study import study_tables
 from experiments.publish import reports, reproduction
 from experiments.run.store import Store
@@ -32,11 +33,14 @@ from experiments.studies.build import TARGETS
 from experiments.studies.registry import STUDIES
 from patch.errors import UserError, check_name
 from patch.files import write_atomic
+from patch.methods import label_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 # The GPU whose speed is shown.
 BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
+# The study of learned masks that is shown first.
+_MAIN = "smollm2-published"
 
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 _VALUE = re.compile(r"(<!-- value (?P<name>[\w-]+) -->)(?P<value>.*?)(<!-- end -->)")
@@ -71,21 +75,61 @@ def _study_table(study: str, name: str, columns: Sequence[str]) -> Table:
 
 
 def _front() -> Table:
-    """Accuracy and speed of the same checkpoints: five that tell the whole story."""
-    study = "frontier-smollm2"
+    """What the published and the guided recipes reach, and what they start from, in a few lines."""
     chosen = (
         "method=dense",
         "method=sparsegpt,structure=2:4",
-        "method=maskllm,variant=distillation=1",
-        "method=patch-joint,target=0.45,variant=distillation=1",
-        "method=patch-joint,target=0.25,variant=distillation=1",
+        "method=maskllm",
+        "method=patch-tile,target=0.45",
+        "method=patch-joint,target=0.45",
+        *(f"method=patch-joint,target={target},variant=guided" for target in TARGETS),
     )
-    trials = [select(_points(study), selector).trials for selector in chosen]
-    accuracy = only(_tables(study)["accuracy"], ("method", "structure", "achieved_sparsity", "perplexity", "mean_acc"))
-    speed = only(_tables(study)["speed"], ("packed_share", "speedup decode@1x1", "speedup prefill@8x2048"))
-    left, right = ({of: row for of, row in zip(table.trials, table.rows, strict=True)} for table in (accuracy, speed))
-    rows = tuple(left[of] + right[of] for of in trials)
-    return Table(accuracy.columns + speed.columns, rows, tuple("" for _ in rows), frozenset(), ())
+    columns = ("method", "structure", "variant", "achieved", "seeds", "perplexity", "mean_acc")
+    shown = only(_tables(_MAIN)["accuracy"], columns)
+    places = [shown.trials.index(select(_points(_MAIN), selector).trials) for selector in chosen]
+    rows = tuple(shown.rows[place] for place in places)
+    return Table(shown.columns, rows, tuple("" for _ in rows), frozenset(), ())
+
+
+def _paired() -> Table:
+    """The learned recipes against each other: differences over the same windows, with the seeds of both sides."""
+    joint, tile = "method=patch-joint,target={}", "method=patch-tile,target={}"
+    pairs = [
+        *((f"{joint},variant=guided".format(target), joint.format(target)) for target in TARGETS),
+        *((joint.format(target), tile.format(target)) for target in TARGETS),
+        (joint.format(TARGETS[0]), "method=maskllm"),
+    ]
+    rows = [_pair(*(select(_points(_MAIN), selector) for selector in pair)) for pair in pairs]
+    columns = (
+        Column("sparsity", "Sparsity (%)", "percent"),
+        Column("method", "Method", "text"),
+        Column("perplexity", "PPL", "perplexity"),
+        Column("against", "Against", "text"),
+        Column("perplexity_against", "PPL", "perplexity"),
+        Column("difference", "Difference", "number"),
+    )
+    return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), ())
+
+
+def _perplexity(point: Point) -> Measured:
+    """Of a point that has been measured on one text."""
+    (found,) = point.perplexity.values()
+    return found
+
+
+def _pair(point: Point, against: Point) -> tuple[Value, ...]:
+    names = [f"{label_of(each.method)} {each.variant}".strip() for each in (point, against)]
+    found = gap(against_ppl := _perplexity(against), ppl := _perplexity(point))
+    assert found.paired
+    shown = f"{found.value:.2f} ± {found.error:.2f}"
+    return Measured(point.sparsity), names[0], ppl, names[1], against_ppl, shown
+
+
+def _below(selector: str, against: str) -> str:
+    """How far one recipe's perplexity is below another's, over the same windows."""
+    *_, shown = _pair(select(_points(_MAIN), selector), select(_points(_MAIN), against))
+    assert isinstance(shown, str) and shown.startswith("-")
+    return shown.removeprefix("-")
 
 
 @cache
@@ -120,11 +164,12 @@ _PERPLEXITY = ("method", "structure", "variant", "achieved_sparsity", "perplexit
 
 TABLES: Mapping[str, Callable[[], Table | str]] = {
     "front": _front,
+    "paired": _paired,
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
     "published-start": partial(
         _study_table,
-        "smollm2-published",
+        _MAIN,
         "accuracy",
         ("method", "structure", "variant", "achieved_sparsity", "seeds", "perplexity", "mean_accuracy"),
     ),
@@ -154,16 +199,10 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
 }
 
 
-def _perplexity(point: Point) -> float:
-    """Of a point that has been measured on one text."""
-    return next(iter(point.perplexity.values())).value
-
-
-def _closed(variant: str, baseline: str) -> str:
-    """How much a variant of PATCH joint closes of the distance of one of MaskLLM to dense, in percent, by sparsity."""
-    points = _points("smollm2-learned")
-    found = {(point.method, point.sparsity, point.variant): _perplexity(point) for point in points}
-    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, baseline]
+def _closed(variant: str) -> str:
+    """How much a variant of PATCH joint closes of the distance from MaskLLM to dense, in percent, by sparsity."""
+    found = {(point.method, point.sparsity, point.variant): _perplexity(point).value for point in _points(_MAIN)}
+    dense, maskllm = found["dense", 0.0, ""], found["maskllm", 0.5, ""]
     patch = [found["patch-joint", target, variant] for target in TARGETS]
     *first, last = (f"{100 * (maskllm - value) / (maskllm - dense):.0f}" for value in patch)
     return f"{', '.join(first)} and {last}%"
@@ -171,7 +210,7 @@ def _closed(variant: str, baseline: str) -> str:
 
 def _of_tile(tile: str) -> str:
     """The perplexity of the embedded model at 35% with tiles of this shape."""
-    (found,) = (_perplexity(point) for point in _points("embedded-tiles") if point.tile == tile)
+    (found,) = (_perplexity(point).value for point in _points("embedded-tiles") if point.tile == tile)
     return f"{found:.1f}"
 
 
@@ -219,9 +258,13 @@ def _pins() -> str:
 
 VALUES: Mapping[str, Callable[[], str]] = {
     "pins": _pins,
-    "closed": partial(_closed, "", ""),
-    "closed-distilled": partial(_closed, "distillation=1", "distillation=1"),
-    "closed-guided": partial(_closed, "guided", "distillation=1"),
+    "guided-below-published": partial(
+        _below, "method=patch-joint,target=0.45,variant=guided", "method=patch-joint,target=0.45"
+    ),
+    "joint-below-maskllm": partial(_below, "method=patch-joint,target=0.45", "method=maskllm"),
+    "joint-below-tile": partial(_below, "method=patch-joint,target=0.45", "method=patch-tile,target=0.45"),
+    "closed": partial(_closed, ""),
+    "closed-guided": partial(_closed, "guided"),
     "max-autotune": _max_autotune_gain,
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
     "two-gpus": _gain_of_two,
