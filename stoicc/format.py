@@ -11,8 +11,8 @@ Each block is one contiguous *record*:
 
 A *unit* is 512 bytes. Weights of 8 bits, ``float8_e4m3fn`` or ``int8``, carry a scale for each output feature. Their
 blocks are twice as wide so that kernels move the same bytes at a time in every precision, whole 128-byte rows of
-activations; tiles of 64 columns are 2:4 only where two neighbours are.
- Within a panel the 2:4 records come first, then the dense ones.
+activations; tiles of 64 columns are 2:4 only where two neighbours are. Within a panel the 2:4 records come first, then
+the dense ones.
 
 The order of columns serves kernels that compute several panels at once from one stream of activations. A *band* is one
 panel, or two whose block maps are equal everywhere (so for tiles of at least 128 rows); two neighbouring bands are a
