@@ -148,11 +148,6 @@ class HybridWeight:
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
     @property
-    def dense_nbytes(self) -> int:
-        """Bytes of the weight before packing."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
-
-    @property
     def sparse_share(self) -> float:
         """Share of the blocks that are 2:4, in [0, 1]."""
         return float(self.sparse_blocks.sum()) / (self.panels * self.steps)

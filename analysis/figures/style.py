@@ -135,11 +135,6 @@ def set_title(figure: Figure, title: str) -> None:
     figure.suptitle(text, x=0.005, ha="left", size=7.5, color="0.1")
 
 
-def title_lines(title: str, width: float) -> int:
-    """How many lines `set_title` needs in a figure of that width."""
-    return len(textwrap.wrap(title, round(_TITLE_PITCH * width)))
-
-
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
     """A legend below the panels, in as few rows as ``columns`` and the figure's width allow, these of equal length."""
     for most in range(columns, 0, -1):
