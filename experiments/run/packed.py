@@ -42,9 +42,10 @@ from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.store import SKIPPED, Store
 from experiments.studies.trial import Packed, Perplexity, Pruning, Trial, Workload
-from patch.checkpoint import TILED, load_masks
+from patch.checkpoint import load_masks
 from patch.contexts import evaluating
 from patch.layers import prunable_linears
+from patch.methods import TILED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
