@@ -25,6 +25,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{folder / INDEX}: 'weight_map' is missing")
+        for name, shard in index.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UserError(f"{folder / INDEX}: says that {name} is in {shard!r}, which is no file beside it")
         files = {shard: existing(folder, shard) for shard in sorted(set(index.values()))}
         return {name: files[shard] for name, shard in index.items()}
     file = existing(folder, "model.safetensors")

@@ -1,12 +1,28 @@
-"""What the weights of a model directory tell: kept shares of tiles."""
+"""What the weights of a model directory tell: where each tensor is, kept shares of tiles."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tiny_learner import tiny_model
 
+from patch.errors import UserError
 from patch.layers import prunable_linears
-from patch.weights import kept_shares
+from patch.weights import INDEX, kept_shares, weight_files
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "..", "", 3, None, ["x"]], ids=repr)
+def test_a_shard_is_a_file_of_its_folder(shard: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"")
+    index = {"weight_map": {"first": "a.safetensors", "second": shard}}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"second is in|is missing"):
+        weight_files(folder)
 
 
 def test_shares_of_each_tile_that_are_not_zero(tmp_path: Path) -> None:
