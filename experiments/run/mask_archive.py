@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,6 +42,12 @@ CONFIG_FILE = "config.json"
 FILES = (INFO_FILE, MASKS_FILE, FORMER_MASKS_FILE, CONFIG_FILE)
 # Bytes of a JSON file: what a thousand weights and the history of their learning take, several times over.
 MOST_JSON = 64 * 2**20
+# Bytes of masks over those of their archive: patterns hardly compress.
+MOST_RATIO = 100
+# Folders, and the files in one of them.
+MOST_MEMBERS = 16
+# Bytes of a name or of other attributes in a header of their own, which is read as a whole.
+MOST_ATTRIBUTES = 64 * 2**10
 
 
 def export(checkpoint: Path, archive: Path) -> None:
@@ -64,7 +70,8 @@ def export(checkpoint: Path, archive: Path) -> None:
     if archive.exists():
         raise UserError(f"{archive} is already there: choose another place, or remove it first")
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as packed:
-        for name in (INFO_FILE, masks_file(checkpoint).name, CONFIG_FILE):
+        # The masks come last, for what is read first says whether they are worth to be unpacked.
+        for name in (INFO_FILE, CONFIG_FILE, masks_file(checkpoint).name):
             packed.add(checkpoint / name, f"{key(info['definition'])}/{name}")
 
 
@@ -78,8 +85,8 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # The masks come last: how large they may be is what the model and the configuration say.
-        _unpack(archive, folder, {INFO_FILE: MOST_JSON, CONFIG_FILE: MOST_JSON})
+        # The masks come last: how large they may be, the model says.
+        _unpack(archive, folder, (INFO_FILE, CONFIG_FILE))
         definition = read_json(existing(folder, INFO_FILE)).get("definition")
         if not isinstance(definition, dict) or not isinstance(definition.get("model"), str):
             raise UserError(f"{archive}: {INFO_FILE} does not say what defines the checkpoint")
@@ -88,14 +95,14 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
             if not path.exists():
                 dtype = _dtype(existing(folder, CONFIG_FILE))
                 model, tokenizer = models.load_model(definition["model"], device="cpu", dtype=dtype, data=machine.data)
-                most = sum(_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
-                _unpack(archive, folder, {MASKS_FILE: most, FORMER_MASKS_FILE: most})
+                most = sum(most_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
+                _unpack(archive, folder, (MASKS_FILE, FORMER_MASKS_FILE), most)
                 _check_definition(archive, definition, load_masks(folder, alone=True))
                 restore_checkpoint(folder, model, tokenizer, path)
     return path
 
 
-def _mask_bytes(n: int, k: int) -> int:
+def most_mask_bytes(n: int, k: int) -> int:
     """Most bytes that the mask of one weight takes: patterns, and at worst a tile map and scores of 4x4 tiles."""
     return n * (k // 8 + 1) + (n // 4 + 1) * (k // 4 + 1) * 5 + 4096
 
@@ -116,28 +123,56 @@ def _check_definition(archive: Path, definition: Mapping[str, Any], masks: Mappi
         raise UserError(f"{archive}: is said to have tiles {definition.get('tile')}, its masks have {list(tile)}")
 
 
-def _unpack(archive: Path, target: Path, wanted: Mapping[str, int]) -> None:
-    """Write the ``wanted`` files of an archive's only folder to ``target``, none of more bytes than it allows."""
+class _Header(tarfile.TarInfo):
+    """A header whose own size is checked before what follows it is read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        attributes = not (header.isreg() or header.isdir() or header.islnk() or header.issym())
+        if header.size < 0 or (attributes and header.size > MOST_ATTRIBUTES):
+            raise UserError(f"not an archive of masks: a header of type {header.type!r} with {header.size} bytes")
+        return header
+
+
+def _unpack(archive: Path, target: Path, wanted: Collection[str], most_masks: int | None = None) -> None:
+    """Write the ``wanted`` files of an archive's only folder to ``target``.
+
+    Every size is checked before what it is the size of is decompressed, and nothing is read beyond what is wanted.
+
+    Args:
+        most_masks: bytes that the masks may have; by default what an archive of its size may hold.
+    """
     try:
-        with tarfile.open(archive) as packed:
-            files = {PurePosixPath(member.name): member for member in packed if not member.isdir()}
-            if strange := [path for path, member in files.items() if path.name not in FILES or not member.isfile()]:
-                raise UserError(f"{archive}: not an archive of masks: {strange[0]} in it is no part of one")
-            if len(folders := {path.parent for path in files}) != 1:
-                raise UserError(f"{archive}: not an archive of masks: {len(folders)} folders in it instead of one")
-            for path, member in files.items():
-                if path.name not in wanted:
+        if most_masks is None:
+            most_masks = max(MOST_JSON, MOST_RATIO * archive.stat().st_size)
+        most = dict.fromkeys(FILES, MOST_JSON) | {MASKS_FILE: most_masks, FORMER_MASKS_FILE: most_masks}
+        with tarfile.open(archive, tarinfo=_Header) as packed:
+            found: dict[str, PurePosixPath] = {}
+            for number, member in enumerate(packed):
+                path = PurePosixPath(member.name)
+                if number == MOST_MEMBERS:
+                    raise UserError(f"not an archive of masks: more than {MOST_MEMBERS} files and folders in it")
+                if member.isdir() and not member.size:
                     continue
-                if member.size > wanted[path.name]:
-                    raise UserError(
-                        f"{archive}: {path.name} in it has {member.size} bytes, of at most {wanted[path.name]}: damaged"
-                    )
-                content = packed.extractfile(member)
-                assert content is not None
-                with open(target / path.name, "wb") as file:
-                    shutil.copyfileobj(content, file)
-    except UserError:
-        raise
+                if path.name not in FILES or not member.isfile():
+                    raise UserError(f"not an archive of masks: {path} in it is no part of one")
+                if path.name in found:
+                    raise UserError(f"not an archive of masks: {path.name} is in it twice")
+                found[path.name] = path
+                if len(folders := {each.parent for each in found.values()}) != 1:
+                    raise UserError(f"not an archive of masks: {len(folders)} folders in it instead of one")
+                if member.size > most[path.name]:
+                    raise UserError(f"{path.name} in it has {member.size} bytes, of at most {most[path.name]}: damaged")
+                if path.name in wanted:
+                    content = packed.extractfile(member)
+                    assert content is not None
+                    with open(target / path.name, "wb") as file:
+                        shutil.copyfileobj(content, file)
+                if found.keys() >= set(wanted):
+                    break
+    except UserError as error:
+        raise UserError(f"{archive}: {error}") from error
     except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         raise UserError(f"{archive}: not an archive of masks: {one_line(error)}") from error
 

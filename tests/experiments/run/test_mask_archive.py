@@ -1,6 +1,7 @@
 """Masks without weights: exported, and made the same checkpoint again."""
 
 import json
+import lzma
 import math
 import tarfile
 from collections.abc import Callable
@@ -182,6 +183,41 @@ def test_archives_with_anything_else_are_refused(tmp_path: Path, name: str, kind
     with pytest.raises(UserError, match=message):
         mask_archive.restore(strange, Store(tmp_path / "other"), CPU)
     assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def with_zeros(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
+    """An archive of one file that says it has 2 GiB and holds only the first MiB of them."""
+    header = tarfile.TarInfo(name)
+    header.type, header.size = kind, 2 * 2**30
+    with lzma.open(path, "wb") as packed:
+        packed.write(header.tobuf() + bytes(2**20))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (f"masks/{MASKS_FILE}", tarfile.REGTYPE),
+        (f"masks/{INFO_FILE}", tarfile.REGTYPE),
+        ("masks", tarfile.XHDTYPE),
+        ("masks", tarfile.GNUTYPE_LONGNAME),
+    ],
+    ids=["unwanted", "wanted", "attributes", "long-name"],
+)
+def test_sizes_are_checked_before_anything_is_decompressed(tmp_path: Path, name: str, kind: bytes) -> None:
+    with pytest.raises(UserError, match=r"2147483648 bytes"):
+        mask_archive.restore(with_zeros(tmp_path / "m.tar.xz", name, kind), Store(tmp_path / "other"), CPU)
+
+
+def test_files_and_folders_of_an_archive_are_few(tmp_path: Path) -> None:
+    for names, message in ((["masks"] * 100, "more than 16"), ([f"masks/{MASKS_FILE}"] * 2, "in it twice")):
+        with tarfile.open(tmp_path / "m.tar", "w") as packed:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.type = tarfile.DIRTYPE if name == "masks" else tarfile.REGTYPE
+                packed.addfile(member)
+        with pytest.raises(UserError, match=message):
+            mask_archive.restore(tmp_path / "m.tar", Store(tmp_path / "other"), CPU)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
