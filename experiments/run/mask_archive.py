@@ -103,8 +103,8 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
 
 
 def most_mask_bytes(n: int, k: int) -> int:
-    """Most bytes that the mask of one weight takes: patterns, and at worst a tile map and scores of 4x4 tiles."""
-    return n * (k // 8 + 1) + (n // 4 + 1) * (k // 4 + 1) * 5 + 4096
+    """Most bytes that the mask of one weight takes: patterns, and at worst a tile map and scores of 1x4 tiles."""
+    return n * (k // 8 + 1) + n * (k // 4) * 5 + 4096
 
 
 def _check_definition(archive: Path, definition: Mapping[str, Any], masks: Mapping[str, HybridMask]) -> None:

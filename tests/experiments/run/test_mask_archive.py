@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny_study import tiny_trials
 
 from experiments.run import checkpoints, mask_archive, pipeline
@@ -21,6 +21,7 @@ from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, d
 from patch.audit import audit
 from patch.checkpoint import INFO_FILE, MASKS_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
+from patch.mask import tile_grid
 
 CPU = Machine("cpu", None, lambda *_: None)
 
@@ -218,6 +219,23 @@ def test_files_and_folders_of_an_archive_are_few(tmp_path: Path) -> None:
                 packed.addfile(member)
         with pytest.raises(UserError, match=message):
             mask_archive.restore(tmp_path / "m.tar", Store(tmp_path / "other"), CPU)
+
+
+@pytest.mark.parametrize("tile", [(1, 4), (2, 8), (64, 64)], ids=["1x4", "2x8", "64x64"])
+@pytest.mark.parametrize("shape", [(576, 1536), (65, 68)], ids=["large", "odd"])
+def test_masks_with_scores_of_any_tile_are_no_larger_than_allowed(
+    shape: tuple[int, int], tile: tuple[int, int]
+) -> None:
+    n, k = shape
+    grid = tile_grid(shape, tile)
+    tensors = {
+        "patterns": torch.zeros(n, -(-k // 8), dtype=torch.uint8),
+        "dense": torch.zeros(grid, dtype=torch.bool),
+        "tile_scores": torch.zeros(grid),
+    }
+    assert len(save({f"model.layers.0.mlp.up_proj.{name}": part for name, part in tensors.items()})) <= (
+        mask_archive.most_mask_bytes(n, k)
+    )
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
