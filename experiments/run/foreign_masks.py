@@ -5,9 +5,14 @@ kept elements of the whole weight row by row, one bit each, the first in the hig
 ``<name>.__shape__`` its shape; and under ``__meta__`` JSON that says what it is.
 """
 
+import io
 import json
+import lzma
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,24 @@ from experiments.data import models
 from experiments.run.runtime import Machine
 from patch.checkpoint import save_checkpoint
 from patch.errors import UserError, one_line
-from patch.layers import prunable_linears
+from patch.layers import coverage, require_linears
 from patch.mask import HybridMask, TileShape, infer
 
 _META, _SHAPE = "__meta__", ".__shape__"
+# Bytes of what an archive says of itself, of a shape, and of what stands before the elements of an array.
+_MOST_META, _MOST_SHAPE, _MOST_HEADER = 2**24, 64, 2**16
+# Of them RuntimeError is what zipfile raises for a password or a compression that it does not know.
+_DAMAGES = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: Machine) -> tuple[Path, float]:
@@ -33,17 +52,19 @@ def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: 
     Raises:
         UserError: if the archive is damaged, its masks are of another model, or one is not made of such tiles.
     """
-    kept, meta = _read(archive)
+    meta, in_archive = _contents(archive)
     model, tokenizer = models.load_model(base, device="cpu", data=machine.data)
-    linears = prunable_linears(model)
-    named = {name: name if name in kept else f"{name}.weight" for name in linears}
-    if strange := sorted(kept.keys() - named.values()):
+    linears = require_linears(model, "importing masks")
+    if (covered := coverage(model)).left:
+        raise UserError(f"{base}: masks would cover {covered.share:.1%} of its matrix elements, not {covered.left[0]}")
+    named = {name: name if name in in_archive else f"{name}.weight" for name in linears}
+    if strange := sorted(in_archive - set(named.values())):
         raise UserError(f"{archive}: a mask is for {strange[0]}, which is no prunable weight of {base}")
     masks: dict[str, HybridMask] = {}
     for name, linear in linears.items():
-        if named[name] not in kept:
+        if named[name] not in in_archive:
             raise UserError(f"{archive}: there is no mask for {name}: it is of another model than {base}")
-        masks[name] = _mask(archive, name, kept[named[name]], tuple(linear.weight.shape), tile)
+        masks[name] = _mask(archive, name, _kept(archive, named[name], tuple(linear.weight.shape)), tile)
         with torch.no_grad():
             linear.weight.copy_(masks[name].apply(linear.weight))
     zeros = {name: mask.zeros for name, mask in masks.items()}
@@ -61,9 +82,7 @@ def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: 
     return out, sparsity
 
 
-def _mask(archive: Path, name: str, keep: torch.Tensor, shape: tuple[int, ...], tile: TileShape) -> HybridMask:
-    if tuple(keep.shape) != shape:
-        raise UserError(f"{archive}: the mask of {name} is {tuple(keep.shape)}, the weight is {shape}")
+def _mask(archive: Path, name: str, keep: torch.Tensor, tile: TileShape) -> HybridMask:
     try:
         mask = infer(keep.float(), tile).mask
     except UserError as error:
@@ -77,24 +96,51 @@ def _mask(archive: Path, name: str, keep: torch.Tensor, shape: tuple[int, ...], 
     return mask
 
 
-def _read(archive: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """What is kept of each weight, by the name in the archive, and what the archive says of itself."""
+def _contents(archive: Path) -> tuple[Any, set[str]]:
+    """What the archive says of itself, and the names of the weights that it has masks for."""
+    with _opened(archive) as packed:
+        names = {name.removesuffix(".npy") for name in packed.namelist()}
+        meta = json.loads(str(_array(packed, _META, _MOST_META))) if _META in names else None
+        return meta, {name for name in names if name != _META and not name.endswith(_SHAPE)}
+
+
+def _kept(archive: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """What is kept of a weight of ``shape``, by the name in the archive."""
+    elements = math.prod(shape)
+    with _opened(archive) as packed:
+        found = tuple(int(side) for side in _array(packed, name + _SHAPE, _MOST_SHAPE))
+        if found != shape:
+            raise UserError(f"the mask of {name} is {found}, the weight is {shape}")
+        bits = _array(packed, name, -(-elements // 8))
+        if bits.dtype != np.uint8 or bits.ndim != 1 or bits.size != -(-elements // 8):
+            raise ValueError(f"{name} has {bits.size} bytes of {bits.dtype} for a weight of {shape}")
+        return torch.from_numpy(np.unpackbits(bits, count=elements).astype(bool)).view(shape)
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; whatever is wrong with what is read from it is an error of the user's."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file")
     try:
-        with np.load(archive, allow_pickle=False) as data:
-            meta = json.loads(str(data[_META])) if _META in data.files else None
-            return dict(_weights(data)), meta
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(archive) as packed:
+            yield packed
+    except UserError as error:
+        raise UserError(f"{archive}: {error}") from error
+    except _DAMAGES as error:
         raise UserError(f"{archive}: not an archive of masks: {one_line(error)}") from error
 
 
-def _weights(data: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in data.files:
-        if name == _META or name.endswith(_SHAPE):
-            continue
-        shape = tuple(int(side) for side in data[name + _SHAPE])
-        packed, elements = data[name], int(np.prod(shape))
-        if len(shape) != 2 or packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != -(-elements // 8):
-            raise ValueError(f"{name} has {packed.size} bytes of {packed.dtype} for a weight of {shape}")
-        yield name, torch.from_numpy(np.unpackbits(packed, count=elements).astype(bool)).view(shape)
+def _array(packed: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
+    """An array of at most ``most`` bytes: sizes are compared before anything is inflated or allocated."""
+    member = packed.getinfo(f"{name}.npy")
+    if member.file_size > most + _MOST_HEADER:
+        raise ValueError(f"{name} has {member.file_size} bytes, of at most {most + _MOST_HEADER}")
+    content = io.BytesIO(packed.read(member))
+    if np.lib.format.read_magic(content) != (1, 0):
+        raise ValueError(f"{name} is an array of another format than 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    data = content.read()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{name} has {len(data)} bytes for {shape} of {dtype}")
+    return np.frombuffer(data, dtype).reshape(shape)

@@ -1,12 +1,15 @@
 """Masks that others released become checkpoints like ours, or are refused by name."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoder_families import make
 from tiny_learner import RAGGED, magnitude_prior, tiny_model
 
 from experiments.run.foreign_masks import import_masks
@@ -80,8 +83,28 @@ def test_masks_without_a_dense_tile_are_two_four(base: Path, tmp_path: Path) -> 
         ({"lm_head": np.zeros(8, np.uint8), "lm_head.__shape__": np.array([8, 8])}, "lm_head, which is no prunable"),
         ({f"{FIRST}.weight": np.zeros(3, np.uint8)}, "has 3 bytes of uint8"),
         ({"__meta__": np.array("{")}, "not an archive of masks"),
+        ({"__meta__": np.array("[" * 100_000)}, "not an archive of masks"),
+        ({f"{FIRST}.weight.__shape__": np.array(64)}, "not an archive of masks"),
+        ({f"{FIRST}.weight.__shape__": np.array([2**32, 2**32])}, r"is \(4294967296, 4294967296\), the weight is"),
+        ({f"{FIRST}.weight.__shape__": np.zeros(2**20, np.int8)}, "1048[0-9]+ bytes, of at most"),
+        ({f"{FIRST}.weight": np.zeros(2**20, np.uint8)}, "1048[0-9]+ bytes, of at most"),
+        ({f"{FIRST}.weight": np.array([None])}, "not an archive of masks"),
     ],
-    ids=["missing", "no-shape", "other-shape", "other-tiles", "strange", "truncated", "meta"],
+    ids=[
+        "missing",
+        "no-shape",
+        "other-shape",
+        "other-tiles",
+        "strange",
+        "truncated",
+        "meta",
+        "nested-meta",
+        "flat-shape",
+        "huge-shape",
+        "long-shape",
+        "long-mask",
+        "objects",
+    ],
 )
 def test_other_archives_are_refused(changes: dict[str, Any], said: str, base: Path, tmp_path: Path) -> None:
     archive = archive_of(masks_of(), tmp_path / "m.npz", **changes)
@@ -95,3 +118,52 @@ def test_what_is_no_archive_is_refused(base: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "m.npz", tmp_path / "none.npz"):
         with pytest.raises(UserError, match=r"not an archive of masks|no such file"):
             import_masks(path, str(base), RAGGED, tmp_path / "out", MACHINE)
+
+
+def test_an_array_that_says_it_is_huge_is_not_allocated(base: Path, tmp_path: Path) -> None:
+    archive = archive_of(masks_of(), tmp_path / "m.npz", **{f"{FIRST}.weight": None})
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": (2**60,)})
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(f"{FIRST}.weight.npy", content.getvalue())
+    with pytest.raises(UserError, match=r"has 0 bytes for \(1152921504606846976,\)"):
+        import_masks(archive, str(base), RAGGED, tmp_path / "out", MACHINE)
+
+
+@pytest.mark.parametrize("damage", ["compression", "inflated"])
+def test_members_that_cannot_be_inflated_are_refused(damage: str, base: Path, tmp_path: Path) -> None:
+    archive = archive_of(masks_of(), tmp_path / "m.npz")
+    with zipfile.ZipFile(archive) as packed:
+        members = {name: packed.read(name) for name in packed.namelist()}
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+        info = packed.getinfo(f"{FIRST}.weight.npy")
+        if damage == "compression":
+            info.compress_type = 99
+    if damage == "inflated":
+        data = bytearray(archive.read_bytes())
+        start = info.header_offset + 30 + len(info.filename)
+        data[start : start + 4] = b"\xff" * 4
+        archive.write_bytes(data)
+    with pytest.raises(UserError, match="not an archive of masks"):
+        import_masks(archive, str(base), RAGGED, tmp_path / "out", MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("mixtral", "importing masks covers Linear weights alone"), ("recurrent-gemma", r"not model\.")],
+)
+def test_a_base_that_masks_would_cover_in_part_is_refused(
+    family: str, said: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.data.models.load_model", lambda *_, **__: (make(family), None))
+    # Of attention alone, as they would be learned without the experts.
+    arrays = {}
+    for name, linear in prunable_linears(make(family)).items():
+        rows, cols = linear.weight.shape
+        arrays[name] = np.full(rows * cols // 8, 0b11001100, np.uint8)
+        arrays[f"{name}.__shape__"] = np.array([rows, cols])
+    with pytest.raises(UserError, match=said):
+        import_masks(archive_of({}, tmp_path / "m.npz", **arrays), family, (4, 4), tmp_path / "out", MACHINE)
+    assert not (tmp_path / "out").exists()
