@@ -67,6 +67,12 @@ def merged(published: Stages, new: Stages, allow_dirty: bool = False) -> Stages:
             definition, provenance = rows[0]["definition"], rows[0]["provenance"]
             if not names(trial, definition):
                 raise UserError(f"{trial} {stage}: its definition has another hash: the rows were edited; remove them")
+            first, others = next(iter(mine.items()), (stage, rows))
+            if others[0]["definition"] != definition:
+                raise UserError(
+                    f"{trial} {stage} and {first} have the same trial in two definitions, of a recipe that ran in two "
+                    "ways: a trial has one; remove the rows of one of them and measure those stages again"
+                )
             if any(row["provenance"] != provenance or row["definition"] != definition for row in rows):
                 raise UserError(f"{trial} {stage} was measured in several places: remove all but one of its files")
             if provenance.get("dirty") and not allow_dirty:

@@ -20,6 +20,7 @@ from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from analysis.rows.load import load_rows, stored_rows
 from analysis.rows.published import read, read_table, stages, table
 from patch.errors import UserError
+from patch.learn.recipe import HOW_IT_RUNS
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[3] / "results"
@@ -158,6 +159,19 @@ def test_a_definition_of_another_name_is_refused() -> None:
     rows = [row | {"trial": "0" * 12} for row in rows_of(definition())]
     with pytest.raises(UserError, match="hash"):
         consolidate.merged({}, consolidate.stages_of(rows))
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published-before", "at-once"])
+def test_stages_of_a_recipe_that_ran_in_two_ways_are_refused(published: bool) -> None:
+    one, other = definition(), definition()
+    one["pruning"]["recipe"], other["pruning"]["recipe"] = ({"steps": 5, next(iter(HOW_IT_RUNS)): n} for n in (1, 2))
+    assert name_of(one) == name_of(other) and one != other
+    before = consolidate.stages_of(row for row in rows_of(one) if row["stage"] == "prune")
+    rows = [row for row in rows_of(other) if row["stage"] != "prune"]
+    if not published:
+        rows += next(iter(before.values()))["prune"]
+    with pytest.raises(UserError, match="two definitions"):
+        consolidate.merged(before if published else {}, consolidate.stages_of(rows))
 
 
 def test_what_was_not_measured_is_not_published() -> None:
