@@ -36,7 +36,7 @@ from patch.errors import UserError, one_line
 from patch.files import existing, new_directory, read_json, sha256
 from patch.layers import prunable_matrices
 from patch.mask import GROUP, HybridMask, TileShape, check_tile, tile_grid
-from patch.methods import TILED
+from patch.structures import TILED
 from patch.weights import INDEX, tensor_names, weight_files
 
 if TYPE_CHECKING:

@@ -12,10 +12,6 @@ from patch.learn.recipe import MASKLLM, PATCH_JOINT, PATCH_JOINT_SPARSER, PATCH_
 
 Family = Literal["dense", "one-shot", "learned"]
 
-# In reading order; masks of the latter two are made of tiles.
-STRUCTURES = ("dense", "unstructured", "2:4", "hybrid")
-TILED = ("2:4", "hybrid")
-
 
 # Below this sparsity a method's recipe for denser masks holds: published are 45%, and 35% and 25%.
 _DENSER = 0.4

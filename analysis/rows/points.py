@@ -22,7 +22,8 @@ from analysis.rows.same_checkpoint import PACKED_STAGES, check_one_artefact
 from analysis.rows.variants import canonical, variants_of
 from patch.errors import UserError
 from patch.learn.recipe import HOW_IT_RUNS
-from patch.methods import METHODS, STRUCTURES, label_of
+from patch.methods import METHODS, label_of
+from patch.structures import STRUCTURES
 
 
 @dataclass(frozen=True)

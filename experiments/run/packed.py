@@ -45,7 +45,7 @@ from experiments.studies.trial import Packed, Perplexity, Pruning, Trial, Worklo
 from patch.checkpoint import load_masks
 from patch.contexts import evaluating
 from patch.layers import prunable_linears
-from patch.methods import TILED
+from patch.structures import TILED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

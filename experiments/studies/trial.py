@@ -18,7 +18,8 @@ from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
 from patch.learn.recipe import EARLIER, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
-from patch.methods import METHODS, STRUCTURES, TILED, members, published_recipe
+from patch.methods import METHODS, members, published_recipe
+from patch.structures import STRUCTURES, TILED
 
 
 def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
@@ -68,7 +69,7 @@ class Pruning:
         model: a name of the registry, a path, or a hub id.
         revision: digest of the model's files where they are local, so that a changed model is another trial.
         method: one of `patch.methods.METHODS`.
-        structure: one of `patch.methods.STRUCTURES`.
+        structure: one of `patch.structures.STRUCTURES`.
         sparsity: target share of zeros over all prunable weights.
         tile: ``(rows, cols)``; also for 2:4, whose checkpoint scores tiles for the methods that start from it.
         seed: of the learned methods' initial logits, noise and data order.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch import methods
+from patch import structures
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
 from patch.layers import Matrix, check_shared, decoder_blocks, prunable_matrices
@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
     "wanda": wanda.METHOD,
     "sparsegpt": sparsegpt.METHOD,
 }
-STRUCTURES = tuple(structure for structure in methods.STRUCTURES if structure != "dense")
+STRUCTURES = tuple(structure for structure in structures.STRUCTURES if structure != "dense")
 
 
 @dataclass(frozen=True)
