@@ -8,13 +8,14 @@ import pytest
 
 from analysis.rows.format import digest
 from analysis.rows.jsonl import from_lines
+from analysis.rows.load import stored_rows
 from experiments.bench import harness, learning, rows
 from experiments.bench.harness import Lab
 from experiments.bench.learning import BENCH, PART, WARMUP, Bench, bench_of, facts_of
 from patch.errors import UserError
 from patch.learn.recipe import PATCH_JOINT
 
-COMMITTED = Path(__file__).parents[3] / "results" / "bench" / "nvidia-h200" / "learning"
+COMMITTED = Path(__file__).parents[3] / "results" / "bench" / "nvidia-h200"
 
 
 def entry(seconds: float, tokens: int) -> dict[str, float]:
@@ -37,12 +38,10 @@ def test_ways_to_run_are_different_benches(tmp_path: Path) -> None:
     assert all(row["value"] == 250 and row["trial"] in path.stem for row, path in zip(found, paths, strict=True))
 
 
-def test_committed_files_are_named_by_what_is_in_them() -> None:
-    paths = list(COMMITTED.glob("*.jsonl"))
-    assert paths
-    for path in paths:
-        row = from_lines(path.read_text())[0]
-        assert path.stem.endswith(row["trial"]) and row["trial"] == digest(row["definition"])
+def test_committed_rows_are_named_by_what_was_measured() -> None:
+    rows_ = [row for row in stored_rows(COMMITTED) if row["stage"] == "bench:learning"]
+    assert rows_
+    assert all(row["trial"] == digest(row["definition"]) for row in rows_)
 
 
 @pytest.mark.parametrize("loss", [2.0, 3.0, float("nan")], ids=["right", "wrong", "nan"])
