@@ -398,4 +398,11 @@ def definition(value: Any) -> Any:
 
 def key(value: Any) -> str:
     """The 12 hex digits that name a definition: its digest, but for how a recipe runs."""
-    return name_of(definition(value))
+    if not isinstance(value, Trial | Pruning):
+        return name_of(definition(value))
+    # Kept beside the fields of what is frozen: submitting a sweep asks dozens of times for each. Not by equality, since
+    # equal values (0 and 0.0) have different names.
+    kept = value.__dict__
+    if "_key" not in kept:
+        kept["_key"] = name_of(definition(value))
+    return str(kept["_key"])
