@@ -32,9 +32,12 @@ def zeros(model: PreTrainedModel) -> float:
     return sum(int((each == 0).sum()) for each in matrices) / sum(each.numel() for each in matrices)
 
 
-@pytest.mark.parametrize("family", WHOLE)
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_every_family_is_pruned_whole(family: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [("magnitude", each) for each in WHOLE]
+    + [(method, each) for method in ("wanda", "sparsegpt") for each in ("llama", "gpt2", "bloom", *MIXTURES)],
+)
+def test_every_family_is_pruned_whole(method: str, family: str) -> None:
     model = make(family)
     assert coverage(model).share == 1 and check_coverage(model).left == ()
     layers = prune_model(model, method, "2:4", 0.5, (16, 16), windows(), "cpu")
