@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
-.PHONY: help demo report test lint fuzz docs test-gpu test-slurm triton-versions clean
+.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm triton-versions clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -18,7 +18,7 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 	$(BIN)/hts run demo
 	$(BIN)/hts report demo --results runs --out runs/report.html
 
-test: lint ## ruff, mypy and the tests; needs no GPU (8 minutes on two cores)
+test: lint ## ruff, mypy and the tests; needs no GPU (ten minutes or so on two cores)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 fuzz: $(INSTALLED) ## damage files in a thousand ways each: refused in one line, or a fault (half an hour)
@@ -35,6 +35,10 @@ report: $(INSTALLED) ## the committed results as one page, results/report.html
 docs: $(INSTALLED_DOCS) ## the documentation as a site in site/, its links checked; open site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "wrote site/index.html"
+
+test-thorough: $(INSTALLED) ## what takes minutes more: every shown command that runs, kernels for every GPU
+	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 -m "thorough" tests
+	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 tests/stoicc/test_sass.py
 
 test-gpu: $(INSTALLED) ## the tests that make test skips without a GPU
 	$(BIN)/python tests/gpu.py

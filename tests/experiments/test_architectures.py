@@ -30,7 +30,9 @@ def pruned(family: str, structure: str, out: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("structure", ["2:4", "hybrid", "unstructured"])
+@pytest.mark.parametrize(
+    "structure", ["hybrid", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("2:4", "unstructured"))]
+)
 @pytest.mark.parametrize("family", WHOLE)
 def test_a_checkpoint_is_audited_and_loads_as_it_was(family: str, structure: str, tmp_path: Path) -> None:
     """Also where names on disk are not those in memory, as of Mixtral's experts."""

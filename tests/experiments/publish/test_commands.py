@@ -119,6 +119,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.thorough
 def test_commands_run(hts, folder: Path, page: str) -> None:  # type: ignore[no-untyped-def]
     for command in commands(TEXTS[page]):
         words = shlex.split(command)
