@@ -122,6 +122,7 @@ def test_a_complete_study_is_not_touched_again(undisturbed: tuple, tiny_model: P
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.thorough
 def test_killed_at_ten_random_moments_the_rows_are_the_same(
     undisturbed: tuple, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_process_that_holds_no_rows_takes_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
+@pytest.mark.thorough
 def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
     undisturbed, *_ = learn_with(before, "joint", tmp_path / "whole", tmp_path / "whole-out")
     stopped = learn_with(before, "joint", tmp_path / "work", tmp_path / "stopped", stop_at=3)

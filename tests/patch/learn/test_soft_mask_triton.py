@@ -54,6 +54,7 @@ STREAM = (3, 1, 4, 1)
 
 
 @pytest.mark.skipif(RUNS, reason="the tests below run in this process")
+@pytest.mark.thorough
 def test_in_the_interpreter() -> None:
     """Runs this file in a process of its own, since Triton asks for its interpreter once, when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
