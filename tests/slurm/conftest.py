@@ -68,8 +68,9 @@ def _free_ports() -> int:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Words at random, enough for every stage of the forty trials."""
+    """Words at random, enough for every stage of the forty trials but the last, whose text lies beside it."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     words, rng = ["the", "of", "and", "city", "river", "king", "war", "music", "year", "first"], random.Random(0)
     path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=80))}) + "\n" for _ in range(40)))
+    path.with_name("short.jsonl").write_text(json.dumps({"text": "the river"}) + "\n")
     return path

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from dev_cluster import REPOSITORY, DevCluster, Forty, wait_until
-from forty_study import forty_trials
+from forty_study import IMPOSSIBLE, forty_trials
 
 from analysis.rows.jsonl import from_lines
 from experiments.run.store import FAILURE, Store
@@ -181,8 +181,8 @@ def test_forty_trials_survive(
     assert (counts["done"], counts["failed"]) == (39, 1), counts
     broken = forty_trials(sweep.text)[-1]
     failure = Store(sweep.results).failure(broken)
-    assert failure and "1000000" in failure["error"] and "Traceback" in failure["traceback"]
-    assert "1000000" in sweep.hts("status", "forty") and "1000000" in sweep.hts("logs", "forty")
+    assert failure and str(IMPOSSIBLE) in failure["error"] and "Traceback" in failure["traceback"]
+    assert str(IMPOSSIBLE) in sweep.hts("status", "forty") and str(IMPOSSIBLE) in sweep.hts("logs", "forty")
 
     # Nothing is left to do but what failed, which is tried again only when asked for.
     assert "submitted" not in sweep.hts("sweep", *options)
