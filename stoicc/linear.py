@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from patch.errors import UserError
 from patch.mask import HybridMask
 from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack
-from stoicc.matmul import linear_op, scaled_linear_op
-from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.matmul import product
+from stoicc.quantise import quantise_weight
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
 
@@ -150,12 +150,9 @@ class HybridLinear(Fused):
 
     def product(self, x: Tensor) -> Tensor:
         schedule = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
-        kinds = (self._shape, self._tile, self.spec.band)
-        if not self.spec.eight_bits:
-            return linear_op(x, *schedule, self.orders, self.bias, self._dtype, *kinds)
-        values, scales = quantise_tokens(x, self._dtype)
-        y = scaled_linear_op(values, scales, *schedule, self.scales, self.orders, self.bias, x.dtype, *kinds)
-        return y.reshape(*x.shape[:-1], self._shape[0])
+        scales = self.scales if self.spec.eight_bits else None
+        kinds = (self._dtype, self._shape, self._tile, self.spec.band)
+        return product(x, schedule, scales, self.orders, self.bias, *kinds)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tile={self._tile}"

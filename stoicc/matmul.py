@@ -37,15 +37,35 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         UserError: if dtype, device or shape do not fit.
     """
-    parts = list(hybrid.parts().values())
-    if hybrid.scales is None:
-        kinds = (hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
-        return linear_op(x, *parts, hybrid.orders, bias, *kinds)
-    check_operands(x, hybrid, bias)
-    values, token_scales = quantise_tokens(x, hybrid.dtype)
-    kinds = (x.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
-    y = scaled_linear_op(values, token_scales, *parts, hybrid.orders, bias, *kinds)
-    return y.reshape(*x.shape[:-1], hybrid.shape[0])
+    if hybrid.scales is not None:
+        check_operands(x, hybrid, bias)
+    schedule = (hybrid.records, hybrid.starts, hybrid.columns, hybrid.sparse_blocks, hybrid.leads)
+    kinds = (hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
+    return product(x, schedule, hybrid.scales, hybrid.orders, bias, *kinds)
+
+
+def product(
+    x: Tensor,
+    schedule: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    scales: Tensor | None,
+    orders: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    shape: list[int],
+    tile: list[int],
+    band: int,
+) -> Tensor:
+    """`linear` on the parts of a ``HybridWeight``, as modules keep them: tensors one by one, for graphs of any kind.
+
+    Args:
+        schedule: ``records``, ``starts``, ``columns``, ``sparse_blocks`` and ``leads``.
+        scales: of weights of 8 bits; activations are quantised here.
+    """
+    if scales is None:
+        return linear_op(x, *schedule, orders, bias, dtype, shape, tile, band)
+    values, token_scales = quantise_tokens(x, dtype)
+    y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band)
+    return y.reshape(*x.shape[:-1], shape[0])
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())
@@ -96,6 +116,13 @@ def _(
     band: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _no_gradient(*_: object) -> None:
+    raise UserError("packed weights are for inference and have no gradient: train the masked model, and pack it then")
+
+
+linear_op.register_autograd(_no_gradient)
 
 
 @torch.library.custom_op("stoicc::scaled_linear", mutates_args=())
@@ -155,6 +182,10 @@ def _(
     band: int,
 ) -> Tensor:
     return values.new_empty(values.shape[0], shape[0], dtype=out_dtype)
+
+
+scaled_linear_op.register_autograd(_no_gradient)
+quantise_tokens.register_autograd(_no_gradient)
 
 
 @cache

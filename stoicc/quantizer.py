@@ -1,6 +1,6 @@
 """Packed checkpoints: a model directory whose weights are packed, which ``from_pretrained`` loads as they are.
 
-    >>> import stoicc                                   # registers the quantizer
+    >>> import stoicc                                   # registers the quantizer; or pass trust_remote_code=True
     >>> save_packed("packed", model, tokenizer)         # a model that compile_model has converted
     >>> model = AutoModelForCausalLM.from_pretrained("packed", device_map="cuda")
 
@@ -24,7 +24,7 @@ from patch.errors import UserError
 from patch.files import existing, new_directory, read_json, sha256
 from stoicc.format import DTYPES
 from stoicc.linear import HybridLinear, install, packed_modules
-from stoicc.spec import METHOD, Spec, StoiccConfig
+from stoicc.spec import AUTO_MAP, CODE, CODE_FILE, METHOD, NEEDED, Spec, StoiccConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,11 +50,19 @@ class StoiccQuantizer(HfQuantizer):
             raise UserError(f"packed weights run in bfloat16 or float16, not {dtype}")
         return dtype
 
+    def update_tp_plan(self, config: Any) -> Any:
+        # The one look at the configuration before the files are found: what was there for those without us is done.
+        if getattr(config, "transformers_weights", None) == NEEDED:
+            del config.transformers_weights
+        if getattr(config, "auto_map", None) == AUTO_MAP:
+            del config.auto_map
+        return config
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if checkpoint_files and self.quantization_config.files is not None:
-            _check_files([Path(file) for file in checkpoint_files], self.quantization_config)
+            check_files(Path(checkpoint_files[0]).parent, [Path(file).name for file in checkpoint_files])
         for spec in self.quantization_config.specs():
             if not spec.eight_bits and str(model.dtype) != f"torch.{spec.dtype}":
                 raise UserError(
@@ -121,8 +129,9 @@ def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrain
 
 
 def _seal(folder: Path) -> None:
-    """Add the hashes of all files to ``config.json``, last its own."""
-    content = read_json(folder / CONFIG)
+    """Add to ``config.json`` what those need who do not know us, and the hashes of all files, last its own."""
+    (folder / CODE_FILE).write_text(CODE, encoding="utf-8")
+    content = read_json(folder / CONFIG) | {"auto_map": AUTO_MAP, "transformers_weights": NEEDED}
     about = content["quantization_config"]
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CONFIG)
     about["files"] = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
@@ -135,18 +144,25 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**config, "quantization_config": about}, sort_keys=True).encode()).hexdigest()
 
 
-def _check_files(weights: Sequence[Path], about: StoiccConfig) -> None:
+def check_files(folder: Path, weights: Sequence[str] = ()) -> None:
     """Every file that is here is what was saved, and all weights are here; about a second per GiB.
 
     Others may be missing: the hub's cache holds what was asked for, and tokenizers are asked for apart.
+
+    Args:
+        weights: names of the files that are about to be loaded, which must be among those that were saved.
+
+    Raises:
+        UserError: naming the file that is missing or another than it was.
     """
-    folder = weights[0].parent
-    if _digest(read_json(existing(folder, CONFIG))) != about.digest:
+    content = read_json(existing(folder, CONFIG))
+    about = content.get("quantization_config", {})
+    if _digest(content) != about.get("digest"):
         raise UserError(f"{folder / CONFIG}: its digest is not that of what it says: changed or damaged, copy it again")
-    known = about.files or {}
-    for file in weights:
-        if file.name not in known:
-            raise UserError(f"{file}: {CONFIG} does not know this file: changed or damaged, copy it again")
+    known = about.get("files") or {}
+    for name in weights:
+        if name not in known:
+            raise UserError(f"{folder / name}: {CONFIG} does not know this file: changed or damaged, copy it again")
     for name, digest in known.items():
         needed = name.endswith(".safetensors")
         if (needed or (folder / name).exists()) and sha256(existing(folder, name)) != digest:

@@ -15,6 +15,22 @@ METHOD = "stoicc"
 # Written by what it needs: 2 knows weights of 8 bits, 1 does not.
 FORMAT = 2
 
+# What a packed checkpoint says to those who do not know us. transformers, which reads no entry points, loads a file of
+# code if it is told to trust it. Otherwise it would skip the quantization that it does not know and start from random
+# weights: so the configuration names as the file of weights one that is not there, called by what to do.
+CODE_FILE = "hybrid_tile_sparsity.py"
+CODE = '''"""Loads this checkpoint, whose weights are packed; the code is that of the package hybrid-tile-sparsity."""
+
+try:
+    from stoicc.remote import PackedForCausalLM
+except ModuleNotFoundError as error:
+    if str(error.name).partition(".")[0] != "stoicc":
+        raise
+    raise ImportError("the weights of this checkpoint are packed: pip install hybrid-tile-sparsity") from None
+'''
+AUTO_MAP = {"AutoModelForCausalLM": f"{CODE_FILE.removesuffix('.py')}.PackedForCausalLM"}
+NEEDED = "pip-install-hybrid-tile-sparsity.safetensors"
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "stoicc.language": {"patch", "stoicc.format", "stoicc.lowering"},
     "stoicc.kernels": {"patch", "stoicc.compat", "stoicc.format", "stoicc.language"},
     "stoicc": {"patch", "stoicc.compat", "stoicc.format", "stoicc.kernels", "stoicc.language", "stoicc.lowering"},
+    "stoicc.vllm": {"patch", "stoicc", "stoicc.format"},
     "analysis": set(),
     "analysis.rows": {"analysis", "patch", "patch.learn", "patch.methods"},
     "analysis.tables": {"analysis", "analysis.rows", "patch", "patch.methods"},

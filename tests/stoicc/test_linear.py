@@ -20,7 +20,7 @@ from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.mask import HybridMask, TileShape
 from stoicc.linear import HybridLinear, HybridPart, packed_modules
-from stoicc.matmul import linear_op
+from stoicc.matmul import product
 
 Masks = dict[str, HybridMask]
 SIZES = {
@@ -259,7 +259,7 @@ def test_parts_take_what_the_first_has_computed(attention: Any, monkeypatch: pyt
     q, k, v, expected = attention
     products = []
     module_of_linears = sys.modules[HybridLinear.__module__]
-    monkeypatch.setattr(module_of_linears, "linear_op", lambda *a: products.append(a) or linear_op(*a))
+    monkeypatch.setattr(module_of_linears, "product", lambda *a: products.append(a) or product(*a))
     x = some_activations(0)
     for index, module in enumerate((q, k, v)):
         assert_same(module(x), expected(x, index))
@@ -536,8 +536,8 @@ def test_a_flipped_byte_is_noticed(packed: Any, tmp_path: Path, name: str, place
     shutil.copytree(packed[0], tmp_path / "damaged")
     content = bytearray((tmp_path / "damaged" / name).read_bytes())
     at = int(place * len(content))
-    # A digit stays a digit, so that it is JSON still.
-    while name == "config.json" and not chr(content[at]).isdigit():
+    # A digit that is not a number's first stays a digit, so that it is JSON still.
+    while name == "config.json" and not content[at - 1 : at + 1].isdigit():
         at += 1
     content[at] ^= 1
     (tmp_path / "damaged" / name).write_bytes(content)

@@ -1,0 +1,223 @@
+"""Masked and packed checkpoints in vLLM itself, on a CPU: `make test-vllm` has it in an environment of its own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+# Before vLLM is imported: the engine in this process, and little memory.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+import torch
+import vllm.model_executor.layers.linear as vllm_linear
+import vllm.model_executor.parameter as vllm_parameter
+from served_models import FAMILIES, checkpoints
+from stoicc_hybrids import random_mask, random_weight
+from torch import Tensor, nn
+from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.quantization import get_quantization_config
+
+import stoicc
+from patch.errors import UserError
+from patch.mask import HybridMask
+from stoicc.spec import StoiccConfig
+
+PROMPTS = [list(range(5, 21)), [7, 3, 99, 12]]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
+    """A masked and a packed checkpoint of a family, and what vLLM makes of the masked one as any model."""
+    try:
+        masked, packed = checkpoints(request.param, tmp_path_factory.mktemp(request.param))
+    except UserError as error:
+        pytest.skip(f"{request.param} cannot be had: {error}")
+    return masked, packed, generated(masked)
+
+
+def generated(path: Path, **options: Any) -> list[Any]:
+    """Greedy tokens of each prompt, and whether the model's layers are packed."""
+    options = {"enforce_eager": True, "max_model_len": 64, "dtype": "bfloat16", "disable_log_stats": True} | options
+    model = LLM(str(path), skip_tokenizer_init=True, **options)
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
+    layers = model.apply_model(packed_layers)[0]
+    del model
+    cleanup_dist_env_and_memory()
+    return [layers, *(list(output.outputs[0].token_ids) for output in outputs)]
+
+
+def packed_layers(model: nn.Module) -> int:
+    return sum(hasattr(module, "hybrid_kinds") for module in model.modules())
+
+
+def test_the_plugin_is_found() -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    for name in ("stoicc", "stoicc-fp8", "stoicc-int8"):
+        assert get_quantization_config(name).__module__ == "stoicc.vllm.plugin"
+
+
+def test_greedy_tokens_are_those_of_the_masked_dense_model(served: tuple[Path, Path, list[Any]]) -> None:
+    masked, packed, (dense_layers, *expected) = served
+    assert dense_layers == 0
+    as_it_loads, *tokens = generated(masked, quantization="stoicc")
+    assert as_it_loads > 0 and tokens == expected
+    as_saved, *tokens = generated(packed)
+    assert as_saved == as_it_loads and tokens == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_eight_bits_are_close(dtype: str, tmp_path: Path) -> None:
+    """The layers of a model as it loads are those that compile_model makes."""
+    masked, _ = checkpoints("llama", tmp_path)
+    layers, *tokens = generated(masked, quantization=f"stoicc-{dtype}")
+    from transformers import AutoModelForCausalLM
+
+    from patch.checkpoint import load_masks
+
+    model = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16)
+    stoicc.compile_model(model, load_masks(masked), dtype=torch.float8_e4m3fn if dtype == "fp8" else torch.int8)
+    for prompt, found in zip(PROMPTS, tokens, strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+        assert wanted[0, len(prompt) :][0] == found[0]
+    assert layers > 0
+
+
+def test_compiled_graphs_take_the_packed_layers(tmp_path: Path) -> None:
+    masked, packed = checkpoints("llama", tmp_path)
+    assert generated(packed, enforce_eager=False)[1:] == generated(masked, enforce_eager=False)[1:]
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    masked, _ = checkpoints("llama", tmp_path)
+    with pytest.raises(UserError, match="packed weights take no LoRA adapters"):
+        generated(masked, quantization="stoicc", enable_lora=True)
+
+
+# Layers as one of several processes has them
+
+
+HIDDEN, HEAD = 256, 32
+SIZES = {"q_proj": 256, "k_proj": 64, "v_proj": 64}
+FUSED = {"qkv_proj": list(SIZES), "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture(
+    params=[(size, rank) for size in (1, 2, 4) for rank in (0, size - 1)], ids=lambda p: f"{p[1]} of {p[0]}"
+)
+def process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """One of several processes, as vLLM's layers see it, without the others."""
+    size, rank = request.param
+    for module in (vllm_linear, vllm_parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+    with set_current_vllm_config(VllmConfig()), torch.device("cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        yield size, rank
+        torch.set_default_dtype(torch.float32)
+
+
+def tensors(names: dict[str, int], columns: int) -> tuple[dict[str, HybridMask], dict[str, Tensor]]:
+    masks = {f"m.{name}": random_mask(rows, columns, (64, 64), 0.6, seed=len(name)) for name, rows in names.items()}
+    weights = {name: mask.apply(random_weight(*mask.shape, seed=ord(name[2]))) for name, mask in masks.items()}
+    return masks, weights
+
+
+def masked_config(masks: dict[str, HybridMask]) -> Any:
+    config = get_quantization_config("stoicc").from_config({"weights": dict.fromkeys(masks)})
+    config.packed_modules_mapping = FUSED
+    config._masks = dict(masks)
+    return config
+
+
+def packed_config(model: nn.Module) -> Any:
+    about = StoiccConfig.of([module.spec for module in stoicc.linear.packed_modules(model)]).to_dict()
+    config = get_quantization_config("stoicc").from_config(about)
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def model_of(weights: dict[str, Tensor], biases: dict[str, Tensor]) -> nn.Module:
+    model, inner = nn.Module(), nn.Module()
+    model.add_module("m", inner)
+    for name, weight in weights.items():
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=name in biases, dtype=torch.bfloat16)
+        linear.weight.data = weight.clone()
+        if name in biases:
+            linear.bias.data = biases[name].clone()
+        inner.add_module(name[2:], linear)
+    return model
+
+
+def test_query_key_and_value(process: tuple[int, int]) -> None:
+    """Two key heads on four processes: two hold the same."""
+    size, rank = process
+    masks, weights = tensors(SIZES, HIDDEN)
+    biases = {name: random_weight(1, len(weight))[0] for name, weight in weights.items()}
+    model = model_of(weights, biases)
+    stoicc.compile_model(model, masks)
+    x = torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    heads = rank * 2 // size if size > 2 else rank
+    wanted = []
+    for name, rows in {
+        "m.q_proj": (rank, 256 // size),
+        **dict.fromkeys(("m.k_proj", "m.v_proj"), (heads, max(32, 64 // size))),
+    }.items():
+        part = slice(rows[0] * rows[1], (rows[0] + 1) * rows[1])
+        wanted.append(nn.functional.linear(x, weights[name][part], biases[name][part]))
+    for config, loaded in ((masked_config(masks), model_of(weights, biases)), (packed_config(model), model)):
+        layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 8, 2, bias=True, quant_config=config, prefix="m.qkv_proj")
+        load(layer, loaded, dict(zip(SIZES, "qkv", strict=True)))
+        torch.testing.assert_close(layer(x)[0], torch.cat(wanted, dim=1), rtol=0.02, atol=0.02)
+
+
+def test_gate_and_up(process: tuple[int, int]) -> None:
+    size, rank = process
+    masks, weights = tensors({"gate_proj": 384, "up_proj": 384}, HIDDEN)
+    model = model_of(weights, {})
+    stoicc.compile_model(model, masks)
+    x = torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    part = slice(rank * 384 // size, (rank + 1) * 384 // size)
+    wanted = torch.cat([nn.functional.linear(x, weight[part]) for weight in weights.values()], dim=1)
+    for config, loaded in ((masked_config(masks), model_of(weights, {})), (packed_config(model), model)):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, [384, 384], bias=False, quant_config=config, prefix="m.gate_up_proj"
+        )
+        load(layer, loaded, {"gate_proj": 0, "up_proj": 1})
+        torch.testing.assert_close(layer(x)[0], wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("columns", [512, 384, 416])
+def test_down(process: tuple[int, int], columns: int) -> None:
+    """Also where slices are no whole tiles."""
+    size, rank = process
+    masks, weights = tensors({"down_proj": HIDDEN}, columns)
+    model = model_of(weights, {})
+    stoicc.compile_model(model, masks)
+    part = slice(rank * columns // size, (rank + 1) * columns // size)
+    x = torch.randn(3, columns // size, dtype=torch.bfloat16)
+    for config, loaded in ((masked_config(masks), model_of(weights, {})), (packed_config(model), model)):
+        layer = vllm_linear.RowParallelLinear(columns, HIDDEN, bias=False, quant_config=config, prefix="m.down_proj")
+        load(layer, loaded, {"down_proj": None})
+        wanted = nn.functional.linear(x, weights["m.down_proj"][:, part])
+        torch.testing.assert_close(layer.quant_method.apply(layer, x), wanted, rtol=0.02, atol=0.02)
+
+
+def load(layer: Any, model: nn.Module, shards: dict[str, Any]) -> None:
+    """Give a layer of vLLM the tensors of a checkpoint's linears."""
+    for name, tensor in model.state_dict().items():
+        linear, kind = name.rsplit(".", 1)
+        shard = shards[linear.removeprefix("m.")]
+        parameter = getattr(layer, kind)
+        parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+    layer.quant_method.process_weights_after_loading(layer)
