@@ -25,19 +25,24 @@ def longest(config: Any) -> int | None:
     return max(known)
 
 
-def check_length(model: Any, length: int, what: str) -> None:
-    """Raise if a text of ``length`` tokens is longer than the model has positions for.
+def check_length(name: str, limit: int | None, length: int, what: str) -> None:
+    """Raise if a text of ``length`` tokens is longer than a model has positions for.
 
     Args:
-        model: of transformers; one without a configuration is taken to have no limit.
+        name: of the model.
+        limit: as from `longest`; None lets any length pass.
         what: the text, such as ``perplexity windows``.
 
     Raises:
         UserError: naming the limit.
     """
-    limit = longest(model.config) if hasattr(model, "config") else None
     if limit is not None and length > limit:
         raise UserError(
-            f"{what} of {length} tokens: {type(model).__name__} has max_position_embeddings {limit}: "
-            f"choose a length of at most {limit}"
+            f"{name}: {what} of {length} tokens, but its max_position_embeddings is {limit}: choose {limit} or fewer"
         )
+
+
+def check_model_length(model: Any, length: int, what: str) -> None:
+    """`check_length` of a loaded model; one without a configuration is taken to have no limit."""
+    if hasattr(model, "config"):
+        check_length(type(model).__name__, longest(model.config), length, what)

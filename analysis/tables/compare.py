@@ -12,7 +12,7 @@ from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point
 from analysis.tables.accuracy import heading, task_heading
 from analysis.tables.render import Column, Table, Value, significant
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 from patch.methods import label_of
 
 _FIELDS = ("model", "method", "structure", "target", "tile", "variant", "trial")
@@ -61,6 +61,8 @@ def select(points: Iterable[Point], selector: str) -> Point:
     """
     points = list(points)
     wanted = _parsed(selector)
+    for field in wanted.keys() - {"target", "trial"}:
+        check_name(field, wanted[field], dict.fromkeys(str(getattr(point, field) or "") for point in points))
     found = [point for point in points if all(_has(point, name, value) for name, value in wanted.items())]
     if len(found) > 1 and "variant" not in wanted:
         found = [point for point in found if not point.variant] or found
@@ -83,7 +85,7 @@ def _parsed(selector: str) -> dict[str, str]:
         elif last == "variant":
             wanted[last] += f",{part}"
         else:
-            raise UserError(f"'{selector}': no field '{name}': choose {', '.join(_FIELDS)}")
+            check_name("field", name, _FIELDS)
     return wanted
 
 

@@ -11,8 +11,13 @@ from experiments.cli.options import DEFAULT_RESULTS, Data, Device, Results, Stud
 from patch.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from analysis.tables import render
     from experiments.run.store import Store
     from experiments.studies.trial import Trial
+
+TableFormat = Annotated[
+    str | None, typer.Option(help="terminal, md, csv or latex; by default terminal on one, md elsewhere.")
+]
 
 
 def run(
@@ -71,7 +76,7 @@ def studies() -> None:
 def table(
     study: Study,
     about: Annotated[str, typer.Option(help="accuracy, speed, or carried-MODEL.")] = "accuracy",
-    format: Annotated[str, typer.Option(help="md, csv or latex.")] = "md",
+    format: TableFormat = None,
     published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
     where: Where = None,
     results: Results = DEFAULT_RESULTS,
@@ -80,7 +85,7 @@ def table(
     from experiments.publish import reports
     from experiments.run.store import Store
 
-    print(reports.table(trials_of(study, where), Store(results), format, about, published))
+    _print(reports.table(trials_of(study, where), Store(results), about, published), format)
 
 
 def plot(
@@ -106,12 +111,11 @@ def compare(
     against: Annotated[
         Path | None, typer.Option(help="Results directory of the right one, such as another revision's.")
     ] = None,
-    format: Annotated[str, typer.Option(help="terminal, md, csv or latex.")] = "terminal",
+    format: TableFormat = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Compare two pruned models of a study: differences, and whether they exceed the noise."""
     from analysis.rows.points import gather
-    from analysis.tables import render
     from analysis.tables.compare import comparison, select
     from experiments.publish import reports
     from experiments.run.store import Store
@@ -121,11 +125,17 @@ def compare(
         select(gather(reports.frame(trials, Store(root))), selector)
         for root, selector in ((results, left), (against or results, right))
     ]
-    table = comparison(*chosen)
-    if format == "terminal":
+    _print(comparison(*chosen), format)
+
+
+def _print(table: "render.Table", format: str | None) -> None:
+    """A table in a format; without one, fitted to the terminal, or in Markdown where there is none."""
+    from analysis.tables import render
+
+    if format == "terminal" or (format is None and console.is_terminal):
         console.print(render.rich_table(table, console.width))
     else:
-        print(render.render(table, format))
+        print(render.render(table, format or "md"))
 
 
 def report(

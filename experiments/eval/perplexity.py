@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patch.contexts import evaluating
-from patch.positions import check_length
+from patch.positions import check_model_length
 
 # Positions whose float32 logits exist at a time: 0.5 GiB at a vocabulary of 128k.
 _CHUNK = 1024
@@ -121,7 +121,7 @@ def perplexity(
         UserError: if the windows are longer than the model has positions for.
     """
     count, length = windows.shape
-    check_length(model, length, "perplexity windows")
+    check_model_length(model, length, "perplexity windows")
     model.to(device)
     losses = []
     with evaluating(model), torch.inference_mode():

@@ -83,10 +83,8 @@ def consolidate_into(runs: Path, results: Path, allow_dirty: bool = False) -> li
     return changed
 
 
-def table(
-    trials: Iterable[Trial], store: Store, format: str, about: str = "accuracy", beside_published: bool = False
-) -> str:
-    """One of the study's tables (`analysis.tables.study`) as ``md``, ``csv`` or ``latex``.
+def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside_published: bool = False) -> Table:
+    """One of the study's tables (`analysis.tables.study`).
 
     Raises:
         UserError: if the rows have nothing for that table.
@@ -94,7 +92,7 @@ def table(
     found = study_tables(frame(trials, store), beside_published)
     if not found:
         raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")
-    return render(found[check_name("table", about, found)], format)
+    return found[check_name("table", about, found)]
 
 
 def figures(study: str, trials: Iterable[Trial], store: Store, format: str = FORMATS[0]) -> list[Path]:

@@ -28,6 +28,7 @@ from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError
 from patch.learn.learner import Stopped
 from patch.mask import tile_grid
+from patch.positions import check_length
 
 
 def stages(trial: Trial) -> list[str]:
@@ -89,10 +90,7 @@ def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
     for model, lengths in wanted.items():
         limit = models.longest_text(model, data)
         for what, length in sorted(lengths):
-            if limit is not None and length > limit:
-                raise UserError(
-                    f"{model}: {what} of {length} tokens, but its max_position_embeddings is {limit}: choose fewer"
-                )
+            check_length(model, limit, length, what)
 
 
 def run_trials(

@@ -18,7 +18,7 @@ from patch.learn.recipe import Recipe
 from patch.learn.sensitivity import most_sensitive_tiles
 from patch.learn.soft_mask import SampledWeight
 from patch.mask import GROUP, KEPT_PAIRS, TileShape, best_patterns, tile_sizes
-from patch.positions import check_length
+from patch.positions import check_model_length
 
 # Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
 RANKED_BY = 128
@@ -81,7 +81,7 @@ def masked_linears(
     if recipe.mode == "tile" and prior.patterns is None:
         raise UserError("mode tile keeps the patterns of a prior: give the patterns of a 2:4 mask")
     check_shared(model)
-    check_length(model, recipe.length, "learning sequences")
+    check_model_length(model, recipe.length, "learning sequences")
     linears = require_linears(model, "learning")
     if not linears:
         raise UserError(f"{type(model).__name__} has no prunable weights")

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from patch.contexts import evaluating
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_matrices
-from patch.positions import check_length
+from patch.positions import check_model_length
 
 Device = torch.device | str
 
@@ -128,7 +128,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
     if windows.ndim != 2 or not windows.numel() or windows.is_floating_point():
         found = f"{windows.dtype} {tuple(windows.shape)}"
         raise UserError(f"calibration windows are {found}: need token ids, integer [windows, length]")
-    check_length(model, windows.shape[1], "calibration windows")
+    check_model_length(model, windows.shape[1], "calibration windows")
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Embedding):
         low, high = int(windows.min()), int(windows.max())

@@ -60,11 +60,12 @@ def test_variants_alone_are_told_apart_by_name(points: list[Point]) -> None:
     ("selector", "message"),
     [
         ("method=patch-joint", "means 3 of these: .*target=0.45.*target=0.35.*target=0.25"),
-        ("method=sparsgpt", "means none of these: .*method=dense"),
-        ("metod=wanda", "no field 'metod': choose model, method"),
+        ("method=wanda,target=0.9", "means none of these: .*method=dense"),
+        ("method=sparsgpt", "unknown method 'sparsgpt': did you mean sparsegpt"),
+        ("metod=wanda", "unknown field 'metod': did you mean method"),
         ("ffffffffffff", "means none"),
         ("target=half", "target=half: give a sparsity"),
-        ("method=wanda,hybrid", "no field 'hybrid'"),
+        ("method=wanda,hybrid", "unknown field 'hybrid'"),
     ],
 )
 def test_a_selector_that_means_none_or_several_is_refused(points: list[Point], selector: str, message: str) -> None:

@@ -186,5 +186,5 @@ def test_what_changes_logits_after_the_head_is_noticed_whatever_it_is_called() -
 def test_windows_longer_than_the_model_are_refused(changes: dict[str, Any], limit: int) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
     assert perplexity(model, make_windows(2, limit), "cpu", 2).windows == 2
-    with pytest.raises(UserError, match=f"max_position_embeddings {limit}"):
+    with pytest.raises(UserError, match=f"max_position_embeddings is {limit}"):
         perplexity(model, make_windows(2, limit + 1), "cpu", 2)

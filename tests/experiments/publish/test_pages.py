@@ -59,7 +59,7 @@ def test_what_can_be_shown_is_shown() -> None:
         ("<!-- cell demos accuracy perplexity at method=dense --><!-- end -->", "did you mean demo"),
         ("<!-- cell demo accuracies perplexity at method=dense --><!-- end -->", "did you mean accuracy"),
         ("<!-- cell demo accuracy hours at method=dense --><!-- end -->", "'hours' means 0 columns"),
-        ("<!-- cell demo accuracy perplexity at method=sparsgpt --><!-- end -->", "means none of these"),
+        ("<!-- cell demo accuracy perplexity at method=sparsgpt --><!-- end -->", "did you mean sparsegpt"),
     ],
     ids=["table", "value", "study", "table of a study", "column", "point"],
 )

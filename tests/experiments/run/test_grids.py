@@ -92,7 +92,7 @@ def test_where_nothing_can_be_timed_it_says_so(trial: Trial, tmp_path: Path) -> 
     assert row["metric"] == "skipped" and "CUDA" in row["labels"]["reason"]
     assert study_tables(reports.frame([trial], store)) == {}
     with pytest.raises(UserError, match="nothing was timed"):
-        reports.table([trial], store, "md")
+        reports.table([trial], store)
 
 
 def test_kernels_of_several_models_are_tables_and_figures(tmp_path: Path, gpu: Machine) -> None:
