@@ -16,7 +16,6 @@ from pathlib import Path
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from analysis.rows import layout
-from experiments.publish import reports
 from experiments.run import checkpoints, pipeline, progress
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
@@ -181,6 +180,8 @@ class WriteReport:
 
     def __call__(self, study: str, trials: tuple[Trial, ...]) -> None:
         _listen()
+        from experiments.publish import reports
+
         for path in reports.write(study, trials, Store(self.work.results)):
             print(f"wrote {path}", flush=True)
 

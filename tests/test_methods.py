@@ -11,7 +11,7 @@ import pytest
 
 from analysis.figures.frontier import draw_frontier
 from analysis.figures.style import style_of
-from experiments.publish import reports
+from experiments.publish import measured
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.build import Study
@@ -68,7 +68,7 @@ def test_a_study_runs_it_to_its_table_and_figure(  # type: ignore[no-untyped-def
     assert re.search(r"From scratch +\S* *25", printed)
     report = tmp_path / "runs" / "reports" / "scratch"
     assert "From scratch" in (report / "accuracy.md").read_text() and (report / "frontier.png").is_file()
-    frame: pd.DataFrame = reports.frame(trials, Store(tmp_path / "runs"))
+    frame: pd.DataFrame = measured.frame(trials, Store(tmp_path / "runs"))
     drawn = [line for axis in draw_frontier(frame).axes for line in axis.lines]
     assert any((line.get_color(), line.get_marker()) == (SCRATCH.color, SCRATCH.marker) for line in drawn)
     assert style_of("scratch").color != style_of("unheard of").color

@@ -137,7 +137,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
     from analysis.rows.load import records
-    from experiments.publish import reports
+    from experiments.publish.measured import frame
     from experiments.run import pipeline
     from experiments.run.store import Store
     from experiments.studies import build
@@ -157,7 +157,7 @@ def evaluate(
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
-    for row in records(reports.frame([trial], store)):
+    for row in records(frame([trial], store)):
         # Parts of a task (the subjects of MMLU) and its other metrics stay in the rows.
         if row.stage != "prune" and row.labels.get("primary", True):
             name = row.task if row.stage.startswith("task:") else f"{row.labels['source']}@{row.labels['length']}"

@@ -82,10 +82,10 @@ def table(
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Print a table of the study from its rows."""
-    from experiments.publish import reports
+    from experiments.publish import measured
     from experiments.run.store import Store
 
-    _print(reports.table(trials_of(study, where), Store(results), about, published), format)
+    _print(measured.table(trials_of(study, where), Store(results), about, published), format)
 
 
 def plot(
@@ -117,12 +117,12 @@ def compare(
     """Compare two pruned models of a study: differences, and whether they exceed the noise."""
     from analysis.rows.points import gather
     from analysis.tables.compare import comparison, select
-    from experiments.publish import reports
+    from experiments.publish.measured import frame
     from experiments.run.store import Store
 
     trials = trials_of(study, None)
     chosen = [
-        select(gather(reports.frame(trials, Store(root))), selector)
+        select(gather(frame(trials, Store(root))), selector)
         for root, selector in ((results, left), (against or results, right))
     ]
     _print(comparison(*chosen), format)
@@ -160,9 +160,9 @@ def publish(
     ] = False,
 ) -> None:
     """Publish rows as flat tables that any program opens: facts.csv, trials.jsonl and details/."""
-    from experiments.publish import reports
+    from experiments.publish.committed import consolidate_into
 
-    for path in (changed := reports.consolidate_into(runs, into, dirty)):
+    for path in (changed := consolidate_into(runs, into, dirty)):
         console.print(f"wrote {path}", soft_wrap=True)
     if not changed:
         console.print(f"{into} has all of {runs} already", soft_wrap=True)
@@ -172,9 +172,9 @@ def _print_report(study: str, trials: "list[Trial]", store: "Store") -> None:
     """Print the tables, save them, and draw the figures."""
     from analysis.tables.render import rich_table
     from analysis.tables.study import study_tables
-    from experiments.publish import reports
+    from experiments.publish import measured, reports
 
-    tables = study_tables(reports.frame(trials, store))
+    tables = study_tables(measured.frame(trials, store))
     for table in tables.values():
         console.print(rich_table(table, console.width))
     if not tables:

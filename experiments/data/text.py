@@ -20,16 +20,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from experiments.embedded import TEXT
 from patch.errors import UserError, check_name
 from patch.files import check_seal, replacing, seal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +205,7 @@ def load_documents(source: str, data: Path | None) -> Documents:
     return Documents(tuple(texts), digest.hexdigest())
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """SHA-256 of everything that decides how a fast tokenizer turns text into tokens; padding does not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for passing in ("padding", "truncation"):
@@ -211,12 +213,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([state, tokenizer.eos_token_id]).encode()).hexdigest()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], **options: Any) -> Any:
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: str | Sequence[str], **options: Any) -> Any:
     # verbose=False: texts longer than the model's context are meant; they are cut into windows.
     return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
 
 
-def perplexity_windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+def perplexity_windows(documents: Documents, tokenizer: "PreTrainedTokenizerBase", length: int) -> Tensor:
     """Consecutive full windows of the whole text, int64 ``[windows, length]``; the tail is dropped.
 
     The convention of the pruning literature: rows joined with two newlines, tokenised once, as ``tokenizer(text)``
@@ -233,7 +235,7 @@ def perplexity_windows(documents: Documents, tokenizer: PreTrainedTokenizerBase,
 
 
 def calibration_windows(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, windows: int, length: int, seed: int
+    documents: Documents, tokenizer: "PreTrainedTokenizerBase", windows: int, length: int, seed: int
 ) -> Tensor:
     """One random window from each of ``windows`` random documents that are long enough, int64 ``[windows, length]``.
 
@@ -278,7 +280,7 @@ def _shuffled(items: Iterable[int], rng: random.Random) -> list[int]:
 
 
 def _take_window(
-    text: str, free: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random
+    text: str, free: list[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase", length: int, rng: random.Random
 ) -> list[int] | None:
     """A random window of ``length`` tokens of ``text`` within the ``free`` character ranges, from which it is cut.
 
@@ -348,7 +350,7 @@ class TokenStream:
 
 
 def token_stream(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, cache: Path
+    documents: Documents, tokenizer: "PreTrainedTokenizerBase", length: int, seed: int, cache: Path
 ) -> TokenStream:
     """Tokenise all documents, or find them in the folder ``cache``, where each text and tokenizer is kept once.
 
@@ -382,7 +384,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _tokenise(documents: Documents, tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     parts = []

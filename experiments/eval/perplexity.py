@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from patch.contexts import evaluating
 from patch.positions import check_model_length
@@ -60,6 +59,8 @@ def logit_parts(model: nn.Module, tokens: Tensor) -> Parts | None:
     Returns:
         The parts, or None where only the whole model gives its logits.
     """
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         return None
     decoder, head = model.get_decoder(), model.get_output_embeddings()

@@ -3,15 +3,18 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from experiments.eval.perplexity import logit_parts, target_log_probs
 from patch.contexts import evaluating
 from patch.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Encoded:
     answers: list[np.ndarray]
 
 
-def encode(requests: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def encode(requests: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase") -> Encoded:
     """Tokenise requests as lm-eval's wrapper for causal models does, and merge those that need the same model input."""
     # Trailing spaces of a context belong to the answer, where the tokenizer would put them.
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + answer) for context, answer in requests]
@@ -137,7 +140,7 @@ def _answer_positions(encoded: Encoded, start: int, stop: int, longest: int) -> 
     )
 
 
-def _tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+def _tokenise(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> dict[str, np.ndarray]:
     ordered = sorted(texts)
     tokens: dict[str, np.ndarray] = {}
     for start in range(0, len(ordered), _TOKENIZER_TEXTS):

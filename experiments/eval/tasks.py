@@ -28,17 +28,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from experiments import embedded
 from experiments.data.text import tokenizer_fingerprint
 from experiments.eval.scoring import Encoded, encode, score
 from patch.errors import UserError, check_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What lm-eval's groups take for a standard error that cannot be had.
 _NO_STDERR = "N/A"
@@ -203,7 +205,7 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
 
 def evaluate_tasks(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     tasks: Sequence[str],
     *,
     data: Path | None,
@@ -253,7 +255,7 @@ def prepare_tasks(tasks: tuple[str, ...], data: Path | None, limit: int | None) 
 def evaluate_prepared(
     prepared: PreparedTasks,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     batch: int | str,
     device: torch.device | str,
     on_batch: Callable[[int, int], None] | None = None,

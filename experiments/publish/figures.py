@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from analysis.figures.study import Drawing, study_drawings
 from analysis.figures.style import save_figure
-from experiments.publish import reports
+from experiments.publish import measured, reports
 from experiments.publish.pages import BENCH, RESULTS, ROOT
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
@@ -33,7 +33,7 @@ def _drawings(study: str | None) -> Iterator[Drawing]:
     if study is None:
         yield from reports.speed(BENCH).figures
     else:
-        yield from study_drawings(reports.frame(STUDIES[study].trials(), Store(RESULTS)))
+        yield from study_drawings(measured.frame(STUDIES[study].trials(), Store(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from analysis.tables.kernels import energy_table, kernel_table, load_bench, meas
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.study import study_tables
-from experiments.publish import reports, reproduction
+from experiments.publish import measured, reproduction
 from experiments.run.store import Store
 from experiments.studies.build import TARGETS
 from experiments.studies.registry import STUDIES
@@ -61,7 +61,7 @@ def _points(study: str) -> list[Point]:
 
 @cache
 def _frame(study: str) -> DataFrame:
-    return reports.frame(STUDIES[check_name("study", study, STUDIES)].trials(), Store(RESULTS))
+    return measured.frame(STUDIES[check_name("study", study, STUDIES)].trials(), Store(RESULTS))
 
 
 @cache

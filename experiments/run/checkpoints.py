@@ -8,11 +8,10 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from analysis.rows import layout
 from analysis.rows.format import Fact
@@ -33,6 +32,9 @@ from patch.mask import HybridMask
 from patch.oneshot import prune_model
 from patch.oneshot.refit import refit_model
 from patch.weights import kept_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path | None:
@@ -137,7 +139,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
 
 def _calibration_windows(
     wanted: Calibration | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],
@@ -182,7 +184,7 @@ def _ranked_tiles(
 def _refit(
     pruning: Pruning,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],
@@ -215,7 +217,7 @@ def _refit(
 def _learn(
     pruning: Pruning,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],

@@ -12,9 +12,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from analysis.rows.format import Fact
 from experiments.data import models, text
@@ -29,6 +29,9 @@ from patch.errors import UserError
 from patch.learn.learner import Stopped
 from patch.mask import tile_grid
 from patch.positions import check_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def stages(trial: Trial) -> list[str]:
@@ -213,7 +216,7 @@ def _perplexity_stage(
     stage: str,
     item: Perplexity,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     content: str,
     store: Store,
     machine: Machine,
@@ -240,7 +243,7 @@ def _task_stage(
     trial: Trial,
     task: str,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     content: str,
     store: Store,
     machine: Machine,

@@ -8,7 +8,7 @@ from decoder_families import FAMILIES, make
 
 from analysis.tables.render import render
 from analysis.tables.study import study_tables
-from experiments.publish import figures, pages, reports
+from experiments.publish import figures, measured, pages
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from patch.errors import UserError
@@ -127,7 +127,7 @@ def test_families_are_said_to_work_as_they_do() -> None:
 
 @pytest.mark.parametrize("study", REPORTED)
 def test_committed_tables_are_those_of_the_rows(study: str) -> None:
-    for name, table in study_tables(reports.frame(STUDIES[study].trials(), STORE)).items():
+    for name, table in study_tables(measured.frame(STUDIES[study].trials(), STORE)).items():
         for format, suffix in (("md", "md"), ("csv", "csv"), ("latex", "tex")):
             text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text(encoding="utf-8")
             assert text == render(table, format) + "\n"

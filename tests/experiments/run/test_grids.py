@@ -13,7 +13,7 @@ from analysis.tables.render import MISSING, shown_cells
 from analysis.tables.study import study_tables, title
 from experiments.bench import kernels, model
 from experiments.bench.harness import Verified
-from experiments.publish import reports
+from experiments.publish import measured
 from experiments.run import pipeline
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
@@ -90,9 +90,9 @@ def test_where_nothing_can_be_timed_it_says_so(trial: Trial, tmp_path: Path) -> 
     assert pipeline.missing_stages(trial, store, can_time=True) == pipeline.stages(trial)
     (row,) = store.read_rows(trial, pipeline.stages(trial)[0])
     assert row["metric"] == "skipped" and "CUDA" in row["labels"]["reason"]
-    assert study_tables(reports.frame([trial], store)) == {}
+    assert study_tables(measured.frame([trial], store)) == {}
     with pytest.raises(UserError, match="nothing was timed"):
-        reports.table([trial], store)
+        measured.table([trial], store)
 
 
 def test_kernels_of_several_models_are_tables_and_figures(tmp_path: Path, gpu: Machine) -> None:
@@ -100,7 +100,7 @@ def test_kernels_of_several_models_are_tables_and_figures(tmp_path: Path, gpu: M
     pipeline.run_trial(trials[0], store, CPU)  # what was skipped is measured by a GPU
     for trial in trials:
         pipeline.run_trial(trial, store, gpu)
-    frame = reports.frame(trials, store)
+    frame = measured.frame(trials, store)
     tables = study_tables(frame)
     assert list(tables) == ["kernels-llama-2-7b", "kernels-llama-3.1-8b"]
     for name, table in tables.items():
@@ -115,7 +115,7 @@ def test_kernels_of_several_models_are_tables_and_figures(tmp_path: Path, gpu: M
 def test_whole_models_are_tables(tmp_path: Path, gpu: Machine) -> None:
     store = Store(tmp_path)
     pipeline.run_trial(MODELS[0], store, gpu)
-    (table,) = study_tables(reports.frame(MODELS[:1], store)).values()
+    (table,) = study_tables(measured.frame(MODELS[:1], store)).values()
     assert shown_cells(table)[0] == ["Decoding, batch 1", *["1.50"] * 5, "0.91", "2.00"]
     assert shown_cells(table)[-1] == ["Bytes of the masked weights (x dense)", *["0.61"] * 5, MISSING, MISSING]
 

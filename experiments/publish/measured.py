@@ -1,0 +1,82 @@
+"""What was measured of trials and on GPUs, as frames and tables; draws nothing."""
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+
+from pandas import DataFrame
+
+from analysis.rows.format import Row
+from analysis.rows.load import load_rows
+from analysis.tables.kernels import KINDS, bench_frame, speed_tables
+from analysis.tables.learning import learning_tables
+from analysis.tables.render import Table
+from analysis.tables.study import study_tables, title
+from experiments.run.store import FAILURE, Store
+from experiments.studies.trial import Trial, key
+from patch.errors import UserError, check_name
+
+logger = logging.getLogger(__name__)
+
+
+def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
+    """What was measured of some trials; those whose files are damaged are named and left out.
+
+    Raises:
+        UserError: if nothing was.
+    """
+    return some(rows_of({key(trial) for trial in trials}, store), store)
+
+
+def rows_of(trials: Collection[str], store: Store) -> DataFrame:
+    """The rows of some trials, none perhaps; those whose files are damaged are named and left out.
+
+    Raises:
+        UserError: if all are damaged.
+    """
+    damaged: list[str] = []
+    found = load_rows(store.root, trials, damaged.append)
+    found = found[found.stage != FAILURE]
+    if damaged and found.empty:
+        raise UserError(damaged[0])
+    for problem in damaged:
+        logger.warning("left out: %s", problem)
+    return found
+
+
+def some(found: DataFrame, store: Store) -> DataFrame:
+    """The rows, if there are any.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if found.empty:
+        raise UserError(f"{store.root} has no rows of these trials: run the study first, or name another --results")
+    return found
+
+
+def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside_published: bool = False) -> Table:
+    """One of the study's tables (`analysis.tables.study`).
+
+    Raises:
+        UserError: if the rows have nothing for that table.
+    """
+    found = study_tables(frame(trials, store), beside_published)
+    if not found:
+        raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")
+    return found[check_name("table", about, found)]
+
+
+def bench_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """The tables of what benches of one GPU measured, by title.
+
+    Args:
+        rows: as from `analysis.tables.kernels.measurements`.
+
+    Raises:
+        UserError: if a bench was cut off, or something is wrong.
+    """
+    found: dict[str, Table] = {}
+    for kind in KINDS:
+        timed = bench_frame(rows, kind)
+        found |= {} if timed.empty else {title(name): table for name, table in speed_tables(timed).items()}
+    return found | learning_tables(rows)
