@@ -1,14 +1,18 @@
 """What the zeros of a model directory look like, compared with its masks or, without any, with what 2:4 tiles are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from patch.checkpoint import INFO_FILE, load_info, load_masks
+from patch.compressed import precision_of
 from patch.errors import UserError
+from patch.files import existing, read_json
 from patch.mask import HybridMask, TileShape, infer, tile_sums
-from patch.weights import prunable_weights
+from patch.quantise.precisions import Precision
+from patch.quantise.values import Quantised
+from patch.weights import prunable_weights, quantised_weights
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class AuditRow:
         dense: tiles that keep everything.
         two_four: tiles that keep at most two of every four.
         violating: tiles that are not what the mask says or, without a mask, neither dense nor 2:4.
-        sparsity: zeros over elements, counted in the weight itself.
+        sparsity: zeros over elements, counted in the weight itself; of a quantised one, what was dropped.
+        bits: of a quantised weight's values; None of others.
+        scales: of a quantised weight how many inputs share one, the smallest and the largest.
     """
 
     layer: str
@@ -32,6 +38,8 @@ class AuditRow:
     two_four: int
     violating: int
     sparsity: float
+    bits: int | None = None
+    scales: tuple[int, float, float] | None = None
 
 
 def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
@@ -53,8 +61,8 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
         raise UserError(f"{folder}: no such directory")
     own = (folder / INFO_FILE).exists()
     masks: dict[str, HybridMask] = {}
+    info = load_info(folder) if own else {}
     if own:
-        info = load_info(folder)
         masks = load_masks(folder)
         if tile and info["tile"] and tuple(tile) != info["tile"]:
             found = "{}x{}".format(*info["tile"])
@@ -62,11 +70,28 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
         tile = tile or info["tile"]
     elif tile is None:
         raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
-    rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]
+    precision = precision_of(read_json(existing(folder, "config.json")))
+    if precision is None:
+        rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]
+    else:
+        dropped = info.get("zeros", {}) if own else {}
+        rows = [
+            _with_scales(
+                _audit_weight(name, weight.dequantised(), masks.get(name), tile), precision, weight, dropped.get(name)
+            )
+            for name, weight in quantised_weights(folder, precision)
+        ]
     # Last, so that changed weights show where they violate, which says more than that a hash differs.
     if own and not any(row.violating for row in rows):
         load_info(folder, verify=True)
     return rows
+
+
+def _with_scales(row: AuditRow, precision: Precision, weight: Quantised, dropped: int | None) -> AuditRow:
+    scales = (weight.group, float(weight.scales.min()), float(weight.scales.max()))
+    # Not all zeros were dropped: small weights are rounded to them.
+    sparsity = row.sparsity if dropped is None else dropped / weight.values.numel()
+    return replace(row, bits=precision.bits, scales=scales, sparsity=sparsity)
 
 
 def _audit_weight(name: str, weight: Tensor, mask: HybridMask | None, tile: TileShape | None) -> AuditRow:

@@ -11,6 +11,8 @@ A hybrid checkpoint is a normal Hugging Face model directory whose weights are a
                          all other files; method, structure, target, sparsity, seed, provenance; and
                          the SHA-256 of all that
 
+Weights of few bits are stored as `patch.compressed` says, and ``hybrid.json`` has their ``precision``.
+
 An unstructured checkpoint has no tiles: it has ``hybrid.json`` and no ``hybrid.masks``. Checkpoints of before call that
 file ``hybrid.safetensors``, which servers that read all files of that kind took for weights; they still load.
 
@@ -32,18 +34,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patch.errors import UserError, one_line
+from patch.compressed import KEY, quantisation_config, tensors_of
+from patch.errors import UserError, check_name, one_line
 from patch.files import existing, new_directory, read_json, sha256
 from patch.layers import prunable_matrices
 from patch.mask import GROUP, HybridMask, TileShape, check_tile, tile_grid
+from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import Quantised
 from patch.structures import TILED
 from patch.weights import INDEX, tensor_names, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# 1: masks lie in hybrid.safetensors. 2: in hybrid.masks.
-FORMAT = 2
+# 1: masks lie in hybrid.safetensors. 2: in hybrid.masks. 3: weights are quantised; written only then.
+FORMAT = 3
 # Named so that no server takes it for weights: some read every *.safetensors of a directory.
 MASKS_FILE = "hybrid.masks"
 FORMER_MASKS_FILE = "hybrid.safetensors"
@@ -59,6 +64,7 @@ def save_checkpoint(
     masks: Mapping[str, HybridMask],
     info: Mapping[str, Any],
     tile_scores: Mapping[str, Tensor] | None = None,
+    quantised: Mapping[str, Quantised] | None = None,
 ) -> None:
     """Write a hybrid checkpoint: in full under ``path``, or not at all.
 
@@ -69,14 +75,16 @@ def save_checkpoint(
         info: JSON data for ``hybrid.json``: ``structure`` (2:4, hybrid or unstructured) at least; ``zeros``, elements
             dropped per weight, is checked against the weights.
         tile_scores: per weight of ``masks`` float32 ``[R, C]``; not every weight needs them.
+        quantised: every prunable weight in the ``precision`` that ``info`` names; the model holds what they stand for.
 
     Raises:
         UserError: if ``path`` is already there or cannot be written, or masks, info and weights do not agree.
     """
     scores = tile_scores or {}
     record = _record(model, masks, info, scores)
+    _check_quantised(model, info, quantised or {})
     with new_directory(path) as folder:
-        _write(folder, model, tokenizer, _mask_tensors(masks, scores), record)
+        _write(folder, model, tokenizer, _mask_tensors(masks, scores), record, quantised)
 
 
 def _record(
@@ -85,7 +93,7 @@ def _record(
     """The content of ``hybrid.json``, but for the files, of parts that agree."""
     tile = _check_parts(model, masks, info, scores)
     record = {
-        "format": FORMAT,
+        "format": FORMAT if "precision" in info else FORMAT - 1,
         **info,
         "tile": tile,
         "weights": {
@@ -103,9 +111,13 @@ def _write(
     tokenizer: "PreTrainedTokenizerBase | None",
     masks: dict[str, Tensor],
     record: dict[str, Any],
+    quantised: Mapping[str, Quantised] | None = None,
 ) -> None:
     """All files of a hybrid checkpoint; adds them to its ``record``."""
-    model.save_pretrained(folder)
+    if quantised:
+        _save_quantised(folder, model, record["precision"], quantised)
+    else:
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if masks:
@@ -114,6 +126,39 @@ def _write(
     record["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     record["digest"] = _digest(record)
     (folder / INFO_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _save_quantised(folder: Path, model: "PreTrainedModel", precision: str, quantised: Mapping[str, Quantised]) -> None:
+    about = PRECISIONS[precision]
+    state = model.state_dict()
+    for name, weight in quantised.items():
+        del state[f"{name}.weight"]
+        state |= tensors_of(name, weight, about)
+    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    group = next(iter(quantised.values())).group
+    config: Any = model.config
+    setattr(config, KEY, quantisation_config(about, group, [name for name in linears if name not in quantised]))
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        delattr(config, KEY)
+
+
+def _check_quantised(model: "PreTrainedModel", info: Mapping[str, Any], quantised: Mapping[str, Quantised]) -> None:
+    """Whether quantised weights are all, and are what the model holds."""
+    if bool(quantised) != ("precision" in info):
+        raise UserError(
+            f"checkpoint info has precision {info.get('precision')}, but {len(quantised)} quantised weights"
+        )
+    if not quantised:
+        return
+    check_name("precision", info["precision"], PRECISIONS)
+    for name, matrix in prunable_matrices(model).items():
+        if name not in quantised:
+            raise UserError(f"{name} is not quantised: all prunable weights are, or none")
+        stands_for = quantised[name].dequantised().to(matrix.weight)
+        if not torch.equal(stands_for, matrix.weight):
+            raise UserError(f"{name}: the model's weight is not what the quantised one stands for")
 
 
 def _holds_tensors(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 from patch.errors import check_name
 from patch.learn.recipe import MASKLLM, PATCH_JOINT, PATCH_JOINT_SPARSER, PATCH_TILE, Recipe
 
-Family = Literal["dense", "one-shot", "learned"]
+Family = Literal["dense", "smaller", "one-shot", "learned"]
 
 
 # Below this sparsity a method's recipe for denser masks holds: published are 45%, and 35% and 25%.
@@ -31,6 +31,7 @@ class Method:
         emphasis: drawn larger where positive, and in front of what has less.
         published: what the tables of the PATCH paper call it, where that is not its name.
         denser: the published recipe for 35% sparsity and less, where that is another.
+        unlearned: the family, of a method without a recipe.
     """
 
     name: str
@@ -42,24 +43,26 @@ class Method:
     emphasis: int = 0
     published: str | None = None
     denser: Recipe | None = None
+    unlearned: Family = "one-shot"
 
     @property
     def family(self) -> Family:
-        """How it finds a mask."""
-        if self.recipe is not None:
-            return "learned"
-        return "dense" if self.name == "dense" else "one-shot"
+        """How it finds a mask, if it has any."""
+        return "learned" if self.recipe is not None else self.unlearned
 
     @property
     def structure(self) -> str:
-        """Of the masks that it learns: 2:4 where the recipe learns patterns alone."""
+        """Of the masks that it learns: 2:4 where the recipe learns patterns alone. Of a smaller model its own."""
+        if self.family == "smaller":
+            return "shallow"
         return "2:4" if self.recipe and self.recipe.mode == "maskllm" else "hybrid"
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("dense", "Dense", "#404040", ""),
+        Method("dense", "Dense", "#404040", "", unlearned="dense"),
+        Method("drop-blocks", "Fewer blocks", "#cc78bc", "X", unlearned="smaller"),
         Method("magnitude", "Magnitude", "#949494", "p"),
         Method("wanda", "Wanda", "#56b4e9", "^"),
         Method("sparsegpt", "SparseGPT", "#0173b2", "s"),

@@ -8,10 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from patch.compressed import names_of, precision_of, weight_of
 from patch.errors import UserError, one_line
 from patch.files import existing, read_json
 from patch.layers import prunable_linears, prunable_matrices
 from patch.mask import TileShape, tile_sizes, tile_sums
+from patch.quantise.precisions import Precision
+from patch.quantise.values import Quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,10 +78,15 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     They do where each is a tensor of its own under the name that it has in the model. Experts that are split on disk,
     and models that are wrapped in another, are loaded whole by transformers, which knows how the names translate.
+    Quantised weights are what their values and scales stand for, float32.
 
     Raises:
         UserError: as `without_weights`; or if a tensor is missing, damaged, or of another shape.
     """
+    if precision := precision_of(read_json(existing(folder, "config.json"))):
+        for name, weight in quantised_weights(folder, precision):
+            yield name, weight.dequantised()
+        return
     files = weight_files(folder)
     skeleton = without_weights(folder)
     linears, matrices = prunable_linears(skeleton), prunable_matrices(skeleton)
@@ -88,6 +96,20 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         return
     for name, matrix in prunable_matrices(_whole(folder, [matrix.parameter for matrix in matrices.values()])).items():
         yield name, matrix.weight.detach()
+
+
+def quantised_weights(folder: Path, precision: Precision) -> Iterator[tuple[str, Quantised]]:
+    """Every quantised weight by name, in model order, one in memory at a time.
+
+    Raises:
+        UserError: as `prunable_weights`; or if values or scales are not what they must be.
+    """
+    files = weight_files(folder)
+    for name, linear in prunable_linears(without_weights(folder)).items():
+        if lost := [part for part in names_of(name, precision) if part not in files]:
+            raise UserError(f"{folder}: tensor {lost[0]} is missing from its weights")
+        shape = (linear.out_features, linear.in_features)
+        yield name, weight_of(name, shape, precision, lambda part: read_tensor(files, part))
 
 
 def _whole(folder: Path, needed: Sequence[str]) -> "PreTrainedModel":
@@ -108,14 +130,24 @@ def _whole(folder: Path, needed: Sequence[str]) -> "PreTrainedModel":
 def read_weight(folder: Path, files: Mapping[str, Path], name: str, shape: tuple[int, int]) -> Tensor:
     if name not in files:
         raise UserError(f"{folder}: tensor {name} is missing from its weights")
-    try:
-        with safe_open(files[name], framework="pt") as tensors:
-            weight: Tensor = tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[name]}: {name}: {one_line(error)}") from error
+    weight = read_tensor(files, name)
     if tuple(weight.shape) != shape:
         raise UserError(f"{files[name]}: {name} is {tuple(weight.shape)}, the configuration says {shape}")
     return weight
+
+
+def read_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    """A tensor of `weight_files`.
+
+    Raises:
+        UserError: if its file is damaged.
+    """
+    try:
+        with safe_open(files[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{files[name]}: {name}: {one_line(error)}") from error
+    return tensor
 
 
 def kept_shares(path: str | Path, tile: TileShape) -> dict[str, Tensor]:

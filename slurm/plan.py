@@ -65,12 +65,12 @@ def steps(trials: Iterable[Trial]) -> dict[str, Step]:
     waiting: dict[str, list[Trial]] = {}
     for trial in trials:
         for pruning in lineage(trial.pruning):
-            if pruning.method != "dense":
+            if not pruning.as_it_is:
                 id, needs = _id(pruning), tuple(_id(before) for before in lineage(pruning)[:-1])
                 found.setdefault(id, Step(id, _kind(pruning), (), pruning, needs))
                 waiting.setdefault(id, []).append(trial)
         id = f"evaluate-{key(trial)}"
-        made = tuple(_id(pruning) for pruning in lineage(trial.pruning) if pruning.method != "dense")
+        made = tuple(_id(pruning) for pruning in lineage(trial.pruning) if not pruning.as_it_is)
         found[id] = Step(id, "evaluate", (trial,), trial.pruning, made)
     return {
         id: Step(id, step.kind, tuple(waiting[id]), step.pruning, step.needs) if id in waiting else step

@@ -6,10 +6,11 @@
 >>> report = stoicc.compile_model(model, masks, dtype=torch.float8_e4m3fn)  # weights and activations of eight bits
 """
 
+from patch.quantise.values import quantise_weight
 from stoicc.format import HybridWeight, pack, pack_masked, unpack
 from stoicc.linear import HybridLinear, compile_model
 from stoicc.matmul import linear
-from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.quantise import quantise_tokens
 from stoicc.quantizer import save_packed
 from stoicc.spec import StoiccConfig
 

@@ -49,6 +49,7 @@ from torch.nn.functional import pad as pad_edges
 
 from patch.errors import UserError
 from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, expand_tiles, infer
+from patch.quantise.values import LARGEST
 
 BLOCK = 64
 ROW_BYTES = 128
@@ -57,8 +58,8 @@ UNIT_WORDS = UNIT_BYTES // 4
 DENSE_UNITS = 16
 SPARSE_VALUE_UNITS = 8
 DTYPES = (torch.bfloat16, torch.float16)
-# With a scale for each output feature, and the largest magnitude of each.
-SCALED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# With a scale for each output feature.
+SCALED = tuple(LARGEST)
 
 # Packing gathers and permutes a few panels at a time, so that its working memory does not grow with the weight.
 PANELS_AT_ONCE = 32

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from patch.errors import UserError
 from patch.mask import HybridMask
+from patch.quantise.linear import QuantisedLinear
+from patch.quantise.values import quantise_weight
 from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack
 from stoicc.matmul import product
-from stoicc.quantise import quantise_weight
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
 
@@ -240,7 +241,7 @@ def compile_model(
             those whose tiles are all dense too. Otherwise all are packed but these, to save memory.
         keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
         dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
-            them packed.
+            them packed. Those that are quantised already (`patch.simulate`) are packed as they are, all of them.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
@@ -249,7 +250,7 @@ def compile_model(
     if dtype is not None and dtype not in SCALED:
         raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
     for name, mask in masks.items():
-        _check_linear(model, name, mask)
+        _check_linear(model, name, mask, dtype)
     packed: list[Spec] = []
     dense: list[str] = []
     slower: list[str] = []
@@ -260,8 +261,9 @@ def compile_model(
         before += size
         mask = _stack([masks[name] for name in names])
         device = linears[0].weight.device
-        choose = bool(tokens) and device.type == "cuda" and dtype is None
-        all_dense = bool(mask.dense.all()) and dtype is None
+        of_16_bits = dtype is None and not isinstance(linears[0], QuantisedLinear)
+        choose = bool(tokens) and device.type == "cuda" and of_16_bits
+        all_dense = bool(mask.dense.all()) and of_16_bits
         if all_dense and keep_dense and not choose:
             dense += names
             after += size
@@ -304,8 +306,14 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _check_linear(model: nn.Module, name: str, mask: HybridMask) -> None:
-    weight = _linear(model, name).weight
+def _check_linear(model: nn.Module, name: str, mask: HybridMask, dtype: torch.dtype | None) -> None:
+    linear = _linear(model, name)
+    weight = linear.weight
+    if isinstance(linear, QuantisedLinear):
+        if linear.precision.grouped:
+            raise UserError(f"{name}: no kernel takes packed weights of {linear.precision.label} yet: run it unpacked")
+        if dtype not in (None, linear.values.dtype):
+            raise UserError(f"{name}: its weight is {linear.precision.label} already, it cannot become {dtype}")
     if tuple(weight.shape) != mask.shape:
         raise UserError(f"{name}: mask is for a weight of {mask.shape}, the model's is {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
@@ -334,12 +342,17 @@ def _stackable(model: nn.Module, masks: Mapping[str, HybridMask], names: Sequenc
     biases = {_linear(model, name).bias is not None for name in names}
     weights = [_linear(model, name).weight for name in names]
     alike = {
-        (masks[name].tile, weight.shape[1], weight.dtype, weight.device)
+        (masks[name].tile, weight.shape[1], weight.dtype, weight.device, _dtype_packed(_linear(model, name)))
         for name, weight in zip(names, weights, strict=True)
     }
     # Only the last may end within a tile.
     whole = all(masks[name].shape[0] % masks[name].tile[0] == 0 for name in names[:-1])
     return len(biases) == 1 and len(alike) == 1 and whole
+
+
+def _dtype_packed(linear: nn.Linear) -> torch.dtype:
+    """What a linear's weight is packed in, if nothing else is asked for."""
+    return linear.values.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype
 
 
 def _stack(masks: Sequence[HybridMask]) -> HybridMask:
@@ -354,7 +367,11 @@ def _pack_linears(
     names: Sequence[str], linears: Sequence[nn.Linear], mask: HybridMask, dtype: torch.dtype | None
 ) -> tuple[HybridLinear, HybridWeight]:
     weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
-    if dtype is None:
+    already = [linear.quantised for linear in linears if isinstance(linear, QuantisedLinear)]
+    if already:
+        values = torch.cat([part.values.view(torch.int8) for part in already]).view(already[0].values.dtype)
+        hybrid = pack(values, mask, torch.cat([part.scales[:, 0] for part in already]))
+    elif dtype is None:
         hybrid = pack(weight, mask)
     else:
         values, scales = quantise_weight(mask.to(weight.device).apply(weight), dtype)

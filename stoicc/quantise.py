@@ -1,4 +1,4 @@
-"""Eight bits: weights and activations as values of ``float8_e4m3fn`` or ``int8``, and scales.
+"""Eight bits: activations as values of ``float8_e4m3fn`` or ``int8``, and scales, by a kernel; weights' are `patch`'s.
 
 >>> values, scales = quantise_weight(mask.apply(weight), torch.float8_e4m3fn)   # a scale for each output feature
 >>> hybrid = pack(values, mask, scales)
@@ -9,26 +9,13 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
+from patch.quantise.values import check_dtype
 from stoicc import reference
-from stoicc.format import DTYPES, SCALED
+from stoicc.format import DTYPES
 from stoicc.kernels import quantise
 
 # Values of a token are padded with zeros to rows of this many, for copies of 16 bytes.
 ROW = 16
-
-
-def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values ``[N, K]`` and float32 scales ``[N]`` of a weight ``[N, K]``, rounded to nearest; mask it before.
-
-    The largest magnitude of each output feature becomes the largest of the dtype, so zeros stay zeros.
-
-    Raises:
-        UserError: if ``dtype`` is not one of 8 bits, or the weight has values that are not finite.
-    """
-    _check_dtype(dtype)
-    if not bool(weight.isfinite().all()):
-        raise UserError(f"weight {tuple(weight.shape)} has values that are not finite: it cannot be quantised")
-    return reference.quantise(weight, dtype)
 
 
 @torch.library.custom_op("stoicc::quantise_tokens", mutates_args=())
@@ -44,7 +31,7 @@ def quantise_tokens(
     Raises:
         UserError: if a dtype, shape or device does not fit.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if x.dim() == 0 or x.dtype not in DTYPES:
         raise UserError(
             f"activations are {x.dtype} {tuple(x.shape)}, need bfloat16 or float16 [..., K] to be quantised"
@@ -71,8 +58,3 @@ def _(x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e
     k = x.shape[-1]
     tokens = x.numel() // k
     return x.new_empty(tokens, k + -k % ROW, dtype=dtype), x.new_empty(tokens, dtype=torch.float32)
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in SCALED:
-        raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")

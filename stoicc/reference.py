@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from stoicc.format import SCALED, HybridWeight, unpack
+from patch.quantise.values import quantise_rows
+from stoicc.format import HybridWeight, unpack
 
 
 def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tensor:
@@ -24,20 +25,9 @@ def exact(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None, token_sca
     return y if bias is None else y + bias.double()
 
 
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit values ``[rows, columns]`` and float32 scales ``[rows]``, of each row by its largest magnitude.
-
-    Rounded to nearest, to even at the half. A row of zeros gets a small positive scale.
-    """
-    wide = x.float()
-    scales = wide.abs().amax(1).clamp(min=1e-30) / SCALED[dtype]
-    values = wide * (1 / scales)[:, None]
-    return (values.round() if dtype == torch.int8 else values).to(dtype), scales
-
-
 def quantise_tokens(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """``quantise`` of activations ``[tokens, K]``, after an RMSNorm of weight ``norm`` ``[K]`` if there is one."""
+    """Activations ``[tokens, K]`` in 8 bits, after an RMSNorm of weight ``norm`` ``[K]`` if there is one."""
     if norm is not None:
         wide = x.float()
         x = norm * (wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt()).to(x.dtype)
-    return quantise(x, dtype)
+    return quantise_rows(x, dtype)

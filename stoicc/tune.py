@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from patch.mask import HybridMask, best_patterns, tile_grid
+from patch.quantise.values import quantise_weight
 from stoicc import configs
 from stoicc.configs import Config, Entry
 from stoicc.dispatch import run, run_scaled
 from stoicc.format import DTYPES, HybridWeight, block_columns, pack
-from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.quantise import quantise_tokens
 from stoicc.timing import Call, time_in_turns
 
 # Weights are rotated so that none is read from the L2 cache, which is at most 60 MB on GPUs with these tensor cores.

@@ -210,7 +210,7 @@ def packed() -> Target:
         stoicc.save_packed(folder / "packed", model, AutoTokenizer.from_pretrained(MODEL))
 
     def read(folder: Path) -> Any:
-        model, tokenizer = load_model(str(folder / "packed"), packed=True)
+        model, tokenizer = load_model(str(folder / "packed"), quantised=True)
         with torch.no_grad():
             return model(tokens).logits.float().tolist(), tokenizer("a river in the north").input_ids
 

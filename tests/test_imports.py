@@ -13,19 +13,29 @@ PACKAGES = ("patch", "stoicc", "analysis", "experiments", "slurm")
 
 # What a room may import beside itself. A module belongs to the longest name here that it starts with.
 ARROWS: dict[str, set[str]] = {
-    "patch": set(),
-    "patch.oneshot": {"patch", "patch.methods"},
+    "patch.errors": set(),
+    "patch.quantise": set(),
+    "patch": {"patch.quantise"},
+    "patch.oneshot": {"patch", "patch.methods", "patch.quantise"},
     "patch.learn": {"patch"},
     "patch.methods": {"patch", "patch.learn"},
     "stoicc.compat": {"patch"},
-    "stoicc.format": {"patch"},
+    "stoicc.format": {"patch", "patch.quantise"},
     "stoicc.lowering": {"patch"},
     "stoicc.language": {"patch", "stoicc.format", "stoicc.lowering"},
-    "stoicc.kernels": {"patch", "stoicc.compat", "stoicc.format", "stoicc.language"},
-    "stoicc": {"patch", "stoicc.compat", "stoicc.format", "stoicc.kernels", "stoicc.language", "stoicc.lowering"},
+    "stoicc.kernels": {"patch", "patch.quantise", "stoicc.compat", "stoicc.format", "stoicc.language"},
+    "stoicc": {
+        "patch",
+        "patch.quantise",
+        "stoicc.compat",
+        "stoicc.format",
+        "stoicc.kernels",
+        "stoicc.language",
+        "stoicc.lowering",
+    },
     "stoicc.vllm": {"patch", "stoicc", "stoicc.format"},
     "analysis": set(),
-    "analysis.rows": {"analysis", "patch", "patch.learn", "patch.methods"},
+    "analysis.rows": {"analysis", "patch", "patch.learn", "patch.methods", "patch.quantise"},
     "analysis.tables": {"analysis", "analysis.rows", "patch", "patch.methods"},
     "analysis.figures": {"analysis", "analysis.rows", "analysis.tables", "patch", "patch.methods"},
     "analysis.page": {"analysis", "analysis.figures", "analysis.rows", "analysis.tables", "patch", "patch.methods"},
@@ -33,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "experiments.data": {"experiments.embedded", "patch", "stoicc"},
     "experiments.eval": {"experiments.data", "experiments.embedded", "patch"},
     "experiments.studies": {"analysis", "analysis.rows", "experiments.data", "experiments.eval"}
-    | {"patch", "patch.learn", "patch.methods", "patch.oneshot"},
+    | {"patch", "patch.learn", "patch.methods", "patch.oneshot", "patch.quantise"},
     "experiments.run.provenance": {"patch"},
     "experiments.bench": {
         "analysis",
@@ -43,10 +53,10 @@ ARROWS: dict[str, set[str]] = {
         "experiments.run.provenance",
     }
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
-    | {"stoicc", "stoicc.format"},
+    | {"patch.quantise", "stoicc", "stoicc.format"},
     "experiments.run": {"analysis.rows", "experiments.bench", "experiments.data", "experiments.eval"}
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
-    | {"stoicc", "stoicc.format", "stoicc.kernels"},
+    | {"patch.quantise", "stoicc", "stoicc.format", "stoicc.kernels"},
     "experiments.publish": {"analysis", "analysis.figures", "analysis.page", "analysis.rows", "analysis.tables"}
     | {"experiments.data", "experiments.run", "experiments.run.provenance", "experiments.studies"}
     | {"patch", "patch.methods"},
@@ -55,6 +65,9 @@ ARROWS: dict[str, set[str]] = {
 ARROWS["experiments.cli"] = set(ARROWS)
 ARROWS["experiments"] = {"experiments.cli"}
 ARROWS["slurm"] = set(ARROWS)
+# Errors that users can cause are raised everywhere.
+for name, others in ARROWS.items():
+    others |= {"patch.errors"} - {name}
 
 
 def modules() -> dict[str, Path]:

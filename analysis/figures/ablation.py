@@ -61,7 +61,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
     shown_values = [
         point.perplexity[text].value for members in groups.values() for point in members if text in point.perplexity
     ]
-    all_dense = [p.perplexity[text].value for p in points if p.method == "dense" and p.model in models]
+    all_dense = [p.perplexity[text].value for p in points if p.is_original and p.model in models]
     for place, ((model, method, sparsity, _), members) in enumerate(groups.items()):
         axis = figure.add_subplot(grid[place, 0])
         shown = sorted((m for m in members if text in m.perplexity), key=lambda m: -m.perplexity[text].value)
@@ -80,7 +80,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
             )
         # Room on the right for the number beside the last point; all panels to one scale.
         scale_perplexity(axis, min(shown_values + all_dense), max(shown_values) * 1.15, along="x")
-        for value in (p.perplexity[text].value for p in points if p.method == "dense" and p.model == model):
+        for value in (p.perplexity[text].value for p in points if p.is_original and p.model == model):
             axis.axvline(value, color=INK, linewidth=0.9, linestyle=DASHED, zorder=2, gid="dense")
             if place == 0:
                 axis.annotate(

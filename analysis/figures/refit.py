@@ -71,7 +71,7 @@ def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
     figure = new_figure(WIDTHS[width], 0.75 + 0.2 * len(pairs))
     axis = figure.subplots()
     values = [point.perplexity[text].value for pair in pairs for point in pair]
-    dense = [p.perplexity[text].value for p in points if p.method == "dense" and text in p.perplexity]
+    dense = [p.perplexity[text].value for p in points if p.is_original and text in p.perplexity]
     for height, pair in enumerate(pairs):
         before, after = (point.perplexity[text].value for point in pair)
         style = style_of(pair[1].method)

@@ -88,7 +88,7 @@ def placed(
     found = []
     for point in gather(frame) if points is None else points:
         timed = [float(speeds[trial]) for trial in point.trials if trial in speeds.index]
-        if shape and point.method == "dense":
+        if shape and point.is_original:
             timed = [1.0]
         if timed:
             found.append(Placed(point, sum(timed) / len(timed), not bad & set(point.trials)))

@@ -63,7 +63,7 @@ def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
     shapes = sorted({point.tile for members in groups.values() for point in members if point.tile}, key=tile_order)
     drawn = [point for members in groups.values() for point in members]
     models = {model for model, *_ in groups}
-    dense = [point for point in points if point.method == "dense" and point.model in models]
+    dense = [point for point in points if point.is_original and point.model in models]
     accurate = all(point.mean_accuracy for point in drawn)
     figure = new_figure(WIDTHS[width], 0.6 + (3.6 if accurate else 2.0))
     axes = figure.subplots(2 if accurate else 1, 1, sharex=True, squeeze=False)[:, 0]

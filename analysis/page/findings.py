@@ -111,7 +111,7 @@ def _won(about: str, members: Sequence[Point], text: Text, points: Sequence[Poin
         return
     first, second = (point.perplexity[text] for point in ranked[:2])
     between = gap(first, second)
-    of_model = [p for p in points if p.method == "dense" and p.model == ranked[0].model and text in p.perplexity]
+    of_model = [p for p in points if p.is_original and p.model == ranked[0].model and text in p.perplexity]
     dense = f" (dense {significant(of_model[0].perplexity[text].value)})" if of_model else ""
     said = (
         f"{by(ranked[0])} has the lowest {_text(text)} perplexity of {len(ranked)}, {shown(first)}{dense}; "

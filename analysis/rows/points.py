@@ -107,6 +107,11 @@ class Point:
     mean_accuracy: Measured | None
     trials: tuple[str, ...]
 
+    @property
+    def is_original(self) -> bool:
+        """Whether it is the model as it was, which all others are compared with."""
+        return self.method == "dense" and not self.variant
+
 
 def gather(frame: pd.DataFrame) -> list[Point]:
     """The points of a table of rows, in reading order: dense, one-shot methods, learned ones by falling sparsity.

@@ -12,16 +12,18 @@ from typing import Any
 
 from patch.learn.recipe import ADDED_DEFAULTS, CHANGES, EARLIER, OURS, spelled
 from patch.methods import label_of, published_recipe
+from patch.quantise.precisions import PRECISIONS
 
 RECIPE = "learning.recipe."
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published method has; a definition leaves them out where they are as published.
-_DEPARTURES = {"recipe", "tile_ranking", "refit.source", *(RECIPE + name for name in OURS)}
+_DEPARTURES = {"recipe", "tile_ranking", "refit.source", "quantisation.precision", *(RECIPE + name for name in OURS)}
 # Said wherever it is not so of all.
 _ALWAYS_SAID = _DEPARTURES | {"earlier"}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "tile_prior": "tile_prior.method", "refit": "refit.source"}
+_SAID_OF_PARTS["quantisation"] = "quantisation.precision"
 
 
 def variants_of(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
@@ -119,6 +121,10 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
         return f"tiles from {label_of(value)}"
     if name == "refit.source":
         return f"refitted on {value}"
+    if name == "quantisation.precision":
+        return PRECISIONS[value].label if value in PRECISIONS else str(value)
+    if name == "quantisation.joint":
+        return "pruned and rounded in one sweep" if value else "rounded once pruned"
     if name == "weight_update" and not value:
         return "weights not updated"
     return f"{name.removeprefix(RECIPE)}{equals}{spelled(value)}"

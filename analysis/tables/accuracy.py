@@ -130,7 +130,7 @@ def _published_fields(of: Sequence[Task]) -> list[Field]:
 
 def _other_models_fields(points: Sequence[Point], text: Text) -> list[Field]:
     measured = [point for point in points if text in point.perplexity]
-    dense = {point.model: point.perplexity[text].value for point in measured if point.method == "dense"}
+    dense = {point.model: point.perplexity[text].value for point in measured if point.is_original}
 
     def factor(point: Point) -> Value:
         found = point.perplexity.get(text)

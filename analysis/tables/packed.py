@@ -169,7 +169,7 @@ def _memory(frame: pd.DataFrame, stage: str, labels: dict[str, object]) -> Calla
     """Peak memory of the packed model over that of the dense one; that one's own is 1."""
     facts = [("peak_memory", labels | {"implementation": name}) for name in ("packed", "dense")]
     ratio = _ratio(frame, stage, facts[0], facts[1])
-    return lambda point: Measured(1.0) if point.method == "dense" and _any(frame, point, stage) else ratio(point)
+    return lambda point: Measured(1.0) if point.is_original and _any(frame, point, stage) else ratio(point)
 
 
 def _perplexity(text: Text) -> Callable[[Point], Value]:

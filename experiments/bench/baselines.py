@@ -10,12 +10,14 @@ of 128 inputs, with 16-bit activations (``aten._weight_int4pack_mm``).
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from patch.layers import prunable_linears
+from patch.quantise.linear import QuantisedLinear as Simulated
 from stoicc.linear import Fused, groups, install
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,9 +72,9 @@ def pack_int4(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.stack([scale, torch.zeros_like(scale)], 2).transpose(0, 1).contiguous()
 
 
-def int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """``x`` ``[T, K]`` times a weight of `pack_int4`."""
-    return torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, scales)
+def int4(x: Tensor, packed: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
+    """``x`` ``[T, K]`` times a weight of `pack_int4`, in groups of ``group`` inputs."""
+    return torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
 
 
 class DenseLinear(Fused):
@@ -154,6 +156,26 @@ def quantised(model: nn.Module, way: str, largest: Mapping[str, Tensor]) -> None
             function, operands = fp8_tensorwise, (to_fp8(weight, scale), scale, x_scale)
         parts = _parts(names, linears)
         return QuantisedLinear(parts, weight.shape[1], function, operands, _bias(linears))
+
+    _replace(model, make)
+
+
+def deployed(model: nn.Module) -> None:
+    """Compute the quantised weights of a model (`patch.simulate`) as people deploy them, siblings as one.
+
+    The values and scales are those that the model has, FP8 or INT4.
+    """
+
+    def make(names: Sequence[str], linears: Sequence[nn.Linear]) -> Fused:
+        given = [linear.quantised for linear in linears if isinstance(linear, Simulated)]
+        values = torch.cat([part.values.view(torch.int8) for part in given]).view(given[0].values.dtype)
+        scales = torch.cat([part.scales for part in given])
+        function: Callable[..., Tensor] = fp8_rowwise
+        operands = (values, scales)
+        if values.dtype != FP8:
+            function = partial(int4, group=given[0].group)
+            operands = pack_int4((values + 8).to(torch.uint8), scales.to(linears[0].weight.dtype))
+        return QuantisedLinear(_parts(names, linears), values.shape[1], function, operands, _bias(linears))
 
     _replace(model, make)
 

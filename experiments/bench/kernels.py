@@ -20,9 +20,9 @@ from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.models import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
-from stoicc import configs, dispatch, matmul, reference
+from patch.quantise.values import quantise_rows, quantise_weight
+from stoicc import configs, dispatch, matmul
 from stoicc.format import pack
-from stoicc.quantise import quantise_weight
 from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
 
@@ -341,7 +341,7 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             values, scales = masked[variant]
 
             def check(y: Tensor) -> tuple[float, float]:
-                x8, x_scales = reference.quantise(x, baselines.FP8)
+                x8, x_scales = quantise_rows(x, baselines.FP8)
                 return error(x8.double() * x_scales[:, None], values.double() * scales[:, None], y), FP8_BOUND
 
             about: Labels = {"bytes": weight.nbytes}

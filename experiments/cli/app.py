@@ -18,8 +18,9 @@ _INTERRUPTED = 130
 HELP = """Hybrid tile sparsity: learn which tiles of a language model stay dense and which become 2:4.
 
 Run a whole study with [bold]hts run[/bold], or one step with [bold]hts prune[/bold], [bold]learn[/bold],
-[bold]eval[/bold] and [bold]audit[/bold]. Everything that was measured lies under the results directory as rows, which
-[bold]hts table[/bold], [bold]plot[/bold] and [bold]report[/bold] read and [bold]publish[/bold] makes flat tables of."""
+[bold]quantise[/bold], [bold]eval[/bold] and [bold]audit[/bold]. Everything that was measured lies under the results
+directory as rows, which [bold]hts table[/bold], [bold]plot[/bold] and [bold]report[/bold] read and
+[bold]publish[/bold] makes flat tables of."""
 
 Panels = Mapping[str, Mapping[str, Callable[..., Any]]]
 # Every command by the panel of --help that it stands in.
@@ -37,6 +38,7 @@ PANELS: Panels = {
         "models": model.list_models,
         "prune": model.prune,
         "learn": model.learn,
+        "quantise": model.quantise,
         "eval": model.evaluate,
         "audit": model.audit,
         "export": model.export,

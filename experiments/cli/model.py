@@ -1,4 +1,4 @@
-"""Commands on one model: prune or learn, evaluate, audit, and share its masks."""
+"""Commands on one model: prune or learn, quantise, evaluate, audit, and share its masks."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,7 @@ from experiments.cli.options import (
     Device,
     Model,
     Partial,
+    Precision,
     Refit,
     Results,
     Tile,
@@ -25,6 +26,7 @@ from experiments.cli.recipe import SETTINGS, changes, forecast, settings
 from patch.errors import UserError, check_name
 from patch.learn.recipe import CHANGES, PUBLISHED
 from patch.methods import members, published_recipe
+from patch.quantise.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
@@ -36,10 +38,11 @@ _WINDOW = f"Tokens of a window; {WINDOW} unless the model takes fewer."
 
 def prune(
     model: Model,
-    method: Annotated[str, typer.Option(help=listed(members("one-shot")) + ".")],
+    method: Annotated[str, typer.Option(help=listed([*members("one-shot"), *members("smaller")]) + ".")],
     structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of zeros over all prunable weights; 0.5 if nothing is said.")
+        float | None,
+        typer.Option(help="Share of zeros over all prunable weights, or of blocks dropped; 0.5 if nothing is said."),
     ] = None,
     tile: Tile = "128x128",
     calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
@@ -50,6 +53,7 @@ def prune(
     ] = "weight",
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     refit: Refit = False,
+    precision: Precision = None,
     partial: Partial = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
@@ -66,9 +70,14 @@ def prune(
             every = ", which makes every tile 2:4" if structure == "hybrid" else ""
             console.print(f"sparsity {sparsity}{every}: --sparsity sets another")
     seen = Calibration(calibration, windows, length or _window(model, data), seed)
-    pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
+    if method in members("smaller"):
+        pruning = build.fewer_blocks(model, sparsity, seen)
+    else:
+        pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
     if refit:
         pruning = build.refitted(pruning, seen)
+    if precision:
+        pruning = build.quantised(pruning, precision, seen)
     if partial:
         pruning = dataclasses.replace(pruning, partial=True)
     _checkpoint(pruning, out, results, data, device)
@@ -100,6 +109,7 @@ def learn(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     refit: Refit = False,
+    precision: Precision = None,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
@@ -120,6 +130,32 @@ def learn(
     )
     if refit:
         pruning = build.refitted(pruning, seen)
+    if precision:
+        pruning = build.quantised(pruning, precision, seen)
+    _checkpoint(pruning, out, results, data, device)
+
+
+def quantise(
+    model: Annotated[
+        str, typer.Argument(help="A hybrid checkpoint, or a dense model: a name, a path, or a Hugging Face hub id.")
+    ],
+    precision: Annotated[str, typer.Option(help=f"{listed(PRECISIONS)}.")] = "fp8",
+    calibration: Annotated[str, typer.Option(help="Text on which INT4 passes errors on.")] = "c4",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    partial: Partial = False,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Quantise a model or a checkpoint, whose masks stay, and write it as servers read it (compressed-tensors)."""
+    from experiments.studies import build
+    from experiments.studies.trial import Calibration
+
+    seen = Calibration(calibration, windows, length or _window(model, data), seed)
+    pruning = dataclasses.replace(build.quantised(build.dense(model), precision, seen), partial=partial)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -174,17 +210,23 @@ def audit(
 
     rows = audit_checkpoint(path, tile_shape(tile) if tile else None)
     table = Table("layer", box=None, pad_edge=False)
-    for heading in ("shape", "tiles", "dense", "2:4", "violating", "sparsity"):
+    quantised = any(row.bits for row in rows)
+    for heading in ("shape", "tiles", "dense", "2:4", "violating", "sparsity", *["bits", "scales"] * quantised):
         table.add_column(heading, justify="right")
     for row in rows:
         shape = f"{row.shape[0]}x{row.shape[1]}"
-        counts = [str(count) for count in (row.tiles, row.dense, row.two_four, row.violating)]
-        table.add_row(row.layer, shape, *counts, f"{row.sparsity:.4f}", style="red" if row.violating else None)
+        cells = [str(count) for count in (row.tiles, row.dense, row.two_four, row.violating)]
+        cells.append(f"{row.sparsity:.4f}")
+        if row.scales:
+            cells += [str(row.bits), "{:.1e}-{:.1e}".format(*row.scales[1:])]
+        table.add_row(row.layer, shape, *cells, style="red" if row.violating else None)
     console.print(table)
     elements = sum(row.shape[0] * row.shape[1] for row in rows)
     sparsity = sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / elements
     violating = sum(row.violating for row in rows)
     console.print(f"sparsity {sparsity:.6f} over {len(rows)} weights, {violating} violating tiles")
+    for bits, inputs in sorted({(row.bits, row.scales[0]) for row in rows if row.scales}):
+        console.print(f"{bits} bits, a scale for each {inputs} inputs of an output feature")
     if violating:
         raise typer.Exit(1)
 
@@ -281,10 +323,11 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
         if machine.ranks.rank:
             return
     assert path is not None
-    sparsity = load_info(path)["sparsity"]
+    info = load_info(path)
     if out is not None:
         path = copy_checkpoint(path, out)
-    console.print(f"sparsity {sparsity:.6f} (target {pruning.sparsity:g}): {path}", soft_wrap=True)
+    rounded = f", {PRECISIONS[info['precision']].label}" if "precision" in info else ""
+    console.print(f"sparsity {info['sparsity']:.6f} (target {info['target']:g}){rounded}: {path}", soft_wrap=True)
 
 
 def _say_what_it_takes(pruning: "Pruning", machine: "Machine") -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from patch.errors import UserError, check_name, one_line
+from patch.quantise.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 # What users and files bring is printed as it is: `[bold]` in a path is no markup.
 console = Console(markup=False, highlight=False)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence has them: ``magnitude, wanda or sparsegpt``."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
 
 Study = Annotated[str, typer.Argument(help="A study; [bold]hts studies[/bold] lists them.")]
 Results = Annotated[Path, typer.Option(envvar="HTS_RESULTS", help="Results directory.")]
@@ -42,14 +50,12 @@ Refit = Annotated[
         "--refit", help="Fit the kept weights to the dense outputs on the calibration text; for one-shot masks."
     ),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(help=f"Quantise what the mask keeps: {listed(PRECISIONS)}; INT4 on the calibration text."),
+]
 
 DEFAULT_RESULTS = Path("runs")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a sentence has them: ``magnitude, wanda or sparsegpt``."""
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 def tile_shape(text: str) -> tuple[int, int]:

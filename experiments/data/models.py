@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from experiments.data import smollm2
 from experiments.embedded import MODEL as EMBEDDED
 from patch.checkpoint import INFO_FILE, content_hash, load_info
+from patch.compressed import precision_of
 from patch.errors import UserError, check_name
 from patch.files import sha256
 from patch.positions import longest
+from patch.simulate import load_quantised
 from patch.weights import prunable_shapes
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def load_model(
     device: str = "cpu",
     dtype: "torch.dtype | None" = None,
     data: Path | None = None,
-    packed: bool = False,
+    quantised: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal language model and its tokenizer, ready to be pruned or evaluated: eval mode, weights frozen.
 
@@ -134,7 +136,8 @@ def load_model(
         name: of the registry, a path, or a hub id.
         dtype: of the weights; None takes them as they are stored.
         data: data directory that may hold SmolLM2's file (see `experiments.data.smollm2`).
-        packed: a packed checkpoint of `stoicc` will do; where weights are to be pruned it will not.
+        quantised: weights of few bits will do, a packed checkpoint of `stoicc` too; to be pruned they must not be. What
+            a quantised one computes is simulated.
 
     Raises:
         UserError: if the model cannot be had (unknown, gated, no network), its weights are quantised, or its files are
@@ -146,22 +149,25 @@ def load_model(
     source = _directory_or_hub_id(name, data)
     if not Path(source).is_dir():
         _hub_commit(source)
-    _check_quantisation(name, source, packed)
+    simulated = _check_quantisation(name, source, quantised)
     if (Path(source) / INFO_FILE).is_file():
         load_info(source, verify=True)
     auto: Any = AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(
-            source, dtype=dtype or "auto", attn_implementation="sdpa", output_loading_info=True
-        )
+        if simulated:
+            model, missing = load_quantised(Path(source), dtype)
+        else:
+            model, report = auto.from_pretrained(
+                source, dtype=dtype or "auto", attn_implementation="sdpa", output_loading_info=True
+            )
+            missing = sorted(report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     # What transformers makes of damaged files may be any error.
     except Exception as error:
         raise UserError(f"{name}: cannot be loaded from {source}: {_first_line(error)}") from error
     # transformers fills these with random numbers and goes on.
-    missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors: incomplete copy?")
     model.requires_grad_(False)
@@ -178,28 +184,38 @@ def _config(source: str) -> dict[str, Any]:
         return {}  # loading it says what is wrong
 
 
-def _check_quantisation(name: str, source: str, packed: bool) -> None:
-    """Refuse weights that are codes: without their scales they are other weights, and no zeros can be told in them."""
+def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
+    """Refuse weights that are codes: without their scales they are other weights, and no zeros can be told in them.
+
+    Args:
+        wanted: those that can be evaluated are not refused.
+
+    Returns:
+        Whether what the weights compute must be simulated.
+    """
     config = _config(source)
     # Of several parts each may say it: a vision language model's text, say.
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if quantised is None:
-        return
+        return False
     # Importing it registers the quantizer that reads packed checkpoints.
     from stoicc.spec import METHOD
 
     kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-    if kind != METHOD:
+    ours = (Path(source) / INFO_FILE).is_file() and precision_of(config) is not None
+    if kind != METHOD and not ours:
         raise UserError(
             f"{name}: its weights are quantised (quantization_config: {kind}): take the model in bfloat16, float16 or "
             "float32 that it was made of, and quantise after pruning"
         )
-    if not packed:
+    if not wanted:
+        what, made = ("quantised", "made of") if ours else ("packed", "packed from")
         raise UserError(
-            f"{name}: a packed checkpoint, which can be evaluated but not pruned again: take the checkpoint or the "
-            "model that it was packed from"
+            f"{name}: a {what} checkpoint, which can be evaluated but not pruned or quantised again: take the "
+            f"checkpoint or the model that it was {made}"
         )
+    return ours
 
 
 def longest_text(name: str, data: Path | None = None) -> int | None:

@@ -1,4 +1,4 @@
-"""Making a pruning's checkpoint: load, calibrate, prune or learn or refit, harden, save.
+"""Making a pruning's checkpoint: load, calibrate, prune or learn or refit or quantise, harden, save.
 
 Of several processes that want the same checkpoint one makes it, and the others wait for it.
 """
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,20 @@ from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, key
-from patch.checkpoint import load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
-from patch.layers import check_coverage, prunable_linears, prunable_matrices
+from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
 from patch.learn.sensitivity import most_sensitive_tiles
 from patch.learn.state import CHECKPOINT as LEARNER_STATE
 from patch.mask import HybridMask
 from patch.oneshot import prune_model
+from patch.oneshot.gptq import quantise_model
 from patch.oneshot.refit import refit_model
+from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import Quantised
+from patch.shallow import drop_blocks
 from patch.weights import kept_shares
 
 if TYPE_CHECKING:
@@ -43,7 +48,7 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     Raises:
         Stopped: if learning was told to stop (`experiments.run.signals`).
     """
-    if pruning.method == "dense":
+    if pruning.as_it_is:
         return None
     path = store.checkpoint_path(pruning)
     ranks, first = machine.ranks, machine.ranks.rank == 0
@@ -60,81 +65,142 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     return path
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What became of a model's weights, beside the weights themselves.
+
+    Attributes:
+        masks: by weight.
+        zeros: elements dropped of each weight.
+        facts: that were measured on the way.
+        tile_scores: of weights whose tiles the method scored.
+        quantised: of all weights, if they are.
+        about: where this is not what the definition says: method, structure and target of what was quantised.
+        sparsity: achieved, where that is not the share of zeros.
+    """
+
+    masks: Mapping[str, HybridMask]
+    zeros: Mapping[str, int]
+    facts: list[Fact] = dataclasses.field(default_factory=list)
+    tile_scores: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    quantised: Mapping[str, Quantised] = dataclasses.field(default_factory=dict)
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sparsity: float | None = None
+
+
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     started = time.monotonic()
+    # What is rounded once it is pruned starts from those weights.
+    rounded = pruning.quantisation is not None and not pruning.quantisation.joint
+    source = str(store.checkpoint_path(pruning.base)) if rounded and pruning.base else pruning.model
     # All but learning brings one block at a time to the device, whatever the depth of the model.
     model, tokenizer = models.load_model(
-        pruning.model, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
+        source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     covered = check_coverage(model, pruning.partial)
     if machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     sources: dict[str, str] = {}
-    tile_scores: Mapping[str, Tensor] = {}
-    masks: Mapping[str, HybridMask]
-    if pruning.refit:
-        masks, tile_scores, facts = _refit(pruning, model, tokenizer, store, machine, sources)
-        zeros = {name: mask.zeros for name, mask in masks.items()}
+    if rounded:
+        made = _quantise(pruning, Path(source), model, tokenizer, store, machine, sources)
+    elif pruning.refit:
+        made = _refit(pruning, model, tokenizer, store, machine, sources)
     elif pruning.learns:
         outcome = _learn(pruning, model, tokenizer, store, machine, sources)
         if machine.ranks.rank:
             return
-        masks = outcome.masks
-        zeros = {name: mask.zeros for name, mask in masks.items()}
-        facts = [
+        curves = [
             Fact(metric, value, "1", {"step": int(entry["step"])})
             for entry in outcome.history
             for metric, value in entry.items()
             if metric != "step"
         ]
+        made = _Made(outcome.masks, {name: mask.zeros for name, mask in outcome.masks.items()}, curves)
+    elif pruning.structure == "shallow":
+        made = _drop_blocks(pruning, model, tokenizer, store, machine, sources)
     else:
-        windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
-        layers = prune_model(
-            model,
-            pruning.method,
-            pruning.structure,
-            pruning.sparsity,
-            pruning.tile,
-            windows,
-            machine.device,
-            dense=_ranked_tiles(pruning, model, windows, store, machine),
-            weight_update=pruning.weight_update,
-            on_block=lambda done, total: machine.progress(describe(pruning), done, total),
-        )
-        masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
-        tile_scores = {name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None}
-        zeros = {name: layer.zeros for name, layer in layers.items()}
-        facts = []
-    achieved = sum(zeros.values()) / covered.prunable
-    facts += [
+        made = _prune(pruning, model, tokenizer, store, machine, sources)
+    achieved = sum(made.zeros.values()) / covered.prunable if made.sparsity is None else made.sparsity
+    facts = [
+        *made.facts,
         Fact("sparsity", achieved, "1", {}),
         Fact("prunable_share", covered.share, "1", {}),
-        Fact("block_sparsity", sum(zeros.values()) / covered.matrices, "1", {}),
+        Fact("block_sparsity", sum(made.zeros.values()) / covered.matrices, "1", {}),
         Fact("prune_seconds", time.monotonic() - started, "s", {}),
-        *_layer_facts(model, masks, zeros),
+        *_layer_facts(model, made.masks, made.zeros),
     ]
     if machine.device.startswith("cuda"):
         facts.append(Fact("peak_memory", torch.cuda.max_memory_allocated(), "B", {}))
-    save_checkpoint(
-        store.checkpoint_path(pruning),
-        model,
-        tokenizer,
-        masks,
-        {
-            "method": pruning.method,
-            "structure": pruning.structure,
-            "target": pruning.sparsity,
-            "sparsity": achieved,
-            "seed": pruning.seed,
-            "definition": definition(pruning),
-            "zeros": zeros,
-            "facts": [vars(fact) for fact in facts],
-            "provenance": provenance(time.monotonic() - started, sources),
-        },
-        tile_scores,
-    )
+    info = {
+        "method": pruning.method,
+        "structure": pruning.structure,
+        "target": pruning.sparsity,
+        **made.about,
+        "sparsity": achieved,
+        "seed": pruning.seed,
+        "definition": definition(pruning),
+        "zeros": made.zeros,
+        "facts": [vars(fact) for fact in facts],
+        "provenance": provenance(time.monotonic() - started, sources),
+    }
+    if pruning.quantisation:
+        info["precision"] = pruning.quantisation.precision
+    path = store.checkpoint_path(pruning)
+    save_checkpoint(path, model, tokenizer, made.masks, info, made.tile_scores, made.quantised)
     # The learner's state has served; its TensorBoard log stays.
     (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
+
+
+def _drop_blocks(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> _Made:
+    """Drop a model's blocks; sparsity is the share of its prunable weights that are gone."""
+    windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
+    assert windows is not None
+    whole = coverage(model).prunable
+    count = max(1, round(pruning.sparsity * len(decoder_blocks(model))))
+    dropped = drop_blocks(
+        model, count, windows, machine.device, lambda done, total: machine.progress(describe(pruning), done, total)
+    )
+    facts = [Fact("block_divergence", each.divergence, "nat", {"block": each.block}) for each in dropped]
+    none = dict.fromkeys(prunable_matrices(model), 0)
+    return _Made({}, none, facts, sparsity=1 - coverage(model).prunable / whole)
+
+
+def _prune(
+    pruning: Pruning,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> _Made:
+    """Prune a model in one shot."""
+    windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
+    layers = prune_model(
+        model,
+        pruning.method,
+        pruning.structure,
+        pruning.sparsity,
+        pruning.tile,
+        windows,
+        machine.device,
+        dense=_ranked_tiles(pruning, model, windows, store, machine),
+        weight_update=pruning.weight_update,
+        int4=pruning.quantisation is not None,
+        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+    )
+    return _Made(
+        {name: layer.mask for name, layer in layers.items() if layer.mask is not None},
+        {name: layer.zeros for name, layer in layers.items()},
+        tile_scores={name: layer.tile_scores for name, layer in layers.items() if layer.tile_scores is not None},
+        quantised={name: layer.quantised for name, layer in layers.items() if layer.quantised is not None},
+    )
 
 
 def _calibration_windows(
@@ -188,8 +254,8 @@ def _refit(
     store: Store,
     machine: Machine,
     sources: dict[str, str],
-) -> tuple[dict[str, HybridMask], dict[str, Tensor], list[Fact]]:
-    """Mask the dense model's weights as the pruning without refit does, and fit what is kept; the masks, and facts."""
+) -> _Made:
+    """Mask the dense model's weights as the pruning without refit does, and fit what is kept."""
     assert pruning.base is not None
     windows = _calibration_windows(pruning.refit, tokenizer, store, machine, sources)
     assert windows is not None
@@ -211,7 +277,42 @@ def _refit(
             ("refit_steps", fit.steps),
         )
     ]
-    return masks, load_tile_scores(found), facts
+    return _Made(masks, {name: mask.zeros for name, mask in masks.items()}, facts, load_tile_scores(found))
+
+
+def _quantise(
+    pruning: Pruning,
+    source: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    machine: Machine,
+    sources: dict[str, str],
+) -> _Made:
+    """Quantise a model's weights, those of a checkpoint at ``source`` within what its masks keep."""
+    assert pruning.quantisation is not None
+    pruned = (source / INFO_FILE).is_file()
+    info = load_info(source) if pruned else {}
+    masks, tile_scores = (load_masks(source), load_tile_scores(source)) if pruned else ({}, {})
+    zeros = info.get("zeros") or {name: mask.zeros for name, mask in masks.items()}
+    windows = _calibration_windows(pruning.quantisation.calibration, tokenizer, store, machine, sources)
+    found = quantise_model(
+        model,
+        PRECISIONS[pruning.quantisation.precision],
+        windows,
+        machine.device,
+        masks,
+        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+    )
+    return _Made(
+        masks,
+        {name: zeros.get(name, 0) for name in found.weights},
+        [Fact("dead_inputs", dead, "1", {"layer": name}) for name, dead in found.dead.items() if dead],
+        tile_scores,
+        found.weights,
+        {name: info[name] for name in ("method", "structure", "target") if name in info},
+        info.get("sparsity"),
+    )
 
 
 def _learn(
@@ -277,7 +378,7 @@ def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mappi
 
 def facts_of(pruning: Pruning, store: Store) -> tuple[list[Fact], dict[str, Any]]:
     """What was measured when the checkpoint was made, and on what; for the dense model, that it has no zeros."""
-    if pruning.method == "dense":
+    if pruning.as_it_is:
         return [Fact("sparsity", 0.0, "1", {})], provenance(0.0)
     info = load_info(store.checkpoint_path(pruning))
     return [Fact(**fact) for fact in info["facts"]], info["provenance"]

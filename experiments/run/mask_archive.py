@@ -59,9 +59,10 @@ def export(checkpoint: Path, archive: Path) -> None:
     """
     info = load_info(checkpoint)
     method = oneshot.METHODS.get(info.get("method", ""))
-    refitted = bool(info.get("definition", {}).get("refit"))
-    if refitted or (method and method.changes_weights):
-        what = "refit" if refitted else info["method"]
+    defined = info.get("definition", {})
+    changed = next((what for what in ("quantisation", "refit") if defined.get(what)), None)
+    if changed or (method and method.changes_weights):
+        what = changed or info["method"]
         raise UserError(f"{checkpoint}: {what} changes the weights that survive: share the whole checkpoint")
     if not load_masks(checkpoint):
         raise UserError(f"{checkpoint} has no masks to share: its structure is {info['structure']}")

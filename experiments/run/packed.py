@@ -13,7 +13,10 @@ Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and
 
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
 what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.unstructured`.
-The dense model has nothing to pack.
+A dense model has nothing to pack, with fewer blocks either; of fewer bits, it is timed by the product that people
+deploy (`experiments.bench.baselines`), from the checkpoint's own values.
+
+Checkpoints of 8 bits are packed as they are: the values that were evaluated are those that are timed.
 
 **When packed and unpacked agree.** Kernels sum in another order, so logits differ by rounding. How much rounding of
 this dtype changes this model's logits is measured on one window: the relative distance between the unpacked model's
@@ -29,6 +32,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,8 +47,10 @@ from experiments.run.runtime import Machine
 from experiments.run.store import SKIPPED, Store
 from experiments.studies.trial import Packed, Perplexity, Pruning, Trial, Workload
 from patch.checkpoint import load_masks
+from patch.compressed import tensors_of
 from patch.contexts import evaluating
 from patch.layers import prunable_linears
+from patch.quantise.linear import QuantisedLinear
 from patch.structures import TILED
 
 if TYPE_CHECKING:
@@ -75,7 +81,9 @@ class Artefact:
 
     def load(self, dtype: torch.dtype | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """The unpacked model, in a dtype or as it is stored."""
-        return models.load_model(self.source, device=self.machine.device, dtype=dtype, data=self.machine.data)
+        return models.load_model(
+            self.source, device=self.machine.device, dtype=dtype, data=self.machine.data, quantised=True
+        )
 
     @cached_property
     def _unpacked(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -96,8 +104,8 @@ class Artefact:
 
     @cached_property
     def dense(self) -> "PreTrainedModel":
-        """The model before pruning, in the same dtype."""
-        if self.pruning.method == "dense":
+        """The model before pruning and quantising, in the same dtype."""
+        if self.pruning.as_it_is:
             return self.unpacked
         return models.load_model(
             self.pruning.model, device=self.machine.device, dtype=self.unpacked.dtype, data=self.machine.data
@@ -113,7 +121,7 @@ class Artefact:
 
     @cached_property
     def packed(self) -> "PreTrainedModel":
-        """The packed model: of 2:4 and hybrid checkpoints, as it loads from the packed checkpoint."""
+        """The packed model: of 2:4 and hybrid checkpoints, as it loads from the packed checkpoint; see the top."""
         if self.pruning.structure in TILED:
             return self._load_packed()
         model, _ = self.load(self.unpacked.dtype)
@@ -121,6 +129,10 @@ class Artefact:
             from stoicc.unstructured import compile_unstructured
 
             compile_unstructured(model, prunable_linears(model))
+        elif self.machine.can_time:
+            from experiments.bench import baselines
+
+            (baselines.deployed if self.pruning.quantisation else baselines.fused)(model)
         return model
 
     def _load_packed(self) -> "PreTrainedModel":
@@ -133,14 +145,16 @@ class Artefact:
                 model, tokenizer = self.load(self.unpacked.dtype)
                 compile_model(model, load_masks(self.source))
                 save_packed(path, model, tokenizer)
-        return models.load_model(str(path), device=self.machine.device, packed=True)[0]
+        return models.load_model(str(path), device=self.machine.device, quantised=True)[0]
 
     def disk_bytes(self) -> int:
         """Bytes of the packed checkpoint's weight files; of what has no packed checkpoint, of its tensors."""
         if self.pruning.structure in TILED:
             self.packed  # noqa: B018  # written by now
             return sum(file.stat().st_size for file in self.store.packed_path(self.content).glob("*.safetensors"))
-        model = self.dense if self.pruning.method == "dense" else self.packed
+        if self.pruning.keeps_all and not self.pruning.as_it_is:
+            return sum(file.stat().st_size for file in Path(self.source).glob("*.safetensors"))
+        model = self.dense if self.pruning.as_it_is else self.packed
         persistent = {part.data_ptr(): part.nbytes for part in model.state_dict().values()}
         return sum(persistent.values())
 
@@ -157,10 +171,13 @@ def measurements(trial: Trial) -> dict[str, Measurement]:
     if about is None:
         return {}
     found: dict[str, Measurement] = {"pack": _pack}
-    if trial.pruning.method != "dense":
+    if not trial.pruning.keeps_all:
         for item in trial.evaluation.perplexity:
             found[f"packed:{item}"] = partial(_perplexity, trial, item)
-    for work in about.workloads:
+    quantisation = trial.pruning.quantisation
+    # Nobody deploys a dense product of INT8 values with scales that torch has: there is nothing to time.
+    deployed = not trial.pruning.keeps_all or quantisation is None or quantisation.precision != "int8"
+    for work in about.workloads if deployed else ():
         found[f"speed:{work}"] = partial(_speed, about, work)
     if trial.pruning.structure == "hybrid":
         for shape in about.carried:
@@ -197,10 +214,10 @@ def run_stages(
 
 def _pack(artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
     linears = prunable_linears(artefact.unpacked)
-    before = sum(linear.weight.nbytes for linear in linears.values())
+    before = sum(linear.weight.nbytes for linear in prunable_linears(artefact.dense).values())
     about = {"dtype": _name(artefact.unpacked.dtype), "device": artefact.machine.device}
-    if artefact.pruning.method == "dense":
-        after = before
+    if artefact.pruning.keeps_all:
+        after = sum(_stored_bytes(linear) for linear in linears.values())
         facts = []
     else:
         packed = packed_weights(artefact.packed)
@@ -210,7 +227,10 @@ def _pack(artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
         same = 0
         for _, parts in packed.values():
             for name, weight in parts().items():
-                same += int((weight == linears[name].weight).sum())
+                own = linears[name]
+                kept = own.values if isinstance(own, QuantisedLinear) else own.weight
+                # By value, so that zeros of both signs are one; torch compares no float8.
+                same += int((weight.float() == kept.float()).sum())
         same += sum(int((linear.weight == linears[name].weight).sum()) for name, linear in left.items())
         elements = sum(linear.weight.numel() for linear in linears.values())
         labels = about | {"elements": elements, "agrees": same == elements}
@@ -222,6 +242,13 @@ def _pack(artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
         Fact("disk_bytes", artefact.disk_bytes(), "B", written),
         *facts,
     ], {}
+
+
+def _stored_bytes(linear: nn.Linear) -> int:
+    """Bytes of a dense weight, of fewer bits its values and scales as they lie on disk."""
+    if isinstance(linear, QuantisedLinear):
+        return sum(part.nbytes for part in tensors_of("", linear.quantised, linear.precision).values())
+    return linear.weight.nbytes
 
 
 def packed_weights(model: nn.Module) -> dict[str, tuple[int, Callable[[], dict[str, Tensor]]]]:
@@ -316,7 +343,7 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
     dense = baselines.sharing(artefact.dense)
     baselines.fused(dense)
     pair = {"dense": dense}
-    if artefact.pruning.method != "dense":
+    if not artefact.pruning.as_it_is:
         pair["packed"] = artefact.packed
     return speed_facts(measure(pair, work, about.rounds), work, {"dtype": _name(artefact.unpacked.dtype)}), {}
 

@@ -73,7 +73,7 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
     for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
         text.check_source(source, data)
     for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
-        for calibration in filter(None, (pruning.calibration, pruning.refit)):
+        for calibration in filter(None, pruning.texts):
             text.check_source(calibration.source, data)
         if pruning.learning:
             text.check_source(pruning.learning.source, data)
@@ -86,7 +86,7 @@ def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
         lengths = wanted.setdefault(trial.pruning.model, set())
         lengths |= {("perplexity windows", item.length) for item in trial.evaluation.perplexity}
         for pruning in lineage(trial.pruning):
-            seen = filter(None, (pruning.calibration, pruning.refit))
+            seen = filter(None, pruning.texts)
             lengths |= {("calibration windows", calibration.length) for calibration in seen}
             if pruning.learning:
                 lengths.add(("learning sequences", pruning.learning.recipe.length))
@@ -155,7 +155,7 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
         return
     pruning = trial.pruning
     ensure_checkpoint(pruning, store, machine)
-    source = pruning.model if pruning.method == "dense" else str(store.checkpoint_path(pruning))
+    source = pruning.model if pruning.as_it_is else str(store.checkpoint_path(pruning))
     content = models.content(source, machine.data)
     _check_content(trial, content, store)
     if "prune" in missing:
@@ -201,7 +201,7 @@ def _evaluate(
     if not any(stage in missing for stage in (*perplexities, *tasks_)):
         return
     model, tokenizer = models.load_model(
-        source, device=machine.device, dtype=machine.dtype, data=machine.data, packed=True
+        source, device=machine.device, dtype=machine.dtype, data=machine.data, quantised=True
     )
     for stage, item in perplexities.items():
         if stage in missing:

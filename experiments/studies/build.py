@@ -12,6 +12,7 @@ from experiments.studies.trial import (
     Learning,
     Packed,
     Pruning,
+    Quantisation,
     Trial,
     needs_calibration,
 )
@@ -20,6 +21,7 @@ from patch.errors import check_name
 from patch.learn.recipe import EARLIER, GUIDED, HOW_IT_RUNS, Recipe
 from patch.mask import TileShape
 from patch.methods import METHODS, members, published_recipe
+from patch.quantise.precisions import PRECISIONS
 
 Trials = tuple[Trial, ...]
 
@@ -40,6 +42,13 @@ class Study:
 def dense(model: str) -> Pruning:
     """The model as it is."""
     return Pruning(model, "dense", "dense", 0.0, revision=models.local_revision(model))
+
+
+def fewer_blocks(model: str, sparsity: float, calibration: Calibration) -> Pruning:
+    """The model without the blocks that are missed least, ``sparsity`` of all."""
+    (method,) = members("smaller")
+    revision = models.local_revision(model)
+    return Pruning(model, method, METHODS[method].structure, sparsity, calibration=calibration, revision=revision)
 
 
 def one_shot(
@@ -131,6 +140,16 @@ def refitted(pruning: Pruning, text: Calibration) -> Pruning:
     return dataclasses.replace(pruning, refit=text)
 
 
+def quantised(pruning: Pruning, precision: str, text: Calibration, joint: bool = False) -> Pruning:
+    """The same in fewer bits; INT4's errors are passed on on ``text``.
+
+    Args:
+        joint: prune and round in one sweep (SparseGPT, INT4); otherwise the mask is what it is without.
+    """
+    grouped = PRECISIONS[check_name("precision", precision, PRECISIONS)].grouped
+    return dataclasses.replace(pruning, quantisation=Quantisation(precision, text if grouped else None, joint))
+
+
 def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
     """Each pruning, evaluated alike."""
     return tuple(Trial(pruning, evaluation) for pruning in prunings)
@@ -143,7 +162,15 @@ def joined(prunings: Iterable[Pruning], evaluation: Evaluation, projected_on: tu
         projected_on: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
     """
     both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (projected_on, ()))
-    return tuple(Trial(pruning, both if pruning.method in members("learned") else plain) for pruning in prunings)
+
+    def about(pruning: Pruning) -> Evaluation:
+        if pruning.quantisation is not None:
+            # What is carried to other shapes is of 16 bits, and INT4 tiles have no kernels yet.
+            int4 = PRECISIONS[pruning.quantisation.precision].grouped
+            return evaluation if int4 and not pruning.keeps_all else plain
+        return both if pruning.method in members("learned") else plain
+
+    return tuple(Trial(pruning, about(pruning)) for pruning in prunings)
 
 
 def one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:

@@ -38,9 +38,13 @@ _REFIT_STEPS = 50
 def pruning_flops(pruning: Pruning) -> float | None:
     """Floating-point operations of making one checkpoint, its priors not included; None if the model is not known."""
     shapes = _prunable(pruning.model)
-    if shapes is None or pruning.method == "dense":
+    if shapes is None or pruning.as_it_is:
         return None if shapes is None else 0.0
     weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if pruning.quantisation and not pruning.quantisation.joint:
+        seen = pruning.quantisation.calibration
+        tokens = seen.windows * seen.length if seen else 0
+        return 4.0 * weights * tokens + (_sweep_flops(shapes, tokens) if seen else 0.0)
     if pruning.refit:
         tokens = pruning.refit.windows * pruning.refit.length
         # X X^T of every input, and as many products with it as the embedded model's fits take steps.
@@ -54,16 +58,25 @@ def pruning_flops(pruning: Pruning) -> float | None:
         passes += 2 if recipe.follows_dense else 0
         return float(passes * weights * recipe.steps * recipe.batch * recipe.length)
     tokens = pruning.calibration.windows * pruning.calibration.length if pruning.calibration else 0
+    if pruning.structure == "shallow":
+        spec = _spec(pruning.model)
+        blocks = spec.blocks if spec else 1
+        # The whole model, for every block that could be the next to go.
+        return 2.0 * weights * tokens * sum(blocks - step for step in range(max(1, round(pruning.sparsity * blocks))))
     total = 4.0 * weights * tokens
     if pruning.tile_ranking == "model":
         # Forward, and backward to inputs and weights.
         total += 6.0 * weights * tokens
     if pruning.method == "sparsegpt":
-        # X X^T of every input, its inverse factor, and the update of all columns to the right of each.
-        total += sum(
-            count * (2.0 * tokens * cols**2 + 2.0 * cols**3 + rows * cols**2) for (rows, cols), count in shapes.items()
-        )
+        total += _sweep_flops(shapes, tokens)
     return total
+
+
+def _sweep_flops(shapes: Mapping[tuple[int, int], int], tokens: int) -> float:
+    """X X^T of every input, its inverse factor, and the update of all columns to the right of each."""
+    return sum(
+        count * (2.0 * tokens * cols**2 + 2.0 * cols**3 + rows * cols**2) for (rows, cols), count in shapes.items()
+    )
 
 
 def learning_tokens(pruning: Pruning) -> int:
@@ -109,7 +122,7 @@ def disk(prunings: Iterable[Pruning]) -> float:
     total = 0.0
     for pruning in with_priors(prunings):
         shapes, parameters = _prunable(pruning.model), _parameters(pruning.model)
-        if shapes and parameters and pruning.method != "dense":
+        if shapes and parameters and not pruning.as_it_is:
             # Weights of two bytes, and a byte a group for the patterns of the masks.
             total += 2 * parameters + sum(rows * cols * count for (rows, cols), count in shapes.items()) / GROUP
     return total / GIB
@@ -146,7 +159,8 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)
         squares = sum(4 * cols**2 for _, cols in shapes)
-        calibration = pruning.refit or pruning.calibration
+        rounded_on = pruning.quantisation.calibration if pruning.quantisation else None
+        calibration = rounded_on or pruning.refit or pruning.calibration
         tokens = calibration.windows * calibration.length if calibration else 0
         most = 12.0 * block + 2 * squares + 4 * tokens * spec.hidden
         if pruning.tile_ranking == "model" and calibration and not pruning.refit:

@@ -19,13 +19,15 @@ from patch.errors import UserError, check_name
 from patch.learn.recipe import EARLIER, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
 from patch.methods import METHODS, members, published_recipe
+from patch.quantise.precisions import PRECISIONS
 from patch.structures import STRUCTURES, TILED
 
 
 def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
     """Whether a method looks at activations, or ranks its tiles by text."""
-    if METHODS[method].family != "one-shot":
-        return False
+    family = METHODS[method].family
+    if family != "one-shot":
+        return family == "smaller"
     return tile_ranking == "model" or oneshot.METHODS[method].statistic is not None
 
 
@@ -62,6 +64,30 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """How a model's weights are quantised.
+
+    Attributes:
+        precision: one of `patch.quantise.precisions.PRECISIONS`.
+        calibration: text on which INT4's errors are passed on; None for 8 bits, which are rounded to nearest.
+        joint: prune and round in one sweep, as SparseGPT does; otherwise what the mask keeps is quantised once the
+            mask is found.
+    """
+
+    precision: str
+    calibration: Calibration | None = None
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        precision = PRECISIONS[check_name("precision", self.precision, PRECISIONS)]
+        if precision.grouped != (self.calibration is not None):
+            needs = "needs calibration text" if precision.grouped else "is rounded to nearest, without calibration text"
+            raise UserError(f"{precision.label} {needs}")
+        if self.joint and not precision.grouped:
+            raise UserError(f"{precision.label} passes no errors on: pruning and rounding in one sweep is for INT4")
+
+
+@dataclass(frozen=True)
 class Pruning:
     """How a model is pruned; its hash names the checkpoint.
 
@@ -70,7 +96,7 @@ class Pruning:
         revision: digest of the model's files where they are local, so that a changed model is another trial.
         method: one of `patch.methods.METHODS`.
         structure: one of `patch.structures.STRUCTURES`.
-        sparsity: target share of zeros over all prunable weights.
+        sparsity: target share of zeros over all prunable weights; of a smaller model, of the blocks that are gone.
         tile: ``(rows, cols)``; also for 2:4, whose checkpoint scores tiles for the methods that start from it.
         seed: of the learned methods' initial logits, noise and data order.
         calibration: text for one-shot methods that need activations.
@@ -85,6 +111,7 @@ class Pruning:
             drop what the method's 2:4 mask drops (`patch.learn.sensitivity`).
         refit: text on which the weights that the mask keeps are fitted to the dense outputs (`patch.oneshot.refit`),
             once the mask is found without it; None leaves them as they are.
+        quantisation: in how few bits the weights are, after all of the above; None leaves them as they are.
     """
 
     model: str
@@ -103,6 +130,7 @@ class Pruning:
     weight_update: bool = field(default=True, metadata={"added": True})
     tile_prior: "Pruning | None" = field(default=None, metadata={"added": True})
     partial: bool = field(default=False, metadata={"added": True})
+    quantisation: Quantisation | None = field(default=None, metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
@@ -110,7 +138,12 @@ class Pruning:
         about, one_shot = METHODS[self.method], ", ".join(members("one-shot"))
         if (self.method == "dense") != (self.structure == "dense"):
             raise UserError(f"method {self.method} cannot have structure {self.structure}")
-        if self.structure == "unstructured":
+        if (about.family == "smaller") != (self.structure == "shallow"):
+            raise UserError(f"method {self.method} cannot have structure {self.structure}")
+        if self.structure == "shallow":
+            if not 0 < self.sparsity < 1:
+                raise UserError(f"target sparsity {self.sparsity}: of {self.method} it is above 0 and below 1")
+        elif self.structure == "unstructured":
             if about.family != "one-shot":
                 raise UserError(f"{self.method} learns hybrid masks: structure 'unstructured' is for {one_shot}")
             if not 0 <= self.sparsity < 1:
@@ -153,27 +186,56 @@ class Pruning:
                 raise UserError(f"{self.method} learns no tiles: leave out the tile prior")
             if self.tile_prior.structure != "unstructured" or self.tile_prior.model != self.model:
                 raise UserError(f"the tile prior of {self.method} must be an unstructured pruning of the same model")
+        if self.quantisation and self.quantisation.joint:
+            one_sweep = about.family == "one-shot" and oneshot.METHODS[self.method].quantised is not None
+            if not one_sweep or self.structure not in TILED or self.refit or not self.weight_update:
+                raise UserError(
+                    f"{self.method} {self.structure} does not prune and round in one sweep as defined: leave joint out"
+                )
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether nothing is done to the model, so that it has no checkpoint."""
+        return self.method == "dense" and self.quantisation is None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every weight of every block that is there is kept, so that there is nothing to pack."""
+        return self.structure in ("dense", "shallow")
 
     @property
     def base(self) -> "Pruning | None":
-        """The pruning that must be there before: the same without refit, the 2:4 mask that ranks tiles, the prior."""
+        """The pruning that must be there before.
+
+        The same in more bits, or without refit; the 2:4 mask that ranks tiles; the prior.
+        """
+        if self.quantisation is not None and not self.quantisation.joint:
+            unrounded = dataclasses.replace(self, quantisation=None)
+            return None if unrounded.as_it_is else unrounded
         if self.refit is not None:
             return dataclasses.replace(self, refit=None)
         if self.tile_ranking == "model":
             seen = self.calibration if needs_calibration(self.method) else None
-            return dataclasses.replace(self, structure="2:4", sparsity=0.5, calibration=seen, tile_ranking="weight")
+            return dataclasses.replace(
+                self, structure="2:4", sparsity=0.5, calibration=seen, tile_ranking="weight", quantisation=None
+            )
         return self.prior
 
     @property
     def bases(self) -> "tuple[Pruning, ...]":
         """All prunings that must be there before."""
-        ranks_tiles = None if self.refit else self.tile_prior
+        ranks_tiles = self.tile_prior if self.learns else None
         return tuple(filter(None, (self.base, ranks_tiles)))
+
+    @property
+    def texts(self) -> "tuple[Calibration | None, ...]":
+        """What is looked at besides the text that is learned on."""
+        return self.calibration, self.refit, self.quantisation.calibration if self.quantisation else None
 
     @property
     def learns(self) -> bool:
         """Whether making the checkpoint is learning, which several GPUs may share."""
-        return METHODS[self.method].family == "learned" and self.refit is None
+        return METHODS[self.method].family == "learned" and self.refit is None and self.quantisation is None
 
 
 @dataclass(frozen=True)
@@ -328,6 +390,17 @@ class Trial:
     pruning: Pruning
     evaluation: Evaluation
 
+    def __post_init__(self) -> None:
+        quantisation = self.pruning.quantisation
+        if quantisation is None or self.evaluation.packed is None or self.pruning.keeps_all:
+            return
+        precision = PRECISIONS[quantisation.precision]
+        if precision.grouped or self.pruning.structure == "unstructured":
+            raise UserError(
+                f"{describe(self.pruning)}: no kernel takes packed weights of {precision.label} in this structure yet: "
+                "evaluate it unpacked"
+            )
+
     @property
     def label(self) -> str:
         """A short human name, such as ``embedded patch-joint hybrid 45% 64x64``."""
@@ -346,9 +419,9 @@ def lineage(pruning: Pruning) -> list[Pruning]:
 
 def describe(pruning: Pruning) -> str:
     """A short human name of a pruning, such as ``embedded patch-joint hybrid 45% 64x64``."""
-    if pruning.method == "dense":
-        return f"{pruning.model} dense"
-    parts = [pruning.model, pruning.method, pruning.structure, f"{100 * pruning.sparsity:g}%"]
+    parts = [pruning.model, pruning.method]
+    if pruning.method != "dense":
+        parts += [pruning.structure, f"{100 * pruning.sparsity:g}%"]
     if pruning.tile and pruning.structure == "hybrid":
         parts.append("{}x{}".format(*pruning.tile))
     return " ".join(parts + _unusual(pruning))
@@ -357,6 +430,7 @@ def describe(pruning: Pruning) -> str:
 # Not said in a label: what a study chooses for all of its masks, by how long and on how much it learns.
 _SIZE = {"steps", "batch", "microbatch", "length", "warmup"}
 _LABELLED = {"recipe", "prior.method", "refit.source", "seed", "tile_ranking", "weight_update"}
+_LABELLED |= {"quantisation.precision", "quantisation.joint"}
 _LABELLED |= {RECIPE + each.name for each in dataclasses.fields(Recipe) if each.name not in _SIZE | HOW_IT_RUNS}
 
 
@@ -364,6 +438,7 @@ def _unusual(pruning: Pruning) -> list[str]:
     """How a pruning is not as published, or, if that is nearer, how not as the first studies' were (`EARLIER`)."""
     about, given = METHODS[pruning.method], settings(definition(pruning))
     usual: dict[str, Any] = dict.fromkeys(_LABELLED) | {"seed": 0, "prior.method": about.prior}
+    usual["quantisation.joint"] = False if "quantisation.joint" in given else None
     if pruning.learning is None:
         return differences(given, usual, _LABELLED, " ")
     fields = given | settings({"learning": {"recipe": pruning.learning.recipe.substance()}})

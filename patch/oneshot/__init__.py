@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch import structures
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
 from patch.layers import Matrix, check_shared, decoder_blocks, prunable_matrices
@@ -23,13 +22,16 @@ from patch.oneshot import magnitude, sparsegpt, wanda
 from patch.oneshot.calibration import Block, blocks_on, calibrate
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, tile_losses
+from patch.quantise.precisions import group_size
+from patch.quantise.values import Quantised
+from patch.structures import TILED
 
 METHODS: dict[str, Method] = {
     "magnitude": magnitude.METHOD,
     "wanda": wanda.METHOD,
     "sparsegpt": sparsegpt.METHOD,
 }
-STRUCTURES = tuple(structure for structure in structures.STRUCTURES if structure != "dense")
+STRUCTURES = ("unstructured", *TILED)
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class PrunedLayer:
         elements: elements of the weight.
         tile_scores: float32 ``[R, C]``, what making each tile 2:4 loses by the method's measure, from the weights as
             they were; comparable within this weight only. None for unstructured pruning.
+        quantised: what is kept in INT4, where that was asked for.
     """
 
     mask: HybridMask | None
     zeros: int
     elements: int
     tile_scores: Tensor | None
+    quantised: Quantised | None = None
 
 
 def prune_model(
@@ -61,6 +65,7 @@ def prune_model(
     *,
     dense: Mapping[str, Tensor] | None = None,
     weight_update: bool = True,
+    int4: bool = False,
     batch: int = 8,
     on_block: Callable[[int, int], None] | None = None,
 ) -> dict[str, PrunedLayer]:
@@ -79,6 +84,7 @@ def prune_model(
         device: where blocks are run and pruned, one at a time.
         dense: for hybrid pruning, per weight the tiles that stay dense, bool ``[R, C]``; then ``sparsity`` is not used.
         weight_update: let a method that changes the weights it keeps (SparseGPT) do so; else only its mask counts.
+        int4: round what is kept to INT4 in the same sweep; of SparseGPT, in tiles.
         batch: calibration windows per forward pass.
         on_block: called after each block with the number of blocks done and of all blocks.
 
@@ -97,6 +103,9 @@ def prune_model(
     tile = _check_structure(structure, sparsity, tile, matrices)
     if dense is not None:
         _check_dense(dense, structure, tile, matrices)
+    if int4 and (rule.quantised is None or tile is None):
+        raise UserError(f"{method} {structure} does not prune and round in one sweep: quantise it afterwards")
+    group = group_size({name: matrix.weight.shape[1] for name, matrix in matrices.items()}) if int4 else None
     budget = UniformBudget(sparsity) if structure == "hybrid" else None
 
     def tile_map(name: str, losses: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ def prune_model(
     # Closed at once if something fails, so that the model is put back even while the error is on its way.
     with closing(_blocks(model, rule, method, windows, device, batch)) as stream:
         for block in stream:
-            layers |= _prune_block(block, rule, sparsity, tile, tile_map)
+            layers |= _prune_block(block, rule, sparsity, tile, tile_map, group)
             if on_block is not None:
                 on_block(block.index + 1, blocks)
     return layers
@@ -125,6 +134,7 @@ def _prune_block(
     sparsity: float,
     tile: TileShape | None,
     tile_map: Callable[[str, Tensor], Tensor],
+    group: int | None,
 ) -> dict[str, PrunedLayer]:
     layers: dict[str, PrunedLayer] = {}
     # Weights that read the same tensor share what is prepared from its statistic.
@@ -133,7 +143,7 @@ def _prune_block(
         statistic = block.statistics.get(name)
         if id(statistic) not in prepared:
             prepared[id(statistic)] = rule.prepare(name, statistic)
-        layers[name] = _prune_matrix(name, weight, rule, prepared[id(statistic)], sparsity, tile, tile_map)
+        layers[name] = _prune_matrix(name, weight, rule, prepared[id(statistic)], sparsity, tile, tile_map, group)
     return layers
 
 
@@ -145,6 +155,7 @@ def _prune_matrix(
     sparsity: float,
     tile: TileShape | None,
     tile_map: Callable[[str, Tensor], Tensor],
+    group: int | None,
 ) -> PrunedLayer:
     if not weight.isfinite().all():
         raise UserError(f"{name}: the weight holds values that are not finite: the checkpoint is damaged")
@@ -154,9 +165,14 @@ def _prune_matrix(
         return PrunedLayer(None, int((~keep).sum()), weight.numel(), None)
     losses = tile_losses(rule.scores(weight, prepared), tile).cpu()
     dense = tile_map(name, losses).to(weight.device)
-    updated, mask = rule.hybrid(weight, prepared, tile, dense)
+    quantised = None
+    if group is not None and rule.quantised is not None:
+        quantised, mask = rule.quantised(weight, prepared, tile, dense, group)
+        updated, quantised = quantised.dequantised(), quantised.to("cpu")
+    else:
+        updated, mask = rule.hybrid(weight, prepared, tile, dense)
     weight.copy_(updated)
-    return PrunedLayer(mask.to("cpu"), mask.zeros, weight.numel(), losses)
+    return PrunedLayer(mask.to("cpu"), mask.zeros, weight.numel(), losses, quantised)
 
 
 def _blocks(

@@ -12,6 +12,11 @@ Corrections reach the rest of a block of 128 columns at once, and the columns af
 block of 128 columns at a time, over all rows, at the target sparsity. In a hybrid mask, dense tiles keep everything
 and so correct nothing, but still take the corrections of dropped weights to their left.
 
+A sweep can also round what it keeps to INT4 as it settles it (`quantise_hybrid`, `quantise_masked`): the error of a
+column, rounded or dropped, goes the same way. With everything kept that is GPTQ (Frantar et al., arXiv:2210.17323). The
+error that a column adds to the outputs, once all to its right make up for it, is its square over ``d_j^2``: by that a
+group's scale is chosen.
+
 `FROZEN` is the sweep with its corrections left out, which MaskLLM starts from: every choice is by the weights as they
 were, and what is kept stays as it was.
 """
@@ -36,6 +41,7 @@ from patch.mask import (
 )
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest, hybrid_mask
+from patch.quantise.values import GroupRounding, Quantised
 
 COLUMNS = 128
 DAMPING = 0.01
@@ -130,6 +136,31 @@ def prune_hybrid(weight: Tensor, factor: InverseFactor, tile: TileShape, dense: 
     return updated.masked_fill_(~(keep | chosen), 0), mask
 
 
+def quantise_hybrid(
+    weight: Tensor, factor: InverseFactor, tile: TileShape, dense: Tensor, group: int
+) -> tuple[Quantised, HybridMask]:
+    """`prune_hybrid` that rounds what it keeps to INT4 as it goes, ``group`` inputs to a scale."""
+    tile_grid(weight.shape, tile)
+    keep = expand_tiles(dense.T, weight.T.shape, tile[::-1]).T
+    chosen = torch.empty_like(keep)
+    rounding = GroupRounding((weight.shape[0], weight.shape[1]), group, weight.device)
+    _sweep(weight, factor, keep, chosen, rounding=rounding)
+    mask = HybridMask((weight.shape[0], weight.shape[1]), tile, dense, encode_patterns(chosen))
+    return rounding.quantised, mask
+
+
+def quantise_masked(weight: Tensor, factor: InverseFactor, keep: Tensor, group: int) -> Quantised:
+    """A weight ``[N, K]`` that is zero outside ``keep`` in INT4, zero there too, ``group`` inputs to a scale.
+
+    The outputs of the weight as given are what is kept to. Inputs that calibration never saw are rounded to nearest.
+    """
+    rounding = GroupRounding((weight.shape[0], weight.shape[1]), group, weight.device)
+    # Nothing is known of what dead inputs do in other text: their weights stay.
+    alive = replace(factor, dead=torch.zeros_like(factor.dead))
+    _sweep(weight.masked_fill(~keep, 0), alive, keep, rounding=rounding)
+    return rounding.quantised
+
+
 def prune_unstructured(weight: Tensor, factor: InverseFactor, sparsity: float) -> tuple[Tensor, Tensor]:
     """``weight`` ``[N, K]`` without ``round(sparsity * N * K)`` elements, and updated; float32, and bool keep.
 
@@ -180,12 +211,14 @@ def _sweep(
     keep: Tensor,
     chosen: Tensor | None = None,
     choose: Callable[[Tensor, int], None] | None = None,
+    rounding: GroupRounding | None = None,
 ) -> Tensor:
     """Settle all columns from left to right: the updated weight, float32 ``[N, K]``, dropped elements as they come.
 
     Args:
         keep, chosen: of the whole weight, see `settle`.
         choose: called before each block with the scores ``[N, columns]`` of updated weights and their first column.
+        rounding: of the whole weight, to be filled with what is kept.
     """
     settled = _fastest(weight.device)
     # Columns are contiguous.
@@ -199,7 +232,11 @@ def _sweep(
             block, upper = left[:, here], factor.upper[here, here]
             if choose:
                 choose(block.abs() / upper.diagonal(), start)
-            errors = settled(block, upper, keep[:, here], None if chosen is None else chosen[:, here])
+            chosen_here = None if chosen is None else chosen[:, here]
+            if rounding is None:
+                errors = settled(block, upper, keep[:, here], chosen_here)
+            else:
+                errors = _settle_rounded(block, upper, keep[:, here], chosen_here, rounding, start)
             left[:, stop:].addmm_(errors, factor.upper[here, stop:], alpha=-1)
     return left.contiguous()
 
@@ -229,6 +266,34 @@ def settle(block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None) ->
     return errors
 
 
+def _settle_rounded(
+    block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None, rounding: GroupRounding, start: int
+) -> Tensor:
+    """`settle` that rounds what it keeps: all of a column that is not what it becomes is an error.
+
+    Args:
+        start: the block's first column, of whole groups, in the weight.
+    """
+    steps = upper.diagonal()
+    errors = torch.empty_like(block)
+    for column in range(block.shape[1]):
+        if column % rounding.group == 0:
+            here = slice(column, column + rounding.group)
+            likely = keep[:, here]
+            if chosen is not None:
+                # Which two of each four stay is settled later; those that are largest now mostly do.
+                likely = likely | decode_patterns(best_patterns(block[:, here].abs() / steps[here]))
+            rounding.open(start + column, block[:, here].masked_fill(~likely, 0), steps[here].square().reciprocal())
+        if chosen is not None and column % GROUP == 0:
+            four = slice(column, column + GROUP)
+            chosen[:, four] = decode_patterns(best_patterns(block[:, four].abs() / steps[four]))
+        kept = keep[:, column] if chosen is None else keep[:, column] | chosen[:, column]
+        becomes = rounding.settle(start + column, block[:, column].masked_fill(~kept, 0))
+        errors[:, column] = (block[:, column] - becomes) / steps[column]
+        block[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+    return errors
+
+
 def _fastest(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     if device.type != "cuda":
         return settle
@@ -245,6 +310,7 @@ _METHOD = Method(
     hybrid=prune_hybrid,
     unstructured=prune_unstructured,
     changes_weights=True,
+    quantised=quantise_hybrid,
 )
-FROZEN = replace(_METHOD, hybrid=select_hybrid, unstructured=select_unstructured, changes_weights=False)
+FROZEN = replace(_METHOD, hybrid=select_hybrid, unstructured=select_unstructured, changes_weights=False, quantised=None)
 METHOD = replace(_METHOD, frozen=FROZEN)

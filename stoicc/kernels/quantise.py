@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stoicc.format import SCALED
+from patch.quantise.values import LARGEST
 
 # Added and taken away again it rounds to the nearest integer, to even at the half, for magnitudes below 2**22.
 _ROUND = tl.constexpr(12582912.0)
@@ -63,7 +63,7 @@ def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, value
         values.shape[1],
         x.stride(0),
         eps,
-        SCALED[dtype],
+        LARGEST[dtype],
         BLOCK=block,
         NORM=norm is not None,
         INTEGERS=dtype == torch.int8,

@@ -9,6 +9,7 @@ from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 
 from patch.errors import UserError
+from patch.quantise.values import quantise_weight
 from stoicc import configs, reference
 from stoicc.configs import Entry
 from stoicc.dispatch import check_operands, check_quantised
@@ -18,7 +19,7 @@ from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.matmul import linear, linear_op, scaled_linear_op
-from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.quantise import quantise_tokens
 
 X = torch.randn(6, 344, dtype=torch.bfloat16)
 WEIGHT = random_weight(200, 344)

@@ -10,10 +10,11 @@ import torch
 from interpreted import printed_by
 from stoicc_hybrids import random_hybrid, random_mask, random_weight
 
+from patch.quantise.values import quantise_weight
 from stoicc import reference
 from stoicc.format import SCALED, pack
 from stoicc.kernels.portable import PortableConfig, launch
-from stoicc.quantise import quantise_tokens, quantise_weight
+from stoicc.quantise import quantise_tokens
 
 SHAPES = [(64, 64, 1), (200, 344, 5), (128, 192, 33), (72, 8, 16)]
 SHARES = [0.0, 0.5, 1.0]

@@ -532,7 +532,7 @@ def test_quantised_models_are_refused_before_a_weight_is_read(tmp_path: Path, ki
     about = {"quantization_config": QUANTISED[kind]}
     (tmp_path / "config.json").write_text(json.dumps(config | ({"text_config": about} if nested else about)))
     with pytest.raises(UserError, match=r"quantised .quantization_config.*bfloat16") as refused:
-        load_model(str(tmp_path), packed=True)
+        load_model(str(tmp_path), quantised=True)
     assert "\n" not in str(refused.value)
 
 
@@ -549,7 +549,7 @@ def test_a_packed_checkpoint_is_evaluated_but_not_pruned(tmp_path: Path) -> None
     stoicc.save_packed(tmp_path / "packed", model, tokenizer)
     with pytest.raises(UserError, match="packed checkpoint, which can be evaluated but not pruned"):
         load_model(str(tmp_path / "packed"))
-    packed, _ = load_model(str(tmp_path / "packed"), packed=True)
+    packed, _ = load_model(str(tmp_path / "packed"), quantised=True)
     assert not prunable_linears(packed)
     torch.testing.assert_close(packed(tokens).logits, expected, rtol=0.1, atol=0.1)
 

@@ -1,0 +1,165 @@
+"""Values of few bits and their scales.
+
+    >>> values, scales = quantise_weight(mask.apply(weight), torch.float8_e4m3fn)   # a scale for each output feature
+    >>> values, scales = quantise_rows(tokens, torch.int8)                          # a scale for each token
+
+Rounded symmetrically, so what is zero stays zero and a mask stays a mask.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patch.errors import UserError
+
+# Of 8 bits, the largest magnitude of each.
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+INT4_RANGE = (-8, 7)
+# Scales that are tried for a group of INT4, as shares of that which its largest magnitude just fits.
+SHARES = tuple(1 - step / 40 for step in range(21))
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A weight ``[N, K]`` of few bits: ``values * scales``, each scale repeated over its group of inputs.
+
+    Attributes:
+        values: ``[N, K]``, float8_e4m3fn or int8; of 4 bits int8 from -8 to 7.
+        scales: float32 ``[N, groups]``; one group is a whole row.
+
+    Raises:
+        UserError: if shapes or dtypes do not fit, or a scale is not positive and finite.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        values, scales = self.values, self.scales
+        if values.dim() != 2 or values.dtype not in LARGEST:
+            raise UserError(f"quantised values are {values.dtype} {tuple(values.shape)}, need 8 bits [N, K]")
+        if scales.dim() != 2 or len(scales) != len(values) or scales.dtype != torch.float32:
+            raise UserError(f"scales are {scales.dtype} {tuple(scales.shape)}, need float32 [{len(values)}, groups]")
+        if not scales.shape[1] or values.shape[1] % scales.shape[1]:
+            raise UserError(
+                f"scales are of {scales.shape[1]} groups, which {values.shape[1]} inputs cannot be cut into"
+            )
+        if scales.is_meta:
+            return
+        if not bool(values.float().isfinite().all()):
+            raise UserError("quantised values are not all finite: damaged")
+        wrong = (~(scales.isfinite() & (scales > 0))).nonzero()
+        if len(wrong):
+            row, group = (int(place) for place in wrong[0])
+            raise UserError(
+                f"scale of row {row}, group {group} is {float(scales[row, group])}: must be positive, finite"
+            )
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.values.shape[1] // self.scales.shape[1]
+
+    def dequantised(self) -> Tensor:
+        """The weight, float32 ``[N, K]``."""
+        return self.values.float() * self.scales.repeat_interleave(self.group, 1)
+
+    def to(self, device: torch.device | str) -> "Quantised":
+        return Quantised(self.values.to(device), self.scales.to(device))
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """8-bit values ``[rows, columns]`` and float32 scales ``[rows]``, of each row by its largest magnitude.
+
+    Rounded to nearest, to even at the half. A row of zeros gets a small positive scale; one that is not finite a scale
+    that is not.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(1).clamp(min=1e-30) / LARGEST[dtype]
+    values = wide * (1 / scales)[:, None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scales
+
+
+def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values ``[N, K]`` and float32 scales ``[N]`` of a weight ``[N, K]``, rounded to nearest; mask it before.
+
+    The largest magnitude of each output feature becomes the largest of the dtype, so zeros stay zeros.
+
+    Raises:
+        UserError: if ``dtype`` is not one of 8 bits, or the weight has values that are not finite.
+    """
+    check_dtype(dtype)
+    check_finite(weight)
+    return quantise_rows(weight, dtype)
+
+
+class GroupRounding:
+    """INT4 of a weight ``[N, K]`` that is settled column by column from left to right, changing as it goes.
+
+    A group's scales are chosen when its first column is reached, from the weight as it is by then.
+
+    Args:
+        shape: of the weight.
+        group: inputs that share a scale; ``K`` is a multiple of it.
+    """
+
+    def __init__(self, shape: tuple[int, int], group: int, device: torch.device) -> None:
+        self.group = group
+        self.values = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.scales = torch.ones(shape[0], shape[1] // group, device=device)
+
+    def open(self, column: int, weight: Tensor, importance: Tensor) -> None:
+        """Choose the scales of the group that starts at ``column``.
+
+        Args:
+            weight: its columns, float32 ``[N, columns]``, zero where they will be dropped.
+            importance: ``[columns]``, what a squared error of each adds to the squared error of the outputs.
+        """
+        self.scales[:, column // self.group] = group_scales(weight, importance)
+
+    def settle(self, column: int, weight: Tensor) -> Tensor:
+        """What a column ``[N]`` of the weight becomes: its nearest values times its scales."""
+        scales = self.scales[:, column // self.group]
+        values = (weight / scales).round().clamp(*INT4_RANGE)
+        self.values[:, column] = values.to(torch.int8)
+        return values * scales
+
+    @property
+    def quantised(self) -> Quantised:
+        return Quantised(self.values, self.scales)
+
+
+def group_scales(weight: Tensor, importance: Tensor) -> Tensor:
+    """The scales ``[N]`` at which a group of INT4, ``[N, columns]``, loses least, of `SHARES`; float32.
+
+    They are numbers of bfloat16, which servers hold scales in: all read the same weight. A group of zeros gets 1.
+    """
+    largest = weight.abs().amax(1)
+    best = torch.ones_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    for scales in _candidates(largest):
+        values = (weight / scales[:, None]).round().clamp(*INT4_RANGE)
+        loss = ((weight - values * scales[:, None]).square() * importance).sum(1)
+        better = loss < least
+        best, least = torch.where(better, scales, best), torch.where(better, loss, least)
+    return best
+
+
+def _candidates(largest: Tensor) -> Iterator[Tensor]:
+    for share in SHARES:
+        scales = (largest * (share / INT4_RANGE[1])).to(torch.bfloat16).to(largest.dtype)
+        yield torch.where(scales > 0, scales, 1.0)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises UserError unless ``dtype`` is one of 8 bits."""
+    if dtype not in LARGEST:
+        raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raises UserError if a weight has values that are not finite."""
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"weight {tuple(weight.shape)} has values that are not finite: it cannot be quantised")
