@@ -6,13 +6,11 @@ from pathlib import Path
 from torch import Tensor
 
 from patch.checkpoint import INFO_FILE, load_info, load_masks
-from patch.compressed import precision_of
 from patch.errors import UserError
-from patch.files import existing, read_json
 from patch.mask import HybridMask, TileShape, infer, tile_sums
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised
-from patch.weights import prunable_weights, quantised_weights
+from patch.weights import prunable_weights, quantised_weights, stored_precision
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
         tile = tile or info["tile"]
     elif tile is None:
         raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
-    precision = precision_of(read_json(existing(folder, "config.json")))
+    precision = stored_precision(folder)
     if precision is None:
         rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]
     else:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from patch.compressed import KEY, names_of, precision_of
+from patch.compressed import KEY, names_of
 from patch.errors import UserError
-from patch.files import existing, read_json
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised
-from patch.weights import quantised_weights, read_tensor, weight_files, without_weights
+from patch.weights import quantised_weights, read_tensor, stored_precision, weight_files, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +41,7 @@ def load_quantised(folder: Path, dtype: torch.dtype | None) -> "tuple[PreTrained
     Raises:
         UserError: if this is no such directory, or something in it is damaged.
     """
-    precision = precision_of(read_json(existing(folder, "config.json")))
+    precision = stored_precision(folder)
     if precision is None:
         raise UserError(f"{folder}: its weights are not quantised as here")
     files = weight_files(folder)

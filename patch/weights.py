@@ -83,7 +83,7 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: as `without_weights`; or if a tensor is missing, damaged, or of another shape.
     """
-    if precision := precision_of(read_json(existing(folder, "config.json"))):
+    if precision := stored_precision(folder):
         for name, weight in quantised_weights(folder, precision):
             yield name, weight.dequantised()
         return
@@ -96,6 +96,14 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         return
     for name, matrix in prunable_matrices(_whole(folder, [matrix.parameter for matrix in matrices.values()])).items():
         yield name, matrix.weight.detach()
+
+
+def stored_precision(folder: Path) -> Precision | None:
+    """The precision of a directory's weights, if they are quantised; a damaged configuration has none, others say so."""
+    try:
+        return precision_of(read_json(existing(folder, "config.json")))
+    except UserError:
+        return None
 
 
 def quantised_weights(folder: Path, precision: Precision) -> Iterator[tuple[str, Quantised]]:
