@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from patch.contexts import evaluating
 from patch.errors import UserError
 from patch.layers import check_shared, decoder_blocks
-from patch.positions import check_length
+from patch.positions import check_model_length
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def drop_blocks(
         UserError: if no block would be left, windows do not fit, or the model cannot be built with fewer blocks.
     """
     check_shared(model)
-    check_length(model, windows.shape[1], "calibration windows")
+    check_model_length(model, windows.shape[1], "calibration windows")
     blocks = list(decoder_blocks(model))
     if not 0 < count < len(blocks):
         raise UserError(f"{count} of {len(blocks)} decoder blocks cannot be dropped: give 1 to {len(blocks) - 1}")

@@ -99,7 +99,7 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_precision(folder: Path) -> Precision | None:
-    """The precision of a directory's weights, if they are quantised; a damaged configuration has none, others say so."""
+    """The precision of a directory's weights, if they are quantised; those who need a damaged one say so."""
     try:
         return precision_of(read_json(existing(folder, "config.json")))
     except UserError:

@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
         "stoicc.language",
         "stoicc.lowering",
     },
-    "stoicc.vllm": {"patch", "stoicc", "stoicc.format"},
+    "stoicc.vllm": {"patch", "patch.quantise", "stoicc", "stoicc.format"},
     "analysis": set(),
     "analysis.rows": {"analysis", "patch", "patch.learn", "patch.methods", "patch.quantise"},
     "analysis.tables": {"analysis", "analysis.rows", "patch", "patch.methods"},

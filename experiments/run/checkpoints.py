@@ -154,7 +154,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
 def _drop_blocks(
     pruning: Pruning,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],
@@ -175,7 +175,7 @@ def _drop_blocks(
 def _prune(
     pruning: Pruning,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],
@@ -284,7 +284,7 @@ def _quantise(
     pruning: Pruning,
     source: Path,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     store: Store,
     machine: Machine,
     sources: dict[str, str],

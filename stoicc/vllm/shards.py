@@ -14,8 +14,8 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.mask import GROUP, HybridMask, TileShape
+from patch.quantise.values import quantise_weight
 from stoicc.format import HybridWeight, mask_of, pack, unpack
-from stoicc.quantise import quantise_weight
 from stoicc.spec import Spec
 
 

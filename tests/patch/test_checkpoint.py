@@ -363,7 +363,7 @@ def truncate(file: Path) -> None:
         pytest.param(lambda p: truncate(p / INFO_FILE), f"{INFO_FILE}: cannot be read as JSON", id="info-truncated"),
         pytest.param(lambda p: (p / INFO_FILE).write_text("[]"), f"{INFO_FILE}: holds a list", id="info-not-an-object"),
         pytest.param(
-            lambda p: rewrite_json(p, lambda c: c.update(format=3)), "format 3 is newer than 2", id="newer-version"
+            lambda p: rewrite_json(p, lambda c: c.update(format=4)), "format 4 is newer than 3", id="newer-version"
         ),
         pytest.param(lambda p: rewrite_json(p, lambda c: c.pop("tile")), "'tile' is missing", id="no-tile-key"),
         pytest.param(lambda p: rewrite_json(p, lambda c: c.update(tile=None)), "no tile shape", id="tile-null"),

@@ -82,5 +82,5 @@ def test_some_blocks_go_and_some_stay(count: int) -> None:
 
 
 def test_windows_must_fit() -> None:
-    with pytest.raises(UserError, match="max_position_embeddings 64"):
+    with pytest.raises(UserError, match="max_position_embeddings is 64"):
         drop_blocks(make_model(), 1, torch.zeros(1, 65, dtype=torch.long), "cpu")
