@@ -150,6 +150,11 @@ def quantised(pruning: Pruning, precision: str, text: Calibration, joint: bool =
     return dataclasses.replace(pruning, quantisation=Quantisation(precision, text if grouped else None, joint))
 
 
+def in_fewer_bits(prunings: Iterable[Pruning], text: Calibration) -> list[Pruning]:
+    """Each pruning as it is, then in every precision."""
+    return [each for plain in prunings for each in (plain, *(quantised(plain, name, text) for name in PRECISIONS))]
+
+
 def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
     """Each pruning, evaluated alike."""
     return tuple(Trial(pruning, evaluation) for pruning in prunings)

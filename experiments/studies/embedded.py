@@ -1,5 +1,6 @@
 """Studies of the embedded model, which a laptop runs in minutes."""
 
+import functools
 from typing import Any, get_args
 
 from experiments.eval.tasks import EMBEDDED_TASK
@@ -8,10 +9,13 @@ from experiments.studies.build import (
     TARGETS,
     Trials,
     dense,
+    fewer_blocks,
+    in_fewer_bits,
     joined,
     learned,
     one_shot,
     one_shot_frontier,
+    quantised,
     refitted,
     trials,
 )
@@ -122,3 +126,15 @@ def frontier() -> Trials:
     """Accuracy and speed of the same checkpoints, of the embedded model; its learning is the demo's."""
     prunings = [*_demo(), *one_shot_frontier("embedded", _TILE, _CALIBRATION)]
     return joined(dict.fromkeys(prunings), _EVALUATION)
+
+
+def bits() -> Trials:
+    """What few bits cost after each mask, and the smaller dense model beside them, of the embedded model.
+
+    INT4 of SparseGPT's masks also pruned and rounded in one sweep.
+    """
+    one = functools.partial(one_shot, "embedded", "sparsegpt", tile=_TILE, calibration=_CALIBRATION)
+    masks = [one("2:4", 0.5), *(one("hybrid", target, tile_ranking="model") for target in TARGETS)]
+    swept = [quantised(mask, "int4", _CALIBRATION, joint=True) for mask in masks]
+    models = [dense("embedded"), fewer_blocks("embedded", 0.25, _CALIBRATION), *masks]
+    return joined([*in_fewer_bits(models, _CALIBRATION), *swept], _EVALUATION)

@@ -9,6 +9,8 @@ from experiments.studies.build import (
     TARGETS,
     Trials,
     dense,
+    fewer_blocks,
+    in_fewer_bits,
     joined,
     learned,
     one_shot,
@@ -128,6 +130,22 @@ def published() -> Trials:
         ],
         _EVALUATION,
     )
+
+
+def bits() -> Trials:
+    """Accuracy and speed of masks of SmolLM2-135M in every precision, dense models, smaller ones too, beside them.
+
+    Its masks are those of ``smollm2-published``.
+    """
+    model, tile, mixture = "smollm2-135m", (64, 64), Calibration(_TEXT, 128, 2048, drawn_from="stream")
+    masks = [
+        one_shot(model, "sparsegpt", "2:4", 0.5, tile, mixture),
+        learned(model, "maskllm", 0.5, tile, _TEXT, mixture, **_STEPS),
+        *(one_shot(model, "sparsegpt", "hybrid", target, tile, mixture, "model") for target in TARGETS),
+        *(learned(model, "patch-joint", target, tile, _TEXT, mixture, **(_STEPS | GUIDED)) for target in TARGETS),
+    ]
+    smaller = [fewer_blocks(model, share, mixture) for share in (0.1, 0.2, 0.3)]
+    return joined(in_fewer_bits([dense(model), *smaller, *masks], mixture), _EVALUATION, _PROJECTED_ON)
 
 
 def _by_perplexity(others: Iterable[Pruning], shared: Iterable[Pruning]) -> Trials:
