@@ -20,7 +20,7 @@ STUDIES = {
         "which tiles of one-shot hybrid masks stay dense, on the embedded model", embedded.rankings
     ),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded.refit),
-    "frontier-embedded": Study("accuracy and speed of masks and dense models in few bits, embedded", embedded.bits),
+    "frontier-embedded": Study("perplexity of masks and dense models in few bits, the embedded model", embedded.bits),
     "frontier-smollm2-bits": Study("accuracy and speed of masks and dense models in few bits, SmolLM2", smollm2.bits),
     "frontier-qwen2.5-0.5b-bits": Study(
         "accuracy and speed of masks and dense models in few bits, qwen2.5-0.5b",
