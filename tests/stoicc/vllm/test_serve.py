@@ -23,10 +23,12 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.plugins import load_general_plugins
 
 import stoicc
 from patch.errors import UserError
 from patch.mask import HybridMask
+from stoicc.linear import packed_modules
 from stoicc.spec import StoiccConfig
 
 PROMPTS = [list(range(5, 21)), [7, 3, 99, 12]]
@@ -60,8 +62,6 @@ def packed_layers(model: nn.Module) -> int:
 
 
 def test_the_plugin_is_found() -> None:
-    from vllm.plugins import load_general_plugins
-
     load_general_plugins()
     for name in ("stoicc", "stoicc-fp8", "stoicc-int8"):
         assert get_quantization_config(name).__module__ == "stoicc.vllm.plugin"
@@ -112,12 +112,11 @@ SIZES = {"q_proj": 256, "k_proj": 64, "v_proj": 64}
 FUSED = {"qkv_proj": list(SIZES), "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-@pytest.fixture(
-    params=[(size, rank) for size in (1, 2, 4) for rank in (0, size - 1)], ids=lambda p: f"{p[1]} of {p[0]}"
-)
+@pytest.fixture(params=[(1, 0), (2, 0), (2, 1), (4, 0), (4, 3)], ids=lambda p: f"{p[1]} of {p[0]}")
 def process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """One of several processes, as vLLM's layers see it, without the others."""
     size, rank = request.param
+    load_general_plugins()
     for module in (vllm_linear, vllm_parameter):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
@@ -141,7 +140,7 @@ def masked_config(masks: dict[str, HybridMask]) -> Any:
 
 
 def packed_config(model: nn.Module) -> Any:
-    about = StoiccConfig.of([module.spec for module in stoicc.linear.packed_modules(model)]).to_dict()
+    about = StoiccConfig.of([module.spec for module in packed_modules(model)]).to_dict()
     config = get_quantization_config("stoicc").from_config(about)
     config.packed_modules_mapping = FUSED
     return config
@@ -167,13 +166,13 @@ def test_query_key_and_value(process: tuple[int, int]) -> None:
     model = model_of(weights, biases)
     stoicc.compile_model(model, masks)
     x = torch.randn(3, HIDDEN, dtype=torch.bfloat16)
-    heads = rank * 2 // size if size > 2 else rank
+    heads = max(HEAD, 64 // size)
+    first = {"m.q_proj": rank * 256 // size} | dict.fromkeys(
+        ("m.k_proj", "m.v_proj"), rank * 64 // size // heads * heads
+    )
     wanted = []
-    for name, rows in {
-        "m.q_proj": (rank, 256 // size),
-        **dict.fromkeys(("m.k_proj", "m.v_proj"), (heads, max(32, 64 // size))),
-    }.items():
-        part = slice(rows[0] * rows[1], (rows[0] + 1) * rows[1])
+    for name, start in first.items():
+        part = slice(start, start + (256 // size if name == "m.q_proj" else heads))
         wanted.append(nn.functional.linear(x, weights[name][part], biases[name][part]))
     for config, loaded in ((masked_config(masks), model_of(weights, biases)), (packed_config(model), model)):
         layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 8, 2, bias=True, quant_config=config, prefix="m.qkv_proj")
