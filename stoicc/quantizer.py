@@ -110,8 +110,16 @@ def _check_place(model: "PreTrainedModel", spec: Spec) -> None:
             raise UserError(f"packed checkpoint: {name} and the configuration do not agree whether it has a bias")
 
 
-def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> Path:
+def save_packed(
+    path: str | Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model that ``compile_model`` has converted as a packed checkpoint, atomically.
+
+    Args:
+        origin: JSON data kept in its configuration: where the masks come from.
 
     Raises:
         UserError: if the model has no packed modules, or ``path`` exists.
@@ -124,15 +132,17 @@ def save_packed(path: str | Path, model: "PreTrainedModel", tokenizer: "PreTrain
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _seal(folder)
+        _seal(folder, origin)
     return Path(path)
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, origin: Mapping[str, Any] | None) -> None:
     """Add to ``config.json`` what those need who do not know us, and the hashes of all files, last its own."""
     (folder / CODE_FILE).write_text(CODE, encoding="utf-8")
     content = read_json(folder / CONFIG) | {"auto_map": AUTO_MAP, "transformers_weights": NEEDED}
     about = content["quantization_config"]
+    if origin is not None:
+        about["origin"] = dict(origin)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CONFIG)
     about["files"] = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     about["digest"] = _digest(content)

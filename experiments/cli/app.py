@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from experiments.cli import bench, doctor, model, study
+from experiments.cli import bench, doctor, model, share, study
 from patch.errors import UserError, one_line
 
 # The exit code after Ctrl-C.
@@ -44,6 +44,8 @@ PANELS: Panels = {
         "export": model.export,
         "restore": model.restore,
         "import": model.import_masks,
+        "pack": share.pack,
+        "push": share.push,
     },
     "This machine": {"doctor": doctor.doctor, "tune": bench.tune},
 }

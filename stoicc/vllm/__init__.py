@@ -18,7 +18,7 @@ def register() -> None:
     """Make the quantization methods known to vLLM; in one that is too old, say so and leave it as it is."""
     import vllm
 
-    if _too_old(vllm.__version__):
+    if too_old(vllm.__version__):
         oldest = ".".join(map(str, OLDEST))
         logging.getLogger(__name__).warning(
             "hybrid-tile-sparsity %s serves packed weights in vLLM %s and newer, this is %s: update vLLM",
@@ -30,7 +30,8 @@ def register() -> None:
     import stoicc.vllm.plugin  # noqa: F401  # registers itself
 
 
-def _too_old(version: str) -> bool:
+def too_old(version: str) -> bool:
+    """Whether a version of vLLM is older than what the plugin was made for."""
     numbers = version.split(".")[:2]
     # A build from source may have no number at all.
     return all(number.isdecimal() for number in numbers) and tuple(map(int, numbers)) < OLDEST

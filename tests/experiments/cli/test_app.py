@@ -245,7 +245,8 @@ def test_the_demo_and_smollm2_studies_have_the_points_that_are_reported() -> Non
 
 
 @pytest.mark.parametrize("command", ["studies", "models", "doctor"])
-def test_overviews_print(hts, command: str) -> None:  # type: ignore[no-untyped-def]
+def test_overviews_print(hts, command: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, err = hts(command)
     assert code == 0, err
     assert {"studies": "smollm2-oneshot", "models": "llama-2-7b", "doctor": "torch"}[command] in out

@@ -1,0 +1,105 @@
+"""Commands that make of a checkpoint what others run: packed, and on the hub with a card."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.cli.options import DEFAULT_RESULTS, Results, console
+from patch.errors import UserError, one_line
+
+Checkpoint = Annotated[Path, typer.Argument(help="A hybrid checkpoint, or for push also a packed one.")]
+
+
+def pack(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Where to write the packed checkpoint.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float8_e4m3fn or int8: quantise the weights, and activations as they come.")
+    ] = None,
+) -> None:
+    """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
+    import torch
+
+    from experiments.data.models import load_model
+    from experiments.publish.card import origin
+    from patch.checkpoint import load_masks
+    from patch.structures import TILED
+    from stoicc.format import DTYPES, SCALED
+    from stoicc.linear import compile_model
+    from stoicc.quantizer import save_packed
+
+    eight = {str(kind).removeprefix("torch."): kind for kind in SCALED}
+    if dtype is not None and dtype not in eight:
+        raise UserError(f"--dtype {dtype}: packed weights have {' or '.join(eight)}, or, without it, 16 bits")
+    if out.exists():
+        raise UserError(f"{out} is already there: choose another place or remove it")
+    about = origin(checkpoint)
+    if about["structure"] not in TILED:
+        raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
+    model, tokenizer = load_model(str(checkpoint))
+    if model.dtype not in DTYPES:
+        torch.nn.Module.to(model, torch.bfloat16)
+    report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
+    save_packed(out, model, tokenizer, about)
+    console.print(f"{report}: {out}", soft_wrap=True)
+
+
+def push(
+    checkpoint: Checkpoint,
+    repo: Annotated[str, typer.Argument(help="The repository on the Hugging Face hub, organisation/name.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Only write the folder that would be sent; so it is done offline.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="That of the base model, where its card does not say it.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that only you see, if it is new.")] = False,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Put a checkpoint on the hub, with a card that says what it is, what was measured of it and how it loads."""
+    from huggingface_hub import constants
+
+    from experiments.publish.card import CARD, base_of, card, licence_of, measured_of, origin
+    from patch.files import new_directory
+
+    organisation, slash, name = repo.partition("/")
+    if not (organisation and slash and name) or "/" in name:
+        raise UserError(f"{repo}: a repository is named organisation/name")
+    offline = bool(constants.HF_HUB_OFFLINE)
+    licence = licence or licence_of(base_of(origin(checkpoint)), offline)
+    text = card(checkpoint, repo, measured_of(checkpoint, results), licence)
+    if out is None and offline:
+        out = Path(name)
+    if out is not None:
+        with new_directory(out) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+            (folder / CARD).write_text(text, encoding="utf-8")
+        console.print(f"{out}: to be sent to {repo}, nothing was sent", soft_wrap=True)
+    else:
+        _send(checkpoint, repo, text, private)
+        console.print(f"{repo}: sent", soft_wrap=True)
+    if licence is None:
+        console.print("warning: the base model's licence is not known: --licence names it", style="yellow")
+
+
+def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from experiments.publish.card import CARD
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repo, private=private, exist_ok=True)
+        hub.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=repo)
+        hub.upload_folder(folder_path=checkpoint, repo_id=repo, ignore_patterns=[CARD])
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise UserError(
+                f"{repo}: the hub does not let you write there: `hf auth login` with a token that may write, or name a "
+                "repository of yours"
+            ) from error
+        raise UserError(f"{repo}: the hub refused it: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{repo}: the hub cannot be reached ({one_line(error)}): --out writes the folder") from error
