@@ -59,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
     | {"patch.quantise", "stoicc", "stoicc.format", "stoicc.kernels"},
     "experiments.publish": {"analysis", "analysis.figures", "analysis.page", "analysis.rows", "analysis.tables"}
     | {"experiments.data", "experiments.run", "experiments.run.provenance", "experiments.studies"}
-    | {"patch", "patch.methods"},
+    | {"patch", "patch.methods", "stoicc"},
 }
 # Rooms of commands: they may use all that stands below them.
 ARROWS["experiments.cli"] = set(ARROWS)

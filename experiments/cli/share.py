@@ -38,7 +38,7 @@ def pack(
     about = origin(checkpoint)
     if about["structure"] not in TILED:
         raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
-    model, tokenizer = load_model(str(checkpoint))
+    model, tokenizer = load_model(str(checkpoint), quantised=True)
     if model.dtype not in DTYPES:
         torch.nn.Module.to(model, torch.bfloat16)
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)

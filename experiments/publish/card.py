@@ -16,10 +16,12 @@ from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
 from patch.files import existing, read_json
 from patch.methods import label_of
+from patch.structures import TILED
+from stoicc.spec import METHOD
 
 CARD = "README.md"
 # What a packed checkpoint keeps of the masked one that it was made of.
-KEPT = ("method", "structure", "target", "sparsity", "tile", "seed", "definition", "command", "provenance")
+KEPT = ("method", "structure", "precision", "target", "sparsity", "tile", "seed", "definition", "command", "provenance")
 # Stages whose facts a reader of the card asks for, by their first word.
 _STAGES = ("perplexity", "task", "packed", "speed")
 _METRICS = ("perplexity", "packed_perplexity", "acc", "acc_norm", "exact_match", "word_perplexity", "speedup")
@@ -87,7 +89,7 @@ def card(folder: Path, repo: str, measured: pd.DataFrame, licence: str | None) -
     about = origin(folder)
     base, definition = base_of(about), about.get("definition", {})
     config = read_json(folder / "config.json")
-    packed = "quantization_config" in config
+    packed = config.get("quantization_config", {}).get("quant_method") == METHOD
     sections = [
         _front_matter(base, licence, packed),
         f"# {repo.rpartition('/')[2]}",
@@ -95,11 +97,11 @@ def card(folder: Path, repo: str, measured: pd.DataFrame, licence: str | None) -
         f"among the weights of its blocks ({about.get('structure')}). Made by "
         "Hybrid Tile Sparsity (`pip install hybrid-tile-sparsity`): each tile of a weight matrix is dense "
         "or 2:4 sparse.",
-        _pairs(_facts(about, definition, base, config, licence)),
+        _pairs(_facts(about, definition, base, config)),
         "## Measured",
         _measurements(measured),
         "## Load",
-        _loading(repo, packed, about.get("structure") in ("2:4", "hybrid")),
+        _loading(repo, packed, about.get("structure") in TILED and "precision" not in about),
         "## Licence",
         f"That of the model it was made of, {base}: {licence or 'see its card'}.",
     ]
@@ -116,19 +118,18 @@ def _front_matter(base: str, licence: str | None, packed: bool) -> str:
 
 
 def _facts(
-    about: Mapping[str, Any], definition: Mapping[str, Any], base: str, config: Mapping[str, Any], licence: str | None
+    about: Mapping[str, Any], definition: Mapping[str, Any], base: str, config: Mapping[str, Any]
 ) -> dict[str, str]:
     tile, seen, learning = about.get("tile"), definition.get("calibration"), definition.get("learning")
-    packed = config.get("quantization_config")
-    kinds = {module["dtype"] for module in packed["modules"]} if packed else set()
+    kinds = {module["dtype"] for module in config.get("quantization_config", {}).get("modules", [])}
     dtype = str(config.get("dtype", config.get("torch_dtype", "unknown")))
-    facts = {
+    facts: dict[str, str] = {
         "Base model": base,
         "Method": label_of(str(about.get("method"))),
         "Structure": str(about.get("structure")),
         "Sparsity": f"{float(about.get('sparsity', 0)):.4f} (asked for: {about.get('target')})",
         "Tiles": f"{tile[0]}x{tile[1]}" if tile else "none",
-        "Weights": f"{', '.join(sorted(kinds))}, packed; the rest {dtype}" if packed else dtype,
+        "Weights": f"{', '.join(sorted(kinds))}, packed; the rest {dtype}" if kinds else about.get("precision", dtype),
     }
     if about.get("dense_tiles") is not None:
         facts["Dense tiles"] = f"{100 * about['dense_tiles']:.1f}%"
