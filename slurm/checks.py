@@ -52,11 +52,7 @@ def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Clust
         models.fingerprint(model)
     for step in plan.steps(trials).values():
         launch = cluster.stages[step.kind].launch
-        if (
-            step.pruning.learning
-            and step.kind == "learn"
-            and (size := step.pruning.learning.recipe.microbatch) % launch.size
-        ):
+        if (recipe := step.pruning.passes) and (size := recipe.microbatch) % launch.size:
             raise UserError(
                 f"{step.label} cannot divide its microbatch of {size} among {launch.size} processes "
                 f"({launch.nodes} nodes of {launch.per_node} GPUs): choose a number that divides it with --gpus learn=N"

@@ -21,7 +21,7 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
 from patch.errors import UserError
-from patch.learn.learner import Stopped
+from patch.learn.descent import Stopped
 from slurm import plan, queue, torchrun
 from slurm.cluster import ALONE, Launch
 from slurm.plan import Step

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from patch.learn.learner import Stopped
+from patch.learn.descent import Stopped
 from slurm.cluster import Launch
 
 _KEPT_BACK = (signal.SIGTERM, signal.SIGUSR2)

@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "patch": {"patch.quantise"},
     "patch.oneshot": {"patch", "patch.methods", "patch.quantise"},
     "patch.learn": {"patch"},
+    "patch.recover": {"patch", "patch.learn", "patch.oneshot"},
     "patch.methods": {"patch", "patch.learn"},
     "stoicc.compat": {"patch"},
     "stoicc.format": {"patch", "patch.quantise"},
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "experiments.data": {"experiments.embedded", "patch", "stoicc"},
     "experiments.eval": {"experiments.data", "experiments.embedded", "patch"},
     "experiments.studies": {"analysis", "analysis.rows", "experiments.data", "experiments.eval"}
-    | {"patch", "patch.learn", "patch.methods", "patch.oneshot", "patch.quantise"},
+    | {"patch", "patch.learn", "patch.methods", "patch.oneshot", "patch.quantise", "patch.recover"},
     "experiments.run.provenance": {"patch"},
     "experiments.bench": {
         "analysis",
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     | {"patch.quantise", "stoicc", "stoicc.format"},
     "experiments.run": {"analysis.rows", "experiments.bench", "experiments.data", "experiments.eval"}
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
-    | {"patch.quantise", "stoicc", "stoicc.format", "stoicc.kernels"},
+    | {"patch.quantise", "patch.recover", "stoicc", "stoicc.format", "stoicc.kernels"},
     "experiments.publish": {"analysis", "analysis.figures", "analysis.page", "analysis.rows", "analysis.tables"}
     | {"experiments.data", "experiments.run", "experiments.run.provenance", "experiments.studies"}
     | {"patch", "patch.methods", "stoicc"},

@@ -19,18 +19,19 @@ from patch.methods import label_of
 
 # Characters to a line of a variant's name.
 _NAMES = {"single": 32, "double": 60}
-Group = tuple[str, str, float, str | None]
+Group = tuple[str, str, float, str | None, bool]
 
 
 def ablated(points: Sequence[Point]) -> dict[Group, list[Point]]:
-    """By (model, method, target sparsity, tile), points of variants that are compared at that sparsity alone.
+    """By (model, method, target sparsity, tile, trained), points of variants that are compared at that sparsity alone.
 
     They are where more variants than a panel can show curves of are at one sparsity, or where there are several and no
     method is at more sparsities than one.
     """
     groups: dict[Group, list[Point]] = {}
     for point in points:
-        groups.setdefault((point.model, point.method, point.sparsity, point.tile), []).append(point)
+        about = point.model, point.method, point.sparsity, point.tile, point.trained
+        groups.setdefault(about, []).append(point)
     several = {group: members for group, members in groups.items() if len({m.variant for m in members}) > 1}
     if any(each.is_curve for each in series_of(points)):
         return {group: members for group, members in several.items() if len(members) > MOST_CURVES}
@@ -62,7 +63,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
         point.perplexity[text].value for members in groups.values() for point in members if text in point.perplexity
     ]
     all_dense = [p.perplexity[text].value for p in points if p.is_original and p.model in models]
-    for place, ((model, method, sparsity, _), members) in enumerate(groups.items()):
+    for place, ((model, method, sparsity, _, trained), members) in enumerate(groups.items()):
         axis = figure.add_subplot(grid[place, 0])
         shown = sorted((m for m in members if text in m.perplexity), key=lambda m: -m.perplexity[text].value)
         look = marking(method, "hybrid") | {"linestyle": "none"}
@@ -91,6 +92,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
         axis.set_ylim(-0.6, len(shown) - 0.4)
         axis.grid(axis="y", visible=False)
         subject = [model] * (len(models) > 1) + [label_of(method), percent(sparsity)]
+        subject += ["trained"] * trained
         axis.set_title(" ".join(subject), loc="right")
         axis.tick_params(labelbottom=place == len(groups) - 1)
         if place == len(groups) - 1:

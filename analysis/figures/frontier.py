@@ -36,6 +36,12 @@ class Group:
 
     model: str
     series: tuple[Series, ...]
+    trained: bool = False
+
+    @property
+    def title(self) -> str:
+        """What it shows, where there are several."""
+        return f"{self.model}, kept weights trained" if self.trained else self.model
 
     @property
     def points(self) -> list[Point]:
@@ -68,7 +74,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
     points = [point for point in gather(frame) if text in point.perplexity]
     groups = _groups(points)
     with_accuracy = any(point.mean_accuracy for point in points)
-    several = len({group.model for group in groups}) > 1
+    several = len({group.title for group in groups}) > 1
     columns = min(2, len(groups) * (1 + with_accuracy)) if width == "double" else 1
     cells = [(group, measured) for group in groups for measured in (("ppl", "acc") if with_accuracy else ("ppl",))]
     rows = math.ceil(len(cells) / columns)
@@ -90,7 +96,7 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
             draw_perplexity(panel, group.series, text, above, of_model)
             written.append(_labels(group, panel, lambda point: point.perplexity[text]))
         if several:
-            panel.set_title(group.model, loc="left", weight="bold")
+            panel.set_title(group.title, loc="left", weight="bold")
         if place // columns == rows - 1 or place + columns >= len(cells):
             panel.set_xlabel("Sparsity (%)")
     set_title(figure, about(frame))
@@ -99,10 +105,15 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
 
 
 def _groups(points: Sequence[Point]) -> list[Group]:
+    """Panels of each model; what was trained has panels of its own, with the dense model."""
     found = []
     for model in dict.fromkeys(point.model for point in points):
-        for series in panels(series_of([point for point in points if point.model == model])):
-            found.append(Group(model, tuple(series)))
+        for trained in (False, True):
+            members = [point for point in points if point.model == model and point.trained == trained]
+            if trained and members:
+                members = [p for p in points if p.model == model and p.is_original] + members
+            if members:
+                found += [Group(model, tuple(series), trained) for series in panels(series_of(members))]
     return found
 
 

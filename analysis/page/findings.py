@@ -87,16 +87,17 @@ def name(point: Point) -> str:
 
 def _methods(points: Sequence[Point], text: Text) -> Iterator[Finding]:
     """At each sparsity, structured methods against each other."""
-    groups: dict[tuple[str, float], list[Point]] = {}
+    groups: dict[tuple[str, float, bool], list[Point]] = {}
     for point in points:
         if point.structure in ("2:4", "hybrid"):
-            groups.setdefault((point.model, point.sparsity), []).append(point)
-    for (model, sparsity), members in groups.items():
-        yield from _won(f"{_of(model, points)}{percent(sparsity)}", members, text, points)
+            groups.setdefault((point.model, point.sparsity, point.trained), []).append(point)
+    for (model, sparsity, trained), members in groups.items():
+        about = f"{_of(model, points)}{percent(sparsity)}" + ", kept weights trained" * trained
+        yield from _won(about, members, text, points)
 
 
 def _recipes(points: Sequence[Point], text: Text) -> Iterator[Finding]:
-    for (model, method, sparsity, _), members in ablated(points).items():
+    for (model, method, sparsity, *_), members in ablated(points).items():
         about = f"{_of(model, points)}{label_of(method)} {percent(sparsity)}"
         yield from _won(about, members, text, points, by=lambda point: point.variant or "the unchanged recipe")
 

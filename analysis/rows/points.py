@@ -93,6 +93,8 @@ class Point:
         accuracy: the primary metric of each task, a share.
         mean_accuracy: plain mean over `mean_tasks`, where every one was measured.
         trials: hashes of the trials it is made of, by rising seed.
+        trained: whether what the mask keeps was trained (`patch.recover`): such points are compared with one another,
+            not with those whose weights are as they were or fitted in one shot.
     """
 
     model: str
@@ -106,6 +108,7 @@ class Point:
     accuracy: Mapping[Task, Measured]
     mean_accuracy: Measured | None
     trials: tuple[str, ...]
+    trained: bool = False
 
     @property
     def is_original(self) -> bool:
@@ -161,6 +164,7 @@ def gather(frame: pd.DataFrame) -> list[Point]:
                 accuracy=_over_seeds(accuracies),
                 mean_accuracy=_measured([_mean(seed, averaged) for seed in complete]) if complete else None,
                 trials=members,
+                trained="recovery" in about,
             )
         )
     return sorted(points, key=_reading_order)

@@ -18,12 +18,15 @@ RECIPE = "learning.recipe."
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published method has; a definition leaves them out where they are as published.
-_DEPARTURES = {"recipe", "tile_ranking", "refit.source", "quantisation.precision", *(RECIPE + name for name in OURS)}
+_DEPARTURES = {"recipe", "tile_ranking", "refit.source", "recovery.source", "quantisation.precision"}
+_DEPARTURES |= {RECIPE + name for name in OURS}
 # Said wherever it is not so of all.
 _ALWAYS_SAID = _DEPARTURES | {"earlier"}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "tile_prior": "tile_prior.method", "refit": "refit.source"}
 _SAID_OF_PARTS["quantisation"] = "quantisation.precision"
+_SAID_OF_PARTS |= {"recovery": "recovery.source"}
+_RECOVERY = "recovery.recipe."
 
 
 def variants_of(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
@@ -42,7 +45,7 @@ def variants_of(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str,
         differing = [
             name
             for name in {name for fields in flat for name in fields}
-            if len({canonical(fields.get(name)) for fields in flat}) > 1 or name in _DEPARTURES
+            if len({canonical(fields.get(name)) for fields in _having(name, flat)}) > 1 or name in _DEPARTURES
         ]
         # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
         brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
@@ -56,6 +59,11 @@ def variants_of(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str,
         for member, fields in zip(members, flat, strict=True):
             result.append((member, ", ".join(differences(fields, usual, differing))))
     return result
+
+
+def _having(name: str, flat: Collection[dict[str, Any]]) -> Collection[dict[str, Any]]:
+    """The definitions that a field tells apart: settings of recovery say nothing of what was not recovered."""
+    return [fields for fields in flat if name in fields] if name.startswith(_RECOVERY) else flat
 
 
 def settings(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +133,10 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
         return PRECISIONS[value].label if value in PRECISIONS else str(value)
     if name == "quantisation.joint":
         return "pruned and rounded in one sweep" if value else "rounded once pruned"
+    if name == "recovery.source":
+        return f"recovered on {value}"
+    if name.startswith(_RECOVERY):
+        return f"recovery {name.removeprefix(_RECOVERY)}{equals}{spelled(value)}"
     if name == "weight_update" and not value:
         return "weights not updated"
     return f"{name.removeprefix(RECIPE)}{equals}{spelled(value)}"

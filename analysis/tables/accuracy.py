@@ -67,6 +67,10 @@ def identity_fields(points: Sequence[Point]) -> list[Field]:
     ]
     if any(point.tile for point in points):
         fields.insert(3, (Column("tile", "Tile", "text"), lambda point: point.tile))
+    if any(point.trained for point in points):
+        fields.insert(
+            3, (Column("weights", "Kept weights", "text"), lambda point: "trained" if point.trained else None)
+        )
     if any(point.variant for point in points):
         fields.insert(3, (Column("variant", "Variant", "text"), lambda point: point.variant or None))
     return fields
@@ -102,6 +106,9 @@ def _accuracy_field(task: Task) -> Field:
 
 
 def _reported(point: Point) -> published.Published | None:
+    # What is published left weights as they were.
+    if point.trained:
+        return None
     return published.find(point.model, point.method, point.structure, point.sparsity)
 
 
@@ -137,7 +144,7 @@ def _other_models_fields(points: Sequence[Point], text: Text) -> list[Field]:
         return Measured(found.value / dense[point.model]) if found and point.model in dense else None
 
     def reported(point: Point) -> Value:
-        found = published.over_dense(point.method, point.structure, point.sparsity)
+        found = None if point.trained else published.over_dense(point.method, point.structure, point.sparsity)
         return "{:.2f} to {:.2f}".format(*found) if found and point.method != "dense" else None
 
     return [
@@ -180,6 +187,8 @@ def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task])
     if seeds:
         notes.append("Where there are several seeds: mean ± standard deviation over seeds.")
     notes.append("Bold: best at its sparsity by more than the standard error of each difference, " + _paired(points))
+    if any(point.trained for point in points):
+        notes.append("Kept weights that were trained are compared with one another alone; all others are frozen.")
     if 1 < len(over) < len(found):
         left_out = [task_heading(task) for task in found if task not in over]
         notes.append(f"The mean is over the {len(over)} tasks of the PATCH paper, without {', '.join(left_out)}.")
@@ -199,13 +208,14 @@ def _paired(points: Sequence[Point]) -> str:
 def _best(
     columns: Sequence[Column], rows: Sequence[Sequence[Value]], points: Sequence[Point]
 ) -> frozenset[tuple[int, int]]:
-    """The best value of each column among rows of one model at one sparsity, unstructured apart.
+    """The best value of each column among rows of one model at one sparsity, unstructured and trained ones apart.
 
     It is none where another is so near that the standard error of their difference is larger.
     """
-    groups: dict[tuple[str, float, bool], list[int]] = {}
+    groups: dict[tuple[str, float, bool, bool], list[int]] = {}
     for row, point in enumerate(points):
-        groups.setdefault((point.model, point.sparsity, point.structure == "unstructured"), []).append(row)
+        alike = point.model, point.sparsity, point.structure == "unstructured", point.trained
+        groups.setdefault(alike, []).append(row)
     best = set()
     for place, column in enumerate(columns):
         if column.kind not in MEASURED:

@@ -38,6 +38,7 @@ PANELS: Panels = {
         "models": model.list_models,
         "prune": model.prune,
         "learn": model.learn,
+        "recover": model.recover,
         "quantise": model.quantise,
         "eval": model.evaluate,
         "audit": model.audit,

@@ -1,6 +1,7 @@
 """Commands on one model: prune or learn, quantise, evaluate, audit, and share its masks."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,11 +23,12 @@ from experiments.cli.options import (
     machine_on,
     tile_shape,
 )
-from experiments.cli.recipe import SETTINGS, changes, forecast, settings
+from experiments.cli.recipe import RECOVERY_SETTINGS, SETTINGS, changes, forecast, forecast_recovery, settings
 from patch.errors import UserError, check_name
 from patch.learn.recipe import CHANGES, PUBLISHED
 from patch.methods import members, published_recipe
 from patch.quantise.precisions import PRECISIONS
+from patch.recover.recipe import RecoveryRecipe
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
@@ -157,6 +159,68 @@ def quantise(
     seen = Calibration(calibration, windows, length or _window(model, data), seed)
     pruning = dataclasses.replace(build.quantised(build.dense(model), precision, seen), partial=partial)
     _checkpoint(pruning, out, results, data, device)
+
+
+def recover(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of any method, not packed.")],
+    text: Annotated[str, typer.Option(help="Text to train on.")] = "c4",
+    base: Annotated[
+        str | None, typer.Option(help="The dense model: name, path or hub id; by default what the checkpoint says.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the recipe, such as steps=400; steps=0 stops after the blocks, block_epochs=0 leaves "
+            f"them out. Repeatable: {', '.join(RECOVERY_SETTINGS)}.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    data: Data = None,
+    device: Device = None,
+) -> None:
+    """Train the weights that a mask keeps, the mask as it is: block by block, then the whole model, by distillation.
+
+    Stopped or killed, and started again, it resumes from its last checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m experiments recover CHECKPOINT ...
+    """
+    from analysis.rows import layout
+    from analysis.rows.format import name_of
+    from experiments.data import models
+    from experiments.data import text as texts
+    from experiments.run import checkpoints, recovered
+    from experiments.run.store import Store
+    from experiments.studies.trial import Recovery
+    from patch.checkpoint import copy_checkpoint
+    from patch.positions import check_length
+
+    _check_out(out)
+    usual = RecoveryRecipe()
+    recovery = Recovery(text, dataclasses.replace(usual, **changes(set_ or [], usual)), seed)
+    source = recovered.opened(checkpoint, base)
+    texts.check_source(text, data)
+    check_length(source.model, models.longest_text(source.model, data), recovery.recipe.length, "recovery sequences")
+    about, store = recovered.definition_of(source, recovery), Store(results)
+    path = store.root / layout.CHECKPOINTS / name_of(about)
+    label = f"{checkpoint.name} recovered"
+    with machine_on(device, data) as machine:
+        if not machine.ranks.rank and not path.exists():
+            _show_settings(settings(recovery.recipe, usual), "usual")
+            _say(forecast_recovery(source.model, recovery.recipe, 1 - source.info["sparsity"], machine))
+
+        def make() -> None:
+            recovered.recover_checkpoint(source, recovery, about, label, path, store, machine)
+
+        checkpoints.made_once(path, make, store, machine, together=True)
+        if machine.ranks.rank:
+            return
+    same = recovered.check_same_masks(checkpoint, path)
+    if out is not None:
+        path = copy_checkpoint(path, out)
+    console.print(f"{same} weights recovered, their masks unchanged: {path}", soft_wrap=True)
 
 
 def evaluate(
@@ -312,8 +376,7 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     from experiments.studies.trial import Evaluation, Trial
     from patch.checkpoint import copy_checkpoint, load_info
 
-    if out is not None and out.exists():
-        raise UserError(f"{out} is already there: choose another --out or remove it")
+    _check_out(out)
     store = Store(results)
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     with machine_on(device, data) as machine:
@@ -338,9 +401,22 @@ def _say_what_it_takes(pruning: "Pruning", machine: "Machine") -> None:
     if cost.memory(pruning) is None:
         # The configuration of a hub model, which this fetches, says what it takes.
         models.fingerprint(pruning.model)
-    table = Table("setting", "value", "published", box=None, pad_edge=False)
-    for row in settings(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity)):
+    _show_settings(settings(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity)), "published")
+    _say(forecast(pruning, machine))
+
+
+def _show_settings(rows: Iterable[tuple[str, str, str]], beside: str) -> None:
+    table = Table("setting", "value", beside, box=None, pad_edge=False)
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in forecast(pruning, machine):
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
         console.print(line, style="yellow" if line.startswith("warning") else None, soft_wrap=True)
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise UserError(f"{out} is already there: choose another --out or remove it")

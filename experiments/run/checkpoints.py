@@ -1,4 +1,4 @@
-"""Making a pruning's checkpoint: load, calibrate, prune or learn or refit or quantise, harden, save.
+"""Making a pruning's checkpoint: load, calibrate, prune or learn, refit or recover or quantise, harden, save.
 
 Of several processes that want the same checkpoint one makes it, and the others wait for it.
 """
@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +18,21 @@ from torch import Tensor, nn
 from analysis.rows import layout
 from analysis.rows.format import Fact
 from experiments.data import models, text
+from experiments.run import recovered
+from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
+from experiments.run.spending import Spending
 from experiments.run.store import Store
-from experiments.studies.trial import Calibration, Pruning, definition, describe, key
+from experiments.studies.trial import Calibration, Pruning, definition, describe
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
+from patch.learn.saved import CHECKPOINT as LEARNER_STATE
 from patch.learn.sensitivity import most_sensitive_tiles
-from patch.learn.state import CHECKPOINT as LEARNER_STATE
 from patch.mask import HybridMask
 from patch.oneshot import prune_model
 from patch.oneshot.gptq import quantise_model
@@ -53,18 +55,43 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     if pruning.as_it_is:
         return None
     path = store.checkpoint_path(pruning)
+
+    def make() -> None:
+        _make_checkpoint(pruning, store, machine)
+
+    def before() -> None:
+        for base in pruning.bases:
+            ensure_checkpoint(base, store, machine)
+
+    made_once(path, make, store, machine, together=pruning.learns, before=before)
+    return path
+
+
+def made_once(
+    path: Path,
+    make: Callable[[], None],
+    store: Store,
+    machine: Machine,
+    *,
+    together: bool,
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the checkpoint ``path`` of a results directory if it is not there, in one process of all that want it.
+
+    Args:
+        together: all ranks make it, as in learning, not the first alone.
+        before: makes what it stands on.
+    """
     ranks, first = machine.ranks, machine.ranks.rank == 0
     # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
     if ranks.agree(first and path.exists(), machine.device):
-        return path
-    for base in pruning.bases:
-        ensure_checkpoint(base, store, machine)
-    with store.lease(f"pruning-{key(pruning)}") if first else contextlib.nullcontext():
+        return
+    before()
+    with store.lease(f"pruning-{path.name}") if first else contextlib.nullcontext():
         # Another process may have finished it while this one waited.
         missing = ranks.agree(first and not path.exists(), machine.device)
-        if missing and (first or pruning.learns):
-            _make_checkpoint(pruning, store, machine)
-    return path
+        if missing and (first or together):
+            make()
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,13 @@ class _Made:
 
 
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
-    started = time.monotonic()
+    if pruning.recovery and not pruning.quantisation:
+        assert pruning.base is not None
+        sparse = recovered.opened(store.checkpoint_path(pruning.base), pruning.model)
+        about, out = definition(pruning), store.checkpoint_path(pruning)
+        recovered.recover_checkpoint(sparse, pruning.recovery, about, describe(pruning), out, store, machine)
+        return
+    spending = Spending(machine, pruning.learns)
     # What is rounded once it is pruned starts from those weights.
     rounded = pruning.quantisation is not None and not pruning.quantisation.joint
     source = str(store.checkpoint_path(pruning.base)) if rounded and pruning.base else pruning.model
@@ -100,8 +133,6 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     covered = check_coverage(model, pruning.partial)
-    if machine.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
     sources: dict[str, str] = {}
     if rounded:
         made = _quantise(pruning, Path(source), model, tokenizer, store, machine, sources)
@@ -109,8 +140,6 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         made = _refit(pruning, model, tokenizer, store, machine, sources)
     elif pruning.learns:
         outcome = _learn(pruning, model, tokenizer, store, machine, sources)
-        if machine.ranks.rank:
-            return
         curves = [
             Fact(metric, value, "1", {"step": int(entry["step"])})
             for entry in outcome.history
@@ -122,29 +151,22 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         made = _drop_blocks(pruning, model, tokenizer, store, machine, sources)
     else:
         made = _prune(pruning, model, tokenizer, store, machine, sources)
-    achieved = sum(made.zeros.values()) / covered.prunable if made.sparsity is None else made.sparsity
-    facts = [
-        *made.facts,
-        Fact("sparsity", achieved, "1", {}),
-        Fact("prunable_share", covered.share, "1", {}),
-        Fact("block_sparsity", sum(made.zeros.values()) / covered.matrices, "1", {}),
-        Fact("prune_seconds", time.monotonic() - started, "s", {}),
-        *_layer_facts(model, made.masks, made.zeros),
-    ]
-    if machine.device.startswith("cuda"):
-        facts.append(Fact("peak_memory", torch.cuda.max_memory_allocated(), "B", {}))
+    spent = spending.facts()
+    if machine.ranks.rank:
+        return
+    facts = [*made.facts, *mask_facts(model, covered, made.masks, made.zeros, made.sparsity), *spent]
     info = {
         "method": pruning.method,
         "structure": pruning.structure,
         "target": pruning.sparsity,
         **made.about,
-        "sparsity": achieved,
+        "sparsity": sum(made.zeros.values()) / covered.prunable if made.sparsity is None else made.sparsity,
         "seed": pruning.seed,
         "definition": definition(pruning),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "zeros": made.zeros,
         "facts": [vars(fact) for fact in facts],
-        "provenance": provenance(time.monotonic() - started, sources),
+        "provenance": provenance(spending.seconds, sources),
     }
     if pruning.quantisation:
         info["precision"] = pruning.quantisation.precision
@@ -363,20 +385,6 @@ def _learn(
         for name, linear in prunable_linears(model).items():
             linear.weight.copy_(outcome.masks[name].to(linear.weight.device).apply(linear.weight))
     return outcome
-
-
-def _layer_facts(model: nn.Module, masks: Mapping[str, HybridMask], zeros: Mapping[str, int]) -> list[Fact]:
-    facts = []
-    for name, matrix in prunable_matrices(model).items():
-        n, k = matrix.weight.shape
-        labels = {"layer": name, "rows": n, "cols": k}
-        facts.append(Fact("layer_sparsity", zeros[name] / (n * k), "1", labels))
-        if name in masks:
-            dense = masks[name].dense
-            facts.append(Fact("dense_tiles", dense.double().mean().item(), "1", labels))
-            rows = ["".join("01"[int(tile)] for tile in row) for row in dense.tolist()]
-            facts.append(Fact("tile_map", None, "1", labels | {"tile_map": rows}))
-    return facts
 
 
 def facts_of(pruning: Pruning, store: Store) -> tuple[list[Fact], dict[str, Any]]:

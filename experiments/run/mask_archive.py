@@ -60,7 +60,7 @@ def export(checkpoint: Path, archive: Path) -> None:
     info = load_info(checkpoint)
     method = oneshot.METHODS.get(info.get("method", ""))
     defined = info.get("definition", {})
-    changed = next((what for what in ("quantisation", "refit") if defined.get(what)), None)
+    changed = next((what for what in ("quantisation", "recovery", "refit") if defined.get(what)), None)
     if changed or (method and method.changes_weights):
         what = changed or info["method"]
         raise UserError(f"{checkpoint}: {what} changes the weights that survive: share the whole checkpoint")

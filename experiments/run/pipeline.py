@@ -26,7 +26,7 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError
-from patch.learn.learner import Stopped
+from patch.learn.descent import Stopped
 from patch.mask import tile_grid
 from patch.positions import check_length
 
@@ -77,6 +77,8 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
             text.check_source(calibration.source, data)
         if pruning.learning:
             text.check_source(pruning.learning.source, data)
+        if pruning.recovery:
+            text.check_source(pruning.recovery.source, data)
 
 
 def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
@@ -90,6 +92,8 @@ def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
             lengths |= {("calibration windows", calibration.length) for calibration in seen}
             if pruning.learning:
                 lengths.add(("learning sequences", pruning.learning.recipe.length))
+            if pruning.recovery:
+                lengths.add(("recovery sequences", pruning.recovery.recipe.length))
     for model, lengths in wanted.items():
         limit = models.longest_text(model, data)
         for what, length in sorted(lengths):

@@ -13,6 +13,7 @@ from experiments.data import models
 from experiments.data.models import ModelSpec
 from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Pruning, lineage
 from patch.mask import GROUP
+from patch.recover.recipe import RecoveryRecipe
 from patch.weights import prunable_shapes
 
 GIB = 2**30
@@ -45,6 +46,8 @@ def pruning_flops(pruning: Pruning) -> float | None:
         seen = pruning.quantisation.calibration
         tokens = seen.windows * seen.length if seen else 0
         return 4.0 * weights * tokens + (_sweep_flops(shapes, tokens) if seen else 0.0)
+    if pruning.recovery:
+        return recovery_flops(pruning.model, pruning.recovery.recipe)
     if pruning.refit:
         tokens = pruning.refit.windows * pruning.refit.length
         # X X^T of every input, and as many products with it as the embedded model's fits take steps.
@@ -79,9 +82,52 @@ def _sweep_flops(shapes: Mapping[tuple[int, int], int], tokens: int) -> float:
     )
 
 
+def recovery_flops(model: str, recipe: RecoveryRecipe) -> float | None:
+    """Floating-point operations of training what a mask keeps; None if the model is not known."""
+    shapes = _prunable(model)
+    if shapes is None:
+        return None
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    # The dense block and the recovered one once each; forward, and backward to inputs and weights, in every epoch.
+    blocks = (4 + 6 * recipe.block_epochs) * recipe.block_windows if recipe.block_epochs else 0
+    passes = 6 + 2 * recipe.activation_checkpointing + 2 * recipe.follows_dense
+    return float(weights * recipe.length * (blocks + passes * recipe.steps * recipe.batch))
+
+
+def recovery_memory(
+    model: str, recipe: RecoveryRecipe, kept: float, processes: int = 1, width: int = 2
+) -> float | None:
+    """GiB of device memory that it takes; None if the model is not known.
+
+    Args:
+        kept: share of the prunable elements.
+        processes, width: as `memory`.
+    """
+    shapes, spec = _prunable(model), _spec(model)
+    if shapes is None or spec is None:
+        return None
+    weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    block = weights / spec.blocks
+    # Values, gradient and two moments in float32, and an index.
+    trained = 20.0 * kept / processes
+    tokens = recipe.block_windows * recipe.length / processes
+    at_once = recipe.block_batch * recipe.length // processes
+    # States before and after, of the sparse model and of the dense one.
+    states = 4 * tokens * spec.hidden + _activations(spec, at_once, 1) / spec.blocks
+    first = (3 * width + trained) * block + width * states if recipe.block_epochs else 0.0
+    drawn = block if recipe.activation_checkpointing else weights
+    tokens = recipe.microbatch * recipe.length // processes
+    states = _activations(spec, tokens, 2 if recipe.activation_checkpointing else spec.blocks)
+    head = (10.0 + 6.0 * recipe.follows_dense) * min(tokens, 4096) * spec.vocab
+    second = width * spec.parameters + trained * weights + 2 * width * drawn + width / 2 * states + head
+    return max(first, second if recipe.steps else 0.0) / GIB
+
+
 def learning_tokens(pruning: Pruning) -> int:
-    """Tokens that a mask is learned on; none of a pruning that does not learn."""
-    recipe = pruning.learning.recipe if pruning.learns and pruning.learning else None
+    """Tokens that a mask is learned on, or what it keeps trained on; none of a pruning that does not learn."""
+    recipe = pruning.passes
+    if isinstance(recipe, RecoveryRecipe):
+        return recipe.tokens
     return recipe.steps * recipe.batch * recipe.length if recipe else 0
 
 
@@ -155,6 +201,8 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         models_ = 2 if evaluation.packed is None else 10
         return (models_ * parameters + _activations(spec, evaluation.batch * length, blocks=2)) / GIB
     weights = sum(rows * cols * count for (rows, cols), count in shapes.items())
+    if pruning.recovery:
+        return recovery_memory(pruning.model, pruning.recovery.recipe, 1 - pruning.sparsity, processes, width)
     if not pruning.learns or pruning.learning is None:
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)

@@ -20,6 +20,7 @@ from patch.learn.recipe import EARLIER, HOW_IT_RUNS, Recipe, TileRanking
 from patch.mask import TileShape, check_tile
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
+from patch.recover.recipe import RecoveryRecipe
 from patch.structures import STRUCTURES, TILED
 
 
@@ -88,6 +89,15 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """Text and hyperparameters of training what a mask keeps, and the seed of their order."""
+
+    source: str
+    recipe: RecoveryRecipe
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Pruning:
     """How a model is pruned; its hash names the checkpoint.
 
@@ -111,6 +121,8 @@ class Pruning:
             drop what the method's 2:4 mask drops (`patch.learn.sensitivity`).
         refit: text on which the weights that the mask keeps are fitted to the dense outputs (`patch.oneshot.refit`),
             once the mask is found without it; None leaves them as they are.
+        recovery: text and recipe by which the weights that the mask keeps are trained, once it is there
+            (`patch.recover`); None leaves them as they are.
         quantisation: in how few bits the weights are, after all of the above; None leaves them as they are.
     """
 
@@ -131,6 +143,7 @@ class Pruning:
     tile_prior: "Pruning | None" = field(default=None, metadata={"added": True})
     partial: bool = field(default=False, metadata={"added": True})
     quantisation: Quantisation | None = field(default=None, metadata={"added": True})
+    recovery: Recovery | None = field(default=None, metadata={"added": True})
 
     def __post_init__(self) -> None:
         check_name("method", self.method, METHODS)
@@ -178,7 +191,12 @@ class Pruning:
                 raise UserError(f"the prior of {self.method} must be on the same model and tile shape")
         if self.refit is not None and self.structure not in TILED:
             raise UserError(f"refit fits what a mask of tiles keeps: structure {self.structure} has none")
-
+        if self.recovery is not None and self.structure in ("dense", "shallow"):
+            raise UserError(f"recovery trains what a mask keeps: structure {self.structure} has none")
+        if self.recovery is not None and self.quantisation is not None and self.quantisation.joint:
+            raise UserError(
+                "recovery trains what is not quantised yet: pruning and rounding in one sweep leaves nothing"
+            )
         if not self.weight_update and (about.family != "one-shot" or not oneshot.METHODS[self.method].changes_weights):
             raise UserError(f"{self.method} changes no weight that it keeps: leave weight_update as it is")
         if self.tile_prior is not None:
@@ -207,11 +225,13 @@ class Pruning:
     def base(self) -> "Pruning | None":
         """The pruning that must be there before.
 
-        The same in more bits, or without refit; the 2:4 mask that ranks tiles; the prior.
+        The same in more bits, without recovery, or without refit; the 2:4 mask that ranks tiles; the prior.
         """
         if self.quantisation is not None and not self.quantisation.joint:
             unrounded = dataclasses.replace(self, quantisation=None)
             return None if unrounded.as_it_is else unrounded
+        if self.recovery is not None:
+            return dataclasses.replace(self, recovery=None)
         if self.refit is not None:
             return dataclasses.replace(self, refit=None)
         if self.tile_ranking == "model":
@@ -224,7 +244,7 @@ class Pruning:
     @property
     def bases(self) -> "tuple[Pruning, ...]":
         """All prunings that must be there before."""
-        ranks_tiles = self.tile_prior if self.learns else None
+        ranks_tiles = self.tile_prior if self.learns and self.recovery is None else None
         return tuple(filter(None, (self.base, ranks_tiles)))
 
     @property
@@ -234,8 +254,18 @@ class Pruning:
 
     @property
     def learns(self) -> bool:
-        """Whether making the checkpoint is learning, which several GPUs may share."""
-        return METHODS[self.method].family == "learned" and self.refit is None and self.quantisation is None
+        """Whether making the checkpoint is learning, of a mask or of what one keeps, which several GPUs may share."""
+        learns_mask = METHODS[self.method].family == "learned" and self.refit is None
+        return self.quantisation is None and (self.recovery is not None or learns_mask)
+
+    @property
+    def passes(self) -> Recipe | RecoveryRecipe | None:
+        """The recipe by which the checkpoint is learned, where it is."""
+        if not self.learns:
+            return None
+        if self.recovery is not None:
+            return self.recovery.recipe
+        return self.learning.recipe if self.learning else None
 
 
 @dataclass(frozen=True)
@@ -429,9 +459,11 @@ def describe(pruning: Pruning) -> str:
 
 # Not said in a label: what a study chooses for all of its masks, by how long and on how much it learns.
 _SIZE = {"steps", "batch", "microbatch", "length", "warmup"}
-_LABELLED = {"recipe", "prior.method", "refit.source", "seed", "tile_ranking", "weight_update"}
+_LABELLED = {"recipe", "prior.method", "refit.source", "recovery.source", "seed", "tile_ranking", "weight_update"}
 _LABELLED |= {"quantisation.precision", "quantisation.joint"}
 _LABELLED |= {RECIPE + each.name for each in dataclasses.fields(Recipe) if each.name not in _SIZE | HOW_IT_RUNS}
+_USUAL_RECOVERY = settings({"recovery": {"recipe": RecoveryRecipe().substance()}})
+_LABELLED |= {name for name in _USUAL_RECOVERY if name.rpartition(".")[2] not in _SIZE}
 
 
 def _unusual(pruning: Pruning) -> list[str]:
@@ -439,6 +471,7 @@ def _unusual(pruning: Pruning) -> list[str]:
     about, given = METHODS[pruning.method], settings(definition(pruning))
     usual: dict[str, Any] = dict.fromkeys(_LABELLED) | {"seed": 0, "prior.method": about.prior}
     usual["quantisation.joint"] = False if "quantisation.joint" in given else None
+    usual |= _USUAL_RECOVERY if pruning.recovery else {}
     if pruning.learning is None:
         return differences(given, usual, _LABELLED, " ")
     fields = given | settings({"learning": {"recipe": pruning.learning.recipe.substance()}})

@@ -74,6 +74,47 @@ class Replayed:
             self.captured = True
 
 
+class Passes:
+    """Forward and backward passes of micro-batches, each adding to the gradients; a CUDA graph if ``captured``.
+
+    Args:
+        backward: a pass, of what lies in fixed places; returns what it measured.
+        drop_gradients: makes gradients nothing: zero where their memory is kept (true), or gone.
+        accumulates: whether a step has several micro-batches. A graph writes gradients where it wrote them when it was
+            captured: with several it must add to what is there, with one it had better not read it.
+    """
+
+    def __init__(
+        self,
+        backward: Callable[[], Tensor],
+        drop_gradients: Callable[[bool], None],
+        captured: bool,
+        accumulates: bool,
+    ) -> None:
+        self._drop_gradients = drop_gradients
+        self._accumulates = accumulates
+        self._backward = Replayed(backward, self._after_failed_capture) if captured else backward
+
+    def __call__(self) -> Tensor:
+        """One pass."""
+        return self._backward()
+
+    def close(self) -> None:
+        """Let go of the graph: processes that exchange something in theirs can part only when those are gone."""
+        if isinstance(self._backward, Replayed):
+            self._backward.close()
+
+    def _after_failed_capture(self) -> None:
+        if not self._accumulates:
+            self._drop_gradients(False)
+
+    def forget_gradients(self) -> None:
+        """Make ready for the next step."""
+        replayed = isinstance(self._backward, Replayed) and self._backward.captured
+        if self._accumulates or not replayed:
+            self._drop_gradients(self._accumulates and isinstance(self._backward, Replayed))
+
+
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Without garbage collection, after a last one: it may free an earlier graph, which ends a capture under way."""

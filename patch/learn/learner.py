@@ -20,33 +20,27 @@ step, so on a CPU with the same number of threads the resumed run ends with the 
 kernels that add in any order may differ in the last bits.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from patch.budget import cut_globally
-from patch.errors import UserError
 from patch.learn import soft_mask
-from patch.learn.cuda_graph import Replayed
+from patch.learn.cuda_graph import Passes
+from patch.learn.descent import Stopped, check_finite, check_tokens, clip_together, tensorboard
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.masked_model import Losses, MaskedLinear, frozen
 from patch.learn.prior import Prior, content_digest, first_dense, masked_linears, ranks_the_model
 from patch.learn.recipe import Recipe, Settings
+from patch.learn.saved import CHECKPOINT
 from patch.learn.soft_mask import SampledWeight
-from patch.learn.state import CHECKPOINT, State
+from patch.learn.state import State
 from patch.mask import GROUP, HybridMask, check_tile
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 Metrics = Mapping[str, float]
 
@@ -67,35 +61,6 @@ class Learned:
 
     masks: dict[str, HybridMask]
     history: list[dict[str, float]]
-
-
-class LearningDiverged(UserError):
-    """The loss or its gradient is not finite.
-
-    Attributes:
-        step: the step, counted from 1, that failed.
-        checkpoint: the last good checkpoint, which is kept; None if there was none yet.
-    """
-
-    def __init__(self, step: int, recipe: Recipe, quantity: str, checkpoint: Path | None) -> None:
-        kept = (
-            f"the last good checkpoint is kept in {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        )
-        super().__init__(
-            f"learning diverged: the {quantity} at step {step} of {recipe.steps} is not finite; {kept}. "
-            f"Choose a lower lr than {recipe.lr:g}"
-        )
-        self.step = step
-        self.checkpoint = checkpoint
-
-
-class Stopped(UserError):
-    """Learning was told to stop, and did so after writing its checkpoint."""
-
-    def __init__(self, step: int, recipe: Recipe, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped after step {step} of {recipe.steps}, as asked: start it again, and it goes on from {checkpoint}"
-        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +137,7 @@ def learn(
     start, tile = prior, check_tile(tile)
 
     def tokens(number: int) -> Tensor:
-        return _checked(batches(number), recipe, model)
+        return check_tokens(batches(number), recipe.batch, recipe.length, model)
 
     if ranks_the_model(recipe, prior) and not ranks.agree((work / CHECKPOINT).exists(), device):
         start = replace(prior, dense_tiles=first_dense(model, recipe, tokens, sparsity, tile, seed, prior, ranks))
@@ -195,7 +160,7 @@ def learn(
         with (
             torch.enable_grad(),
             frozen(model),
-            _tensorboard(work, state.step, ranks) as board,
+            tensorboard(work, state.step, ranks) as board,
             closing(_Step(run, losses, how.captured)) as step,
         ):
             while state.step < recipe.steps:
@@ -203,7 +168,7 @@ def learn(
                 metrics = run.advance(step, tokens(state.step), stop)
                 if metrics is None:
                     state.save()
-                    raise Stopped(state.step, recipe, state.path)
+                    raise Stopped(state.step, recipe.steps, state.path)
                 speed = {"tokens_per_second": recipe.batch * recipe.length / (time.perf_counter() - started)}
                 if board and state.history and state.history[-1]["step"] == state.step:
                     for name, value in (state.history[-1] | speed).items():
@@ -244,7 +209,7 @@ class _Run:
                 return None
             parts.append(step(self.ranks.sequences(part), settings, index))
         sums = torch.stack(parts)
-        norm = self._clip()
+        norm = clip_together(self.state.logits.values(), self.recipe.clip, self.ranks, self.state.device)
         for group in self.state.optimizer.param_groups:
             group["lr"] = settings.lr
         self.state.optimizer.step()
@@ -309,19 +274,9 @@ class _Run:
         # A weight of zeros has no gradient, where the root would have an infinite one.
         return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum() / self._dense_size
 
-    def _clip(self) -> Tensor:
-        """Clip all gradients together; returns their norm before that."""
-        norm = get_total_norm([logits.grad for logits in self.state.logits.values() if logits.grad is not None])
-        if self.ranks.size > 1:
-            norm = self.ranks.total(norm.to(self.state.device, torch.float32).square()).sqrt()
-        if self.recipe.clip is not None:
-            clip_grads_with_norm_(self.state.logits.values(), self.recipe.clip, norm)
-        return norm
-
     def _check_finite(self, quantity: str, value: float) -> None:
-        if not math.isfinite(value):
-            kept = self.state.path if self.state.path.exists() else None
-            raise LearningDiverged(self.state.step + 1, self.recipe, quantity, kept)
+        recipe, state = self.recipe, self.state
+        check_finite(quantity, value, state.step + 1, recipe.steps, recipe.lr, state.path)
 
     def _entry(self, measured: Sequence[float], settings: Settings) -> dict[str, float]:
         names = ("loss", "cross_entropy", "density", "grad_norm")
@@ -382,12 +337,12 @@ class _Step:
             from patch.learn.soft_mask_triton import PACKED
 
             self._packed = torch.zeros((len(run.streams(0)), PACKED), dtype=torch.int32, device=run.state.device)
-        # A graph writes gradients where it wrote them when it was captured. With several micro-batches a step it must
-        # add to what is there; with one it had better not read it.
-        self._accumulates = run.recipe.batch > run.recipe.microbatch
-        self._backward: Callable[[], Tensor] = lambda: run.backward(losses, self._tokens, *self._factors.unbind())
-        if captured:
-            self._backward = Replayed(self._backward, self._after_failed_capture)
+        self._passes = Passes(
+            lambda: run.backward(losses, self._tokens, *self._factors.unbind()),
+            run.drop_gradients,
+            captured,
+            accumulates=run.recipe.batch > run.recipe.microbatch,
+        )
 
     def __call__(self, tokens: Tensor, settings: Settings, index: int) -> Tensor:
         """Add a micro-batch's share of the gradient; returns its loss, cross entropy and density, ``[3]``.
@@ -403,44 +358,12 @@ class _Step:
 
             self._packed.copy_(pack(settings.temperatures, self._run.streams(index)))
         self._run.begin(settings, index, self._packed)
-        return self._backward()
+        return self._passes()
 
     def close(self) -> None:
         """Let go of the graph: processes that exchange something in theirs can part only when those are gone."""
-        if isinstance(self._backward, Replayed):
-            self._backward.close()
-
-    def _after_failed_capture(self) -> None:
-        if not self._accumulates:
-            self._run.drop_gradients(keep_memory=False)
+        self._passes.close()
 
     def forget_gradients(self) -> None:
         """Make ready for the next step."""
-        replayed = isinstance(self._backward, Replayed) and self._backward.captured
-        if self._accumulates or not replayed:
-            self._run.drop_gradients(keep_memory=self._accumulates and isinstance(self._backward, Replayed))
-
-
-def _checked(tokens: Tensor, recipe: Recipe, model: Any) -> Tensor:
-    if tuple(tokens.shape) != (recipe.batch, recipe.length) or tokens.dtype != torch.int64:
-        found = f"{tokens.dtype} {tuple(tokens.shape)}"
-        raise UserError(f"tokens of a step are {found}, the recipe needs int64 {(recipe.batch, recipe.length)}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(
-            f"token {int(tokens.max())} is not in the model's vocabulary of {vocabulary}: another tokenizer?"
-        )
-    return tokens
-
-
-@contextmanager
-def _tensorboard(work: Path, step: int, ranks: Ranks) -> Iterator["SummaryWriter | None"]:
-    if ranks.rank:
-        yield None
-        return
-    # Takes a second to import.
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an earlier process logged after its last checkpoint happens again.
-    with SummaryWriter(work / "tensorboard", purge_step=step + 1 if step else None) as board:
-        yield board
+        self._passes.forget_gradients()

@@ -8,7 +8,7 @@ The linears' own parameters are never touched, and nothing is left behind.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from patch.contexts import evaluating, full_float32
 from patch.layers import decoder_blocks
 from patch.learn.distributed import Ranks
-from patch.learn.recipe import Recipe, Settings
+from patch.learn.recipe import Settings
 from patch.learn.soft_mask import Masked, SampledWeight
 from patch.mask import TileShape, tile_sizes
 
@@ -113,7 +113,32 @@ class MaskedLinear:
         return self.ranks.collect(self.tiles, self.sizes.shape[0], 1).float().cpu()
 
 
-def _drawn(linears: Sequence[MaskedLinear]) -> list[Tensor]:
+class Drawn(Protocol):
+    """A ``Linear`` whose weight is made anew for every pass, by ranks that hold whole rows of tiles each."""
+
+    linear: nn.Linear
+    shape: tuple[int, int]
+    tile: TileShape
+    ranks: Ranks
+
+    def draw(self) -> Tensor:
+        """This rank's rows ``[rows here, K]``; called again in this micro-batch, the same."""
+
+
+class Objective(Protocol):
+    """What of a recipe says how a model's loss is computed (`patch.learn.recipe.Recipe` has the fields)."""
+
+    @property
+    def distillation(self) -> float: ...
+    @property
+    def block_distillation(self) -> float: ...
+    @property
+    def follows_dense(self) -> bool: ...
+    @property
+    def activation_checkpointing(self) -> bool: ...
+
+
+def drawn(linears: Sequence[Drawn]) -> list[Tensor]:
     """The masked weights ``[N, K]`` of a block, from all ranks."""
     if not linears:
         return []
@@ -128,7 +153,7 @@ class _DrawnAhead:
     its masks, while the block before it is still at its own. Blocks must run in their order, each once a micro-batch.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[MaskedLinear]], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Sequence[Drawn]], device: torch.device) -> None:
         self._blocks = blocks
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
@@ -144,10 +169,10 @@ class _DrawnAhead:
     def weights(self, block: int) -> list[Tensor]:
         """Those of one block; begins to draw those of the next."""
         self._draw(block + 1)
-        weights, drawn = self._ahead.pop(block)
-        if drawn:
+        weights, ready = self._ahead.pop(block)
+        if ready:
             here = torch.cuda.current_stream()
-            here.wait_event(drawn)
+            here.wait_event(ready)
             for weight in weights:
                 # Its memory may serve this object's stream again only when the stream here has done with it.
                 weight.record_stream(here)
@@ -156,11 +181,11 @@ class _DrawnAhead:
     def _draw(self, block: int) -> None:
         if block < len(self._blocks):
             with torch.cuda.stream(self._stream):
-                weights = _drawn(self._blocks[block])
+                weights = drawn(self._blocks[block])
                 self._ahead[block] = weights, self._stream.record_event() if self._stream else None
 
 
-class _MaskedBlock:
+class MaskedBlock:
     """Stands in for a decoder block's forward, with the weights of its linears masked.
 
     The masked weights lie over the parameters as attributes of the same name for as long as the block runs. It may run
@@ -168,7 +193,7 @@ class _MaskedBlock:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], linears: Sequence[MaskedLinear], weights: Callable[[], list[Tensor]]
+        self, forward: Callable[..., Any], linears: Sequence[Drawn], weights: Callable[[], list[Tensor]]
     ) -> None:
         self._forward = forward
         self._linears = linears
@@ -213,12 +238,12 @@ class Losses:
     """
 
     def __init__(
-        self, model: nn.Module, linears: Mapping[str, MaskedLinear], recipe: Recipe, compiled: bool, ahead: bool
+        self, model: nn.Module, linears: Mapping[str, Drawn], recipe: Objective, compiled: bool, ahead: bool
     ) -> None:
         self._model = model
         self._recipe = recipe
         self._loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_loss) if compiled else _loss
-        self._distance: Callable[..., Tensor] = torch.compile(_distance) if compiled else _distance
+        self._distance: Callable[..., Tensor] = torch.compile(distance) if compiled else distance
         self._plain: dict[nn.Module, Callable[..., Any]] = {}
         self._masked: dict[nn.Module, Callable[..., Any]] = {}
         by_module = {m.linear: m for m in linears.values()}
@@ -229,8 +254,8 @@ class Losses:
             self._ahead = _DrawnAhead(linears_of, next(iter(by_module)).weight.device)
         for index, (block, here) in enumerate(zip(blocks, linears_of, strict=True)):
             forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
-            weights = functools.partial(self._ahead.weights, index) if self._ahead else functools.partial(_drawn, here)
-            masked: Callable[..., Any] = _MaskedBlock(forward, here, weights)
+            weights = functools.partial(self._ahead.weights, index) if self._ahead else functools.partial(drawn, here)
+            masked: Callable[..., Any] = MaskedBlock(forward, here, weights)
             if recipe.activation_checkpointing:
                 # Not transformers' own switch, which works only in training mode, where dropout is on.
                 masked = functools.partial(checkpoint, masked, use_reentrant=False, preserve_rng_state=False)
@@ -277,7 +302,7 @@ def _loss(logits: Tensor, targets: Tensor, dense: Tensor | None, distillation: f
     return (1 - distillation) * cross_entropy + distillation * divergence, cross_entropy
 
 
-def _distance(ours: Tensor, dense: Tensor) -> Tensor:
+def distance(ours: Tensor, dense: Tensor) -> Tensor:
     """Squared distance of hidden states ``[sequences, length, features]`` over the dense ones' square, a token's mean.
 
     Token by token, since a few, such as the first, have states that are larger than all others together.

@@ -167,35 +167,35 @@ class Recipe:
     tile_tau: Span | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, get_args(Mode))
-        _check_choice("weight_penalty_kind", self.weight_penalty_kind, get_args(WeightPenalty))
-        _check_choice("density", self.density, get_args(Density))
-        _check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
-        _check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
-        _check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("weight_penalty_kind", self.weight_penalty_kind, get_args(WeightPenalty))
+        check_choice("density", self.density, get_args(Density))
+        check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
+        check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
+        check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):
-            _check_whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least)
         for name in ("checkpoint_every", "log_every"):
-            _check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         if self.batch % self.microbatch:
             raise UserError(
                 f"recipe: microbatch {self.microbatch} does not divide batch {self.batch}: choose one that does"
             )
         for name in ("lr", "eps", "logit_std"):
-            self._set(name, _number(name, getattr(self, name), positive=True))
+            self._set(name, number(name, getattr(self, name), positive=True))
         for name in ("lr_end", "weight_decay", "pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"):
-            self._set(name, _number(name, getattr(self, name), positive=False))
+            self._set(name, number(name, getattr(self, name), positive=False))
         for name in ("distillation", "block_distillation"):
-            self._set(name, _number(name, getattr(self, name), positive=False))
+            self._set(name, number(name, getattr(self, name), positive=False))
         if self.clip is not None:
-            self._set("clip", _number("clip", self.clip, positive=True))
+            self._set("clip", number("clip", self.clip, positive=True))
         for name in ("tau", "pattern_scale", "tile_scale"):
-            self._set(name, _span(name, getattr(self, name), positive=True))
+            self._set(name, span(name, getattr(self, name), positive=True))
         if self.tile_tau is not None:
-            self._set("tile_tau", _span("tile_tau", self.tile_tau, positive=True))
-        self._set("betas", _span("betas", self.betas, positive=False))
+            self._set("tile_tau", span("tile_tau", self.tile_tau, positive=True))
+        self._set("betas", span("betas", self.betas, positive=False))
         if max(self.betas) >= 1:
             raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
         if self.mode == "maskllm" and self.tile_ranking == "model":
@@ -224,19 +224,13 @@ class Recipe:
         """The settings of step 0, 1, ... ``steps - 1``."""
         progress = step / max(1, self.steps)
         return Settings(
-            lr=self._lr(step),
+            lr=learning_rate(step, self.steps, self.warmup, self.lr, self.lr_end),
             tau=_linear(self.tau, progress),
             pattern_scale=_linear(self.pattern_scale, progress),
             tile_tau=_linear(self.tile_tau or self.tau, progress),
             tile_scale=_linear(self.tile_scale, progress),
             weight_penalty=self.weight_penalty * (1 - progress),
         )
-
-    def _lr(self, step: int) -> float:
-        if step < self.warmup:
-            return self.lr * step / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 HOW_IT_RUNS = frozenset(each.name for each in dataclasses.fields(Recipe) if each.metadata.get("running"))
@@ -254,31 +248,39 @@ def spelled(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def learning_rate(step: int, steps: int, warmup: int, lr: float, lr_end: float) -> float:
+    """Rises linearly from 0 to ``lr`` in the warm-up, from which a cosine leads down to ``lr_end`` at the last step."""
+    if step < warmup:
+        return lr * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def _linear(span: Span, progress: float) -> float:
     return span[0] + (span[1] - span[0]) * progress
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"recipe: {name} {value!r}: give one of {', '.join(choices)}")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"recipe: {name} {value!r}: give a whole number from {least}")
 
 
-def _number(name: str, value: object, positive: bool) -> float:
+def number(name: str, value: object, positive: bool) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not real or value < 0 or (positive and value == 0):  # type: ignore[operator]
         raise UserError(f"recipe: {name} {value!r}: give a {'positive number' if positive else 'number from 0'}")
     return float(value)  # type: ignore[arg-type]
 
 
-def _span(name: str, value: object, positive: bool) -> Span:
+def span(name: str, value: object, positive: bool) -> Span:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise UserError(f"recipe: {name} {value!r}: give two numbers")
-    return _number(name, value[0], positive), _number(name, value[1], positive)
+    return number(name, value[0], positive), number(name, value[1], positive)
 
 
 # Hourri et al., PATCH: settings of each run as the released code's table has them. That code ran transformers' Trainer,

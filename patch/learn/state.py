@@ -3,22 +3,17 @@
 A checkpoint holds the whole of what ranks divide, so one that any number of processes wrote serves any other number.
 """
 
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patch.errors import UserError
-from patch.files import check_seal, replacing, seal
+from patch.learn import saved
 from patch.learn.distributed import Ranks
 from patch.learn.masked_model import MaskedLinear
 from patch.learn.recipe import ADDED_DEFAULTS, Recipe
 
-CHECKPOINT = "learner.pt"
 FORMAT = 2
 
 # Of AdamW, a tensor like the logits each.
@@ -96,13 +91,7 @@ class State:
             "learned": learned,
             "logged": logged,
         }
-        try:
-            with replacing(self.path, one_writer=True) as temporary:
-                with open(temporary, "wb") as file:
-                    torch.save(state, file)
-                seal(temporary)
-        except RuntimeError as error:
-            raise OSError(f"cannot write the learner's checkpoint {self.path}: {error}") from error
+        saved.write(self.path, state)
 
     def resume(self) -> None:
         """Take up the checkpoint, if there is one.
@@ -112,14 +101,12 @@ class State:
         """
         if not self.path.exists():
             return
-        with _undamaged(self.path):
-            check_seal(self.path)
-            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            version, fingerprint = state["format"], state["fingerprint"]
-        if version != FORMAT:
-            raise UserError(f"{self.path} has format {version}, this version reads {FORMAT}: remove it to start over")
-        self._check_fingerprint(fingerprint)
-        with _undamaged(self.path), torch.no_grad():
+        state = saved.read(self.path, FORMAT)
+        with saved.undamaged(self.path):
+            fingerprint = state["fingerprint"]
+        # A field that is younger than the checkpoint was at its default.
+        saved.check_same_run(self.path, self._fingerprint, fingerprint, ADDED_DEFAULTS)
+        with saved.undamaged(self.path), torch.no_grad():
             self.step, self.history, self.unlogged = state["step"], state["history"], state["unlogged"]
             for name, logits in self.logits.items():
                 learned = state["learned"][name]
@@ -151,29 +138,3 @@ class State:
         linear, what = name.rsplit("/", 1)
         m = self.linears[linear]
         return whole[m.tiles_here] if what == "tiles" else whole[:, m.here]
-
-    def _check_fingerprint(self, found: dict[str, Any]) -> None:
-        differing = [name for name, value in self._fingerprint.items() if found.get(name) != value]
-        if "recipe" in differing:
-            # A field that is younger than the checkpoint was at its default.
-            ours, theirs = self._fingerprint["recipe"], ADDED_DEFAULTS | found.get("recipe", {})
-            differing.remove("recipe")
-            differing += [f"recipe.{name}" for name in ours if theirs.get(name) != ours[name]]
-        if differing:
-            raise UserError(
-                f"{self.path} belongs to another run ({', '.join(differing)} differ): "
-                "remove it or choose another folder"
-            )
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """Anything that reading a checkpoint can raise becomes one line that names the file."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        # A RuntimeError too, but the file is not to blame for it.
-        raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason}): remove it to start over") from error

@@ -11,8 +11,8 @@ holds one block, the hidden states of the windows and the statistics of that blo
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -98,7 +98,7 @@ def calibrate(
     _check_windows(model, windows)
     if batch < 1:
         raise UserError(f"calibration batch {batch}: must be at least one window")
-    return _stream(model, windows.long(), torch.device(device), batch, statistic)
+    return _stream(model, windows, torch.device(device), batch, statistic)
 
 
 def _stream(
@@ -108,20 +108,65 @@ def _stream(
     batch: int,
     statistic: Callable[[int, torch.device], S],
 ) -> Generator[Block[S], None, None]:
+    last = len(decoder_blocks(model)) - 1
+    with in_turn(model, windows, device, batch) as (states, turns):
+        for turn in turns:
+            weights = _weights(model, turn.block)
+            statistics = _observe(turn, weights, states, lambda k: statistic(k, device))
+            yield Block(turn.index, weights, statistics)
+            # The caller's loop variable still holds the block while the next one is calibrated; its statistics,
+            # the largest thing on the device, must not stay.
+            statistics.clear()
+            if turn.index < last:
+                _advance(turn, states)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A decoder block that is on the device now, and runs as the model runs it.
+
+    Attributes:
+        index: its position among the decoder blocks.
+        block: itself.
+        calls: what it is called with beside hidden states, by the size of the batch.
+    """
+
+    index: int
+    block: nn.Module
+    calls: Mapping[int, _Call]
+
+    def run(self, state: Tensor) -> Tensor:
+        """The hidden states after the block, of those before it ``[batch, length, hidden]``."""
+        own = self.calls[len(state)]
+        output = self.block(state, *own.positional, **own.keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def in_turn(
+    model: nn.Module, windows: Tensor, device: Device, batch: int
+) -> Iterator[tuple[list[Tensor], Iterator[Turn]]]:
+    """The hidden states before the first block, one batch of ``windows`` after the other, and each block in turn.
+
+    The model stays where it is; a block is on ``device``, where the states are, until the next one is asked for. While
+    this lasts the model is in evaluation mode, without a cache.
+
+    Raises:
+        UserError: as `calibrate`.
+    """
+    device = torch.device(device)
+    _check_windows(model, windows)
     blocks = decoder_blocks(model)
     with evaluating(model), _without_cache(model), _one_expert_at_a_time(model):
-        states, calls = _record(model, blocks, windows.split(batch), device)
-        for index, block in enumerate(blocks):
-            with _placed(block, device):
-                call = {size: _moved(per_block[index], device) for size, per_block in calls.items()}
-                weights = _weights(model, block)
-                statistics = _observe(block, weights, states, call, lambda k: statistic(k, device))
-                yield Block(index, weights, statistics)
-                # The caller's loop variable still holds the block while the next one is calibrated; its statistics,
-                # the largest thing on the device, must not stay.
-                statistics.clear()
-                if index + 1 < len(blocks):
-                    _advance(block, states, call)
+        states, calls = _record(model, blocks, windows.long().split(batch), device)
+
+        def turns() -> Generator[Turn, None, None]:
+            for index, block in enumerate(blocks):
+                with _placed(block, device):
+                    yield Turn(index, block, {size: _moved(made[index], device) for size, made in calls.items()})
+
+        with closing(turns()) as each:
+            yield states, each
 
 
 def _check_windows(model: nn.Module, windows: Tensor) -> None:
@@ -306,16 +351,10 @@ def _moved(call: _Call, device: torch.device) -> _Call:
 
 
 @torch.no_grad()
-def _run(block: nn.Module, state: Tensor, call: dict[int, _Call]) -> Tensor:
-    own = call[len(state)]
-    output = block(state, *own.positional, **own.keywords)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _advance(block: nn.Module, states: list[Tensor], call: dict[int, _Call]) -> None:
+def _advance(turn: Turn, states: list[Tensor]) -> None:
     """Replace every hidden state by the block's output, one batch at a time so that both never lie there in full."""
     for position, state in enumerate(states):
-        states[position] = _run(block, state, call)
+        states[position] = turn.run(state)
 
 
 class _Taps(TorchFunctionMode):
@@ -347,10 +386,9 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 
 
 def _observe(
-    block: nn.Module,
+    turn: Turn,
     weights: dict[str, Tensor],
     states: list[Tensor],
-    call: dict[int, _Call],
     statistic: Callable[[int], S],
 ) -> dict[str, S]:
     """Statistics of what each matrix is multiplied with over all batches.
@@ -361,7 +399,7 @@ def _observe(
     statistics: dict[str, S] = {}
     for sharing in (True, False):
         statistics.clear()
-        if _gather(block, weights, states, call, statistic, statistics, sharing):
+        if _gather(turn, weights, states, statistic, statistics, sharing):
             break
     if unseen := [name for name in weights if name not in statistics]:
         raise UserError(
@@ -375,10 +413,9 @@ def _observe(
 
 
 def _gather(
-    block: nn.Module,
+    turn: Turn,
     weights: dict[str, Tensor],
     states: list[Tensor],
-    call: dict[int, _Call],
     statistic: Callable[[int], S],
     statistics: dict[str, S],
     sharing: bool,
@@ -403,10 +440,10 @@ def _gather(
             statistics[name].add(inputs.reshape(-1, inputs.shape[-1]).float(), windows)
         last = leader, inputs
 
-    with _Taps(weights, tap):
+    with _Taps(weights, tap), torch.no_grad():
         for state in states:
             windows, last = len(state), None
-            _run(block, state, call)
+            turn.run(state)
             if not agree:
                 return False
     return all(calls[name] == calls[leader] for name, leader in leaders.items())

@@ -16,7 +16,7 @@ from tiny_study import tiny_trials
 
 from experiments.run.store import Store
 from patch.checkpoint import load_masks
-from patch.learn.state import CHECKPOINT
+from patch.learn.saved import CHECKPOINT
 from slurm import plan, torchrun
 from slurm.cluster import Launch
 from slurm.plan import Step

@@ -34,6 +34,7 @@ PARSED = (
     "hts audit learned",
     "hts eval learned",
     "torchrun --nproc-per-node 8 -m experiments learn",
+    "torchrun --nproc-per-node 4 -m experiments recover",
     "hts run frontier",
     "hts run smollm2-oneshot --data DIR",
     "hts publish runs",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.run.signals import SIGNALS, deferred_signals
-from patch.learn.state import CHECKPOINT
+from patch.learn.saved import CHECKPOINT
 
 every_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 

@@ -14,9 +14,10 @@ import torch
 from tiny_learner import RAGGED, SHORT, magnitude_prior, tiny_model, words
 
 from patch.errors import UserError
+from patch.learn.descent import Stopped
 from patch.learn.distributed import ALONE, Ranks, joined
-from patch.learn.learner import Stopped, learn
-from patch.learn.state import CHECKPOINT
+from patch.learn.learner import learn
+from patch.learn.saved import CHECKPOINT
 
 MODES = ["joint", "tile", "maskllm"]
 STEPS = 6

@@ -28,13 +28,14 @@ from transformers import (
 from patch.budget import cut_globally
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
-from patch.learn import learner, soft_mask
+from patch.learn import cuda_graph, soft_mask
 from patch.learn import prior as prior_of_learning
-from patch.learn.learner import Implementation, Learned, LearningDiverged, Stopped, learn
+from patch.learn.descent import LearningDiverged, Stopped
+from patch.learn.learner import Implementation, Learned, learn
 from patch.learn.prior import RANKED_BY, Prior
 from patch.learn.recipe import Recipe, Temperatures
+from patch.learn.saved import CHECKPOINT
 from patch.learn.sensitivity import tile_sensitivity
-from patch.learn.state import CHECKPOINT
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, tile_grid, tile_sizes, tile_sums
 
 MODES = ["joint", "tile", "maskllm"]
@@ -247,7 +248,7 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
 
         def __call__(self) -> Tensor:
             self.function()
-            for masked in self.after_failure.__self__._run._linears.values():
+            for masked in self.after_failure.__self__._drop_gradients.__self__._linears.values():
                 masked.sums = tuple(torch.full_like(total, torch.nan) for total in masked.sums)
             self.after_failure()
             return self.function()
@@ -255,7 +256,7 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(learner, "Replayed", Failing)
+    monkeypatch.setattr(cuda_graph, "Replayed", Failing)
     recipe = dataclasses.replace(SHORT[mode], batch=2)
     outcomes = [
         run(

@@ -22,8 +22,8 @@ from patch.learn import philox, soft_mask, soft_mask_triton
 from patch.learn.learner import Implementation, Learned, learn
 from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Temperatures
+from patch.learn.saved import CHECKPOINT
 from patch.learn.soft_mask import Masked
-from patch.learn.state import CHECKPOINT
 from patch.mask import TileShape, best_patterns, tile_grid, tile_sums
 
 GPU = torch.cuda.is_available()

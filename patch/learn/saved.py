@@ -1,0 +1,80 @@
+"""A run's state on disk: there in full or not at all, with a hash that is verified, and of one run."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patch.errors import UserError
+from patch.files import check_seal, replacing, seal
+
+CHECKPOINT = "learner.pt"
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of tensors and plain data.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        with replacing(path, one_writer=True) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+            seal(temporary)
+    except RuntimeError as error:
+        raise OSError(f"cannot write the learner's checkpoint {path}: {error}") from error
+
+
+def read(path: Path, version: int) -> dict[str, Any]:
+    """The state that `write` wrote, its tensors on the CPU, read as they are used.
+
+    Args:
+        version: what its ``format`` must be.
+
+    Raises:
+        UserError: if it is damaged, or of another format.
+    """
+    with undamaged(path):
+        check_seal(path)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = state["format"]
+    if found != version:
+        raise UserError(f"{path} has format {found}, this version reads {version}: remove it to start over")
+    return state
+
+
+def check_same_run(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], younger: Mapping[str, Any]) -> None:
+    """Raise if a state is of another run: one of its parts is not ours; of the recipe, the field is named.
+
+    Args:
+        younger: defaults of fields of the recipe that the state may be older than.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differing = [name for name, value in ours.items() if theirs.get(name) != value]
+    if "recipe" in differing:
+        recipe, other = ours["recipe"], dict(younger) | theirs.get("recipe", {})
+        differing.remove("recipe")
+        differing += [f"recipe.{name}" for name in recipe if other.get(name) != recipe[name]]
+    if differing:
+        raise UserError(
+            f"{path} belongs to another run ({', '.join(differing)} differ): remove it or choose another folder"
+        )
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Anything that reading a checkpoint can raise becomes one line that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        # A RuntimeError too, but the file is not to blame for it.
+        raise
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason}): remove it to start over") from error

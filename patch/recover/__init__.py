@@ -1,0 +1,1 @@
+"""Recovery: training what a mask keeps, with the mask as it is, towards the dense model."""
