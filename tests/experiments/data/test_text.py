@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.data import text
+from experiments.data import python_source, text
 from experiments.data.text import (
     Documents,
     TokenStream,
@@ -446,3 +446,98 @@ def test_a_damaged_token_cache_is_made_again(tmp_path: Path, place: float) -> No
     assert np.array_equal(token_stream(source, tokenizer, 16, 0, tmp_path).tokens, before)
     cache.write_bytes(b"")
     assert np.array_equal(token_stream(source, tokenizer, 16, 0, tmp_path).tokens, before)
+
+
+def test_the_files_of_a_directory_are_documents(tmp_path: Path) -> None:
+    for name, content in {
+        "b/two.py": b"two = 2\n",
+        "a.py": "eins = 'é'\n".encode(),
+        "copy.py": b"two = 2\n",
+        "notes.md": b"# notes\n",
+        "picture.png": b"\x89PNG\xff\xfe",
+        "zeros.bin": b"a\0b",
+        "empty.py": b"",
+        ".git/config": b"hidden",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert load_documents(str(tmp_path), None).texts == ("eins = 'é'\n", "two = 2\n", "# notes\n")
+    assert load_documents(f"{tmp_path}/**/*.py", None).texts == ("eins = 'é'\n", "two = 2\n")
+    assert load_documents(f"{tmp_path}/b/*.py", None).texts == ("two = 2\n",)
+    with pytest.raises(UserError, match="there is no file"):
+        check_source(f"{tmp_path}/*.rs", None)
+
+
+def two_sources(folder: Path) -> tuple[str, str]:
+    paths = (folder / "small.txt", folder / "large.txt")
+    for path, words, letter in zip(paths, (400, 4000), "xy", strict=True):
+        path.write_text(" ".join([letter] * words))
+    return str(paths[0]), str(paths[1])
+
+
+def test_a_mixture_by_weight_gives_each_source_its_share(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    small, large = two_sources(tmp_path)
+    mixed = load_documents(f"3*{small}+1*{large}", None)
+    assert [share for share, _ in mixed.parts] == [0.75, 0.25]
+    assert mixed.sha256 not in {load_documents(each, None).sha256 for each in (small, large, f"{small}+{large}")}
+    stream = token_stream(mixed, tokenizer, 8, 0, tmp_path)
+    x, y = (plain(tokenizer, f" {letter}")[-1] for letter in "xy")
+    for step in (0, 7):
+        windows = stream.batch(step, 16)
+        of_small = sum(bool((window == x).any()) and not bool((window == y).any()) for window in windows)
+        assert abs(of_small - 12) <= 1, "any stretch has its share, the small source beginning anew"
+    assert torch.equal(torch.cat([stream.batch(2, 8), stream.batch(3, 8)]), stream.batch(1, 16))
+    drawn = calibration_windows(mixed, tokenizer, 8, 8, 0)
+    assert sum(bool((window == x).any()) for window in drawn) == 6
+    with pytest.raises(UserError, match="not of a mixture by weight"):
+        perplexity_windows(mixed, tokenizer, 8)
+
+
+def test_every_window_of_a_mixture_comes_as_often(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    one, other = tmp_path / "1.txt", tmp_path / "2.txt"
+    for path, seed in ((one, 1), (other, 2)):
+        path.write_text(prose(300, seed))
+    stream = token_stream(load_documents(f"0.5*{one}+0.5*{other}", None), tokenizer, 16, 3, tmp_path)
+    seen = [tuple(window.tolist()) for window in stream.batch(0, stream.windows)]
+    assert len(set(seen)) >= stream.windows - 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("0.5*novels+wiki_leads", "give every part a weight"),
+        ("0*novels+1*wiki_leads", "a weight of 0"),
+        ("0.5*novels+0.5*novels", "give every part a weight, once each"),
+        ("0.5*novels+0.5*wiki_lead", "did you mean wiki_leads"),
+    ],
+)
+def test_weights_that_make_no_sense(source: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with lzma.open(tmp_path / "train" / "novels96.jsonl.xz", "wt") as file:
+        file.write('{"text": "a"}\n')
+    with pytest.raises(UserError, match=message):
+        check_source(source, tmp_path)
+
+
+def test_python_source_is_collected_once_with_whole_packages_held_out(tmp_path: Path) -> None:
+    code = "".join(f"def function_{number}() -> int:\n    return {number}\n" for number in range(40))
+    files = {
+        "one/a.py": code,
+        "one/copy.py": code,
+        "one/tests/test_a.py": code.replace("function", "test"),
+        "one/short.py": "x = 1\n",
+        "one/table.py": "x = [" + "1, " * 2000 + "]\n",
+        "one/made_pb2.py": code.replace("function", "made"),
+        "rich/b.py": code.replace("function", "rich"),
+    }
+    for name, content in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(content)
+    sizes = python_source.collect(tmp_path / "root", tmp_path / "data")
+    learned, reported = (load_documents(name, tmp_path / "data").texts for name in ("python", "python/test"))
+    assert learned == (code,) and reported == (files["rich/b.py"],)
+    assert sizes == (len(code), len(files["rich/b.py"]))
+    with pytest.raises(UserError, match="packages that are held out"):
+        python_source.collect(tmp_path / "root" / "one", tmp_path / "other")
+    with pytest.raises(UserError, match="no such directory"):
+        python_source.collect(tmp_path / "nowhere", tmp_path / "other")
