@@ -6,7 +6,14 @@ import random
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How fast a machine is decides no test: neither that of an example, nor that of making one.
+hypothesis.settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-machine")
 
 # As many processes as cores run tests: threads of their own, which wait for each other spinning, would only slow them.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -37,7 +37,7 @@ def items() -> list[dict[str, Any]]:
 
 class TestTokenizer:
     @given(text=st.text())
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_any_text_comes_back(self, tokenizer: Any, text: str) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 

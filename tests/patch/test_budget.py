@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from patch.budget import UniformBudget, cut_globally
@@ -38,7 +38,6 @@ def test_global_cut_is_the_nearest_that_whole_tiles_allow(tile: tuple, target: f
         assert sparse.max() <= dense.min(), "a tile was made sparse while one with a lower score stayed dense"
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), target=st.floats(0, 0.5))
 def test_uniform_budget_carries_rounding_across_weights(seed: int, target: float) -> None:
     scores, sizes = scores_and_sizes((16, 32), seed)

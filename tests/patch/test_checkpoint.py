@@ -204,7 +204,7 @@ def test_unstructured_has_no_masks(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nibbles_round_trip(rows: int, groups: int, seed: int) -> None:
     patterns = torch.randint(0, 6, (rows, groups), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = checkpoint._pack_nibbles(patterns)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from patch.errors import UserError
@@ -93,7 +93,6 @@ def test_tile_sizes_sums_and_expansion_agree_with_loops(shape: tuple, tile: tupl
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=8, max_size=8), min_size=1, max_size=6))
-@settings(deadline=None)
 def test_best_patterns_keep_the_two_largest_and_prefer_the_earlier(rows: list[list[int]]) -> None:
     keep = decode_patterns(best_patterns(torch.tensor(rows)))
     for row, kept in zip(rows, keep.tolist(), strict=True):

@@ -1,10 +1,9 @@
 """Learning in several processes: they meet, one failure is told with its cause, and a signal stops and saves all."""
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import psutil
 import pytest
 import rank_stubs
 from dev_cluster import REPOSITORY, wait_until
+from forked import Python
 from tiny_study import tiny_trials
 
 from experiments.run.store import Store
@@ -63,11 +63,8 @@ def test_two_nodes_meet_at_the_first(tmp_path: Path) -> None:
     )
     common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
     common["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
-    tasks = [
-        subprocess.Popen([sys.executable, "-c", script, str(out)], env=os.environ | common | {"SLURM_NODEID": node})
-        for node in ("0", "1")
-    ]
-    assert [task.wait(120) for task in tasks] == [0, 0]
+    tasks = [Python(script, out, environment=common | {"SLURM_NODEID": node}) for node in ("0", "1")]
+    assert [task.wait() for task in tasks] == [0, 0], [task.stderr for task in tasks]
     met = introductions(out)
     assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "0")}
 
@@ -125,13 +122,14 @@ from slurm.cluster import Launch
 
 signal.signal(signal.SIGUSR2, lambda *_: print("requeued", flush=True))
 signal.signal(signal.SIGTERM, lambda *_: print("bypassed", flush=True))
+results, model, text = sys.argv[1:]
 pruning = build.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", Calibration("embedded/train", 4, 64),
+    model, "patch-joint", 0.45, (16, 16), text, Calibration(text, 4, 16),
     start=None, steps=100_000, batch=2, microbatch=2, length=32, activation_checkpointing=False,
     checkpoint_every=50_000,
 )
 try:
-    learn = partial(checkpoints.ensure_checkpoint, pruning, Store(Path(sys.argv[1])))
+    learn = partial(checkpoints.ensure_checkpoint, pruning, Store(Path(results)))
     torchrun.run(Launch(1, 2), learn, rank_stubs.cpu)
 except torchrun.Interrupted:
     print("interrupted", flush=True)
@@ -139,22 +137,25 @@ except torchrun.Interrupted:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_to_every_process_saves_and_ends_all(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_to_every_process_saves_and_ends_all(
+    number: signal.Signals, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     """As Slurm sends it: to the task, torch's agent, and the processes that learn, all at once."""
-    task = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=(tmp_path / "out").open("w"), start_new_session=True
-    )
+    task = Python(SCRIPT, tmp_path, tiny_model, tiny_text, session=True)
+    everyone: list[psutil.Process] = []
     try:
-        wait_until("they learn", lambda: "progress" in (tmp_path / "out").read_text(), 120)
+        wait_until("they learn", lambda: "progress" in task.stdout, 120)
         everyone = psutil.Process(task.pid).children(recursive=True)
         assert len(everyone) >= 3
         os.killpg(task.pid, number)
-        assert task.wait(60) == 0
+        assert task.wait(60) == 0, task.stderr
     finally:
-        for each in psutil.Process().children(recursive=True):
-            each.kill()
+        for each in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        task.kill()
     assert not any(each.is_running() for each in everyone)
     (state,) = tmp_path.glob(f"work/*/{CHECKPOINT}")
     assert state.stat().st_size and Store(tmp_path).leased() == {}
-    said = (tmp_path / "out").read_text().split()
+    said = task.stdout.split()
     assert said[-2:] == ["requeued" if number == signal.SIGUSR2 else "bypassed", "interrupted"]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Python
 from tiny_study import tiny_trials
 
 from experiments.run.store import Store
@@ -266,8 +267,8 @@ def test_ctrl_c_on_the_command_line_leaves_no_claim(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Store(Path(sys.argv[1])).lease('sweep'): os.kill(os.getpid(), signal.SIGINT)"
     )
-    outcome = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert "KeyboardInterrupt" in outcome.stderr
+    outcome = Python(script, tmp_path)
+    assert outcome.wait() and "KeyboardInterrupt" in outcome.stderr
     assert list((tmp_path / "locks").iterdir()) == []
     assert json.dumps(sorted(Store(tmp_path).leased())) == "[]"
 

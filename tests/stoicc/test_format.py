@@ -107,7 +107,7 @@ def test_round_trip_of_one_kind_only(shape: tuple[int, int], share: float) -> No
     assert packed.sparse_share == share
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_round_trip_of_any_shape(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 300), "n")

@@ -1,17 +1,17 @@
 """The life of a trial: complete, skipped when complete, killed and resumed, shared between processes."""
 
+import contextlib
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 
@@ -47,15 +47,12 @@ pipeline.run_trials(tiny_trials(model, text), Store(root), Machine("cpu", None, 
 """
 
 
-def start(model: Path, text: Path, root: Path) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", DRIVER, str(model), str(text), str(root)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+def start(model: Path, text: Path, root: Path) -> Python:
+    return Python(DRIVER, model, text, root)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+def finish(process: Python) -> None:
+    assert process.wait() == 0, process.stderr
 
 
 def measured(root: Path) -> dict[str, list[Any]]:
@@ -122,7 +119,6 @@ def test_a_complete_study_is_not_touched_again(undisturbed: tuple, tiny_model: P
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.thorough
 def test_killed_at_ten_random_moments_the_rows_are_the_same(
     undisturbed: tuple, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -133,16 +129,12 @@ def test_killed_at_ten_random_moments_the_rows_are_the_same(
     while process.poll() is None and not list(tmp_path.glob("rows/*/*.jsonl")):
         time.sleep(0.01)
     assert process.poll() is None, "no run was disturbed"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     for _ in range(9):
         process = start(tiny_model, tiny_text, tmp_path)
-        try:
-            # From the middle on: the first half goes to imports.
-            process.wait(timeout=seconds * rng.uniform(0.4, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds * rng.uniform(0.1, 1.0))
+        process.kill()
     finish(start(tiny_model, tiny_text, tmp_path))
     assert measured(tmp_path) == expected
     assert litter(tmp_path) == []

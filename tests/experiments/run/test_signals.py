@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Python
 
 from experiments.run.signals import SIGNALS, deferred_signals
 from patch.learn.saved import CHECKPOINT
@@ -89,23 +88,25 @@ from experiments.run.store import Store
 from pathlib import Path
 
 def progress(label, done, total):
-    if done == 2 and "patch-joint" in label and sys.argv[2] != "none":
-        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    if done == 2 and "patch-joint" in label and told != "none":
+        os.kill(os.getpid(), getattr(signal, told))
 
+results, model, text, told = sys.argv[1:]
 pruning = build.learned(
-    "embedded", "patch-joint", 0.45, (64, 64), "embedded/train", Calibration("embedded/train", 4, 64),
+    model, "patch-joint", 0.45, (16, 16), text, Calibration(text, 4, 16),
     start=None, steps=4, batch=2, microbatch=1, length=32, activation_checkpointing=False, checkpoint_every=100,
 )
-print(checkpoints.ensure_checkpoint(pruning, Store(Path(sys.argv[1])), Machine("cpu", None, progress)))
+print(checkpoints.ensure_checkpoint(pruning, Store(Path(results)), Machine("cpu", None, progress)))
 """
 
 
-def test_a_process_that_is_told_to_stop_saves_and_obeys(tmp_path: Path) -> None:
+def test_a_process_that_is_told_to_stop_saves_and_obeys(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     name = "SIGTERM"
 
-    def run(told: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", LEARN, str(tmp_path), told]
-        return subprocess.run(command, capture_output=True, text=True, timeout=180)
+    def run(told: str) -> Python:
+        process = Python(LEARN, tmp_path, tiny_model, tiny_text, told)
+        process.wait()
+        return process
 
     stopped = run(name)
     assert stopped.returncode == -getattr(signal, name), stopped.stderr

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from dev_cluster import wait_until
+from forked import Python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,14 +118,13 @@ with Store(Path(sys.argv[1])).lease("trial-x") as mine:
 
 @pytest.fixture
 def owner(tmp_path: Path):  # type: ignore[no-untyped-def]
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline().strip() == "True"
+    process = Python(HOLDER, tmp_path)
+    wait_until("it holds the lease", lambda: process.stdout == "True\n")
     yield process
     process.kill()
-    process.wait()
 
 
-def test_a_lease_keeps_others_out_until_its_owner_dies(tmp_path: Path, owner: subprocess.Popen) -> None:
+def test_a_lease_keeps_others_out_until_its_owner_dies(tmp_path: Path, owner: Python) -> None:
     store = Store(tmp_path)
     with store.lease("trial-x", wait=False) as mine:
         assert not mine
@@ -138,7 +139,7 @@ def test_a_lease_keeps_others_out_until_its_owner_dies(tmp_path: Path, owner: su
     assert list((tmp_path / "locks").iterdir()) == []
 
 
-def test_waiting_for_a_lease_ends_when_its_owner_does(tmp_path: Path, owner: subprocess.Popen) -> None:
+def test_waiting_for_a_lease_ends_when_its_owner_does(tmp_path: Path, owner: Python) -> None:
     killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.5); os.kill({owner.pid}, 9)"])
     started = time.monotonic()
     with Store(tmp_path).lease("trial-x") as mine:

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from tiny_learner import RAGGED, SHORT, magnitude_prior, tiny_model, words
 
 from patch.errors import UserError
@@ -82,20 +80,15 @@ def learn_with(
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
     arguments = [folders, mode, str(work), str(out), str(stop_at), device]
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Python(CHILD, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
     try:
-        errors = [child.communicate(timeout=600)[1] for child in children]
+        codes = [child.wait(600) for child in children]
     finally:
         for child in children:
             child.kill()
-    assert all(child.returncode == 0 for child in children), errors
+    assert codes == [0] * size, [child.stderr for child in children]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -133,7 +126,6 @@ def test_a_process_that_holds_no_rows_takes_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
-@pytest.mark.thorough
 def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
     undisturbed, *_ = learn_with(before, "joint", tmp_path / "whole", tmp_path / "whole-out")
     stopped = learn_with(before, "joint", tmp_path / "work", tmp_path / "stopped", stop_at=3)

@@ -4,8 +4,6 @@ import dataclasses
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Python
 from tiny_learner import RAGGED, SHORT, VOCABULARY, magnitude_prior, tiny_model, words
 from torch import Tensor, nn
 from transformers import (
@@ -696,8 +695,8 @@ t.run(t.tiny_model(), t.SHORT["joint"], Path(sys.argv[2]), on_step=on_step)
 def test_a_killed_process_is_continued_bit_by_bit(moment: str, tmp_path: Path) -> None:
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
     arguments = [folders, str(tmp_path / "killed"), str(torch.get_num_threads()), moment]
-    child = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, timeout=120)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = Python(CHILD, *arguments)
+    assert child.wait() == -signal.SIGKILL, child.stderr
     state = torch.load(tmp_path / "killed" / CHECKPOINT)
     assert state["step"] == (4 if moment == "between-checkpoints" else 2)
     resumed = run(tiny_model(), SHORT["joint"], tmp_path / "killed")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,14 +28,12 @@ def kept_by_sorting(scores: list[float], dropped: int) -> list[bool]:
 SCORES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.25]), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(scores=SCORES, share=st.floats(0, 1))
 def test_exactly_the_lowest_are_dropped_ties_by_position(scores: list[float], share: float) -> None:
     count = round(share * len(scores))
     assert drop_lowest(torch.tensor(scores), count).tolist() == kept_by_sorting(scores, count)
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 5), cols=st.integers(1, 24), sparsity=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 99)
 )
@@ -55,7 +53,6 @@ def two_four_by_sorting(scores: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 7),
     groups=st.integers(1, 6),
