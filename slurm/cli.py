@@ -5,7 +5,18 @@ from typing import Annotated, Any
 import typer
 
 from experiments.cli import app
-from experiments.cli.options import DEFAULT_RESULTS, Data, Device, Results, Study, Where, console, trials_of
+from experiments.cli.options import (
+    DEFAULT_RESULTS,
+    Data,
+    Device,
+    Results,
+    Study,
+    Track,
+    Where,
+    console,
+    tracked,
+    trials_of,
+)
 from patch.errors import UserError, check_name
 
 PerStage = Annotated[
@@ -33,6 +44,7 @@ def sweep(
     retry_failed: Annotated[bool, typer.Option(help="Also what failed before.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything and print what would be submitted.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies with trials and estimated cost.")] = False,
+    track: Track = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
@@ -42,6 +54,7 @@ def sweep(
     Submits what is neither done, nor running, nor in the queue; say it again whenever jobs were lost. Jobs that are
     preempted or reach their time limit requeue themselves and go on from their last checkpoint.
     """
+    tracked(track)
     from slurm import cluster as clusters
     from slurm import commands
 

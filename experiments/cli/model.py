@@ -18,10 +18,12 @@ from experiments.cli.options import (
     Refit,
     Results,
     Tile,
+    Track,
     console,
     listed,
     machine_on,
     tile_shape,
+    tracked,
 )
 from experiments.cli.recipe import RECOVERY_SETTINGS, SETTINGS, changes, forecast, forecast_recovery, settings
 from patch.errors import UserError, check_name
@@ -113,6 +115,7 @@ def learn(
     refit: Refit = False,
     precision: Precision = None,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    track: Track = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
@@ -121,6 +124,7 @@ def learn(
 
     On several GPUs: torchrun --nproc-per-node 8 -m experiments learn MODEL ...
     """
+    tracked(track)
     from experiments.studies import build
     from experiments.studies.trial import Calibration
 
@@ -177,6 +181,7 @@ def recover(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
+    track: Track = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
@@ -197,6 +202,7 @@ def recover(
     from patch.checkpoint import copy_checkpoint
     from patch.positions import check_length
 
+    tracked(track)
     _check_out(out)
     usual = RecoveryRecipe()
     recovery = Recovery(text, dataclasses.replace(usual, **changes(set_ or [], usual)), seed)

@@ -1,5 +1,6 @@
 """What the commands of ``hts`` share: their options, the console, and the machine that they run on."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,24 @@ Precision = Annotated[
     str | None,
     typer.Option(help=f"Quantise what the mask keeps: {listed(PRECISIONS)}; INT4 on the calibration text."),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(envvar="HTS_TRACK", help="Where the curves of learning go beside TensorBoard: wandb or mlflow."),
+]
 
 DEFAULT_RESULTS = Path("runs")
+
+
+def tracked(track: str | None) -> None:
+    """Have this process, and those that it starts, send the curves of learning to a tracker.
+
+    Raises:
+        UserError: if it is unknown or not installed.
+    """
+    from patch.learn.tracking import TRACK, check_tracker
+
+    if track:
+        os.environ[TRACK] = check_tracker(track)
 
 
 def tile_shape(text: str) -> tuple[int, int]:

@@ -7,7 +7,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from experiments.cli.options import DEFAULT_RESULTS, Data, Device, Results, Study, Where, console, machine_on, trials_of
+from experiments.cli.options import (
+    DEFAULT_RESULTS,
+    Data,
+    Device,
+    Results,
+    Study,
+    Track,
+    Where,
+    console,
+    machine_on,
+    tracked,
+    trials_of,
+)
 from patch.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -26,6 +38,7 @@ def run(
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
+    track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the trials and what each still needs; run nothing.")] = False,
 ) -> None:
     """Run a study: every trial that is not complete, then its table and figures.
@@ -36,6 +49,7 @@ def run(
     from experiments.run import pipeline
     from experiments.run.store import Store
 
+    tracked(track)
     trials = trials_of(study, where)
     store = Store(results)
     if dry_run:

@@ -5,6 +5,7 @@ Of several processes that want the same checkpoint one makes it, and the others 
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
 from patch.learn.saved import CHECKPOINT as LEARNER_STATE
 from patch.learn.sensitivity import most_sensitive_tiles
+from patch.learn.tracking import TRACK
 from patch.mask import HybridMask
 from patch.oneshot import prune_model
 from patch.oneshot.gptq import quantise_model
@@ -380,6 +382,7 @@ def _learn(
             on_step=on_step,
             stop=stop,
             ranks=machine.ranks,
+            track=os.environ.get(TRACK),
         )
     with torch.no_grad():
         for name, linear in prunable_linears(model).items():

@@ -1,6 +1,7 @@
 """Recovering a checkpoint: its masks as they are, what they keep trained towards the dense model (`patch.recover`)."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from patch.errors import UserError
 from patch.files import read_json
 from patch.layers import coverage, decoder_blocks
 from patch.learn.saved import CHECKPOINT as STATE
+from patch.learn.tracking import TRACK
 from patch.recover.recovery import recover
 from patch.recover.run import Metrics
 from patch.structures import TILED
@@ -160,6 +162,7 @@ def recover_checkpoint(
             on_step=on_step,
             stop=stop,
             ranks=machine.ranks,
+            track=os.environ.get(TRACK),
         )
     spent = spending.facts()
     if machine.ranks.rank:

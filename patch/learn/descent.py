@@ -1,10 +1,9 @@
-"""What every run that descends a gradient shares, whatever it learns: tokens, clipping, its log, and how it ends."""
+"""What every run that descends a gradient shares, whatever it learns: tokens, clipping, and how it ends."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from patch.errors import UserError
 from patch.learn.distributed import Ranks
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class LearningDiverged(UserError):
@@ -82,17 +78,3 @@ def clip_together(parameters: Iterable[Tensor], most: float | None, ranks: Ranks
     if most is not None:
         clip_grads_with_norm_(parameters, most, norm)
     return norm
-
-
-@contextmanager
-def tensorboard(work: Path, step: int, ranks: Ranks) -> Iterator["SummaryWriter | None"]:
-    """The run's log in its folder, of rank 0 alone, which a run that goes on after ``step`` continues."""
-    if ranks.rank:
-        yield None
-        return
-    # Takes a second to import.
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an earlier process logged after its last checkpoint happens again.
-    with SummaryWriter(work / "tensorboard", purge_step=step + 1 if step else None) as board:
-        yield board

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from patch.budget import cut_globally
 from patch.learn import soft_mask
 from patch.learn.cuda_graph import Passes
-from patch.learn.descent import Stopped, check_finite, check_tokens, clip_together, tensorboard
+from patch.learn.descent import Stopped, check_finite, check_tokens, clip_together
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.masked_model import Losses, MaskedLinear, frozen
 from patch.learn.prior import Prior, content_digest, first_dense, masked_linears, ranks_the_model
@@ -40,6 +40,7 @@ from patch.learn.recipe import Recipe, Settings
 from patch.learn.saved import CHECKPOINT
 from patch.learn.soft_mask import SampledWeight
 from patch.learn.state import State
+from patch.learn.tracking import curves
 from patch.mask import GROUP, HybridMask, check_tile
 
 Metrics = Mapping[str, float]
@@ -107,6 +108,7 @@ def learn(
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     implementation: Implementation | None = None,
+    track: str | None = None,
 ) -> Learned:
     """Learn the masks of all prunable weights of a causal language model; the model itself stays as it is.
 
@@ -125,6 +127,7 @@ def learn(
         ranks: the processes that learn together, each of which calls this with the same arguments and gets the same
             outcome (`patch.learn.distributed`). One checkpoint serves any number of them.
         implementation: by default the fastest that the device allows.
+        track: where the curves go beside TensorBoard: wandb or mlflow.
 
     Raises:
         UserError: if target, tile, prior, model, tokens or the checkpoint in ``work`` do not fit.
@@ -156,11 +159,12 @@ def learn(
     if state.step < recipe.steps:
         if ranks.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
+        settings = {"sparsity": sparsity, "tile": "{}x{}".format(*tile), "seed": seed, **recipe.substance()}
         losses = Losses(model, linears, recipe, how.compiled, how.ahead)
         with (
             torch.enable_grad(),
             frozen(model),
-            tensorboard(work, state.step, ranks) as board,
+            curves(None if ranks.rank else work, state.step, settings, track) as places,
             closing(_Step(run, losses, how.captured)) as step,
         ):
             while state.step < recipe.steps:
@@ -170,12 +174,12 @@ def learn(
                     state.save()
                     raise Stopped(state.step, recipe.steps, state.path)
                 speed = {"tokens_per_second": recipe.batch * recipe.length / (time.perf_counter() - started)}
-                if board and state.history and state.history[-1]["step"] == state.step:
-                    for name, value in (state.history[-1] | speed).items():
-                        board.add_scalar(name, value, state.step)
+                if state.history and state.history[-1]["step"] == state.step:
+                    for place in places:
+                        place.log(state.step, state.history[-1] | speed)
                 if state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
-                    if board:
-                        board.flush()
+                    for place in places:
+                        place.flush()
                     state.save()
                 if on_step:
                     on_step(metrics | speed)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from patch.errors import UserError
 from patch.layers import decoder_blocks, require_linears
-from patch.learn.descent import tensorboard
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.saved import CHECKPOINT
+from patch.learn.tracking import curves
 from patch.mask import TileShape
 from patch.recover.blocks import recover_blocks
 from patch.recover.distil import Batches, Implementation, distil
@@ -66,6 +66,7 @@ def recover(
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     implementation: Implementation | None = None,
+    track: str | None = None,
 ) -> Recovered:
     """Train the kept weights; the dense ``model`` becomes the recovered one, its dropped weights exactly zero.
 
@@ -84,6 +85,7 @@ def recover(
         stop: asked before each pass; if true on any rank, the checkpoint is written and the run ends with `Stopped`.
         ranks: the processes that train together, each of which calls this with the same arguments.
         implementation: of the second phase; by default the fastest that the device allows.
+        track: where the curves go beside TensorBoard: wandb or mlflow.
 
     Raises:
         UserError: if model, masks, weights, tokens or the checkpoint in ``work`` do not fit.
@@ -110,12 +112,12 @@ def recover(
     if state.step < steps:
         if ranks.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
-        with tensorboard(work, state.step, ranks) as board:
+        settings = {"seed": seed, **recipe.substance()}
+        with curves(None if ranks.rank else work, state.step, settings, track) as places:
 
             def log(entry: Metrics) -> None:
-                if board:
-                    for name, value in entry.items():
-                        board.add_scalar(name, value, int(entry["step"]))
+                for place in places:
+                    place.log(int(entry["step"]), entry)
 
             timed = _with_speed(on_step, recipe) if on_step else None
             run = Run(recipe, kept, state, ranks, device, seed, steps, timed, stop, log)

@@ -19,6 +19,7 @@ import vllm.model_executor.parameter as vllm_parameter
 from served_models import FAMILIES, checkpoints
 from stoicc_hybrids import random_mask, random_weight
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -26,6 +27,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.plugins import load_general_plugins
 
 import stoicc
+from patch.checkpoint import load_masks
 from patch.errors import UserError
 from patch.mask import HybridMask
 from stoicc.linear import packed_modules
@@ -76,21 +78,14 @@ def test_greedy_tokens_are_those_of_the_masked_dense_model(served: tuple[Path, P
     assert as_saved == as_it_loads and tokens == expected
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_eight_bits_are_close(dtype: str, tmp_path: Path) -> None:
-    """The layers of a model as it loads are those that compile_model makes."""
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("int8", torch.int8)], ids=["fp8", "int8"])
+def test_eight_bits_as_they_load_and_as_they_were_saved(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     masked, _ = checkpoints("llama", tmp_path)
-    layers, *tokens = generated(masked, quantization=f"stoicc-{dtype}")
-    from transformers import AutoModelForCausalLM
-
-    from patch.checkpoint import load_masks
-
     model = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16)
-    stoicc.compile_model(model, load_masks(masked), dtype=torch.float8_e4m3fn if dtype == "fp8" else torch.int8)
-    for prompt, found in zip(PROMPTS, tokens, strict=True):
-        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-        assert wanted[0, len(prompt) :][0] == found[0]
-    assert layers > 0
+    stoicc.compile_model(model, load_masks(masked), dtype=dtype)
+    stoicc.save_packed(tmp_path / "eight", model)
+    layers, *tokens = generated(masked, quantization=f"stoicc-{name}")
+    assert layers > 0 and [layers, *tokens] == generated(tmp_path / "eight")
 
 
 def test_compiled_graphs_take_the_packed_layers(tmp_path: Path) -> None:
