@@ -6,6 +6,7 @@ from typing import Any
 SOURCES = {
     "wikitext2/test": "WikiText-2",
     "wikitext2/validation": "WikiText-2 validation",
+    "python/test": "Held-out Python",
     "embedded/test": "Held-out text",
     "embedded/validation": "Validation text",
 }
@@ -20,6 +21,7 @@ TASKS = {
     "race_subset": "RACE subset",
     "hellaswag": "HellaSwag",
     "lambada_openai": "LAMBADA",
+    "humaneval": "HumanEval",
     "wiki_continuation": "Continuation",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from analysis.rows import layout
 from experiments.data import models
 from experiments.run import pipeline
+from experiments.run.runtime import code_allowed
 from experiments.studies import cost
 from experiments.studies.trial import Trial
 from patch.errors import UserError
@@ -47,7 +48,7 @@ def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Clust
         UserError: naming the first thing that does not fit.
     """
     trials = list(trials)
-    pipeline.validate(trials, data)
+    pipeline.validate(trials, data, code_allowed())
     for model in dict.fromkeys(trial.pruning.model for trial in trials if not trial.evaluation.grid):
         models.fingerprint(model)
     for step in plan.steps(trials).values():

@@ -17,6 +17,7 @@ from experiments.cli.options import (
     Precision,
     Refit,
     Results,
+    RunsCode,
     Tile,
     Track,
     console,
@@ -240,6 +241,7 @@ def evaluate(
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
+    runs_code: RunsCode = False,
 ) -> None:
     """Evaluate a model or a checkpoint: perplexity (WikiText-2 by default) and tasks."""
     from analysis.rows.load import records
@@ -255,8 +257,8 @@ def evaluate(
         items.append(Perplexity(source, length or _window(model, data)))
     trial = Trial(build.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
     store = Store(results)
-    pipeline.validate([trial], data)
-    with machine_on(device, data) as machine:
+    pipeline.validate([trial], data, runs_code)
+    with machine_on(device, data, runs_code) as machine:
         pipeline.run_trial(trial, store, machine)
     table = Table(box=None, pad_edge=False)
     table.add_column("measured on", overflow="fold")

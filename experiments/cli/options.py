@@ -60,6 +60,15 @@ Track = Annotated[
     typer.Option(envvar="HTS_TRACK", help="Where the curves of learning go beside TensorBoard: wandb or mlflow."),
 ]
 
+RunsCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-generated-code",
+        envvar="HTS_RUN_GENERATED_CODE",
+        help="Let humaneval run programs that the model writes, in a sandbox.",
+    ),
+]
+
 DEFAULT_RESULTS = Path("runs")
 
 
@@ -110,7 +119,7 @@ _FIELDS = {
 
 
 @contextmanager
-def machine_on(device: str | None, data: Path | None) -> "Iterator[Machine]":
+def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -> "Iterator[Machine]":
     """The machine that trials run on, and progress on the console while they do."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -132,4 +141,4 @@ def machine_on(device: str | None, data: Path | None) -> "Iterator[Machine]":
     # Libraries' own bars would draw over this one.
     disable_progress_bar()
     with joined(device) as ranks, shown(console, quiet=ranks.rank > 0) as progress:
-        yield Machine(device, data, progress, ranks)
+        yield Machine(device, data, progress, ranks, runs_code)

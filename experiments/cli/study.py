@@ -12,6 +12,7 @@ from experiments.cli.options import (
     Data,
     Device,
     Results,
+    RunsCode,
     Study,
     Track,
     Where,
@@ -40,6 +41,7 @@ def run(
     device: Device = None,
     track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the trials and what each still needs; run nothing.")] = False,
+    runs_code: RunsCode = False,
 ) -> None:
     """Run a study: every trial that is not complete, then its table and figures.
 
@@ -59,10 +61,10 @@ def run(
             missing = pipeline.missing_stages(trial, store, can_time)
             console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}")
         return
-    pipeline.validate(trials, data)
+    pipeline.validate(trials, data, runs_code)
     console.print(f"{study}: {len(trials)} trials, results in {results}", soft_wrap=True)
     ended: list[Exception | None] = []
-    with machine_on(device, data) as machine:
+    with machine_on(device, data, runs_code) as machine:
 
         def report(trial: "Trial", error: Exception | None) -> None:
             ended.append(error)

@@ -36,6 +36,7 @@ from torch import nn
 
 from experiments import embedded
 from experiments.data.text import tokenizer_fingerprint
+from experiments.eval import humaneval
 from experiments.eval.scoring import Encoded, encode, score
 from patch.errors import UserError, check_name
 
@@ -167,6 +168,13 @@ def packed_items(right: Sequence[float]) -> str:
     return base64.b64encode(np.packbits(np.array(right, dtype=bool)).tobytes()).decode()
 
 
+def share_of(task: str, metric: str, right: Sequence[bool]) -> TaskResult:
+    """The share of items that are right, with the standard error of a mean as lm-eval has it."""
+    share, count = sum(right) / len(right), len(right)
+    stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+    return TaskResult(task, metric, share, stderr, count, 0, True, packed_items(right))
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedTasks:
     """Tasks with their data loaded and every prompt built; serves any number of models.
@@ -194,8 +202,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
             is named), or lm-eval not being installed.
     """
     for name in tasks:
-        check_name("task", name, [*TASKS, EMBEDDED_TASK])
-        if name != EMBEDDED_TASK and data is not None:
+        check_name("task", name, [*TASKS, EMBEDDED_TASK, humaneval.NAME])
+        if name in TASKS and data is not None:
             for file in TASKS[name].local.values():
                 if not (data / file).is_file():
                     raise UserError(f"task {name}: the data directory has no file {data / file}")

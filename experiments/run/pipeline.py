@@ -18,7 +18,7 @@ from torch import nn
 
 from analysis.rows.format import Fact
 from experiments.data import models, text
-from experiments.eval import perplexity, tasks
+from experiments.eval import humaneval, perplexity, tasks
 from experiments.run import grids, packed
 from experiments.run.checkpoints import ensure_checkpoint, facts_of
 from experiments.run.provenance import provenance
@@ -56,8 +56,11 @@ def missing_stages(trial: Trial, store: Store, can_time: bool = False) -> list[s
     ]
 
 
-def validate(trials: Iterable[Trial], data: Path | None) -> None:
+def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False) -> None:
     """Check what can be checked before work starts: models, tasks and local files.
+
+    Args:
+        runs_code: whether tasks may run programs that a model wrote.
 
     Raises:
         UserError: naming the first thing that is not there.
@@ -68,7 +71,10 @@ def validate(trials: Iterable[Trial], data: Path | None) -> None:
         for shape in models.linear_shapes(model):
             if tile:
                 tile_grid(shape, tile)
-    tasks.check_tasks(sorted({task for trial in trials for task in trial.evaluation.tasks}), data)
+    wanted = {task for trial in trials for task in trial.evaluation.tasks}
+    if humaneval.NAME in wanted:
+        humaneval.check(data, runs_code)
+    tasks.check_tasks(sorted(wanted), data)
     _check_lengths(trials, data)
     for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
         text.check_source(source, data)
@@ -254,16 +260,19 @@ def _task_stage(
 ) -> None:
     started = time.monotonic()
     label = f"{trial.label}: {task}"
-    results = tasks.evaluate_tasks(
-        model,
-        tokenizer,
-        [task],
-        data=machine.data,
-        limit=trial.evaluation.limit,
-        batch="auto",
-        device=machine.device,
-        on_batch=lambda done, total: machine.progress(label, done, total),
-    )
+
+    def on_batch(done: int, total: int) -> None:
+        machine.progress(label, done, total)
+
+    data, limit, device = machine.data, trial.evaluation.limit, machine.device
+    if task == humaneval.NAME:
+        humaneval.check(data, machine.runs_code)
+        right = humaneval.passed(model, tokenizer, data=data, limit=limit, device=device, on_batch=on_batch)
+        results = [tasks.share_of(task, humaneval.METRIC, right)]
+    else:
+        results = tasks.evaluate_tasks(
+            model, tokenizer, [task], data=data, limit=limit, batch="auto", device=device, on_batch=on_batch
+        )
     facts = [
         Fact(
             result.metric,

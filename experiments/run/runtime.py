@@ -22,12 +22,14 @@ class Machine:
         data: data directory with local copies of texts and tasks; None takes them from the Hugging Face hub.
         progress: called with (label, done, total) as work goes on.
         ranks: the processes that learn together; only rank 0 does anything else, and writes.
+        runs_code: whether programs that a model wrote may be run, in a sandbox (`experiments.eval.humaneval`).
     """
 
     device: str
     data: Path | None
     progress: Progress
     ranks: Ranks = ALONE
+    runs_code: bool = False
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -38,6 +40,11 @@ class Machine:
     def can_time(self) -> bool:
         """Whether a time taken here says something: kernels are for GPUs, and CUDA graphs are how they are timed."""
         return self.device.startswith("cuda")
+
+
+def code_allowed() -> bool:
+    """Whether jobs may run programs that a model wrote: as their environment says, which they have from who submits."""
+    return os.environ.get("HTS_RUN_GENERATED_CODE", "0").lower() not in ("", "0", "false", "no")
 
 
 def product_rate(machine: Machine) -> float:
