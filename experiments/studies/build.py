@@ -13,6 +13,7 @@ from experiments.studies.trial import (
     Packed,
     Pruning,
     Quantisation,
+    Recovery,
     Trial,
     needs_calibration,
 )
@@ -22,6 +23,7 @@ from patch.learn.recipe import EARLIER, GUIDED, HOW_IT_RUNS, Recipe
 from patch.mask import TileShape
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
+from patch.recover.recipe import RecoveryRecipe
 
 Trials = tuple[Trial, ...]
 
@@ -138,6 +140,15 @@ def learned(
 def refitted(pruning: Pruning, text: Calibration) -> Pruning:
     """The same mask, and what it keeps fitted to the dense outputs on ``text``."""
     return dataclasses.replace(pruning, refit=text)
+
+
+def recovered(pruning: Pruning, text: str, seed: int = 0, **changes: Any) -> Pruning:
+    """The same mask, and what it keeps trained on ``text``.
+
+    Args:
+        changes: fields of `patch.recover.recipe.RecoveryRecipe` to replace.
+    """
+    return dataclasses.replace(pruning, recovery=Recovery(text, RecoveryRecipe(**changes), seed))
 
 
 def quantised(pruning: Pruning, precision: str, text: Calibration, joint: bool = False) -> Pruning:

@@ -6,7 +6,7 @@ A study names its models, methods, targets, texts and recipes; nothing here runs
 
 import functools
 
-from experiments.studies import embedded, published, smollm2, speed
+from experiments.studies import embedded, published, qwen_coder, smollm2, speed
 from experiments.studies.build import Study
 
 STUDIES = {
@@ -54,6 +54,15 @@ STUDIES = {
     "smollm2-recipes": Study("recipes and seeds of SmolLM2-135M at 45% on equal tokens", smollm2.recipes),
     "smollm2-refit": Study("what fitting the kept weights adds to masks of SmolLM2-135M", smollm2.refit),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", smollm2.recipe_ablation),
+    "smollm2-recovered": Study(
+        "what training the kept weights adds to masks of SmolLM2-135M, on equal tokens", smollm2.recovered_masks
+    ),
+    "recovery-ablation": Study("what each part of recovery does, on SmolLM2-135M", smollm2.recovery_ablation),
+    "qwen-coder-0.5b": Study("masks of Qwen2.5-Coder-0.5B, for text and code", qwen_coder.half_billion),
+    "qwen-coder-1.5b": Study("masks of Qwen2.5-Coder-1.5B, for text and code", qwen_coder.one_and_a_half_billion),
+    "qwen-coder-0.5b-recovered": Study(
+        "what training the kept weights adds to masks of Qwen2.5-Coder-0.5B", qwen_coder.recovered_half_billion
+    ),
     "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed.kernels),
     "speed-models": Study("end-to-end speed of LLaMA-2-7B and LLaMA-3.1-8B shapes", speed.models),
     "accuracy-small": Study("published accuracy table, models up to 1B", published.accuracy_small),

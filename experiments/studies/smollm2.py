@@ -15,6 +15,7 @@ from experiments.studies.build import (
     learned,
     one_shot,
     one_shot_frontier,
+    recovered,
     refitted,
     trials,
 )
@@ -99,6 +100,19 @@ def learned_masks() -> Trials:
     return trials([dense("smollm2-135m"), *prunings], _EVALUATION)
 
 
+# One mixture of text for calibration and learning.
+_MIXTURE = Calibration(_TEXT, 128, 2048, drawn_from="stream")
+
+
+def _as_published(method: str, sparsity: float, **changes: Any) -> Pruning:
+    """A mask of SmolLM2 learned on `_STEPS`, but for ``changes``, from a start as published."""
+    return learned("smollm2-135m", method, sparsity, (64, 64), _TEXT, _MIXTURE, **(_STEPS | changes))
+
+
+def _one_shot(method: str, structure: str, sparsity: float, ranking: str = "weight", **changes: Any) -> Pruning:
+    return one_shot("smollm2-135m", method, structure, sparsity, (64, 64), _MIXTURE, ranking, **changes)
+
+
 def published() -> Trials:
     """Learned masks of SmolLM2-135M as published, and guided ones, which are ours; all tasks.
 
@@ -106,14 +120,7 @@ def published() -> Trials:
     from noise beside the prior, and ``smollm2-oneshot``, which saw fiction alone. Three seeds where two methods are
     close.
     """
-    model, tile, mixture = "smollm2-135m", (64, 64), Calibration(_TEXT, 128, 2048, drawn_from="stream")
-
-    def mask(method: str, sparsity: float, **changes: Any) -> Pruning:
-        return learned(model, method, sparsity, tile, _TEXT, mixture, **(_STEPS | changes))
-
-    def one(method: str, structure: str, sparsity: float, ranking: str = "weight", **changes: Any) -> Pruning:
-        return one_shot(model, method, structure, sparsity, tile, mixture, ranking, **changes)
-
+    mask, one = _as_published, _one_shot
     return trials(
         [
             mask("maskllm", 0.5),
@@ -121,7 +128,7 @@ def published() -> Trials:
             *(mask("maskllm", 0.5, seed=seed) for seed in (1, 2)),
             *(mask("patch-joint", target, **recipe) for target in (0.35, 0.25) for recipe in ({}, GUIDED)),
             *(mask("patch-tile", target) for target in TARGETS),
-            dense(model),
+            dense("smollm2-135m"),
             one("sparsegpt", "2:4", 0.5),
             one("sparsegpt", "2:4", 0.5, weight_update=False),
             one("wanda", "2:4", 0.5),
@@ -145,7 +152,52 @@ def bits() -> Trials:
         *(learned(model, "patch-joint", target, tile, _TEXT, mixture, **(_STEPS | GUIDED)) for target in TARGETS),
     ]
     smaller = [fewer_blocks(model, share, mixture) for share in (0.1, 0.2, 0.3)]
-    return joined(in_fewer_bits([dense(model), *smaller, *masks], mixture), _EVALUATION, _PROJECTED_ON)
+    return joined(in_fewer_bits([dense("smollm2-135m"), *smaller, *masks], mixture), _EVALUATION, _PROJECTED_ON)
+
+
+# Of what is recovered, tokens are those of learning: 2000 steps of 16 sequences of 1024, after the blocks.
+_RECOVERY: dict[str, Any] = {"steps": 2000, "batch": 16, "microbatch": 16, "length": 1024}
+
+
+def recovered_masks() -> Trials:
+    """What training the kept weights adds to each kind of mask of SmolLM2-135M, on equal tokens; all tasks.
+
+    The masks are those of ``smollm2-published``; of them the unstructured ones are the contrast.
+    """
+    masks = [
+        _one_shot("sparsegpt", "2:4", 0.5),
+        _as_published("maskllm", 0.5),
+        *(_one_shot("sparsegpt", "hybrid", target, "model") for target in TARGETS),
+        *(_as_published("patch-joint", target, **GUIDED) for target in TARGETS),
+        *(_one_shot("sparsegpt", "unstructured", target) for target in TARGETS),
+    ]
+    trained = [recovered(mask, _TEXT, **_RECOVERY) for mask in masks]
+    return trials([dense("smollm2-135m"), *masks, *trained], _EVALUATION)
+
+
+def recovery_ablation() -> Trials:
+    """What each part of recovery does to the guided 45% mask of SmolLM2, 6.6 million tokens each.
+
+    Compared on WikiText-2's validation text, which is not reported elsewhere.
+    """
+    mask = _as_published("patch-joint", 0.45, **GUIDED)
+    short = _RECOVERY | {"steps": 400}
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"lr": rate} for rate in (5e-5, 2e-4, 4e-4)),
+        {"steps": 0},
+        {"steps": 0, "block_targets": "sparse"},
+        {"steps": 0, "block_epochs": 8},
+        {"steps": 0, "block_lr": 3e-4},
+        {"steps": 0, "block_lr": 3e-5},
+        {"block_epochs": 0},
+        {"block_epochs": 0, "distillation": 0.0},
+        {"block_epochs": 0, "distillation": 0.5},
+        {"block_epochs": 0, "block_distillation": 1.0},
+    ]
+    others = [recovered(mask, _TEXT, **(short | change)) for change in changes]
+    validation = Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8)
+    return trials([dense("smollm2-135m"), mask, *others], validation)
 
 
 def _by_perplexity(others: Iterable[Pruning], shared: Iterable[Pruning]) -> Trials:

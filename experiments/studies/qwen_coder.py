@@ -1,0 +1,78 @@
+"""Studies of Qwen2.5-Coder of 0.5 and 1.5 thousand million parameters, for text and for code."""
+
+from typing import Any
+
+from analysis.names import PAPER_TASKS
+from experiments.eval.humaneval import NAME as HUMANEVAL
+from experiments.studies.build import TARGETS, Trials, dense, learned, one_shot, recovered, trials
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
+from patch.learn.recipe import GUIDED
+from patch.mask import TileShape
+
+# Shares of the windows, for calibration, learning and recovery alike.
+_TEXT = "0.4*novels+0.2*wiki_leads+0.4*python"
+_CALIBRATION = Calibration(_TEXT, 128, 2048, drawn_from="stream")
+_TILE: TileShape = (128, 128)
+_TEXTS = (Perplexity("wikitext2/test", 2048), Perplexity("python/test", 2048))
+_EVALUATION = Evaluation(_TEXTS, (*PAPER_TASKS, HUMANEVAL), batch=8)
+_RUNNING: dict[str, Any] = {"activation_checkpointing": False, "checkpoint_every": 250, "log_every": 50}
+# 65.5 million tokens for the smaller model, 131 million for the larger one.
+_STEPS: dict[str, dict[str, Any]] = {
+    "qwen2.5-coder-0.5b": {"steps": 2000, "batch": 32, "microbatch": 16, "length": 1024},
+    "qwen2.5-coder-1.5b": {"steps": 2000, "batch": 64, "microbatch": 16, "length": 1024},
+}
+
+
+def _learned(model: str, method: str, sparsity: float, **changes: Any) -> Pruning:
+    return learned(model, method, sparsity, _TILE, _TEXT, _CALIBRATION, **(_STEPS[model] | _RUNNING | changes))
+
+
+def _one_shot(model: str, method: str, structure: str, sparsity: float, ranking: str = "weight") -> Pruning:
+    return one_shot(model, method, structure, sparsity, _TILE, _CALIBRATION, ranking)
+
+
+def half_billion() -> Trials:
+    """Masks of the model of 0.5B: one-shot, as published, guided; three seeds of what is closest to one another."""
+    model = "qwen2.5-coder-0.5b"
+    return trials(
+        [
+            dense(model),
+            _one_shot(model, "wanda", "2:4", 0.5),
+            _one_shot(model, "sparsegpt", "2:4", 0.5),
+            *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
+            *(_one_shot(model, "sparsegpt", "unstructured", target) for target in (0.5, *TARGETS)),
+            *(_learned(model, "maskllm", 0.5, seed=seed) for seed in range(3)),
+            *(_learned(model, "patch-joint", target) for target in TARGETS),
+            *(_learned(model, "patch-joint", target, seed=seed, **GUIDED) for target in TARGETS for seed in range(3)),
+        ],
+        _EVALUATION,
+    )
+
+
+def one_and_a_half_billion() -> Trials:
+    """Masks of the model of 1.5B, from one seed, learned on several GPUs."""
+    model = "qwen2.5-coder-1.5b"
+    return trials(
+        [
+            dense(model),
+            _one_shot(model, "sparsegpt", "2:4", 0.5),
+            *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
+            _learned(model, "maskllm", 0.5),
+            *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
+        ],
+        _EVALUATION,
+    )
+
+
+def recovered_half_billion() -> Trials:
+    """What training the kept weights adds to masks of the model of 0.5B, 32.8 million tokens each."""
+    model = "qwen2.5-coder-0.5b"
+    masks = [
+        _one_shot(model, "sparsegpt", "2:4", 0.5),
+        _learned(model, "maskllm", 0.5),
+        *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
+        *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
+    ]
+    steps: dict[str, Any] = {"steps": 2000, "batch": 16, "microbatch": 16, "length": 1024}
+    trained = [recovered(mask, _TEXT, **steps) for mask in masks]
+    return trials([dense(model), *masks, *trained], _EVALUATION)
