@@ -11,9 +11,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from analysis.figures.about import about
+from analysis.figures.places import places_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.style import SMALL, WIDTHS, Width, in_paper_style, new_figure, set_title
-from analysis.figures.tile_maps import place_of
 from analysis.rows.points import trial_labels
 from patch.errors import UserError
 
@@ -24,7 +24,7 @@ _ROW = 0.115
 
 @in_paper_style
 def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width = "double") -> Figure:
-    """Sparsity of each linear, a map per trial: a row per kind of linear, a column per block.
+    """Sparsity of each linear, a map per trial: a row per kind of linear, a column per block; of experts their mean.
 
     Raises:
         UserError: if a trial has no rows per layer, or they are more than one figure can show.
@@ -34,8 +34,10 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
         raise UserError(f"trial {', '.join(missing)} has no sparsity per layer: rows of its prune stage are missing")
     if len(set(trials)) > MOST_CURVES:
         raise UserError(f"{len(set(trials))} trials are too many for one figure: plot at most {MOST_CURVES}")
-    places = [place_of(layer) for layer in rows.layer]
-    rows = rows.assign(block=[block for block, _ in places], kind=[kind for _, kind in places])
+    places = places_of(rows.layer)
+    rows = rows.assign(
+        block=[places[layer][0] for layer in rows.layer], kind=[places[layer][1] for layer in rows.layer]
+    )
     kinds = list(dict.fromkeys(rows.kind))
     chosen = frame[frame.trial.isin(trials)]
     labels = trial_labels(chosen)
@@ -55,7 +57,7 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
 
 
 def _draw(axis: Axes, rows: pd.DataFrame, kinds: Sequence[str], top: float) -> None:
-    table = rows.pivot(index="kind", columns="block", values="value").reindex(list(kinds))
+    table = rows.pivot_table(index="kind", columns="block", values="value").reindex(list(kinds))
     count = len(table.columns)
     axis.pcolormesh(
         100 * table.to_numpy(dtype=float), cmap=_MAP, vmin=0, vmax=100 * top, edgecolors="white", linewidth=0.3

@@ -25,7 +25,7 @@ from analysis.figures.refit import draw_refit, mostly_refitted, pairs_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.figures.style import FORMATS, Width, save_figure
-from analysis.figures.tile_maps import draw_tile_maps, drawable, place_of
+from analysis.figures.tile_maps import draw_tile_maps, legible
 from analysis.figures.tile_shapes import draw_tile_shapes, swept
 from analysis.rows.points import Point, gather, texts, trial_labels
 from analysis.rows.same_checkpoint import timed_on
@@ -134,14 +134,13 @@ def kernel_drawings(kernels: pd.DataFrame) -> Iterator[Drawing]:
 
 def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:
     """Single masks: their tiles or their sparsity per layer, and how they were learned."""
-    hybrid = [point for point in points if point.structure == "hybrid"]
+    # A trial may have lost its prune stage, or be under way.
+    per_layer = set(frame[frame.metric == "layer_sparsity"].trial)
+    hybrid = [point for point in points if point.structure == "hybrid" and point.trials[0] in per_layer]
     labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
-    layers = frame[frame.metric == "tile_map"].drop_duplicates(["model", "layer"])
-    blocks = {
-        model: len({place_of(layer)[0] for layer in of_model.layer}) for model, of_model in layers.groupby("model")
-    }
+    maps = frame[frame.metric == "tile_map"].groupby("trial").layer.unique()
     for point in hybrid:
-        if point.model in blocks and drawable(blocks[point.model]):
+        if legible(maps.get(point.trials[0], ())):
             label = labels[point.trials[0]]
             caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}."
             figure = draw_tile_maps(frame, point.trials[0])

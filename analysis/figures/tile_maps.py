@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.figures.about import about
+from analysis.figures.places import places_of
 from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure
 from analysis.rows.load import records
 from analysis.rows.points import trial_labels
@@ -32,14 +33,15 @@ def draw_tile_maps(frame: pd.DataFrame, trial: str, width: Width = "single") -> 
         UserError: if the trial has no tile maps, or its model is too deep for them to be legible.
     """
     maps = _tile_maps(frame, trial)
-    if not drawable(len({weight.block for weight in maps})):
-        raise UserError(f"trial {trial} has too many blocks for tile maps: draw its sparsity per layer")
+    if not legible(frame.layer[(frame.trial == trial) & (frame.metric == "tile_map")]):
+        raise UserError(f"trial {trial} has too many blocks, or experts, for tile maps: draw its sparsity per layer")
     return _draw_maps(maps, f"{trial_labels(frame)[trial]}, {about(frame[frame.trial == trial])}", width)
 
 
-def drawable(blocks: int) -> bool:
-    """Whether the tile maps of a model of so many blocks are legible."""
-    return blocks <= _MAPPED_BLOCKS
+def legible(layers: Iterable[str]) -> bool:
+    """Whether the tile maps of a model of these weights, at least one, are: few blocks, and no experts in them."""
+    places = places_of(layers).values()
+    return 0 < len({block for block, _ in places}) <= _MAPPED_BLOCKS and len(set(places)) == len(places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,19 +139,13 @@ def _tile_maps(frame: pd.DataFrame, trial: str) -> list[TileMap]:
         having = sorted(frame.trial[frame.metric == "tile_map"].unique())
         raise UserError(f"trial {trial} has no tile maps; there are of {', '.join(having) or 'none'}")
     maps = []
+    places = places_of(rows.layer)
     for row in records(rows):
-        block, kind = place_of(row.layer)
+        block, kind = places[row.layer]
         dense = np.array([[mark == "1" for mark in line] for line in row.labels["tile_map"]])
         sides = [int(side) for side in row.tile.split("x")]
         maps.append(TileMap(block, kind, (row.labels["rows"], row.labels["cols"]), (sides[0], sides[1]), dense))
     return maps
-
-
-def place_of(layer: str) -> tuple[int, str]:
-    """Block and kind of a weight's full name: ``model.layers.3.self_attn.q_proj`` is ``(3, "q")``."""
-    parts = layer.split(".")
-    block = next((int(part) for part in parts if part.isdecimal()), 0)
-    return block, parts[-1].removesuffix("_proj")
 
 
 def _kinds(maps: Iterable[TileMap]) -> list[str]:

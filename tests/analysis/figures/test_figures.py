@@ -320,6 +320,34 @@ def test_layer_sparsity(smollm: pd.DataFrame) -> None:
         draw_layer_sparsity(smollm, others[:6])
 
 
+def test_experts_share_a_place_and_kinds_that_end_alike_are_told_apart(demo: pd.DataFrame) -> None:
+    trial = hybrid_trial(demo)
+    names = {"gate_proj": "experts.gate_up_proj.0", "up_proj": "experts.gate_up_proj.1", "down_proj": "shared.o_proj"}
+
+    def renamed(layer: str | None) -> str | None:
+        before, _, end = (layer or "").rpartition(".")
+        return f"{before}.{names.get(end, end)}" if layer else layer
+
+    frame = demo.assign(layer=demo.layer.map(renamed))
+    (mesh, _) = draw_layer_sparsity(frame, [trial]).axes
+    kinds = ["q", "k", "v", "self_attn.o", "gate_up", "mlp.shared.o"]
+    assert [label.get_text() for label in mesh.get_yticklabels()] == kinds
+    with pytest.raises(UserError, match="or experts, for tile maps"):
+        draw_tile_maps(frame, trial)
+    drawn = [drawing.name for drawing in study_drawings(frame)]
+    assert "layer-sparsity-patch-joint" in drawn and not any(name.startswith("tiles") for name in drawn)
+
+
+@pytest.mark.parametrize(
+    "lost", [["tile_map"], ["tile_map", "layer_sparsity", "dense_tiles", "sparsity"]], ids=["maps", "all"]
+)
+def test_a_trial_without_its_layers_is_left_out_and_the_others_are_drawn(lost: list[str], demo: pd.DataFrame) -> None:
+    trial = hybrid_trial(demo)
+    whole = {drawing.name for drawing in study_drawings(demo)}
+    rest = {drawing.name for drawing in study_drawings(demo[(demo.trial != trial) | ~demo.metric.isin(lost)])}
+    assert whole - rest == {"tiles-patch-joint-45"} and not rest - whole
+
+
 def test_a_legend_is_as_wide_as_its_figure_allows() -> None:
     figure = new_figure(3.35, 2.0)
     figure.subplots()
