@@ -33,7 +33,13 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{'partial' if one_writer else secrets.token_hex(4)}")
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            # A write that fails names no file.
+            if error.filename is None and error.errno is not None:
+                error.filename = str(path)
+            raise
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -93,10 +99,22 @@ def existing(folder: Path, name: str) -> Path:
     return file
 
 
+def from_json(text: str | bytes) -> Any:
+    """What a text that others wrote says.
+
+    Raises:
+        ValueError: if it is no JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        content = from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__} instead of an object")
@@ -148,6 +166,9 @@ def check_seal(path: Path) -> None:
 
 def _disk_error(error: Exception) -> str | None:
     """What the operating system said, if ``error`` comes from there."""
+    if isinstance(error, shutil.Error):
+        # Of copying a folder: a list of source, target and reason.
+        return str(error.args[0][0][2]).partition(": ")[0]
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # The Rust writers of safetensors and tokenizers raise errors of their own, with the system's in the text.

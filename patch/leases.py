@@ -201,7 +201,7 @@ def _read(path: Path) -> tuple[Owner, float] | None:
             return Owner(**json.loads(record)) if record else _UNKNOWN, touched
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a lease of this version ({error}): remove it if nothing runs") from error
 
 

@@ -11,14 +11,19 @@ submitting process dies in between, the next one finds the job in the queue by i
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from analysis.rows import layout
 from experiments.run.store import Store
 from patch import leases
-from patch.files import write_atomic
+from patch.errors import one_line
+from patch.files import from_json, write_atomic
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,29 @@ def forget(store: Store, batch: Batch) -> None:
 
 
 def load_all(store: Store) -> Iterator[Batch]:
-    """Every batch of every study of a results directory, oldest first: studies may share steps."""
+    """Every batch of every study of a results directory, oldest first: studies may share steps.
+
+    What cannot be read is told and left out: at worst its steps are submitted again, and a job that finds its step done
+    or under way leaves it alone.
+    """
     found = []
-    for path in (store.root / layout.SWEEPS).glob("*/*.json"):
-        values = json.loads(path.read_text())
-        # What is called kind was once written as stage.
-        kind = values.pop("stage", None) or values["kind"]
-        found.append(Batch(**values | {"kind": kind, "steps": tuple(values["steps"])}))
+    for path in sorted((store.root / layout.SWEEPS).glob("*/*.json")):
+        try:
+            found.append(_batch(from_json(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            logger.warning("%s: no record of jobs (%s): left out; remove it", path, one_line(error))
     yield from sorted(found, key=lambda batch: batch.submitted)
+
+
+def _batch(values: dict[str, Any]) -> Batch:
+    # What is called kind was once written as stage.
+    kind = values.pop("stage", None) or values["kind"]
+    batch = Batch(**values | {"kind": kind, "steps": tuple(values["steps"])})
+    words = (batch.id, batch.study, batch.executor, batch.name, batch.host, *batch.steps)
+    number = batch.job is None or (isinstance(batch.job, str) and batch.job.isdecimal())
+    if not all(isinstance(word, str) for word in words) or not isinstance(batch.submitted, int | float) or not number:
+        raise ValueError("a field is not what it should be")
+    return batch
 
 
 def runs_here(batch: Batch) -> bool:

@@ -117,7 +117,7 @@ def _wait(arguments: list[str], told: Callable[[], bool]) -> int:
 
 def _first_error(folder: Path) -> RankFailed | None:
     """The earliest of the errors that this node's processes wrote down: others follow from it."""
-    found = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("error-*.json")]
     if not found:
         return None
     first = min(found, key=lambda each: each["time"])

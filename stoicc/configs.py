@@ -19,7 +19,7 @@ import torch
 
 from patch.cache import cache_directory
 from patch.errors import UserError
-from patch.files import write_atomic
+from patch.files import from_json, write_atomic
 from stoicc.compat import VERSION
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig
@@ -214,8 +214,8 @@ def read_table(path: Path) -> tuple[Entry, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(_entries(json.loads(path.read_text(encoding="utf-8"))))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        return tuple(_entries(from_json(path.read_text(encoding="utf-8"))))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
 
 

@@ -1,11 +1,11 @@
 """Bench files of before benches wrote rows: a first line about all others, then a line for each cell that was timed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from analysis.rows.format import SCHEMA, SPREAD, Damaged, Row, digest
+from patch.files import from_json
 
 _ROOFS = {"copy": "TB/s", "matmul": "TFLOP/s"}
 _COUNTS = {"passed": "1", "failed": "1", "skipped": "1", "seconds": "s"}
@@ -24,7 +24,7 @@ def numbered(data: bytes, path: Path) -> list[tuple[int, Row]]:
         Damaged: naming the file, if it is not as it was written.
     """
     try:
-        header, *lines = map(json.loads, data.splitlines())
+        header, *lines = map(from_json, data.splitlines())
         made = _tests(header, lines) if "gpus" in header else _timed(header, lines, path.parent.name)
         return [
             (number, {"schema": SCHEMA, "stderr": None, "provenance": header["provenance"]} | row)

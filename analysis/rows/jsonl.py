@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 
 from analysis.rows.format import Damaged, Row, check_schema, lifted
+from patch.files import from_json
 
 # The first schema whose files end with their digest.
 _ENDED = 3
@@ -54,7 +55,7 @@ def numbered(data: bytes, name: str) -> list[tuple[int, Row]]:
         if ending is not None:
             raise Damaged(f"{where}: rows after the end: {_AGAIN}")
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError as error:
             raise Damaged(f"{where}: not a whole JSON row ({error}): {_AGAIN}") from error
         if isinstance(row, dict) and row.keys() == _ENDING:

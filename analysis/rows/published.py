@@ -28,6 +28,7 @@ from typing import Any
 
 from analysis.rows.format import OUTCOMES, SCHEMA, Damaged, Row, identity, names
 from analysis.rows.layout import DETAILS, FACTS, TRIALS
+from patch.files import from_json
 
 # What was measured and where: made from the definition and the provenance.
 ABOUT = ("model", "method", "structure", "variant", "tile", "target", "achieved", "seed")
@@ -111,7 +112,7 @@ def _trials(folder: Path, trials: Collection[str] | None) -> dict[str, tuple[int
     found = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            about = json.loads(line)
+            about = from_json(line)
             trial, definition = about["trial"], about["definition"]
             for stage in about["stages"].values():
                 stage["provenance"] = about["provenance"] | stage["provenance"]
@@ -261,7 +262,7 @@ def _label(value: Any) -> str:
 def _value(cell: str, known: dict[str, Any]) -> Any:
     if cell not in known:
         try:
-            known[cell] = json.loads(cell)
+            known[cell] = from_json(cell)
         except ValueError:
             known[cell] = cell
     return known[cell]

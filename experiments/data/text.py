@@ -19,6 +19,7 @@ import logging
 import lzma
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from experiments.embedded import TEXT
 from patch.errors import UserError, check_name
-from patch.files import check_seal, replacing, seal
+from patch.files import check_seal, from_json, replacing, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,9 +87,9 @@ def _lines(file: IO[str]) -> Iterator[str]:
 def _json_texts(file: IO[str]) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error.msg}") from error
+            row = from_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f'line {number} is not an object with a string field "text"')
         yield row["text"]
@@ -151,7 +152,7 @@ def _reader(path: Path, read: Callable[[IO[str]], Iterator[str]], missing: str) 
         try:
             with _open(path) as file:
                 return list(read(file))
-        except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
             raise UserError(f"cannot read text from {path}: {error}") from error
 
     return texts
@@ -277,8 +278,22 @@ def load_documents(source: str, data: Path | None) -> Documents:
     return Documents(tuple(texts), digest.hexdigest())
 
 
+def _check_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Only the tokenizers of the Rust library say what they consist of, and where in the text a token stands."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__}: does not say where in the text its tokens stand, which calibration and "
+            "learning need: convert it to a tokenizer.json beside the model"
+        )
+
+
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of everything that decides how a fast tokenizer turns text into tokens; padding does not."""
+    """SHA-256 of everything that decides how a fast tokenizer turns text into tokens; padding does not.
+
+    Raises:
+        UserError: for any other tokenizer.
+    """
+    _check_fast(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for passing in ("padding", "truncation"):
         state.pop(passing, None)
@@ -320,8 +335,10 @@ def calibration_windows(
     source has its share of the windows, to the nearest one.
 
     Raises:
-        UserError: if the text does not hold that many windows; says how many it holds.
+        UserError: if the text does not hold that many windows; says how many it holds. Or if the tokenizer does not say
+            where in the text a token stands.
     """
+    _check_fast(tokenizer)
     if documents.parts:
         counts = _apportioned([share for share, _ in documents.parts], windows)
         drawn = [

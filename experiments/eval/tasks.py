@@ -39,6 +39,7 @@ from experiments.data.text import tokenizer_fingerprint
 from experiments.eval import humaneval
 from experiments.eval.scoring import Encoded, encode, score
 from patch.errors import UserError, check_name
+from patch.files import from_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -382,7 +383,7 @@ def _read_rows(definition: TaskDefinition, path: Path) -> list[Row]:
     rows = []
     try:
         for number, line in enumerate(_lines(path), 1):
-            row = json.loads(line)
+            row = from_json(line)
             if missing := [name for name in definition.fields if name not in row]:
                 raise UserError(f"task {definition.name}: {path}, line {number}: no field {', '.join(missing)}")
             rows.append(row if definition.by in row else definition.adapt(row))

@@ -6,7 +6,6 @@ kept elements of the whole weight row by row, one bit each, the first in the hig
 """
 
 import io
-import json
 import lzma
 import math
 import zipfile
@@ -23,6 +22,7 @@ from experiments.data import models
 from experiments.run.runtime import Machine
 from patch.checkpoint import save_checkpoint
 from patch.errors import UserError, one_line
+from patch.files import from_json
 from patch.layers import coverage, require_linears
 from patch.mask import HybridMask, TileShape, infer
 
@@ -100,7 +100,7 @@ def _contents(archive: Path) -> tuple[Any, set[str]]:
     """What the archive says of itself, and the names of the weights that it has masks for."""
     with _opened(archive) as packed:
         names = {name.removesuffix(".npy") for name in packed.namelist()}
-        meta = json.loads(str(_array(packed, _META, _MOST_META))) if _META in names else None
+        meta = from_json(str(_array(packed, _META, _MOST_META))) if _META in names else None
         return meta, {name for name in names if name != _META and not name.endswith(_SHAPE)}
 
 

@@ -6,7 +6,6 @@ An archive holds a checkpoint's ``hybrid.json``, ``hybrid.masks`` and ``config.j
 pruning, so that the studies that need this checkpoint find it restored instead of learning it anew.
 """
 
-import json
 import lzma
 import shutil
 import tarfile
@@ -34,7 +33,7 @@ from patch.checkpoint import (
     restore_checkpoint,
 )
 from patch.errors import UserError, one_line
-from patch.files import existing, read_json, replacing
+from patch.files import existing, from_json, read_json, replacing
 from patch.layers import prunable_matrices
 from patch.mask import HybridMask
 
@@ -99,7 +98,8 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
                 most = sum(most_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
                 _unpack(archive, folder, (MASKS_FILE, FORMER_MASKS_FILE), most)
                 _check_definition(archive, definition, load_masks(folder, alone=True))
-                restore_checkpoint(folder, model, tokenizer, path)
+                beside = models.processor_files(definition["model"], machine.data)
+                restore_checkpoint(folder, model, tokenizer, path, beside)
     return path
 
 
@@ -133,7 +133,14 @@ class _Header(tarfile.TarInfo):
         attributes = not (header.isreg() or header.isdir() or header.islnk() or header.issym())
         if header.size < 0 or (attributes and header.size > MOST_ATTRIBUTES):
             raise UserError(f"not an archive of masks: a header of type {header.type!r} with {header.size} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            cls._proc_gnusparse_10()
         return header
+
+    @staticmethod
+    def _proc_gnusparse_10(*_: Any) -> None:
+        """Maps of files with holes, which have no end: masks are never written so."""
+        raise UserError("not an archive of masks: a file with holes in it")
 
 
 def _unpack(archive: Path, target: Path, wanted: Collection[str], most_masks: int | None = None) -> None:
@@ -181,7 +188,7 @@ def _unpack(archive: Path, target: Path, wanted: Collection[str], most_masks: in
 def _dtype(config: Path) -> torch.dtype:
     """The dtype of a checkpoint's weights, as its configuration says it."""
     try:
-        dtype = getattr(torch, json.loads(config.read_text(encoding="utf-8"))["dtype"])
+        dtype = getattr(torch, from_json(config.read_text(encoding="utf-8"))["dtype"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{config}: does not say which dtype was pruned: {error}") from error
     if not isinstance(dtype, torch.dtype):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 from patch.files import check_seal, replacing, seal
 
 CHECKPOINT = "learner.pt"
@@ -25,8 +25,13 @@ def write(path: Path, state: dict[str, Any]) -> None:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
             seal(temporary)
-    except RuntimeError as error:
-        raise OSError(f"cannot write the learner's checkpoint {path}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        # Closing what could not be written, torch raises an error of its own over the system's.
+        first: BaseException | None = error
+        while first is not None and not isinstance(first, OSError):
+            first = first.__context__
+        reason = (first.strerror if isinstance(first, OSError) else None) or one_line(error)
+        raise OSError(f"cannot write the learner's checkpoint {path}: {reason}; the one before is kept") from error
 
 
 def read(path: Path, version: int) -> dict[str, Any]:

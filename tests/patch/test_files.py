@@ -3,13 +3,15 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from patch.files import replacing, write_atomic
+from patch.errors import UserError
+from patch.files import from_json, new_directory, replacing, write_atomic
 
 
 def no_space(*_: object) -> None:
@@ -24,6 +26,29 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatc
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["a.jsonl"]
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: .*masks.tar.xz"), replacing(tmp_path / "masks.tar.xz"):
+        no_space()
+
+
+def test_a_folder_that_cannot_be_copied_is_a_short_line(tmp_path: Path) -> None:
+    def copy() -> None:
+        failed = [(f"from/{name}" * 9, f"to/{name}" * 9, "[Errno 28] No space left on device") for name in range(40)]
+        raise shutil.Error(failed)
+
+    with pytest.raises(UserError) as caught, new_directory(tmp_path / "out"):
+        copy()
+    assert str(caught.value) == (
+        f"cannot write {tmp_path / 'out'}: [Errno 28] No space left on device; nothing half-written was left"
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{"], ids=["lists", "objects", "cut"])
+def test_json_that_cannot_be_read_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        from_json(text)
 
 
 def _write_many(path: Path, letter: str) -> None:

@@ -163,6 +163,24 @@ def test_a_record_of_an_earlier_version_loads(tmp_path: Path) -> None:
     assert list(batches.load_all(store)) == [a_batch()]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"[" * 100_000, b"\xff\xfe", b'{"kind": "learn"}', b"whole, of another job"],
+    ids=["empty", "list", "nested", "no-text", "no-fields", "odd-fields"],
+)
+def test_a_record_that_cannot_be_read_is_named_and_left_out(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    batches.save(store, a_batch())
+    damaged = tmp_path / "sweeps" / "tiny" / "zz.json"
+    if content.startswith(b"whole"):
+        content = batches.folder(store, a_batch()).with_suffix(".json").read_bytes().replace(b"null", b'"no number"')
+    damaged.write_bytes(content)
+    assert list(batches.load_all(store)) == [a_batch()]
+    assert str(damaged) in caplog.text
+
+
 @pytest.mark.parametrize("arrived", [True, False], ids=["before-it-died", "never"])
 def test_a_submitter_that_died_is_cleaned_up_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: bool

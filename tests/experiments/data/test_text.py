@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from experiments.data import python_source, text
 from experiments.data.text import (
@@ -234,6 +234,8 @@ def test_missing_file_of_the_data_directory_is_named(source: str, tmp_path: Path
         ("a.txt", b"\xff\xfe\xff", "cannot read text from .*a.txt"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 99)[:-20], "cannot read text from .*a.jsonl.xz"),
         ("a.jsonl.gz", b"not gzip", "cannot read text from .*a.jsonl.gz"),
+        ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:40] + b"\xff" * 99, "cannot read text from .*a.txt.gz"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON: nested too deeply"),
     ],
 )
 def test_unreadable_file_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -351,6 +353,32 @@ def test_too_little_calibration_text(
 ) -> None:
     with pytest.raises(UserError, match=f"needs {windows} windows of {length} tokens, but {held}"):
         calibration_windows(documents(*texts), tokenizer, windows, length, seed=0)
+
+
+def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:
+    """Those that are written in Python: perplexity needs no more than their tokens."""
+
+    class Slow(PreTrainedTokenizer):
+        vocab_size = 256
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(code): code for code in range(256)}
+
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return ord(token) % 256
+
+    texts, slow = documents("a river " * 20), Slow()
+    assert perplexity_windows(texts, slow, 16).shape == (10, 16)
+    with pytest.raises(UserError, match=r"Slow: does not say where .* tokenizer\.json"):
+        calibration_windows(texts, slow, 2, 16, 0)
+    with pytest.raises(UserError, match=r"Slow: does not say where .* tokenizer\.json"):
+        token_stream(texts, slow, 16, 0, tmp_path)
 
 
 def test_stream_holds_every_document_and_its_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_members_that_cannot_be_inflated_are_refused(damage: str, base: Path, tm
 
 @pytest.mark.parametrize(
     ("family", "said"),
-    [("mixtral", "importing masks covers Linear weights alone"), ("recurrent-gemma", r"not model\.")],
+    [("mixtral", "importing masks covers Linear weights alone"), ("recurrent_gemma", r"not model\.")],
 )
 def test_a_base_that_masks_would_cover_in_part_is_refused(
     family: str, said: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

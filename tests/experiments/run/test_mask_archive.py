@@ -210,6 +210,22 @@ def test_sizes_are_checked_before_anything_is_decompressed(tmp_path: Path, name:
         mask_archive.restore(with_zeros(tmp_path / "m.tar.xz", name, kind), Store(tmp_path / "other"), CPU)
 
 
+@pytest.mark.parametrize("pax", [False, True], ids=["gnu", "pax"])
+def test_files_with_holes_are_refused(tmp_path: Path, pax: bool) -> None:
+    """Their maps may go on for as long as the archive does."""
+    member = tarfile.TarInfo(f"masks/{INFO_FILE}")
+    if pax:
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": member.name}
+        header = member.tobuf(tarfile.PAX_FORMAT)
+    else:
+        member.type = tarfile.GNUTYPE_SPARSE
+        header = member.tobuf(tarfile.GNU_FORMAT)
+    with lzma.open(tmp_path / "m.tar.xz", "wb") as packed:
+        packed.write(header + b"1000000000\n" + b"1\n" * 2**20)
+    with pytest.raises(UserError, match="a file with holes"):
+        mask_archive.restore(tmp_path / "m.tar.xz", Store(tmp_path / "other"), CPU)
+
+
 def test_files_and_folders_of_an_archive_are_few(tmp_path: Path) -> None:
     for names, message in ((["masks"] * 100, "more than 16"), ([f"masks/{MASKS_FILE}"] * 2, "in it twice")):
         with tarfile.open(tmp_path / "m.tar", "w") as packed:

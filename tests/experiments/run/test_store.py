@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from analysis.rows.format import SCHEMA, Fact
 from analysis.rows.jsonl import from_lines, to_lines
+from experiments.publish import measured
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
 from patch.errors import UserError
@@ -87,6 +88,18 @@ def test_rows_of_a_newer_schema_are_neither_complete_nor_missing(stored: Path, t
     stored.write_bytes(stored.read_bytes().replace(b'"schema": 3', b'"schema": 4'))
     with pytest.raises(UserError, match="schema 4"):
         Store(tmp_path).has_rows(TRIAL, "prune")
+
+
+def test_what_has_no_hash_but_its_name_is_held_to_that(stored: Path, tmp_path: Path) -> None:
+    """Files of before they ended with a digest: tables would show them as of another sparsity, say."""
+    text = stored.read_text(encoding="utf-8").replace('"schema": 3', '"schema": 2')
+    stored.write_text("".join(text.splitlines(keepends=True)[:-1]), encoding="utf-8")
+    assert len(measured.frame([TRIAL], Store(tmp_path))) == 4
+    edited = stored.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1')
+    assert edited != stored.read_text(encoding="utf-8")
+    stored.write_text(edited, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"prune\.jsonl:1: the definition is not that of trial {key(TRIAL)}"):
+        measured.frame([TRIAL], Store(tmp_path))
 
 
 @pytest.mark.parametrize("schema", [1, 2])

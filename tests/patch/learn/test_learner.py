@@ -1,6 +1,8 @@
 """Learning on tiny models: the loss and its gradient, what is learned, budgets, resuming, and what is refused."""
 
 import dataclasses
+import errno
+import io
 import os
 import random
 import signal
@@ -27,7 +29,7 @@ from transformers import (
 from patch.budget import cut_globally
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
-from patch.learn import cuda_graph, soft_mask
+from patch.learn import cuda_graph, saved, soft_mask
 from patch.learn import prior as prior_of_learning
 from patch.learn.descent import LearningDiverged, Stopped
 from patch.learn.learner import Implementation, Learned, learn
@@ -806,6 +808,23 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, "tensorboard"]
     assert torch.load(tmp_path / CHECKPOINT)["step"] == 2
     assert run(tiny_model(), SHORT["joint"], tmp_path).history
+
+
+def test_a_full_disk_is_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the file, torch raises an error of its own ("unexpected pos") over the system's."""
+
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            if self.tell() + len(content) > 2000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    monkeypatch.setattr(saved, "open", lambda path, mode: Full(path, mode), raising=False)
+    with pytest.raises(
+        OSError, match=rf"learner's checkpoint {tmp_path / CHECKPOINT}: No space left on device"
+    ) as error:
+        run(tiny_model(), SHORT["joint"], tmp_path)
+    assert "\n" not in str(error.value) and "pos" not in str(error.value)
 
 
 # --- divergence -----------------------------------------------------------------------------------------------------
