@@ -24,7 +24,7 @@ file ``hybrid.safetensors``, which servers that read all files of that kind took
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def save_checkpoint(
     info: Mapping[str, Any],
     tile_scores: Mapping[str, Tensor] | None = None,
     quantised: Mapping[str, Quantised] | None = None,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Write a hybrid checkpoint: in full under ``path``, or not at all.
 
@@ -76,6 +77,7 @@ def save_checkpoint(
             dropped per weight, is checked against the weights.
         tile_scores: per weight of ``masks`` float32 ``[R, C]``; not every weight needs them.
         quantised: every prunable weight in the ``precision`` that ``info`` names; the model holds what they stand for.
+        beside: files of the dense model that are copied as they are, such as those of its processor.
 
     Raises:
         UserError: if ``path`` is already there or cannot be written, or masks, info and weights do not agree.
@@ -84,7 +86,7 @@ def save_checkpoint(
     record = _record(model, masks, info, scores)
     _check_quantised(model, info, quantised or {})
     with new_directory(path) as folder:
-        _write(folder, model, tokenizer, _mask_tensors(masks, scores), record, quantised)
+        _write(folder, model, tokenizer, _mask_tensors(masks, scores), record, beside, quantised)
 
 
 def _record(
@@ -111,6 +113,7 @@ def _write(
     tokenizer: "PreTrainedTokenizerBase | None",
     masks: dict[str, Tensor],
     record: dict[str, Any],
+    beside: Iterable[Path],
     quantised: Mapping[str, Quantised] | None = None,
 ) -> None:
     """All files of a hybrid checkpoint; adds them to its ``record``."""
@@ -120,6 +123,8 @@ def _write(
         model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
     if masks:
         save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
     files = sorted(file for file in folder.iterdir() if file.is_file())
@@ -173,7 +178,11 @@ def _digest(info: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def restore_checkpoint(
-    masks: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", path: str | Path
+    masks: str | Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    path: str | Path,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Make a hybrid checkpoint again from its masks, kept without the weights, and the dense model.
 
@@ -181,6 +190,7 @@ def restore_checkpoint(
         masks: a folder with ``hybrid.json`` and ``hybrid.masks``.
         model: the dense model that they were found on, in the dtype of the checkpoint; its weights are masked in place.
         tokenizer: saved with the model where there is one.
+        beside: as `save_checkpoint`.
 
     Raises:
         UserError: if the masks are damaged or of another model, if the weights that come out are not those of the
@@ -197,7 +207,7 @@ def restore_checkpoint(
     kept = {key: value for key, value in info.items() if key not in _OWN_KEYS}
     record = _record(model, found, kept, scores)
     with new_directory(path) as folder:
-        _write(folder, model, tokenizer, _mask_tensors(found, scores), record)
+        _write(folder, model, tokenizer, _mask_tensors(found, scores), record, beside)
         for name, expected in info["files"].items():
             # Configurations and tokenizers may be written otherwise by another version of transformers.
             if not _holds_tensors(name):

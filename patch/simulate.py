@@ -58,7 +58,6 @@ def load_quantised(folder: Path, dtype: torch.dtype | None) -> "tuple[PreTrained
         config=config,
         state_dict=state,
         dtype=dtype or config.dtype,
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     install(model, weights, precision)

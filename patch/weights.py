@@ -63,6 +63,19 @@ def without_weights(folder: Path) -> "PreTrainedModel":
         raise UserError(f"{folder / 'config.json'}: not a causal language model: {one_line(error)}") from error
 
 
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How a model's weights are quantised, as its configuration says; None if they are not.
+
+    Without their scales codes are other weights, and no zeros can be told in them.
+    """
+    # Of several parts each may say it: a vision language model's text, say.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    said = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if said is None:
+        return None
+    return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
+
+
 def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Name and ``(N, K)`` of every prunable matrix, without loading a weight.
 
@@ -81,7 +94,8 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Quantised weights are what their values and scales stand for, float32.
 
     Raises:
-        UserError: as `without_weights`; or if a tensor is missing, damaged, or of another shape.
+        UserError: as `without_weights`; or if weights are quantised, or a tensor is missing, damaged, or of another
+            shape.
     """
     if precision := stored_precision(folder):
         for name, weight in quantised_weights(folder, precision):
@@ -89,6 +103,11 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         return
     files = weight_files(folder)
     skeleton = without_weights(folder)
+    if kind := quantisation(read_json(folder / "config.json")):
+        raise UserError(
+            f"{folder}: its weights are quantised (quantization_config: {kind}), and no zeros can be told in codes: "
+            "take the checkpoint that they were made of"
+        )
     linears, matrices = prunable_linears(skeleton), prunable_matrices(skeleton)
     if linears.keys() == matrices.keys() and any(f"{name}.weight" in files for name in linears):
         for name, linear in linears.items():

@@ -10,7 +10,8 @@ The dense weights are never made. What is loaded is checked in full before it ca
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +116,13 @@ def save_packed(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     origin: Mapping[str, Any] | None = None,
+    beside: Iterable[Path] = (),
 ) -> Path:
     """Write a model that ``compile_model`` has converted as a packed checkpoint, atomically.
 
     Args:
         origin: JSON data kept in its configuration: where the masks come from.
+        beside: files that are copied as they are, such as those of a processor.
 
     Raises:
         UserError: if the model has no packed modules, or ``path`` exists.
@@ -132,6 +135,8 @@ def save_packed(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
         _seal(folder, origin)
     return Path(path)
 

@@ -51,8 +51,8 @@ def prune(
     ] = None,
     tile: Tile = "128x128",
     calibration: Annotated[str, typer.Option(help="Text that Wanda, SparseGPT, ranking and --refit see.")] = "c4",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int | None, typer.Option(min=1, help=_WINDOW)] = None,
     tile_ranking: Annotated[
         str, typer.Option(help="Which tiles stay dense: ranked within each weight, or over the model.")
     ] = "weight",
@@ -95,8 +95,8 @@ def learn(
     tile: Tile = "128x128",
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
     calibration: Annotated[str, typer.Option(help="Text of the one-shot prior, and of --refit.")] = "c4",
-    calibration_windows: Annotated[int, typer.Option(help="Its windows.")] = 128,
-    calibration_length: Annotated[int | None, typer.Option(help=_WINDOW)] = None,
+    calibration_windows: Annotated[int, typer.Option(min=1, help="Its windows.")] = 128,
+    calibration_length: Annotated[int | None, typer.Option(min=1, help=_WINDOW)] = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -235,9 +235,9 @@ def evaluate(
     perplexity: Annotated[list[str] | None, typer.Option(help=f"Text, or TEXT@LENGTH. {_WINDOW} Repeatable.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval-harness. Repeatable.")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many items a task; for a quick look, not a result.")
+        int | None, typer.Option(min=1, help="Only so many items a task; for a quick look, not a result.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 16,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,

@@ -22,7 +22,7 @@ def pack(
     """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
     import torch
 
-    from experiments.data.models import load_model
+    from experiments.data.models import load_model, processor_files
     from experiments.publish.card import origin
     from patch.checkpoint import load_masks
     from patch.structures import TILED
@@ -42,7 +42,7 @@ def pack(
     if model.dtype not in DTYPES:
         torch.nn.Module.to(model, torch.bfloat16)
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
-    save_packed(out, model, tokenizer, about)
+    save_packed(out, model, tokenizer, about, processor_files(str(checkpoint)))
     console.print(f"{report}: {out}", soft_wrap=True)
 
 

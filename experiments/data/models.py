@@ -11,7 +11,7 @@ A model is named by a name of the `REGISTRY`, by the path of a model directory, 
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from patch.errors import UserError, check_name
 from patch.files import sha256
 from patch.positions import longest
 from patch.simulate import load_quantised
-from patch.weights import prunable_shapes
+from patch.weights import prunable_shapes, quantisation
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # All that decides what a model computes: configuration, weights, tokenizer. Not its card or its training log.
 _CONTENT = ("*.json", "*.safetensors", "*.bin", "*.model", "merges.txt", "*.jinja")
+
+# Of images, videos and sound, and of all together; and its chat template where that is no tokenizer's.
+_PROCESSORS = ("*processor_config.json", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,8 @@ def load_model(
         if simulated:
             model, missing = load_quantised(Path(source), dtype)
         else:
-            model, report = auto.from_pretrained(
-                source, dtype=dtype or "auto", attn_implementation="sdpa", output_loading_info=True
-            )
+            # Which attention is transformers' choice: not every family has the fused one.
+            model, report = auto.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
             missing = sorted(report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (torch.OutOfMemoryError, UserError):
@@ -210,15 +212,12 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
         Whether what the weights compute must be simulated.
     """
     config = _config(source)
-    # Of several parts each may say it: a vision language model's text, say.
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if quantised is None:
+    kind = quantisation(config)
+    if kind is None:
         return False
     # Importing it registers the quantizer that reads packed checkpoints.
     from stoicc.spec import METHOD
 
-    kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
     ours = (Path(source) / INFO_FILE).is_file() and precision_of(config) is not None
     if kind != METHOD and not ours:
         raise UserError(
@@ -234,6 +233,33 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
     return ours
 
 
+def processor_files(name: str, data: Path | None = None) -> list[Path]:
+    """The files by which a model of several parts, such as text and images, turns these into its inputs.
+
+    They go with every checkpoint that is made of the model, as they are. A model of text alone has none.
+
+    Raises:
+        UserError: if the hub has them and they cannot be fetched.
+    """
+    source = _directory_or_hub_id(name, data)
+    folder = Path(source)
+    if not folder.is_dir():
+        if not any(isinstance(part, dict) and "model_type" in part for part in _config(source).values()):
+            return []
+        folder = _fetched(source, _PROCESSORS)
+    return sorted({file for pattern in _PROCESSORS for file in folder.glob(pattern)})
+
+
+def _fetched(repository: str, patterns: Sequence[str]) -> Path:
+    """The folder of some files of a hub model, fetched or in the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{repository}: cannot be fetched from the hub: {_first_line(error)}") from error
+
+
 def longest_text(name: str, data: Path | None = None) -> int | None:
     """Most tokens that a model has positions for; None if it has no such limit or its configuration is not here yet."""
     from transformers import AutoConfig
@@ -242,7 +268,10 @@ def longest_text(name: str, data: Path | None = None) -> int | None:
         return None  # converting it takes minutes
     try:
         return longest(AutoConfig.from_pretrained(_directory_or_hub_id(name, data), local_files_only=True))
-    except (OSError, ValueError, KeyError, TypeError):
+    except UserError:
+        raise
+    # What transformers makes of a damaged configuration may be any error, and loading the model says what is wrong.
+    except Exception:
         return None
 
 

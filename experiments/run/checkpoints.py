@@ -173,7 +173,8 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     if pruning.quantisation:
         info["precision"] = pruning.quantisation.precision
     path = store.checkpoint_path(pruning)
-    save_checkpoint(path, model, tokenizer, made.masks, info, made.tile_scores, made.quantised)
+    beside = models.processor_files(pruning.model, machine.data)
+    save_checkpoint(path, model, tokenizer, made.masks, info, made.tile_scores, made.quantised, beside)
     # The learner's state has served; its TensorBoard log stays.
     (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
 

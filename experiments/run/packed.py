@@ -144,7 +144,8 @@ class Artefact:
             if not path.exists():
                 model, tokenizer = self.load(self.unpacked.dtype)
                 compile_model(model, load_masks(self.source))
-                save_packed(path, model, tokenizer)
+                beside = models.processor_files(self.source, self.machine.data)
+                save_packed(path, model, tokenizer, beside=beside)
         return models.load_model(str(path), device=self.machine.device, quantised=True)[0]
 
     def disk_bytes(self) -> int:
@@ -198,6 +199,8 @@ def run_stages(
         UserError: if a model cannot be packed, or cannot be timed.
     """
     wanted = {name: measure for name, measure in measurements(trial).items() if name in missing}
+    if not wanted:
+        return
     artefact = Artefact(trial.pruning, source, content, store, machine)
     for done, (name, measure) in enumerate(wanted.items()):
         machine.progress(f"{trial.label}: packed", done, len(wanted))
@@ -205,7 +208,7 @@ def run_stages(
         facts, sources = measure(artefact)
         store.write_rows(trial, name, facts, provenance(time.monotonic() - started, sources, content))
     machine.progress(f"{trial.label}: packed", len(wanted), len(wanted))
-    if wanted and machine.can_time:
+    if machine.can_time:
         from experiments.bench.model import forget_compiled
 
         del artefact

@@ -203,6 +203,7 @@ def recover_checkpoint(
             "provenance": provenance(spending.seconds, {recovery.source: documents.sha256}),
         },
         load_tile_scores(source.path),
+        beside=models.processor_files(str(source.path)),
     )
     check_same_masks(source.path, out)
     (work / STATE).unlink(missing_ok=True)

@@ -515,6 +515,14 @@ def test_audit_reads_foreign_zeros(tmp_path: Path, shards: int, tied: bool) -> N
             lambda p: (p / "model.safetensors").unlink(), TILE, "model.safetensors: is missing", id="no-weights"
         ),
         pytest.param(
+            lambda p: (p / "config.json").write_text(
+                (p / "config.json").read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1)
+            ),
+            TILE,
+            "quantised .quantization_config: fp8",
+            id="quantised",
+        ),
+        pytest.param(
             lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}'),
             TILE,
             "gone.safetensors: is missing",

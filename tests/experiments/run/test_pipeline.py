@@ -11,21 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_families import make
 from forked import Python
 from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
+from transformers import AutoTokenizer
 
 from analysis.rows.jsonl import from_lines
 from experiments.data import text
 from experiments.data.models import load_model
-from experiments.run import checkpoints, pipeline
+from experiments.embedded import MODEL as EMBEDDED
+from experiments.run import checkpoints, mask_archive, pipeline
+from experiments.run.packed import Artefact
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Trial
 from patch.audit import audit
 from patch.budget import cut_globally
-from patch.checkpoint import load_info, load_masks
+from patch.checkpoint import content_hash, load_info, load_masks
 from patch.errors import UserError
 from patch.learn.sensitivity import tile_sensitivity
 from patch.mask import tile_sizes
@@ -223,3 +227,23 @@ def test_stages_of_two_checkpoints_are_not_mixed(tiny_model: Path, tiny_text: Pa
     with pytest.raises(UserError, match="was measured of checkpoint"):
         pipeline.run_trial(trial, store, machine)
     assert not store.has_rows(trial, last)
+
+
+def test_a_model_of_text_and_images_keeps_its_processor(tmp_path: Path) -> None:
+    """And is audited, restored and packed, though its tensors have other names on disk than in memory."""
+    make("gemma3", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "model")
+    files = {"preprocessor_config.json": '{"do_resize": true}', "processor_config.json": '{"image_seq_length": 4}'}
+    for name, content in files.items():
+        (tmp_path / "model" / name).write_text(content)
+    machine, store = Machine("cpu", None, lambda *_: None), Store(tmp_path / "runs")
+    pruning = build.one_shot(str(tmp_path / "model"), "magnitude", "hybrid", 0.35, (16, 16), Calibration("none"))
+    path = pipeline.ensure_checkpoint(pruning, store, machine)
+    assert path is not None and len(audit(path)) == 14
+    mask_archive.export(path, tmp_path / "masks.tar.xz")
+    restored = mask_archive.restore(tmp_path / "masks.tar.xz", Store(tmp_path / "other"), machine)
+    packed = Artefact(pruning, str(path), content_hash(path), store, machine)
+    assert packed.packed.model.language_model.layers[0].mlp.up_proj.weight.shape == (64, 32)
+    for folder in (path, restored, store.packed_path(packed.content)):
+        assert {name: (folder / name).read_text() for name in files} == files
+    assert content_hash(restored) == content_hash(path)
