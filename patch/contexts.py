@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from patch.errors import UserError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -17,6 +19,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Nothing within writes to the model's weights, as some models (RWKV) do the first time that they run.
+
+    Raises:
+        UserError: if they did: saved now, they would be written to a second time when they are loaded.
+    """
+    before = {name: parameter._version for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter._version != before.get(name):
+            raise UserError(f"{type(model).__name__} changes its own weights when it runs, such as {name}")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ whatever it is called (``layers``, ``h``, ``blocks``). In them prunable are
 * every expert of a mixture of experts, a slice of a parameter ``[experts, ., .]``, as a weight of its own;
 * every ``Conv1D`` of transformers (GPT-2), which is a ``Linear`` stored as ``[K, N]``.
 
-Never prunable are routers, gates of one row, embeddings, ``lm_head``, norms and biases. What else multiplies, such as
-the block-diagonal gates of a recurrent block, no method here knows: `coverage` says which share of all matrix elements
-is prunable, and whoever prunes asks for it (`check_coverage`).
+Never prunable are routers, gates and mixing coefficients of fewer than `LEAST` rows or columns (Gemma 3n's `AltUp` has
+some of 4x4), embeddings, ``lm_head``, norms and biases. What else multiplies, such as the block-diagonal gates of a
+recurrent block, no method here knows: `coverage` says which share of all matrix elements is prunable, and whoever
+prunes asks for it (`check_coverage`).
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from patch.errors import UserError
+
+# Outputs and inputs of the smallest matrix that is pruned: what is smaller weighs a few streams against each other.
+LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Coverage:
 
     Attributes:
         prunable: elements of prunable matrices.
-        matrices: elements of all matrices but routers and gates of one row, which no method prunes.
+        matrices: elements of all matrices but routers and small gates, which no method prunes.
         left: full dotted names of the parameters that cannot be pruned.
     """
 
@@ -82,7 +86,7 @@ def prunable_linears(model: nn.Module) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear)
         and id(module) in inside
         and id(module.weight) not in never
-        and module.out_features > 1
+        and min(module.weight.shape) >= LEAST
     }
 
 
@@ -117,7 +121,7 @@ def coverage(model: nn.Module) -> Coverage:
         for name, parameter in model.named_parameters()
         if id(parameter) in inside
         and parameter.ndim >= 2
-        and min(parameter.shape) > 1
+        and min(parameter.shape) >= (LEAST if parameter.ndim == 2 else 2)
         and not name.endswith("bias")
         and id(parameter) not in never | kernels
     }
@@ -141,6 +145,17 @@ def check_coverage(model: nn.Module, partial: bool = False) -> Coverage:
             f"{found.left[0]} and {len(found.left) - 1} more: ask for partial pruning (--partial) to leave those dense"
         )
     return found
+
+
+def check_present(model: nn.Module) -> None:
+    """Raise if a weight is not in memory: offloaded, it lies on the meta device, without values.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{name} is offloaded (on the meta device): load the model whole, without a device_map")
 
 
 def check_shared(model: nn.Module) -> None:
@@ -172,7 +187,7 @@ def require_linears(model: nn.Module, what: str) -> dict[str, nn.Linear]:
     linears = prunable_linears(model)
     for name in prunable_matrices(model):
         if name not in linears:
-            raise UserError(f"{name}: {what} covers Linear weights alone, not experts or Conv1D: prune it one-shot")
+            raise UserError(f"{name}: {what} covers Linear weights alone, not experts or Conv1D")
     return linears
 
 
@@ -224,7 +239,8 @@ def _routers_beside(mixture: nn.Module, holder: nn.Module, experts: int) -> list
     parts += [[each] for each in mixture.parameters(recurse=False)]
     routers = []
     for part in parts:
-        matrices = [each for each in part if each.ndim == 2]
+        # What is added to the scores of experts may have two dimensions too, of which one is 1.
+        matrices = [each for each in part if each.ndim == 2 and min(each.shape) > 1]
         if matrices and experts > 1 and all(len(each) == experts for each in matrices):
             routers += matrices
     return routers

@@ -9,6 +9,7 @@ maps can be stacked, so that one kernel does the work of three. The first of the
 rows of the result.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from patch.errors import UserError
+from patch.layers import check_present, prunable_linears, prunable_matrices, require_linears
 from patch.mask import HybridMask
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.values import quantise_weight
-from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack
+from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack, unpack
 from stoicc.matmul import product
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
@@ -77,6 +79,17 @@ class Fused(nn.Module):
     def extra_repr(self) -> str:
         fused = "" if len(self._sizes) == 1 else f", fused={self._sizes}"
         return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
+
+
+class _Copy(Tensor):
+    """A weight that was made anew: what is written to it would be lost, so that writing to it is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if re.fullmatch(r"[a-z]\w*_|__i(add|sub|mul|matmul|truediv|floordiv|pow|and|or)__|__setitem__", func.__name__):
+            raise UserError("a packed weight cannot be written: pack a model after it has changed its weights")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class HybridLinear(Fused):
@@ -149,6 +162,28 @@ class HybridLinear(Fused):
         except UserError as error:
             raise UserError(f"{self.spec.parts[0][0]}: {error}") from None
 
+    @property
+    def weight(self) -> Tensor:
+        """As `weight_of` the first linear, under the name that a ``Linear`` has it by."""
+        return self.weight_of(0)
+
+    def weight_of(self, index: int) -> Tensor:
+        """The masked weight ``[N, K]`` of fused linear ``index``, made anew at every call.
+
+        For models that multiply by a linear's weight instead of calling it (Mamba's time steps): right, but no faster
+        than the dense weight, and what is written to it is lost.
+        """
+        sizes = [rows for _, rows in self.parts]
+        if self.records.is_meta:
+            return torch.empty(sizes[index], self.in_features, dtype=self._dtype, device="meta")
+        whole = unpack(self.checked())
+        if self.spec.eight_bits:
+            whole = (whole.float() * self.scales[:, None]).to(torch.bfloat16 if self.bias is None else self.bias.dtype)
+        weight: Any = whole.split(sizes)[index].as_subclass(_Copy)
+        # transformers fills weights in that it did not load.
+        weight._is_hf_initialized = True
+        return weight
+
     def product(self, x: Tensor) -> Tensor:
         schedule = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
         scales = self.scales if self.spec.eight_bits else None
@@ -184,6 +219,13 @@ class HybridPart(nn.Module):
         self.index = index
         # In a tuple, so that the owner's tensors are not a second time this module's.
         self._owner = (owner,)
+
+    @property
+    def weight(self) -> Tensor:
+        """As `HybridLinear.weight_of`."""
+        owner: Any = self._owner[0]
+        weight: Tensor = owner.weight_of(self.index)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to this linear's ``[..., N]``."""
@@ -245,10 +287,15 @@ def compile_model(
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
-            a weight has another dtype, or ``dtype`` is not one of 8 bits.
+            a weight has another dtype or is offloaded, or ``dtype`` is not one of 8 bits.
     """
     if dtype is not None and dtype not in SCALED:
         raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
+    check_present(model)
+    if hasattr(model, "get_decoder"):
+        strange = masks.keys() - prunable_linears(model).keys()
+        if strange & prunable_matrices(model).keys():
+            require_linears(model, "packing")
     for name, mask in masks.items():
         _check_linear(model, name, mask, dtype)
     packed: list[Spec] = []

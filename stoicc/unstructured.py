@@ -86,6 +86,11 @@ class UnstructuredLinear(nn.Module):
     def packed(self) -> UnstructuredWeight:
         return UnstructuredWeight((self.out_features, self.in_features), self.bits, self.values, self.rows)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[N, K]``, made anew: for models that multiply by it instead of calling a linear."""
+        return unpack_unstructured(self.packed)
+
     def forward(self, x: Tensor) -> Tensor:
         return unstructured_op(x, self.bits, self.values, self.rows, self.bias, self._shape)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.contexts import evaluating
+from patch.layers import check_present
 from patch.positions import check_model_length
 
 # Positions whose float32 logits exist at a time: 0.5 GiB at a vocabulary of 128k.
@@ -119,10 +120,11 @@ def perplexity(
         on_batch: called with (windows done, windows in all).
 
     Raises:
-        UserError: if the windows are longer than the model has positions for.
+        UserError: if the windows are longer than the model has positions for, or a weight is not in memory.
     """
     count, length = windows.shape
     check_model_length(model, length, "perplexity windows")
+    check_present(model)
     model.to(device)
     losses = []
     with evaluating(model), torch.inference_mode():

@@ -10,6 +10,7 @@ A cell's column is named by the beginning of its name, its row as in ``hts compa
 ``<!-- cell smollm2-learned accuracy perplexity at method=patch-joint,target=0.45 -->44.97<!-- end -->``.
 """
 
+import csv
 import dataclasses
 import re
 import tomllib
@@ -39,6 +40,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 # The GPU whose speed is shown.
 BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
+# What a test found of small models of every family (tests/decoder_lives.py).
+FAMILIES = ROOT / "docs" / "families.csv"
 # The study of learned masks that is shown first.
 _MAIN = "smollm2-published"
 
@@ -144,6 +147,12 @@ def _below(selector: str, against: str) -> str:
     return shown.removeprefix("-")
 
 
+def _families() -> Table:
+    header, *rows = csv.reader(FAMILIES.read_text(encoding="utf-8").splitlines())
+    columns = tuple(Column(name, name, "text") for name in header)
+    return Table(columns, tuple(map(tuple, rows)), tuple("" for _ in rows), frozenset(), ())
+
+
 @cache
 def _kernels() -> DataFrame:
     frame = load_bench([BENCH], "kernels")
@@ -206,6 +215,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
     "rates": _rates,
+    "families": _families,
     "published": reproduction.table,
     "needs": reproduction.needs,
 }

@@ -1,14 +1,16 @@
 """Where learning starts: what one-shot pruning knows, and the logits that are made of it."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from patch.budget import check_sparsity
+from patch.contexts import evaluating, unwritten
 from patch.errors import UserError
 from patch.layers import check_shared, prunable_linears, require_linears
 from patch.learn import soft_mask
@@ -103,18 +105,28 @@ def masked_linears(
     return prepared
 
 
+class _Uses(TorchFunctionMode):
+    """Notes which weights are computed with, whether by their linear or by the model itself (Mamba's time steps)."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self._watched = {id(weight) for weight in weights}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Asking for a dtype is no use of a weight.
+        if getattr(func, "__name__", "") != "__get__":
+            self.seen |= self._watched & {id(each) for each in (*args, *(kwargs or {}).values())}
+        return func(*args, **(kwargs or {}))
+
+
 def _check_used(model: Any, linears: Mapping[str, nn.Linear]) -> None:
     """The gradient of a weight that the model does not use would be that of the penalties alone."""
-    used: set[nn.Module] = set()
-    hooks = [linear.register_forward_hook(lambda module, *_: used.add(module)) for linear in linears.values()]
-    try:
-        with torch.no_grad():
-            device = model.get_input_embeddings().weight.device
-            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    unused = [name for name, linear in linears.items() if linear not in used]
+    uses = _Uses(linear.weight for linear in linears.values())
+    with torch.no_grad(), evaluating(model), unwritten(model), uses:
+        device = model.get_input_embeddings().weight.device
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+    unused = [name for name, linear in linears.items() if id(linear.weight) not in uses.seen]
     if unused:
         raise UserError(f"{unused[0]} takes no part in the model's forward pass: its mask cannot be learned")
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from patch.budget import check_sparsity, cut_globally
-from patch.contexts import evaluating, full_float32
+from patch.contexts import evaluating, full_float32, unwritten
 from patch.errors import UserError
-from patch.layers import prunable_linears, require_linears
+from patch.layers import check_present, prunable_linears, require_linears
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.soft_mask import generator, stream_seed
 from patch.mask import GROUP, TileShape, decode_patterns, tile_grid, tile_sizes, tile_sums
@@ -55,6 +55,7 @@ def tile_sensitivity(
     Raises:
         UserError: if a weight has no patterns or other ones, or a gradient is not finite.
     """
+    check_present(model)
     linears = require_linears(model, "ranking tiles over the model")
     for name, linear in linears.items():
         n, k = linear.weight.shape
@@ -66,7 +67,7 @@ def tile_sensitivity(
     device = weights[0].device
     kept = [decode_patterns(patterns[name].to(device)) for name in linears]
     squares = [torch.zeros(tile_grid(weight.shape, tile), device=device) for weight in weights]
-    with evaluating(model), full_float32(), torch.enable_grad(), _differentiable(weights):
+    with evaluating(model), unwritten(model), full_float32(), torch.enable_grad(), _differentiable(weights):
         for index in range(ranks.rank, len(sequences), ranks.size):
             logits = model(input_ids=sequences[index : index + 1].to(device), use_cache=False).logits[0].float()
             source = generator(stream_seed("sensitivity", seed, index), device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
-from patch.layers import Matrix, check_shared, decoder_blocks, prunable_matrices
+from patch.layers import Matrix, check_present, check_shared, decoder_blocks, prunable_matrices
 from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
 from patch.oneshot import magnitude, sparsegpt, wanda
 from patch.oneshot.calibration import Block, blocks_on, calibrate
@@ -98,6 +98,7 @@ def prune_model(
     if not weight_update and rule.frozen is not None:
         rule = rule.frozen
     check_name("one-shot structure", structure, STRUCTURES)
+    check_present(model)
     check_shared(model)
     matrices = prunable_matrices(model)
     tile = _check_structure(structure, sparsity, tile, matrices)

@@ -14,18 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patch.contexts import evaluating
+from patch.contexts import evaluating, unwritten
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_matrices
 from patch.positions import check_model_length
 
 Device = torch.device | str
+
+# Tokens that tell what blocks return.
+_FEW = 4
 
 
 class Statistic(Protocol):
@@ -246,10 +250,17 @@ def _record(
     home = next(decoder.parameters()).device
     states: list[Tensor] = []
     calls: dict[int, list[_Call]] = {}
+    beside: list[tuple[Any, ...] | None] = [None] * len(blocks)
     for ids in batches:
         made: list[_Call] = []
-        with _passed_over(blocks, made) as entered:
-            decoder(input_ids=ids.to(home), use_cache=False)
+        with unwritten(model):
+            try:
+                entered = _enter(decoder, blocks, beside, made, ids.to(home))
+            except (ValueError, TypeError, LookupError):
+                # What it does with what its blocks return is more than to take their first element.
+                made.clear()
+                beside = _beside(decoder, blocks, ids[:1, :_FEW].to(home))
+                entered = _enter(decoder, blocks, beside, made, ids.to(home))
         if len(made) != len(blocks):
             raise UserError(f"{type(model).__name__} runs {len(made)} of its {len(blocks)} blocks: cannot calibrate it")
         known = calls.setdefault(len(ids), made)
@@ -258,28 +269,72 @@ def _record(
                 f"{type(model).__name__} gives its blocks inputs that depend on the text: cannot calibrate it "
                 f"({difference}, between the first batch of {len(ids)} windows and batch {len(states) + 1})"
             )
-        states.append(entered[0].to(device))
+        if len(entered) != len(ids):
+            raise UserError(
+                f"{type(model).__name__} hands its blocks hidden states {tuple(entered.shape)} for {len(ids)} windows: "
+                "cannot calibrate it"
+            )
+        states.append(entered.to(device))
     return states, calls
 
 
+def _enter(
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    beside: Sequence[tuple[Any, ...] | None],
+    made: list[_Call],
+    ids: Tensor,
+) -> Tensor:
+    """The first block's input; what each block is called with is appended to ``made``."""
+    with _passed_over(blocks, beside, made) as entered:
+        decoder(input_ids=ids, use_cache=False)
+    return entered[0]
+
+
+def _beside(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[tuple[Any, ...] | None]:
+    """What each block returns beside the hidden states on a few tokens; None where it returns these alone."""
+    found: dict[int, tuple[Any, ...] | None] = {}
+
+    def note(index: int, returned: Any) -> None:
+        found[index] = tuple(returned[1:]) if isinstance(returned, tuple) else None
+
+    hooks = [
+        block.register_forward_hook(lambda _, __, returned, index=index: note(index, returned))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        decoder(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found.get(index) for index in range(len(blocks))]
+
+
 @contextmanager
-def _passed_over(blocks: Iterable[nn.Module], made: list[_Call]) -> Iterator[list[Tensor]]:
+def _passed_over(
+    blocks: Iterable[nn.Module], beside: Sequence[tuple[Any, ...] | None], made: list[_Call]
+) -> Iterator[list[Tensor]]:
     """While this lasts, blocks append what they are called with to ``made`` and pass on the first one's input.
+
+    Args:
+        beside: what each returns beside it.
 
     Yields a list whose first element will be that input.
     """
     entered: list[Tensor] = []
 
-    def forward(hidden_states: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    def forward(
+        hidden_states: Tensor, *positional: Any, _beside: tuple[Any, ...] | None, **keywords: Any
+    ) -> Tensor | tuple[Any, ...]:
         made.append(_Call(positional, keywords))
         entered.append(hidden_states)
         # Always the first: some models take element 0 of what a block returns, expecting a tuple.
-        return entered[0]
+        return entered[0] if _beside is None else (entered[0], *_beside)
 
     own = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
-        for block, _ in own:
-            block.forward = forward
+        for (block, _), rest in zip(own, beside, strict=True):
+            block.forward = partial(forward, _beside=rest)
         yield entered
     finally:
         for block, before in own:
@@ -372,9 +427,16 @@ class _Taps(TorchFunctionMode):
         if place := _PRODUCTS.get(func):
             operands = [*args, *(kwargs or {}).values()]
             inputs, weight = operands[place[0]], operands[place[1]]
-            if isinstance(weight, Tensor) and weight.ndim == 2 and (name := self._names.get(weight.data_ptr())):
+            if name := self._name(weight):
                 self._tap(name, inputs)
+            elif place == (0, 1) and func is not nn.functional.linear and (name := self._name(inputs)):
+                # Mamba multiplies its time steps from the left.
+                self._tap(name, weight.transpose(-2, -1))
         return func(*args, **(kwargs or {}))
+
+    def _name(self, operand: Any) -> str | None:
+        """The watched weight that an operand is, whichever way it is turned."""
+        return self._names.get(operand.data_ptr()) if isinstance(operand, Tensor) and operand.ndim == 2 else None
 
 
 # Where a product has its inputs and its weight. Conv1D of transformers adds a bias first.

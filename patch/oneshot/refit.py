@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from patch.contexts import full_float32
 from patch.errors import UserError
-from patch.layers import Matrix, decoder_blocks, prunable_matrices
+from patch.layers import Matrix, check_present, decoder_blocks, prunable_matrices
 from patch.mask import HybridMask
 from patch.oneshot.calibration import calibrate
 from patch.oneshot.sparsegpt import InputHessian
@@ -129,6 +129,7 @@ def refit_model(
         UserError: if masks and weights do not fit each other (before any weight changes), the windows do not fit the
             model, or something is not finite.
     """
+    check_present(model)
     _check_masks(prunable_matrices(model), masks)
     blocks = len(decoder_blocks(model))
     fits: dict[str, Fit] = {}

@@ -1,11 +1,14 @@
 """Which matrices are prunable: small models of every kind of decoder, by what they are made of."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from decoder_families import MIXTURES, WHOLE, make, windows
+from decoder_families import make, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from experiments.eval.perplexity import perplexity
 from patch.errors import UserError
 from patch.layers import (
     check_coverage,
@@ -18,7 +21,11 @@ from patch.layers import (
 )
 from patch.oneshot import prune_model
 from patch.oneshot.calibration import calibrate
+from patch.oneshot.refit import refit_model
 from patch.oneshot.wanda import InputNorm
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+WHOLE = ("llama", "gemma3_text", "gpt2", "gpt_neox", "opt", "falcon", "bloom", "mpt", *MIXTURES)
 
 
 def zeros(model: PreTrainedModel) -> float:
@@ -77,7 +84,7 @@ def test_an_expert_is_judged_by_the_tokens_that_are_routed_to_it(family: str) ->
         torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("family", "least"), [("jamba", 0.9), ("recurrent-gemma", 0.9), ("llama4", 0.2)])
+@pytest.mark.parametrize(("family", "least"), [("jamba", 0.9), ("recurrent_gemma", 0.9), ("llama4_text", 0.2)])
 def test_what_is_not_covered_is_refused_or_said(family: str, least: float) -> None:
     """Llama 4 multiplies all experts at once and does not say along which side their inputs lie."""
     model = make(family)
@@ -110,6 +117,20 @@ def test_weights_and_blocks_that_are_used_twice_are_refused() -> None:
     blocks[1] = blocks[0]
     with pytest.raises(UserError, match="same decoder block more than once"):
         prune_model(model, "magnitude", "2:4", 0.5, (16, 16), None, "cpu")
+
+
+def test_offloaded_weights_are_refused() -> None:
+    """Those that accelerate keeps on a disk, or on the CPU, have no values where the model is."""
+    model = make("llama")
+    model.model.layers[1].to("meta")
+    attempts: list[Callable[[], object]] = [
+        lambda: prune_model(model, "magnitude", "2:4", 0.5, (16, 16), None, "cpu"),
+        lambda: refit_model(model, {}, windows(), "cpu"),
+        lambda: perplexity(model, windows(), "cpu", 2),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight is offloaded"):
+            attempt()
 
 
 def test_inputs_that_are_shared_in_the_first_batch_only() -> None:

@@ -662,3 +662,32 @@ def test_names_and_dtypes_are_the_models(
 ) -> None:
     with pytest.raises(UserError, match=message):
         loaded(damaged(packed, tmp_path / "damaged", spoil))
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "each"])
+def test_a_packed_linear_has_the_masked_weight(fuse: bool) -> None:
+    """Some models multiply by a linear's weight instead of calling it."""
+    model = tiny_model()
+    masks = some_masks(model)
+    expected = {name: weight.clone() for name, weight in masked(model, masks).named_parameters()}
+    stoicc.compile_model(model, masks, fuse=fuse)
+    for name in masks:
+        assert torch.equal(model.get_submodule(name).weight, expected[f"{name}.weight"])
+    assert HybridLinear.empty(packed_modules(model)[0].spec, torch.bfloat16).weight.is_meta
+
+
+def test_a_packed_linear_of_eight_bits_has_its_weight_with_its_scales() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    expected = {name: weight.clone() for name, weight in masked(model, masks).named_parameters()}
+    stoicc.compile_model(model, masks, dtype=torch.float8_e4m3fn)
+    for name in masks:
+        torch.testing.assert_close(model.get_submodule(name).weight, expected[f"{name}.weight"], rtol=0.07, atol=1e-3)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    model.lm_head.to("meta")
+    with pytest.raises(UserError, match=r"lm_head\.weight is offloaded"):
+        stoicc.compile_model(model, masks)

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from decoder_families import FAMILIES, make
 
 from analysis.tables.render import render
 from analysis.tables.study import study_tables
@@ -12,7 +11,6 @@ from experiments.publish import figures, measured, pages
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 from patch.errors import UserError
-from patch.layers import check_coverage, prunable_linears, prunable_matrices
 
 ROOT = Path(__file__).parents[3]
 STORE = Store(ROOT / "results")
@@ -108,21 +106,6 @@ def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
     shown = {Path(name).stem for name in re.findall(r"""(?:!\[[^]]*\]\(|<img src=")([^)"]+)""", EVERYTHING)}
     assert shown == set(figures.SHOWN) == {path.stem for path in figures.FOLDER.iterdir()}
     assert sum(path.stat().st_size for path in figures.FOLDER.iterdir()) < 2**20
-
-
-def test_families_are_said_to_work_as_they_do() -> None:
-    def line(family: str) -> str:
-        model = make(family)
-        try:
-            check_coverage(model)
-            one_shot = "yes"
-        except UserError:
-            check_coverage(model, partial=True)
-            one_shot = "with `--partial`"
-        linear = prunable_linears(model).keys() == prunable_matrices(model).keys()
-        return f"| {family} | {one_shot} | {'yes' if linear else 'no'} |\n"
-
-    assert "".join(map(line, FAMILIES)) in (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("study", REPORTED)
