@@ -24,6 +24,7 @@ from analysis.figures.learning_curves import draw_learning_curves
 from analysis.figures.refit import draw_refit, mostly_refitted, pairs_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.speed_frontier import draw_speed_frontier
+from analysis.figures.spent import costed, draw_cost
 from analysis.figures.style import FORMATS, Width, save_figure
 from analysis.figures.tile_maps import draw_tile_maps, legible
 from analysis.figures.tile_shapes import draw_tile_shapes, swept
@@ -86,6 +87,9 @@ def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Dra
         )
     if measured and not only_pairs and not groups and not _one_sparsity(points) and frontier_of(points):
         yield Drawing("frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width))
+    if measured and len({point.model for point in points}) == 1 and costed(frame, points, measured[0]):
+        caption = f"Quality against the GPU time that each mask took, hollow where kept weights were trained: {of}."
+        yield Drawing("cost", caption, draw_cost(frame, width))
     yield from _speed_drawings(frame, width)
     yield from kernel_drawings(from_rows(frame, "kernels"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.

@@ -9,6 +9,7 @@ from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
 from analysis.tables.packed import projected_shapes, projected_table, speed_table
 from analysis.tables.render import Table
+from analysis.tables.spent import cost_table
 
 GRID_STAGES = ("kernels:", "model:")
 
@@ -16,7 +17,7 @@ GRID_STAGES = ("kernels:", "model:")
 def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[str, Table]:
     """The tables that the rows have something for, by name.
 
-    Of pruned models ``accuracy``, ``speed``, ``carried-<model>``; of grids those of
+    Of pruned models ``accuracy``, ``speed``, ``cost``, ``carried-<model>``; of grids those of
     `analysis.tables.kernels.speed_tables`.
 
     Args:
@@ -37,6 +38,8 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
+    if (frame.metric == "gpus").any():
+        found["cost"] = cost_table(frame)
     for shape in projected_shapes(frame):
         found[f"carried-{shape}"] = projected_table(frame, shape)
     return _warned(found, frame)
@@ -67,4 +70,5 @@ def title(name: str) -> str:
         return f"{name.removeprefix('model-')}: end to end, speedup over dense by sparsity"
     if name.startswith("energy-"):
         return f"{name.removeprefix('energy-')}: end to end, joules a token"
-    return {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}[name]
+    titles = {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}
+    return (titles | {"cost": "What each mask took, and what it reaches"})[name]

@@ -91,7 +91,7 @@ def studies() -> None:
 
 def table(
     study: Study,
-    about: Annotated[str, typer.Option(help="accuracy, speed, or carried-MODEL.")] = "accuracy",
+    about: Annotated[str, typer.Option(help="accuracy, speed, cost, or carried-MODEL.")] = "accuracy",
     format: TableFormat = None,
     published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
     where: Where = None,

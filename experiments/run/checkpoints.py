@@ -24,7 +24,7 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.spending import Spending
+from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
@@ -126,7 +126,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         about, out = definition(pruning), store.checkpoint_path(pruning)
         recovered.recover_checkpoint(sparse, pruning.recovery, about, describe(pruning), out, store, machine)
         return
-    spending = Spending(machine, pruning.learns)
+    spending = Spending(machine, pruning.learns, store.work_path(pruning) if pruning.learns else None)
     # What is rounded once it is pruned starts from those weights.
     rounded = pruning.quantisation is not None and not pruning.quantisation.joint
     source = str(store.checkpoint_path(pruning.base)) if rounded and pruning.base else pruning.model
@@ -141,7 +141,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     elif pruning.refit:
         made = _refit(pruning, model, tokenizer, store, machine, sources)
     elif pruning.learns:
-        outcome = _learn(pruning, model, tokenizer, store, machine, sources)
+        outcome = _learn(pruning, model, tokenizer, store, machine, sources, spending)
         curves = [
             Fact(metric, value, "1", {"step": int(entry["step"])})
             for entry in outcome.history
@@ -177,6 +177,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     save_checkpoint(path, model, tokenizer, made.masks, info, made.tile_scores, made.quantised, beside)
     # The learner's state has served; its TensorBoard log stays.
     (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
+    spending.forget()
 
 
 def _drop_blocks(
@@ -350,6 +351,7 @@ def _learn(
     store: Store,
     machine: Machine,
     sources: dict[str, str],
+    spending: Spending,
 ) -> Learned:
     """Learn the masks of a pruning and apply them to the model's weights."""
     assert pruning.learning is not None and pruning.tile is not None
@@ -368,8 +370,9 @@ def _learn(
 
     def on_step(metrics: Mapping[str, Any]) -> None:
         machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
+        spending.note()
 
-    with deferred_signals() as stop:
+    with deferred_signals() as stop, noted(spending):
         outcome = learn(
             model,
             recipe,

@@ -18,7 +18,7 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.spending import Spending
+from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Recovery, definition
 from patch.audit import audit
@@ -118,7 +118,7 @@ def recover_checkpoint(
         UserError: if checkpoint, dense model and text do not fit each other.
     """
     recipe, work = recovery.recipe, store.root / layout.WORK / name_of(about)
-    spending = Spending(machine, together=True)
+    spending = Spending(machine, together=True, work=work)
     # Block by block, the model need not be on the device.
     device = machine.device if recipe.steps else "cpu"
     model, tokenizer = models.load_model(source.model, device=device, dtype=machine.dtype, data=machine.data)
@@ -144,9 +144,10 @@ def recover_checkpoint(
             machine.progress(f"{label}: block by block", done, first)
         else:
             machine.progress(f"{label}: distillation", done - first, recipe.steps)
+        spending.note()
 
     total = recipe.block_steps * len(decoder_blocks(model)) + recipe.steps
-    with deferred_signals() as stop:
+    with deferred_signals() as stop, noted(spending):
         outcome = recover(
             model,
             keep,
@@ -207,6 +208,7 @@ def recover_checkpoint(
     )
     check_same_masks(source.path, out)
     (work / STATE).unlink(missing_ok=True)
+    spending.forget()
 
 
 _PLACES = ("step", "block")
