@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_VLLM := .venv-vllm/.installed
 
-.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm test-vllm triton-versions clean
+.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm test-vllm dist triton-versions versions clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -50,6 +50,25 @@ test-slurm: $(INSTALLED) ## sweeps on a real Slurm of one node; root on a Debian
 test-vllm: $(INSTALLED_VLLM) ## checkpoints of small models in vLLM itself, on a CPU; an environment of 3.5 GB, then five minutes
 	.venv-vllm/bin/python -m pytest tests/stoicc/vllm
 
+dist: $(INSTALLED) ## a wheel and a source archive in dist/, and whether what they install runs outside this clone (two minutes)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
+	DIST=$(CURDIR)/dist $(BIN)/pytest -m thorough tests/test_dist.py
+
+# Lowest and newest of what pyproject.toml allows, each in an environment of its own; what passes is in the docs.
+LOWEST := torch==2.11.* triton==3.6.* transformers==5.16.1
+NEWEST := torch triton transformers
+versions: ## the tests of packing and checkpoints with the lowest and the newest versions; two environments of 3 GB
+	@for set in lowest newest; do \
+		folder=.venv-$$set; \
+		if [ $$set = lowest ]; then wanted="$(LOWEST)"; else wanted="$(NEWEST)"; fi; \
+		test -f $$folder/.installed || { $(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install --quiet \
+			--disable-pip-version-check --upgrade $$wanted -e . pytest pytest-timeout peft "numpy<2.4" && touch $$folder/.installed; } || exit 1; \
+		$$folder/bin/python -c "import torch, triton, transformers as t; print('$$set:', torch.__version__, triton.__version__, t.__version__)"; \
+		$$folder/bin/python -m pytest -q tests/stoicc/test_format.py tests/stoicc/test_linear.py tests/stoicc/test_transformers.py \
+			tests/stoicc/vllm/test_shards.py tests/patch/test_checkpoint.py tests/patch/test_mask.py || exit 1; \
+	done
+
 # The other versions lie beside the environment.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 triton-versions: $(INSTALLED) ## compile the kernels with every supported version of Triton
@@ -61,7 +80,7 @@ triton-versions: $(INSTALLED) ## compile the kernels with every supported versio
 	done
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) .venv-vllm site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-lowest .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # uv is an order of magnitude faster than pip and picks the torch build that fits the machine; neither is required.
 # What they print is cut down to the large downloads and the stages.
