@@ -56,6 +56,17 @@ SHELL = (
     "python -m experiments.publish.pages",
     "python -m experiments.publish.figures",
     "export HTS_RESULTS=/scratch/me/runs",
+    # Servers and containers: `make test-vllm` runs what there is to run of them.
+    "pip install 'hybrid-tile-sparsity[vllm]'",
+    "vllm serve packed",
+    "vllm serve pruned",
+    "vllm serve pruned --quantization stoicc",
+    "vllm serve pruned --quantization stoicc-fp8",
+    "curl 127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'",
+    "docker build -t hts .",
+    "docker run --rm hts demo",
+    "apptainer build hts.sif apptainer.def",
+    "apptainer run --writable-tmpfs hts.sif demo",
 )
 
 
@@ -124,7 +135,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_commands_run(hts, folder: Path, page: str) -> None:  # type: ignore[no-untyped-def]
     for command in commands(TEXTS[page]):
         words = shlex.split(command)
-        if command in SHELL:
+        if command in SHELL or command.startswith("curl "):
             continue
         if words[0] == "make":
             if shutil.which("make"):
