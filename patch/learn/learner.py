@@ -56,7 +56,8 @@ class Learned:
             since the entry before of ``loss``, ``cross_entropy``, ``density`` (of the soft masks) and ``grad_norm``
             (before clipping); ``hard_density`` (if tiles were cut at logit 0); ``tau``, ``pattern_scale``,
             ``tile_scale``, ``lr``; ``pattern_change_rate``, the share of groups whose best pattern is another than at
-            the entry before, and ``tile_change_rate``, the share of tiles on the other side of the budget's cut.
+            the entry before, ``tile_change_rate``, the share of tiles on the other side of the budget's cut, and
+            ``tiles_turned``, the share of those that are on another side than at the start.
             What a mode does not learn is left out.
     """
 
@@ -203,6 +204,7 @@ class _Run:
             float(torch.linalg.vector_norm(m.linear.weight.detach().float())) for m in linears.values()
         )
         state.logged = self._best()
+        state.started = {name: dense for name, (dense, _) in state.logged.items()}
 
     def advance(self, step: "_Step", tokens: Tensor, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """Take one optimizer step on ``tokens`` ``[batch, length]``; returns its metrics, or None if told to stop."""
@@ -303,7 +305,11 @@ class _Run:
             entry["pattern_change_rate"] = int(changed.sum()) * GROUP / self._elements
         if self.recipe.mode != "maskllm":
             changed = torch.stack([(old[0] != new[0]).sum() for old, new in pairs])
-            entry["tile_change_rate"] = int(changed.sum()) / sum(m.sizes.numel() for m in self._linears.values())
+            tiles_of_all = sum(m.sizes.numel() for m in self._linears.values())
+            entry["tile_change_rate"] = int(changed.sum()) / tiles_of_all
+            if self.state.started:
+                turned = [(self.state.started[name] != self.state.logged[name][0]).sum() for name in before]
+                entry["tiles_turned"] = int(torch.stack(turned).sum()) / tiles_of_all
             tiles = [(m.all_tiles() > 0, m.sizes) for m in self._linears.values()]
             entry["hard_density"] = sum(float(soft_mask.kept_elements(*pair)) for pair in tiles) / self._elements
         self.state.history.append(entry)

@@ -28,6 +28,7 @@ class State:
         history: the entries of `patch.learn.learner.Learned`.
         unlogged: loss, cross entropy, density and gradient norm of each step since the last entry.
         logged: per weight its tile map and the patterns of the rows here, at the last entry.
+        started: per weight its tile map at the start; none if the checkpoint that was taken up is older than this.
         linears: the masked weights by name.
         logits: those of patterns and tiles, under ``<weight>/patterns`` and ``<weight>/tiles``.
         optimizer: of the logits.
@@ -41,6 +42,7 @@ class State:
         self.history: list[dict[str, float]] = []
         self.unlogged: list[list[float]] = []
         self.logged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.started: dict[str, Tensor] = {}
         self.linears = linears
         self.path = path
         self.logits = {f"{name}/patterns": m.patterns for name, m in linears.items() if m.patterns is not None}
@@ -90,6 +92,7 @@ class State:
             "unlogged": self.unlogged,
             "learned": learned,
             "logged": logged,
+            "started": self.started,
         }
         saved.write(self.path, state)
 
@@ -118,6 +121,7 @@ class State:
                     }
                     count = torch.tensor(float(self.step), device=logits.device)
                     self.optimizer.state[logits] = {"step": count} | moments
+            self.started = {name: dense.clone() for name, dense in state.get("started", {}).items()}
             for name, (dense, patterns) in state["logged"].items():
                 here = patterns[self.linears[name].here]
                 self.logged[name] = dense.clone(), here.to(self.logged[name][1].device, copy=True)

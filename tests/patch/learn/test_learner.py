@@ -569,6 +569,15 @@ def test_history_and_progress(mode: str, tmp_path: Path) -> None:
         assert "tokens_per_second" not in entry, "times differ between runs, histories must not"
         assert ("pattern_change_rate" in entry) == (mode != "tile")
         assert ("tile_change_rate" in entry) == ("hard_density" in entry) == (mode != "maskllm")
+        assert ("tiles_turned" in entry) == (mode != "maskllm")
+
+
+def test_a_checkpoint_of_before_does_not_know_where_tiles_started(tmp_path: Path) -> None:
+    run(tiny_model(), dataclasses.replace(SHORT["joint"], checkpoint_every=4), tmp_path)
+    state = torch.load(tmp_path / CHECKPOINT)
+    del state["started"]
+    torch.save(state | {"step": 6}, tmp_path / CHECKPOINT)
+    assert run(tiny_model(), SHORT["joint"], tmp_path).history[-1]["step"] == 6
 
 
 def test_change_rates_count_from_entry_to_entry(tmp_path: Path) -> None:
@@ -589,6 +598,8 @@ def test_change_rates_count_from_entry_to_entry(tmp_path: Path) -> None:
         turned = sum(int((before[n].dense != after[n].dense).sum()) for n in before)
         assert entry["pattern_change_rate"] == changed / groups > 0
         assert entry["tile_change_rate"] == turned / tiles
+        since = sum(int((masks[0][n].dense != after[n].dense).sum()) for n in before)
+        assert entry["tiles_turned"] == since / tiles
 
 
 def scalars(folder: Path, name: str) -> list[int]:
