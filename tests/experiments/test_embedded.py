@@ -279,7 +279,6 @@ class TestTraining:
             expected = float(model(input_ids=rows, labels=rows).loss)
         assert train.stream_loss(model, tokens, torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.thorough
     def test_short_run_learns_saves_and_loads(self, tmp_path: Path, parts: dict[str, list[Article]]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
