@@ -26,6 +26,8 @@ FILES = (
     "tests/stoicc/test_format.py",
     "tests/patch/learn/test_soft_mask_triton.py",
     "tests/patch/learn/test_distributed.py",
+    "tests/patch/recover/test_recovery.py",
+    "tests/patch/recover/test_distributed_recovery.py",
     "tests/patch/oneshot/test_calibration.py",
     "tests/patch/oneshot/test_prune_model.py",
     "tests/patch/oneshot/test_sparsegpt_triton.py",

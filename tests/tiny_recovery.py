@@ -57,7 +57,7 @@ def kept_by(masks: Mapping[str, HybridMask]) -> dict[str, Tensor]:
 
 
 def sparse_weights(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: linear.weight.detach() * keep[name] for name, linear in prunable_linears(model).items()}
+    return {name: linear.weight.detach().cpu() * keep[name] for name, linear in prunable_linears(model).items()}
 
 
 def run(
@@ -71,7 +71,7 @@ def run(
 ) -> tuple[nn.Module, Recovered]:
     """The recovered model, and what happened."""
     model = model if model is not None else dense_model()
-    keep = keep if keep is not None else kept_by(hybrid_masks(model))
+    keep = keep if keep is not None else kept_by(hybrid_masks(dense_model()))
     arguments: dict[str, Any] = {
         "windows": words(999, recipe.block_windows, recipe.length),
         "batches": lambda step: words(step, recipe.batch, recipe.length),

@@ -20,11 +20,11 @@ sys.path[:0] = sys.argv[1].split(":")
 import torch
 torch.set_num_threads(1)
 from test_distributed_recovery import recover_here
-recover_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+recover_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
 """
 
 
-def recover_here(work: Path, out: Path, stop_at: int) -> None:
+def recover_here(work: Path, out: Path, stop_at: int, device: str = "cpu") -> None:
     """Recover in this process, among those that its environment names, and write the weights that came of it."""
     asked = 0
 
@@ -34,19 +34,19 @@ def recover_here(work: Path, out: Path, stop_at: int) -> None:
         # Only the last process is told to stop.
         return ranks.rank == ranks.size - 1 and asked == stop_at
 
-    with joined("cpu") as ranks:
+    with joined(device) as ranks:
         try:
-            model, recovered = run(SHORT, work, stop=stop, ranks=ranks)
+            model, recovered = run(SHORT, work, dense_model().to(device), stop=stop, ranks=ranks, device=device)
         except Stopped:
             return
-    torch.save({"weights": model.state_dict(), "history": recovered.history}, out / f"{ranks.rank}.pt")
+    torch.save({"weights": model.cpu().state_dict(), "history": recovered.history}, out / f"{ranks.rank}.pt")
 
 
-def recover_with(size: int, work: Path, out: Path, stop_at: int = 0) -> list[Path]:
+def recover_with(size: int, work: Path, out: Path, stop_at: int = 0, device: str = "cpu") -> list[Path]:
     """The files that ``size`` processes end with; none if they were stopped."""
     out.mkdir()
     if size == 1:
-        recover_here(work, out, stop_at)
+        recover_here(work, out, stop_at, device)
         return sorted(out.iterdir())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +56,7 @@ def recover_with(size: int, work: Path, out: Path, stop_at: int = 0) -> list[Pat
     folders = f"{here}:{Path(__file__).parents[2]}"
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, folders, str(work), str(out), str(stop_at)],
+            [sys.executable, "-c", CHILD, folders, str(work), str(out), str(stop_at), device],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -89,6 +89,15 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path) -> None:
         # Sums are taken in another order, and Adam's first steps are signs.
         assert torch.allclose(weight, linears(models[2])[name], atol=5e-4)
         assert not weight[~keep[name]].any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_recover_what_one_recovers(tmp_path: Path) -> None:
+    (alone,) = recover_with(1, tmp_path / "1", tmp_path / "1-out", device="cuda")
+    first, second = (torch.load(p) for p in recover_with(2, tmp_path / "2", tmp_path / "2-out", device="cuda"))
+    assert first["history"] == second["history"], "the processes disagree"
+    for ours, theirs in zip(first["history"], torch.load(alone)["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [3, 8], ids=["within-a-block", "while-distilling"])

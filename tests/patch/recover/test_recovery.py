@@ -169,6 +169,41 @@ def test_weights_that_are_exchanged_ahead_are_the_same(tmp_path: Path) -> None:
     assert same(plain, ahead)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_phase
+def test_a_gpu_recovers_what_a_cpu_recovers(phase: str, tmp_path: Path) -> None:
+    """Compiled and captured, in float32: the same curve and weights but for rounding, which Adam's first steps blow up.
+
+    Ten steps, for a capture begins after the third.
+    """
+    recipe = dataclasses.replace(PHASES[phase], steps=10 if phase != "blocks" else 0, microbatch=4, lr=1e-4)
+    there, expected = run(recipe, tmp_path / "cpu")
+    here, found = run(recipe, tmp_path / "cuda", dense_model().cuda(), device="cuda")
+    for ours, theirs in zip(found.history, expected.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-5)
+    keep = kept_by(hybrid_masks(dense_model()))
+    for name, weight in linears(here).items():
+        assert torch.allclose(weight.cpu(), linears(there)[name], atol=3e-3) and not weight.cpu()[~keep[name]].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("microbatch", [2, 4], ids=["accumulated", "at-once"])
+def test_captured_passes_are_the_plain_ones(microbatch: int, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PHASES["distil"], steps=10, microbatch=microbatch, lr=1e-4)
+    curves = [
+        run(
+            recipe,
+            tmp_path / str(captured),
+            dense_model().cuda(),
+            device="cuda",
+            implementation=Implementation(captured=captured),
+        )[1].history
+        for captured in (False, True)
+    ]
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
 def test_the_history_says_which_block_and_step(tmp_path: Path) -> None:
     _, recovered = run(SHORT, tmp_path)
     assert [entry.get("block") for entry in recovered.history] == [0, 0, 1, 1, None, None, None]
