@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.quantise.values import check_dtype
-from stoicc import reference
+from stoicc import configs, reference
 from stoicc.format import DTYPES
 from stoicc.kernels import quantise
 
@@ -41,9 +41,10 @@ def quantise_tokens(
         raise UserError(f"norm is {tuple(norm.shape)} on {norm.device}, needs ({k},) on {x.device}")
     x2d = x.reshape(-1, k)
     x2d = x2d if x2d.stride(1) == 1 else x2d.contiguous()
-    values = torch.zeros if x.device.type == "cpu" else torch.empty
+    simulated = x.device.type == "cpu" or not converts(x.device, dtype)
+    values = torch.zeros if simulated else torch.empty
     quantised = values(x2d.shape[0], k + -k % ROW, dtype=dtype, device=x.device)
-    if x.device.type == "cpu" or x2d.shape[0] == 0:
+    if simulated or x2d.shape[0] == 0:
         own, scales = reference.quantise_tokens(x2d, dtype, norm, eps)
         quantised[:, :k] = own
         return quantised, scales
@@ -51,6 +52,14 @@ def quantise_tokens(
     with torch.cuda.device(x.device):
         quantise.launch(x2d, dtype, norm, eps, quantised, scales)
     return quantised, scales
+
+
+def converts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU has an instruction that makes values of this dtype; without one torch makes them, step by step.
+
+    That the product falls back as well is said where its kernel is chosen (`stoicc.matmul.choose`).
+    """
+    return dtype != torch.float8_e4m3fn or configs.capability_of(device) >= (8, 9)
 
 
 @quantise_tokens.register_fake

@@ -63,8 +63,10 @@ def _demo() -> list[Pruning]:
 
 
 def demo() -> Trials:
-    """The whole path on the embedded model, in minutes on two cores: eight methods, perplexity and a task."""
-    return trials(_demo(), _EVALUATION)
+    """The whole path on the embedded model, in minutes on two cores: eight methods and FP8; perplexity and a task."""
+    prunings = _demo()
+    rounded = [quantised(each, "fp8", _CALIBRATION) for each in prunings if each.method == "sparsegpt"]
+    return trials([*prunings, *rounded], _EVALUATION)
 
 
 def tiles() -> Trials:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.quantise.values import LARGEST, quantise_weight
-from stoicc import reference
+from stoicc import configs, reference
 from stoicc.format import SCALED
 from stoicc.kernels import quantise
-from stoicc.quantise import quantise_tokens
+from stoicc.quantise import converts, quantise_tokens
 
 # The interpreter does not round to float8 as a GPU does.
 SHAPES = [(1, 8), (5, 344), (3, 1000)]
@@ -72,6 +72,15 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype) -> None:
 def test_what_cannot_be_quantised(x: Tensor, dtype: torch.dtype, norm: Tensor | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         quantise_tokens(x, dtype, norm)
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_without_fp8_has_its_tokens_made_by_torch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fp8: bool
+) -> None:
+    monkeypatch.setattr(configs, "capability_of", lambda device: capability)
+    made = {dtype: converts(torch.device("cuda"), dtype) for dtype in SCALED}
+    assert made == {torch.float8_e4m3fn: fp8, torch.int8: True}
 
 
 @pytest.fixture(scope="module")

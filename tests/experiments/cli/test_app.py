@@ -240,6 +240,7 @@ def test_the_demo_and_smollm2_studies_have_the_points_that_are_reported() -> Non
         "patch-joint hybrid 45% 64x64 earlier lr 0.003",
         "patch-joint hybrid 35% 64x64 earlier lr 0.003",
         "patch-joint hybrid 25% 64x64 earlier lr 0.003",
+        "sparsegpt 2:4 50% FP8",
     ]
     assert len(STUDIES["smollm2-oneshot"].trials()) == 19
 

@@ -64,8 +64,8 @@ def ran(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFact
     """Each of these evaluated, and packed where it can be."""
     store = Store(tmp_path_factory.mktemp("quantised"))
     found = prunings(tiny_model, tiny_text)
-    chosen = ["dense", "2:4", "hybrid", "dense fp8", "dense int4", "2:4 fp8", "hybrid int8", "hybrid int4"]
-    chosen += ["unstructured int8", "joint", "shallow", "shallow int4"]
+    chosen = ["dense", "2:4", "hybrid", "dense int4", "2:4 fp8", "hybrid int8", "joint", "unstructured int8"]
+    chosen += ["shallow", "shallow int4"]
     evaluation = Evaluation((Perplexity(str(tiny_text), 32),))
     trials = {
         name: Trial(
@@ -133,7 +133,7 @@ def test_definitions_that_make_no_sense_are_refused(make: Any, message: str) -> 
 
 def test_masks_stay_and_sparsity_is_that_of_the_mask(ran: tuple[dict[str, Trial], Store]) -> None:
     trials, store = ran
-    for name in ("2:4 fp8", "hybrid int8", "hybrid int4", "joint", "unstructured int8", "dense int4", "shallow int4"):
+    for name in ("2:4 fp8", "hybrid int8", "joint", "unstructured int8", "dense int4", "shallow int4"):
         pruning = trials[name].pruning
         path = store.checkpoint_path(pruning)
         found = value(trials[name], store, "prune", "sparsity")["value"]
@@ -172,7 +172,7 @@ def test_few_bits_cost_little_perplexity(ran: tuple[dict[str, Trial], Store]) ->
         stage = next(stage for stage in pipeline.stages(trials[name]) if stage.startswith("perplexity:"))
         return float(value(trials[name], store, stage, "perplexity")["value"])
 
-    for name, plain in (("dense fp8", "dense"), ("2:4 fp8", "2:4"), ("hybrid int4", "hybrid"), ("joint", "hybrid")):
+    for name, plain in (("dense int4", "dense"), ("2:4 fp8", "2:4"), ("hybrid int8", "hybrid"), ("joint", "hybrid")):
         assert perplexity(name) != perplexity(plain)
         assert perplexity(name) == pytest.approx(perplexity(plain), rel=0.02)
 
@@ -200,13 +200,13 @@ def test_precisions_are_points_of_their_own(ran: tuple[dict[str, Trial], Store])
     trials, store = ran
     points = gather(load_rows(store.root, {key(trial) for trial in trials.values()}))
     said = {(point.method, point.structure, point.variant) for point in points}
-    assert {("dense", "dense", ""), ("dense", "dense", "FP8"), ("dense", "dense", "INT4")} <= said
+    assert {("dense", "dense", ""), ("dense", "dense", "INT4"), ("magnitude", "2:4", "FP8")} <= said
     assert len(points) == len(trials)
 
 
 def test_a_quantised_checkpoint_is_evaluated_but_not_quantised_again(ran: tuple[dict[str, Trial], Store]) -> None:
     trials, store = ran
-    path = store.checkpoint_path(trials["hybrid int4"].pruning)
+    path = store.checkpoint_path(trials["joint"].pruning)
     model, _ = models.load_model(str(path), quantised=True)
     assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), QuantisedLinear)
     with pytest.raises(UserError, match="can be evaluated but not pruned or quantised again"):
