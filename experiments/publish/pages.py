@@ -179,7 +179,7 @@ def _rates() -> Table:
     return rates_table(row for gpu in sorted((RESULTS / layout.BENCH).iterdir()) for row in measurements(gpu))
 
 
-_ABOUT = ("method", "structure", "achieved_sparsity")
+_ABOUT = ("method", "structure", "variant", "achieved_sparsity")
 _ACCURACY = ("method", "structure", "variant", "achieved_sparsity", "perplexity", "accuracy lambada", "mean_accuracy")
 _PERPLEXITY = ("method", "structure", "variant", "achieved_sparsity", "perplexity")
 
@@ -187,6 +187,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "front": _front,
     "paired": _paired,
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
+    "bits": partial(_study_table, "frontier-embedded", "accuracy", (*_ABOUT, "perplexity")),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
     "published-start": partial(
         _study_table,
