@@ -1,17 +1,7 @@
 """Studies of the published tables: their models, settings and tasks."""
 
 from analysis.names import PAPER_TASKS
-from experiments.studies.build import (
-    TARGETS,
-    Trials,
-    dense,
-    fewer_blocks,
-    in_fewer_bits,
-    joined,
-    learned,
-    one_shot,
-    trials,
-)
+from experiments.studies.build import TARGETS, Trials, dense, joined, learned, one_shot, trials
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import GUIDED
 from patch.methods import members
@@ -64,19 +54,6 @@ def frontier(model: str, method: str) -> Trials:
         one_shot(model, baseline, "unstructured", 0.5, None, Calibration()) for baseline in ("wanda", "sparsegpt")
     ]
     return joined([*_accuracy(model, method), *contrast], _PUBLISHED)
-
-
-def bits(model: str) -> Trials:
-    """Accuracy and speed of a model's masks in every precision, dense models, smaller ones too, beside them."""
-    tile, text = (128, 128), Calibration()
-    masks = [
-        one_shot(model, "sparsegpt", "2:4", 0.5, tile, text),
-        learned(model, "maskllm", 0.5, tile, "c4", text),
-        *(one_shot(model, "sparsegpt", "hybrid", target, tile, text, "model") for target in TARGETS),
-        *(learned(model, "patch-joint", target, tile, "c4", text, **GUIDED) for target in TARGETS),
-    ]
-    smaller = [fewer_blocks(model, share, text) for share in (0.1, 0.2, 0.3)]
-    return joined(in_fewer_bits([dense(model), *smaller, *masks], text), _PUBLISHED)
 
 
 def tile_shapes() -> Trials:

@@ -4,7 +4,18 @@ from typing import Any
 
 from analysis.names import PAPER_TASKS
 from experiments.eval.humaneval import NAME as HUMANEVAL
-from experiments.studies.build import TARGETS, Trials, dense, learned, one_shot, recovered, trials
+from experiments.studies.build import (
+    TARGETS,
+    Trials,
+    dense,
+    fewer_blocks,
+    in_fewer_bits,
+    joined,
+    learned,
+    one_shot,
+    recovered,
+    trials,
+)
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import GUIDED
 from patch.mask import TileShape
@@ -47,6 +58,23 @@ def half_billion() -> Trials:
         ],
         _EVALUATION,
     )
+
+
+def bits() -> Trials:
+    """Accuracy and speed of masks of the model of 0.5B in every precision, dense models, smaller ones too, beside them.
+
+    Its masks are those of ``qwen-coder-0.5b``.
+    """
+    model = "qwen2.5-coder-0.5b"
+    masks = [
+        _one_shot(model, "sparsegpt", "2:4", 0.5),
+        _learned(model, "maskllm", 0.5),
+        *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
+        *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
+    ]
+    smaller = [fewer_blocks(model, share, _CALIBRATION) for share in (0.1, 0.2, 0.3)]
+    models = in_fewer_bits([dense(model), *smaller, *masks], _CALIBRATION)
+    return joined(models, _EVALUATION, ("llama-2-7b", "llama-3.1-8b"))
 
 
 def one_and_a_half_billion() -> Trials:

@@ -22,9 +22,8 @@ STUDIES = {
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded.refit),
     "frontier-embedded": Study("perplexity of masks and dense models in few bits, the embedded model", embedded.bits),
     "frontier-smollm2-bits": Study("accuracy and speed of masks and dense models in few bits, SmolLM2", smollm2.bits),
-    "frontier-qwen2.5-0.5b-bits": Study(
-        "accuracy and speed of masks and dense models in few bits, qwen2.5-0.5b",
-        functools.partial(published.bits, "qwen2.5-0.5b"),
+    "frontier-qwen-coder-0.5b": Study(
+        "accuracy and speed of masks and dense models in few bits, Qwen2.5-Coder-0.5B", qwen_coder.bits
     ),
     "frontier": Study("accuracy and speed of the same checkpoints, the embedded model", embedded.frontier),
     "frontier-smollm2": Study("accuracy and speed of the same checkpoints, SmolLM2-135M", smollm2.frontier),
