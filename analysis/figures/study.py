@@ -8,7 +8,7 @@ study's rows have something for, with a caption each, is said here; nothing is w
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from analysis.rows.points import Point, gather, texts, trial_labels
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.kernels import from_rows
 from analysis.tables.packed import projected_shapes, workloads
+
+# Of single masks a study shows so many figures of a kind: a page of more takes minutes, and few look at them.
+_MOST_FIGURES = 4
 
 _BARS = "Bars are the spread over seeds, or the standard error of one: all points share their texts and items."
 
@@ -143,27 +146,36 @@ def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -
     hybrid = [point for point in points if point.structure == "hybrid" and point.trials[0] in per_layer]
     labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
     maps = frame[frame.metric == "tile_map"].groupby("trial").layer.unique()
-    for point in hybrid:
-        if legible(maps.get(point.trials[0], ())):
-            label = labels[point.trials[0]]
-            caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}."
-            figure = draw_tile_maps(frame, point.trials[0])
-            yield Drawing(f"tiles-{_file_name(label)}", caption, figure, minor=True)
+    mapped = [point for point in hybrid if legible(maps.get(point.trials[0], ()))]
+    for point in mapped[:_MOST_FIGURES]:
+        label = labels[point.trials[0]]
+        caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}.{_others(mapped)}"
+        figure = draw_tile_maps(frame, point.trials[0])
+        yield Drawing(f"tiles-{_file_name(label)}", caption, figure, minor=True)
     several = len({point.model for point in hybrid}) > 1
+    layers: dict[str, list[str]] = {}
     for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
         members = [point for point in hybrid if (point.model, point.method) == (model, method)]
         name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
-        for part, shown in _legible(name, members).items():
-            caption = f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}."
-            yield Drawing(part, caption, draw_layer_sparsity(frame, shown, width), minor=True)
+        layers |= _legible(name, members)
+    for part, shown in list(layers.items())[:_MOST_FIGURES]:
+        caption = f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}.{_others(layers)}"
+        yield Drawing(part, caption, draw_layer_sparsity(frame, shown, width), minor=True)
     learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
     curves = [point for point in points if point.trials[0] in learned]
-    for part, shown in _legible("learning-curves", curves).items():
+    learning = _legible("learning-curves", curves)
+    for part, shown in list(learning.items())[:_MOST_FIGURES]:
         caption = (
             f"Cross entropy while learning, as a moving average with the logged values behind, and the masks' density "
-            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}."
+            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}.{_others(learning)}"
         )
         yield Drawing(part, caption, draw_learning_curves(frame, width, shown), minor=True)
+
+
+def _others(figures: Sized) -> str:
+    """What a caption says of figures that are not drawn."""
+    left = len(figures) - _MOST_FIGURES
+    return f" {left} more are left out: hts plot draws those of trials that --where names." if left > 0 else ""
 
 
 def _legible(name: str, points: Sequence[Point]) -> dict[str, list[str]]:
