@@ -77,9 +77,9 @@ def undamaged(path: Path) -> Iterator[None]:
     """Anything that reading a checkpoint can raise becomes one line that names the file."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        # A RuntimeError too, but the file is not to blame for it.
+    except (torch.OutOfMemoryError, PermissionError):
+        # A RuntimeError and an OSError too, but what is in the file is not to blame for them.
         raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason}): remove it to start over") from error

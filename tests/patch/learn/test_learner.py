@@ -782,6 +782,15 @@ def test_a_damaged_checkpoint_is_named(how: str, tmp_path: Path) -> None:
     assert str(tmp_path / CHECKPOINT) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_torch_reports_as_the_systems_error_is_the_files(tmp_path: Path) -> None:
+    """It seeks to wherever a damaged directory of a zip archive says."""
+    said = r"learner\.pt is not a whole checkpoint .*Invalid argument"
+    with pytest.raises(UserError, match=said), saved.undamaged(tmp_path / CHECKPOINT):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    with pytest.raises(PermissionError), saved.undamaged(tmp_path / CHECKPOINT):
+        raise PermissionError
+
+
 @pytest.mark.parametrize("place", [0.02, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
 def test_a_flipped_bit_of_a_checkpoint_is_noticed(place: float, tmp_path: Path) -> None:
     run(tiny_model(), SHORT["joint"], tmp_path)
