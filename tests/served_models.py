@@ -48,10 +48,14 @@ def make(family: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(CONFIGS[family]()).to(torch.bfloat16).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            parameter.normal_()
+            parameter.normal_(std=0.1)
         elif "layers" in name and parameter.dim() == 2:
             parameter.mul_(3)
-    model.get_output_embeddings().weight.mul_(20)
+    if model.config.tie_word_embeddings:
+        # Not the embedding, which would drown what the blocks compute.
+        model.model.norm.weight.add_(19)
+    else:
+        model.get_output_embeddings().weight.mul_(20)
     return model
 
 

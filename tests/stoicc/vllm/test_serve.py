@@ -71,7 +71,7 @@ def test_the_plugin_is_found() -> None:
 
 def test_greedy_tokens_are_those_of_the_masked_dense_model(served: tuple[Path, Path, list[Any]]) -> None:
     masked, packed, (dense_layers, *expected) = served
-    assert dense_layers == 0
+    assert dense_layers == 0 and len({token for text in expected for token in text}) > 4
     as_it_loads, *tokens = generated(masked, quantization="stoicc")
     assert as_it_loads > 0 and tokens == expected
     as_saved, *tokens = generated(packed)
