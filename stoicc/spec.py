@@ -103,7 +103,7 @@ class StoiccConfig(QuantizationConfigMixin):
             raise UserError(f"packed checkpoint has format {self.format}, this version reads up to {FORMAT}: update it")
         try:
             specs = [_spec(**module) for module in self.modules]
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, LookupError) as error:
             raise UserError(f"packed checkpoint: quantization_config is damaged ({error})") from None
         names = [name for spec in specs for name, _ in spec.parts]
         if len(set(names)) < len(names):

@@ -216,7 +216,7 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
     if kind is None:
         return False
     # Importing it registers the quantizer that reads packed checkpoints.
-    from stoicc.spec import METHOD
+    from stoicc.spec import METHOD, StoiccConfig
 
     ours = (Path(source) / INFO_FILE).is_file() and precision_of(config) is not None
     if kind != METHOD and not ours:
@@ -230,6 +230,11 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
             f"{name}: a {what} checkpoint, which can be evaluated but not pruned or quantised again: take the "
             f"checkpoint or the model that it was {made}"
         )
+    about = config.get("quantization_config")
+    modules = about.get("modules") if kind == METHOD and isinstance(about, dict) else None
+    if isinstance(modules, list) and all(isinstance(module, dict) for module in modules):
+        # transformers copies and prints it several times over: a damaged one may be long.
+        StoiccConfig(modules=modules).specs()
     return ours
 
 

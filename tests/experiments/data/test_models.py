@@ -554,6 +554,15 @@ def test_a_packed_checkpoint_is_evaluated_but_not_pruned(tmp_path: Path) -> None
     torch.testing.assert_close(packed(tokens).logits, expected, rtol=0.1, atol=0.1)
 
 
+def test_a_packed_configuration_that_repeats_itself_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """Tens of thousands of modules take transformers minutes."""
+    module = {"parts": [["lm", 64]], "in_features": 64, "tile": [64, 64], "band": 1, "units": 1, "bias": False}
+    about = {"quant_method": "stoicc", "format": 1, "modules": [module | {"dtype": "bfloat16"}] * 4000}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": about}))
+    with pytest.raises(UserError, match="a linear is packed twice"):
+        load_model(str(tmp_path), quantised=True)
+
+
 def test_how_long_a_text_may_be() -> None:
     assert models.longest_text("embedded") == 512
     assert models.longest_text("nobody/nothing") is None
