@@ -69,7 +69,7 @@ def test_a_marker_of_nothing_is_refused(marker: str, message: str) -> None:
 def test_a_cell_is_what_its_table_shows() -> None:
     table = pages.table("demo")
     shown = pages.cell("demo", "accuracy", "perplexity", "method=patch-joint,target=0.45")
-    assert re.search(rf"PATCH joint +\| hybrid +\| +44.99 \| +{re.escape(shown)} ", table)
+    assert re.search(rf"PATCH joint +\| hybrid +\| +— +\| +44.99 \| +{re.escape(shown)} ", table)
 
 
 def test_the_readme_can_be_read() -> None:
