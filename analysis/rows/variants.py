@@ -25,6 +25,7 @@ _ALWAYS_SAID = _DEPARTURES | {"earlier"}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "tile_prior": "tile_prior.method", "refit": "refit.source"}
 _SAID_OF_PARTS["quantisation"] = "quantisation.precision"
+_ALSO_SAID = {"quantisation.joint"}
 _SAID_OF_PARTS |= {"recovery": "recovery.source"}
 _RECOVERY = "recovery.recipe."
 
@@ -48,7 +49,9 @@ def variants_of(definitions: Collection[dict[str, Any]]) -> list[tuple[dict[str,
             if len({canonical(fields.get(name)) for fields in _having(name, flat)}) > 1 or name in _DEPARTURES
         ]
         # Priors of different methods differ in all their settings: the methods say it, where they tell them apart.
-        brief = [name for name in differing if _SAID_OF_PARTS.get(name.partition(".")[0], name) == name]
+        brief = [
+            name for name in differing if name in _ALSO_SAID or _SAID_OF_PARTS.get(name.partition(".")[0], name) == name
+        ]
         if _distinct(flat, brief) == _distinct(flat, differing):
             differing = brief
         usual = {}
@@ -132,7 +135,7 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
     if name == "quantisation.precision":
         return PRECISIONS[value].label if value in PRECISIONS else str(value)
     if name == "quantisation.joint":
-        return "pruned and rounded in one sweep" if value else "rounded once pruned"
+        return "pruned and rounded in one sweep" if value else ""
     if name == "recovery.source":
         return f"recovered on {value}"
     if name.startswith(_RECOVERY):
