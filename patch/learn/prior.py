@@ -114,10 +114,11 @@ class _Uses(TorchFunctionMode):
         self._watched = {id(weight) for weight in weights}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Asking for a dtype is no use of a weight.
-        if getattr(func, "__name__", "") != "__get__":
+        result = func(*args, **(kwargs or {}))
+        # Asking for a dtype is no use of a weight; asking for its transpose is (Falcon).
+        if getattr(func, "__name__", "") != "__get__" or isinstance(result, Tensor):
             self.seen |= self._watched & {id(each) for each in (*args, *(kwargs or {}).values())}
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def _check_used(model: Any, linears: Mapping[str, nn.Linear]) -> None:

@@ -19,6 +19,7 @@ KINDS = (
     "bloom",
     "mpt",
     "opt",
+    "falcon",  # multiplies by a transposed weight
     "mixtral",  # experts that are split on disk
     "gpt_oss",  # experts the other way round
     "llama4_text",  # experts that cannot be covered
