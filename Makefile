@@ -39,7 +39,7 @@ docs: $(INSTALLED_DOCS) ## the documentation as a site in site/, its links check
 
 test-thorough: $(INSTALLED) ## what takes minutes more: every shown command that runs, kernels for every GPU
 	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 -m "thorough" tests
-	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 tests/stoicc/test_sass.py
+	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 tests/stoicc/test_sass.py tests/patch/learn/test_soft_mask_triton.py
 
 test-gpu: $(INSTALLED) ## the tests that make test skips without a GPU
 	$(BIN)/python tests/gpu.py

@@ -2,11 +2,12 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from forked import Python
 
 REPOSITORY = Path(__file__).parents[1]
 DEVCLUSTER = REPOSITORY / "slurm" / "devcluster"
@@ -48,15 +49,10 @@ class Forty:
     results: Path
     text: Path
 
-    def start(self, *arguments: object) -> subprocess.Popen:
-        command = [sys.executable, REPOSITORY / "tests" / "forty_study.py", self.results, self.text, *arguments]
-        return subprocess.Popen(
-            [str(part) for part in command],
-            env=self.cluster.environment | {"COLUMNS": "200"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *arguments: object) -> Python:
+        source = "import forty_study; forty_study.main()"
+        environment = self.cluster.environment | {"COLUMNS": "200"}
+        return Python(source, self.results, self.text, *arguments, environment=environment)
 
     def hts(self, *arguments: object) -> str:
         """The output of a command that succeeds."""
@@ -66,8 +62,8 @@ class Forty:
 
     def outcome(self, *arguments: object) -> tuple[str, str, int]:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=300)
-        return out, err, process.returncode
+        code = process.wait()
+        return process.stdout, process.stderr, code
 
 
 def wait_until(what: str, condition: Callable[[], object], seconds: float = 300) -> None:

@@ -464,6 +464,9 @@ _LABELLED |= {"quantisation.precision", "quantisation.joint"}
 _LABELLED |= {RECIPE + each.name for each in dataclasses.fields(Recipe) if each.name not in _SIZE | HOW_IT_RUNS}
 _USUAL_RECOVERY = settings({"recovery": {"recipe": RecoveryRecipe().substance()}})
 _LABELLED |= {name for name in _USUAL_RECOVERY if name.rpartition(".")[2] not in _SIZE}
+# Said where there are none: then blocks alone are trained.
+_RECOVERY_STEPS = "recovery.recipe.steps"
+_LABELLED.add(_RECOVERY_STEPS)
 
 
 def _unusual(pruning: Pruning) -> list[str]:
@@ -471,7 +474,9 @@ def _unusual(pruning: Pruning) -> list[str]:
     about, given = METHODS[pruning.method], settings(definition(pruning))
     usual: dict[str, Any] = dict.fromkeys(_LABELLED) | {"seed": 0, "prior.method": about.prior}
     usual["quantisation.joint"] = False if "quantisation.joint" in given else None
-    usual |= _USUAL_RECOVERY if pruning.recovery else {}
+    if pruning.recovery:
+        steps = pruning.recovery.recipe.steps
+        usual |= _USUAL_RECOVERY | ({_RECOVERY_STEPS: steps} if steps else {})
     if pruning.learning is None:
         return differences(given, usual, _LABELLED, " ")
     fields = given | settings({"learning": {"recipe": pruning.learning.recipe.substance()}})

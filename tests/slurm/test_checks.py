@@ -15,9 +15,10 @@ from patch.errors import UserError
 from slurm import checks, plan, queue
 from slurm.cluster import Cluster, override
 
-# On the hub, as far as this machine can tell without asking it; SmolLM2 is pruned on text of a data directory.
+# On the hub, as far as this machine can tell without asking it; the others are pruned on text of a data directory.
+NEED_DATA = {"smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"}
 ON_THE_HUB = [
-    name for name, study in STUDIES.items() if all(trial.pruning.model != "smollm2-135m" for trial in study.trials())
+    name for name, study in STUDIES.items() if not NEED_DATA & {trial.pruning.model for trial in study.trials()}
 ]
 
 
@@ -32,9 +33,17 @@ def test_every_definition_validates(study: str) -> None:
     checks.check_definitions(STUDIES[study].trials(), None, Cluster())
 
 
-def test_a_text_that_only_a_data_directory_has_is_named() -> None:
-    with pytest.raises(UserError, match="novels"):
-        checks.check_definitions(STUDIES["smollm2-oneshot"].trials(), None, Cluster())
+@pytest.mark.parametrize(("study", "text"), [("smollm2-oneshot", "novels"), ("qwen-coder-0.5b", "python/test")])
+def test_a_text_that_only_a_data_directory_has_is_named(study: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTS_RUN_GENERATED_CODE", "1")
+    with pytest.raises(UserError, match=text):
+        checks.check_definitions(STUDIES[study].trials(), None, Cluster())
+
+
+def test_what_a_model_writes_runs_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HTS_RUN_GENERATED_CODE", raising=False)
+    with pytest.raises(UserError, match="--run-generated-code"):
+        checks.check_definitions(STUDIES["qwen-coder-0.5b"].trials(), None, Cluster())
 
 
 def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,9 +120,8 @@ def test_forty_trials_survive(
 
     # Two sweeps at once: one submits, the other finds everything submitted.
     both = [sweep.start("sweep", *options) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert sorted("submitted" in out for out, _ in outputs) == [False, True]
+    assert [process.wait(120) for process in both] == [0, 0], [process.stderr for process in both]
+    assert sorted("submitted" in process.stdout for process in both) == [False, True]
     submitted = [step for batch in batches.load_all(Store(sweep.results)) for step in batch.steps]
     known = plan.steps(forty_trials(sweep.text))
     assert Counter(submitted) == Counter([*known, "report"])

@@ -33,11 +33,13 @@ def wanted(trials: tuple[Trial, ...], root: Path, busy: tuple[str, ...] = (), re
 def test_every_pruning_is_one_step_whoever_needs_it() -> None:
     trials = STUDIES["demo"].trials()
     steps = plan.steps(trials)
-    # Seven prunings: three one-shot, of which SparseGPT's is also the prior of the four that are learned.
-    assert [step.kind for step in steps.values()].count("prune") == 3
+    # Eight prunings: three one-shot, of which SparseGPT's is also the prior of the four that are learned, and what FP8
+    # is made of.
+    assert [step.kind for step in steps.values()].count("prune") == 4
     assert [step.kind for step in steps.values()].count("learn") == 4
     assert [step.kind for step in steps.values()].count("evaluate") == len(trials)
-    [shared] = [step for step in steps.values() if step.pruning.method == "sparsegpt" and step.kind == "prune"]
+    sparsegpt = [step for step in steps.values() if step.pruning.method == "sparsegpt" and step.kind == "prune"]
+    [shared] = [step for step in sparsegpt if step.pruning.quantisation is None]
     assert {trial.label for trial in shared.trials} == {
         trial.label for trial in trials if trial.pruning.method in ("sparsegpt", "maskllm", "patch-joint")
     }

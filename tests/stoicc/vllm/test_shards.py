@@ -8,8 +8,8 @@ from stoicc_hybrids import random_mask, random_weight
 
 from patch.errors import UserError
 from patch.mask import HybridMask, TileShape
+from patch.quantise.values import quantise_weight
 from stoicc.format import mask_of, pack, unpack
-from stoicc.quantise import quantise_weight
 from stoicc.spec import Spec
 from stoicc.vllm.shards import (
     Part,
