@@ -1,14 +1,16 @@
 """Running Python that a model wrote: without network, processes or files to write, and with limits on time and memory.
 
 The program runs in an interpreter of its own, in an empty directory that is removed afterwards, with an empty
-environment and no packages beside the standard library. Before it begins, a filter of system calls (seccomp) is laid
-over that interpreter, which nothing can take off again: no sockets, no new processes or threads, no other program, no
-signals to others, and nothing that opens a file to write or changes the file system. Limits of the kernel end what
-takes too much time or memory. What the program prints goes nowhere. It passes if it ends without an error; one that
-exits by itself has not ended.
+environment and no packages beside the standard library. Before its text is compiled, a filter of system calls
+(seccomp) is laid over that interpreter, which nothing can take off again. It allows the calls that computing and
+reading need, with harmless arguments, and refuses all others: no sockets, no new processes or threads, no other
+program, no signals to other processes and no changes of them, and nothing that opens a file to write or changes the
+file system. Limits of the kernel end what takes too much time or memory. What the program prints goes nowhere. It
+passes if it ends without an error; one that exits by itself has not ended.
 
-It may read what its user may read, and there is nowhere to tell it. Whether it means to cheat on its own test nobody
-asks. The filter is of Linux on x86-64; elsewhere nothing is run.
+It may read what its user may read, though there is nowhere to tell it; what it reads from another process's pipe or
+terminal is gone there. A program that inspects its runner could fake its pass: that is not guarded against. The filter
+is of Linux on x86-64; elsewhere nothing is run.
 
     >>> passes("assert 1 + 1 == 2")
     True

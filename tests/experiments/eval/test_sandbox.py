@@ -1,5 +1,6 @@
 """Hostile programs: whatever they try, nothing outside them changes, and they end."""
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -96,7 +97,7 @@ def test_no_process_and_no_thread_is_started(start: str, tmp_path: Path) -> None
         "__import__('shutil').rmtree(os.path.dirname({kept!r}))",
         "__import__('sqlite3').connect({new!r}).execute('create table t (x)')",
         "ctypes.CDLL(None).unlink({kept!r}.encode())",
-        "ctypes.CDLL(None).syscall(437, -100, {kept!r}.encode(), b'\\x02' + bytes(23), 24)",
+        "ctypes.CDLL(None).syscall(437, -100, {kept!r}.encode(), b'\\x02\\x02' + bytes(22), 24)",
     ],
 )
 def test_no_file_is_written_or_changed(attempt: str, tmp_path: Path) -> None:
@@ -122,15 +123,141 @@ def test_there_is_no_network() -> None:
             server.accept()
 
 
-def test_other_processes_are_left_alone() -> None:
+# Each fails unless the kernel did what it asks for.
+TO_OTHERS = {
+    "kill": "os.kill(other, 9)",
+    "ptrace": "done(101, 16, other, 0, 0)",
+    "setown": "read, write = os.pipe()\ndone(72, read, 8, other)\ndone(72, read, 10, 9)\ndone(72, read, 4, 0o20000)\n"
+    "os.write(write, b'x')",
+    "setown-ex": "read, write = os.pipe()\ndone(72, read, 15, struct.pack('ii', 1, other))\ndone(72, read, 10, 9)\n"
+    "done(72, read, 4, 0o20000)\nos.write(write, b'x')",
+    "setpriority": "done(141, 0, other, 5)",
+    "sched_setscheduler": "done(144, other, 3, struct.pack('i', 0))",
+    "sched_setaffinity": "done(203, other, 128, mask)",
+    "ioprio_set": "done(251, 1, other, 3 << 13)",
+    "prlimit64": "done(302, other, 7, struct.pack('QQ', 8, 8), None)",
+    "msgctl": "done(71, queue, 0, None)",
+}
+PRELUDE = """
+import ctypes, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+def done(*call):
+    if libc.syscall(*call) == -1:
+        raise OSError(ctypes.get_errno(), str(call))
+other, queue = {other}, {queue}
+mask = (1 << min(os.sched_getaffinity(0))).to_bytes(128, 'little')
+"""
+
+
+@pytest.mark.parametrize("how", TO_OTHERS)
+def test_other_processes_are_left_alone(how: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    queue = libc.msgget(0, 0o600)
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    program = PRELUDE.format(other=other.pid, queue=queue) + TO_OTHERS[how]
     try:
-        for how in (f"os.kill({other.pid}, 9)", f"ctypes.CDLL(None).syscall(101, 16, {other.pid}, 0, 0)"):
-            passes(f"import ctypes, os\n{how}")
-        assert other.poll() is None
+        assert passes(PRELUDE.format(other=other.pid, queue=queue))
+        assert not passes(program)
+        time.sleep(0.1)
+        assert other.poll() is None and os.getpriority(os.PRIO_PROCESS, other.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.sched_getaffinity(other.pid) == os.sched_getaffinity(0)
+        assert libc.msgctl(queue, 2, ctypes.create_string_buffer(256)) == 0
     finally:
         other.kill()
         other.wait()
+        libc.msgctl(queue, 0, None)
+
+
+@pytest.mark.parametrize("how", [how for how in TO_OTHERS if how != "ptrace"])  # Which many kernels refuse anyway.
+def test_unconfined_they_are_not(how: str) -> None:
+    queue = ctypes.CDLL(None).msgget(0, 0o600)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        program = PRELUDE.format(other=other.pid, queue=queue) + TO_OTHERS[how]
+        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+        if how in ("kill", "setown", "setown-ex"):
+            assert other.wait(10) == -9
+    finally:
+        other.kill()
+        other.wait()
+        ctypes.CDLL(None).msgctl(queue, 0, None)
+
+
+def test_calls_that_computing_does_not_need_are_refused() -> None:
+    numbers = [
+        16,
+        29,
+        30,
+        31,
+        *range(64, 72),
+        73,
+        141,
+        142,
+        144,
+        *range(188, 200),
+        203,
+        220,
+        *range(240, 246),
+        251,
+        256,
+        279,
+        302,
+        314,
+    ]
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {[*numbers, *range(453, 1000)]}:
+    assert libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1 and ctypes.get_errno() == 1, number
+for command in (4, 5, 6, 7, 8, 10, 15, 37, 1024, 1026, 1031, 1033):
+    assert libc.syscall(72, 0, command, 0) == -1 and ctypes.get_errno() == 1, command
+for command in (0x5412, 0x541b, 0x40086602, 0x8901):
+    assert libc.syscall(16, 0, command, 0) == -1 and ctypes.get_errno() == 1, command
+# To wake on memory that may be shared, and on memory that may not.
+word = ctypes.create_string_buffer(8)
+assert libc.syscall(202, word, 1, 1, None, None, 0) == -1 and ctypes.get_errno() == 1
+assert libc.syscall(202, word, 129, 1, None, None, 0) == 0
+"""
+    assert passes(program)
+
+
+def test_what_programs_use_is_allowed() -> None:
+    assert passes("""
+import array, bisect, collections, contextlib, copy, csv, dataclasses, datetime, decimal, enum, fractions, functools
+import glob, hashlib, heapq, inspect, io, itertools, json, locale, logging, math, operator, os, pathlib, pickle, random
+import re, secrets, select, shutil, signal, statistics, string, struct, tempfile, textwrap, threading, time, traceback
+import typing, unicodedata, unittest, uuid, zlib
+assert json.loads(json.dumps({'a': [1, 2.5, None]})) == {'a': [1, 2.5, None]}
+assert re.sub(r'(\\d+)', lambda m: str(int(m[1]) + 1), 'a1') == 'a2' and math.isqrt(10) == 3
+assert collections.Counter('aab').most_common(1) == [('a', 2)] and sum(itertools.islice(itertools.count(), 4)) == 6
+random.seed(1); random.shuffle([1, 2, 3]); secrets.token_hex(); uuid.uuid4()
+datetime.datetime.now().astimezone(); time.sleep(0.01); time.strftime('%Z'); time.process_time(); time.monotonic()
+assert hashlib.sha256(b'').hexdigest().startswith('e3b0') and decimal.Decimal('0.1') * 3 == decimal.Decimal('0.3')
+assert functools.lru_cache(lambda n: n)(3) == 3 and fractions.Fraction(1, 3) * 3 == 1
+assert open(os.__file__).read() and os.path.realpath(os.__file__) and os.cpu_count() and not glob.glob('*')
+assert sorted(pathlib.Path(os.path.dirname(json.__file__)).glob('*.py')) and inspect.getsource(json.dumps)
+assert sum(sorted(random.random() for _ in range(10**6))) > 0 and len('x' * 10**8) == 10**8 and '\\N{BULLET}'
+with threading.Lock(), contextlib.redirect_stdout(io.StringIO()) as out:
+    print('x')
+assert not threading.Event().wait(0.01) and out.getvalue() == 'x\\n'
+signal.signal(signal.SIGALRM, lambda *_: None); signal.setitimer(signal.ITIMER_REAL, 0.01); signal.pause()
+read, write = os.pipe(); os.write(write, b'x'); assert select.select([read], [], [], 1)[0] and os.read(read, 1) == b'x'
+class Case(unittest.TestCase):
+    def test(self): self.assertEqual(1, 1)
+assert unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(Case)).wasSuccessful()
+""")
+
+
+def test_compiling_is_bounded() -> None:
+    # The compiler writes what follows `finally` twice: two to the power of the levels.
+    def nested(levels: int) -> str:
+        lines = [f"{' ' * level}try: pass\n{' ' * level}finally:" for level in range(levels)]
+        return "\n".join([*lines, " " * levels + "x = 1"])
+
+    assert passes(nested(5), Limits(memory=128 * MIB))
+    started = time.monotonic()
+    assert not passes(nested(20), Limits(cpu=1)) and not passes(nested(20), Limits(memory=128 * MIB))
+    assert time.monotonic() - started < 20
 
 
 def test_the_filter_stays() -> None:
