@@ -98,10 +98,20 @@ def names_of(name: str, precision: Precision) -> tuple[str, ...]:
     return f"{name}.weight", f"{name}.weight_scale"
 
 
-def weight_of(name: str, shape: tuple[int, int], precision: Precision, read: Callable[[str], Tensor]) -> Quantised:
+def group_of(config: Mapping[str, Any]) -> int | None:
+    """Inputs that share a scale in a model of `precision_of`, by its configuration; None where they are a whole row."""
+    (scheme,) = config[KEY]["config_groups"].values()
+    group = scheme["weights"].get("group_size")
+    return group if isinstance(group, int) else None
+
+
+def weight_of(
+    name: str, shape: tuple[int, int], precision: Precision, group: int | None, read: Callable[[str], Tensor]
+) -> Quantised:
     """One quantised weight from its tensors.
 
     Args:
+        group: inputs that share a scale, as the model's configuration says; None for a whole row.
         read: a tensor by its full name.
 
     Raises:
@@ -109,6 +119,9 @@ def weight_of(name: str, shape: tuple[int, int], precision: Precision, read: Cal
     """
     parts = [read(each) for each in names_of(name, precision)]
     try:
+        groups = (shape[0], 1 if group is None else shape[1] // group)
+        if tuple(parts[1].shape) != groups:
+            raise UserError(f"scales are {tuple(parts[1].shape)}, the configuration says {groups}")
         if not precision.grouped:
             values, scales = parts
             if values.dtype != getattr(torch, precision.dtype) or values.shape != shape:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from patch.compressed import names_of, precision_of, weight_of
+from patch.compressed import group_of, names_of, precision_of, weight_of
 from patch.errors import UserError, one_line
 from patch.files import existing, read_json
 from patch.layers import prunable_linears, prunable_matrices
@@ -132,11 +132,12 @@ def quantised_weights(folder: Path, precision: Precision) -> Iterator[tuple[str,
         UserError: as `prunable_weights`; or if values or scales are not what they must be.
     """
     files = weight_files(folder)
+    group = group_of(read_json(existing(folder, "config.json")))
     for name, linear in prunable_linears(without_weights(folder)).items():
         if lost := [part for part in names_of(name, precision) if part not in files]:
             raise UserError(f"{folder}: tensor {lost[0]} is missing from its weights")
         shape = (linear.out_features, linear.in_features)
-        yield name, weight_of(name, shape, precision, lambda part: read_tensor(files, part))
+        yield name, weight_of(name, shape, precision, group, lambda part: read_tensor(files, part))
 
 
 def _whole(folder: Path, needed: Sequence[str]) -> "PreTrainedModel":

@@ -18,7 +18,7 @@ from pathlib import Path
 from patch.errors import UserError
 from patch.files import replacing
 
-# Well-known packages of different kinds, which no other one copies.
+# Well-known packages of different kinds. Copies of them in other packages are left out of what is learned.
 HELD_OUT = ("click", "httpx", "jinja2", "networkx", "rich")
 # Tests repeat what they test; generated and copied code repeats itself.
 _LEFT_OUT = ("test", "tests", "_vendor", "vendor", "vendored", "locale", "locales", "data")
@@ -50,6 +50,12 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
         yield found[digest]
 
 
+def _is_copy(name: str, held_out: tuple[str, ...]) -> bool:
+    """Whether a file of another package lies in a folder, or is a module, of the name of one that is held out."""
+    parts = [part.removesuffix(".py").strip("_") for part in name.split("/")]
+    return bool(set(parts) & {package.strip("_") for package in held_out})
+
+
 def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tuple[int, int]:
     """Write both texts into a data directory; returns how many characters each has.
 
@@ -61,7 +67,10 @@ def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tup
     learned: list[dict[str, str]] = []
     reported: list[dict[str, str]] = []
     for name, text in sources(root):
-        (reported if name.split("/")[0] in held_out else learned).append({"id": name, "text": text})
+        if name.split("/")[0] in held_out:
+            reported.append({"id": name, "text": text})
+        elif not _is_copy(name, held_out):
+            learned.append({"id": name, "text": text})
     if not learned or not reported:
         missing = "Python source" if not learned else f"any of the packages that are held out, {', '.join(held_out)}"
         raise UserError(f"{root}: has no {missing}: name another directory (--root) or packages (--held-out)")

@@ -160,9 +160,10 @@ _RECOVERY: dict[str, Any] = {"steps": 2000, "batch": 16, "microbatch": 16, "leng
 
 
 def recovered_masks() -> Trials:
-    """What training the kept weights adds to each kind of mask of SmolLM2-135M, on equal tokens; all tasks.
+    """What training the kept weights adds to each kind of mask of SmolLM2-135M, recovered on equal tokens; all tasks.
 
-    The masks are those of ``smollm2-published``; of them the unstructured ones are the contrast.
+    The masks are those of ``smollm2-published``, of which learned ones saw as many tokens before; the unstructured ones
+    are the contrast.
     """
     masks = [
         _one_shot("sparsegpt", "2:4", 0.5),
@@ -176,9 +177,10 @@ def recovered_masks() -> Trials:
 
 
 def recovery_ablation() -> Trials:
-    """What each part of recovery does to the guided 45% mask of SmolLM2, 6.6 million tokens each.
+    """What each part of recovery does to the guided 45% mask of SmolLM2.
 
-    Compared on WikiText-2's validation text, which is not reported elsewhere.
+    Distillation takes 6.6 million tokens, blocks 0.5 million an epoch: what leaves one out saw fewer. Compared on
+    WikiText-2's validation text, which is not reported elsewhere.
     """
     mask = _as_published("patch-joint", 0.45, **GUIDED)
     short = _RECOVERY | {"steps": 400}

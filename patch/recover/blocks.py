@@ -33,17 +33,19 @@ def recover_blocks(model: nn.Module, run: Run, windows: Tensor) -> None:
     mine = torch.cat([run.ranks.sequences(batch) for batch in batches])
     names = {linear: name for name, linear in prunable_linears(model).items()}
     with frozen(model), in_turn(model, mine, run.device, recipe.block_batch // run.ranks.size) as (states, turns):
-        dense = list(states)
+        dense, sparse = list(states), list(states)
+        # Else the first block's states would stay in memory to the end.
+        states.clear()
         for turn in turns:
             own = {names[each]: each for each in turn.block.modules() if isinstance(each, nn.Linear) and each in names}
             weights = {name: KeptWeight(linear, run.kept[name], state.values[name]) for name, linear in own.items()}
             linears = list(weights.values())
             masked: Callable[[Tensor], Tensor] = MaskedBlock(turn.run, linears, functools.partial(drawn, linears))
-            targets = _outputs(turn.run, dense if recipe.block_targets == "dense" else states)
+            targets = _outputs(turn.run, dense if recipe.block_targets == "dense" else sparse)
             done = min(state.step - turn.index * recipe.block_steps, recipe.block_steps)
             if done < recipe.block_steps:
-                _fit(run, turn, Training(weights, recipe), masked, states, targets, done)
-            states = _outputs(masked, states)
+                _fit(run, turn, Training(weights, recipe), masked, sparse, targets, done)
+            sparse = _outputs(masked, sparse)
             if recipe.block_targets == "dense":
                 dense = targets
 

@@ -78,7 +78,11 @@ def test_a_weight_comes_back_from_its_tensors(precision: str) -> None:
     for name, weight in weights.items():
         tensors = tensors_of(name, weight, PRECISIONS[precision])
         assert tuple(tensors) == names_of(name, PRECISIONS[precision])
-        back = weight_of(name, tuple(weight.values.shape), PRECISIONS[precision], tensors.__getitem__)
+        group = weight.group if PRECISIONS[precision].grouped else None
+        about = (name, tuple(weight.values.shape), PRECISIONS[precision])
+        back = weight_of(*about, group, tensors.__getitem__)
+        with pytest.raises(UserError, match="the configuration says"):
+            weight_of(*about, 8, tensors.__getitem__)
         assert torch.equal(back.values.float(), weight.values.float()) and torch.equal(back.scales, weight.scales)
 
 

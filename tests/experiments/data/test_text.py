@@ -556,6 +556,8 @@ def test_python_source_is_collected_once_with_whole_packages_held_out(tmp_path: 
         "one/short.py": "x = 1\n",
         "one/table.py": "x = [" + "1, " * 2000 + "]\n",
         "one/made_pb2.py": code.replace("function", "made"),
+        "one/_rich/c.py": code.replace("function", "copied"),
+        "one/rich.py": code.replace("function", "module"),
         "rich/b.py": code.replace("function", "rich"),
     }
     for name, content in files.items():

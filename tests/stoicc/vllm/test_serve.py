@@ -122,8 +122,10 @@ def process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def tensors(names: dict[str, int], columns: int) -> tuple[dict[str, HybridMask], dict[str, Tensor]]:
-    masks = {f"m.{name}": random_mask(rows, columns, (64, 64), 0.6, seed=len(name)) for name, rows in names.items()}
-    weights = {name: mask.apply(random_weight(*mask.shape, seed=ord(name[2]))) for name, mask in masks.items()}
+    masks = {
+        f"m.{name}": random_mask(rows, columns, (64, 64), 0.6, seed=sum(name.encode())) for name, rows in names.items()
+    }
+    weights = {name: mask.apply(random_weight(*mask.shape, seed=sum(name.encode()))) for name, mask in masks.items()}
     return masks, weights
 
 
@@ -157,7 +159,7 @@ def test_query_key_and_value(process: tuple[int, int]) -> None:
     """Two key heads on four processes: two hold the same."""
     size, rank = process
     masks, weights = tensors(SIZES, HIDDEN)
-    biases = {name: random_weight(1, len(weight))[0] for name, weight in weights.items()}
+    biases = {name: random_weight(1, len(each), seed=sum(name.encode()))[0] for name, each in weights.items()}
     model = model_of(weights, biases)
     stoicc.compile_model(model, masks)
     x = torch.randn(3, HIDDEN, dtype=torch.bfloat16)
