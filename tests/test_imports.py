@@ -59,8 +59,8 @@ ARROWS: dict[str, set[str]] = {
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
     | {"patch.quantise", "patch.recover", "stoicc", "stoicc.format", "stoicc.kernels"},
     "experiments.publish": {"analysis", "analysis.figures", "analysis.page", "analysis.rows", "analysis.tables"}
-    | {"experiments.data", "experiments.run", "experiments.run.provenance", "experiments.studies"}
-    | {"patch", "patch.methods", "stoicc"},
+    | {"experiments.data", "experiments.eval", "experiments.run", "experiments.run.provenance", "experiments.studies"}
+    | {"patch", "patch.learn", "patch.methods", "patch.quantise", "stoicc"},
 }
 # Rooms of commands: they may use all that stands below them.
 ARROWS["experiments.cli"] = set(ARROWS)

@@ -23,7 +23,7 @@ def pack(
     import torch
 
     from experiments.data.models import load_model, processor_files
-    from experiments.publish.card import origin
+    from experiments.publish.card import base_of, licence_of, origin, public_origin
     from patch.checkpoint import load_masks
     from patch.structures import TILED
     from stoicc.format import DTYPES, SCALED
@@ -42,7 +42,13 @@ def pack(
     if model.dtype not in DTYPES:
         torch.nn.Module.to(model, torch.bfloat16)
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
-    save_packed(out, model, tokenizer, about, processor_files(str(checkpoint)))
+    # The card of a local base model is not found again by the name alone that is kept of its path.
+    told = {
+        **public_origin(about),
+        "packed": ", ".join(sorted({spec.dtype for spec in report.packed})),
+        "licence": licence_of(base_of(about), offline=True),
+    }
+    save_packed(out, model, tokenizer, told, processor_files(str(checkpoint)))
     console.print(f"{report}: {out}", soft_wrap=True)
 
 
@@ -66,7 +72,8 @@ def push(
     if not (organisation and slash and name) or "/" in name:
         raise UserError(f"{repo}: a repository is named organisation/name")
     offline = bool(constants.HF_HUB_OFFLINE)
-    licence = licence or licence_of(base_of(origin(checkpoint)), offline)
+    about = origin(checkpoint)
+    licence = licence or about.get("licence") or licence_of(base_of(about), offline)
     text = card(checkpoint, repo, measured_of(checkpoint, results), licence)
     if out is None and offline:
         out = Path(name)

@@ -1,14 +1,19 @@
 """`hts pack` and `hts push`: what others run of a checkpoint, and the card that goes with it."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from experiments.cli import share
+from experiments.eval import humaneval
 from experiments.publish import card
 from patch.errors import UserError
 
@@ -32,7 +37,7 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     code, out, err = hts("push", pruned, "me/tiny-pruned", "--out", tmp_path / "sent", "--licence", "mit")
     assert code == 0 and "nothing was sent" in out, err
     text = (tmp_path / "sent" / "README.md").read_text()
-    for said in ("license: mit", "Wanda", "16x16", "4 windows of 16 tokens", "| perplexity |", "windows of 32"):
+    for said in ('license: "mit"', "Wanda", "16x16", "4 windows of 16 tokens", "| perplexity |", "windows of 32"):
         assert said in text
     assert "vllm serve me/tiny-pruned --quantization stoicc" in text
     AutoModelForCausalLM.from_pretrained(tmp_path / "sent")
@@ -43,8 +48,14 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     code, out, err = hts("push", tmp_path / "packed", "me/tiny-packed", "--out", tmp_path / "sent packed")
     assert code == 0 and "licence is not known" in out, err
     text = (tmp_path / "sent packed" / "README.md").read_text()
-    for said in ("license: other", "bfloat16, packed", "trust_remote_code=True", "| perplexity |", "0.4000"):
+    for said in ('license: "other"', "bfloat16, packed", "import stoicc", "| perplexity |", "0.4000"):
         assert said in text
+    # They were measured in float32, which no packed weight is.
+    assert text.index("## Measured of the unpacked checkpoint") < text.index("| perplexity |")
+    config = (tmp_path / "sent packed" / "config.json").read_text()
+    origin = json.loads(config)["quantization_config"]["origin"]
+    assert (origin["dtype"], origin["packed"]) == ("float32", "bfloat16")
+    assert str(tmp_path) not in text + config
     # A card beside it does not make it another checkpoint.
     AutoModelForCausalLM.from_pretrained(tmp_path / "sent packed")
 
@@ -94,3 +105,116 @@ def test_a_token_that_may_not_write_is_told_in_one_line(tmp_path: Path, monkeypa
 def test_licences_of_models_that_are_here() -> None:
     assert card.licence_of("experiments.embedded", offline=True) == "apache-2.0"
     assert card.licence_of("meta-llama/Llama-2-7b-hf", offline=True) is None
+
+
+def written(
+    folder: Path,
+    about: Mapping[str, Any],
+    packed: str | None = None,
+    measured: pd.DataFrame | None = None,
+    licence: str | None = "mit",
+) -> str:
+    """The card of a packed checkpoint, or of a masked one, of which these things are known."""
+    origin = {"method": "wanda", "structure": "hybrid", "sparsity": 0.4, "dtype": "bfloat16", "content": "c"} | about
+    config: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": {"origin": origin}}
+    if packed:
+        config["quantization_config"] |= {"quant_method": "stoicc", "modules": [{"dtype": packed}]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return card.card(folder, "me/tiny", pd.DataFrame() if measured is None else measured, licence)
+
+
+def row(stage: str, metric: str, value: float, **labels: object) -> dict[str, Any]:
+    about = {"source": labels.get("source"), "length": labels.get("length"), "task": labels.get("task")}
+    told = {"stage": stage, "metric": metric, "value": value, "stderr": None, "limit": None, "gpu": None}
+    return about | told | {"labels": labels, "checkpoint": "c"}
+
+
+ROWS = pd.DataFrame(
+    [
+        row("perplexity:t@32", "perplexity", 11.0, source="/home/me/t", length=32),
+        row("packed:t@32", "packed_perplexity", 12.0, source="t", length=32, dtype="bfloat16"),
+        row("task:humaneval", humaneval.METRIC, 0.25, task="humaneval", primary=True),
+    ]
+).astype({"length": "Int64"})
+
+
+@pytest.mark.parametrize("packed", ["int8", "float8_e4m3fn"])
+def test_numbers_of_16_bits_are_not_those_of_weights_packed_in_8(tmp_path: Path, packed: str) -> None:
+    own, _, others = written(tmp_path, {}, packed, ROWS).partition("## Measured of the unpacked checkpoint")
+    assert "Nothing was measured" in own and "perplexity |" not in own
+    assert "| perplexity | t, windows of 32 | 11.0000 |" in others and packed in others
+    # Neither of these weights nor of the unpacked ones.
+    assert "packed_perplexity" not in others
+
+
+def test_numbers_of_the_packed_dtype_are_its_own(tmp_path: Path) -> None:
+    for about, packed in (({}, "bfloat16"), ({"dtype": "int8", "precision": "int8"}, "int8")):
+        text = written(tmp_path, about, packed, ROWS)
+        assert "11.0000" in text and "12.0000" in text and "of the unpacked" not in text
+
+
+def test_pass_at_1_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, {})
+    monkeypatch.setattr(card, "load_rows", lambda _: ROWS)
+    text = written(tmp_path, {}, None, card.measured_of(tmp_path, tmp_path))
+    assert "| pass@1 | humaneval | 0.2500 |" in text
+
+
+def test_recovered_weights_are_said_to_be_trained(tmp_path: Path) -> None:
+    recovery = {"source": "c4", "recipe": {"steps": 20, "lr": 0.1, "log_every": 5}, "seed": 0}
+    came = {"path": "/home/me/pruned", "checkpoint": "beef", "tokens": 12345}
+    text = written(tmp_path, {"definition": {"recovery": recovery}, "recovered_from": came})
+    for said in (
+        "then trained towards",
+        "| steps 20, lr 0.1 |",
+        "| Recovered on | c4 |",
+        "12,345",
+        "| pruned, content beef",
+    ):
+        assert said in text
+    assert "then trained" not in written(tmp_path, {})
+    assert "recovered_from" in card.KEPT
+
+
+def test_the_flag_that_runs_a_repositorys_code_is_not_the_way_to_load(tmp_path: Path) -> None:
+    text = written(tmp_path, {}, "bfloat16")
+    code = text.partition("```python")[2].partition("```")[0]
+    assert code.strip().startswith("import stoicc") and "trust_remote_code" not in code
+    assert "only if you trust the repository" in text and "`revision`" in text
+
+
+@pytest.mark.parametrize(
+    ("about", "said", "unsaid"),
+    [
+        ({}, "dense or 2:4 sparse", "compressed-tensors"),
+        ({"structure": "2:4"}, "two at most are kept", "tile of"),
+        ({"structure": "unstructured"}, "anywhere", "2:4"),
+        ({"structure": "shallow"}, "of fewer blocks", "2:4"),
+        ({"structure": "dense", "precision": "int4"}, "quantised to INT4", "2:4"),
+        ({"precision": "fp8"}, "pip install compressed-tensors", "An ordinary checkpoint"),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_what_is_said_fits_structure_and_precision(
+    tmp_path: Path, about: dict[str, str], said: str, unsaid: str
+) -> None:
+    text = written(tmp_path, about)
+    assert said in text and unsaid not in text
+
+
+def test_nothing_that_is_quoted_becomes_markup(tmp_path: Path) -> None:
+    definition = {
+        "model": "/home/me/a|b<script>",
+        "calibration": {"windows": 1, "length": 2, "source": "x|y\n## z`"},
+    }
+    command = "hts prune /home/me/a --out=/home/me/b --perplexity wikitext2/test,/home/me/t@32 '`|`'"
+    text = written(tmp_path, {"definition": definition, "command": command}, licence="mit\nextra: yes")
+    about = yaml.safe_load(text.split("---\n")[1])
+    assert about["license"] == "mit\nextra: yes" and "extra" not in about and "2:4" in about["tags"]
+    assert "<script>" not in text and "\n## z" not in text and "/home/me" not in text
+    assert "| hts prune a --out=b --perplexity wikitext2/test,t@32 '&#96;&#124;&#96;' |" in text
+    assert all(line.count("|") == 3 for line in text.partition("## Measured")[0].splitlines() if line.startswith("|"))
+
+
+def test_a_folder_named_as_a_model_of_the_registry_is_not_that_model() -> None:
+    assert card.base_of(card.public_origin({"definition": {"model": "/home/me/llama-2-7b"}})) == "llama-2-7b"
