@@ -40,7 +40,8 @@ def pack(
         raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
     model, tokenizer = load_model(str(checkpoint), quantised=True)
     if model.dtype not in DTYPES:
-        torch.nn.Module.to(model, torch.bfloat16)
+        # What was made on a CPU holds float32. Loaded anew: a cast would change scales and values of few bits too.
+        model, tokenizer = load_model(str(checkpoint), dtype=torch.bfloat16, quantised=True)
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
     # The card of a local base model is not found again by the name alone that is kept of its path.
     told = {

@@ -153,7 +153,8 @@ def load_model(
 
     Args:
         name: of the registry, a path, or a hub id.
-        dtype: of the weights; None takes them as they are stored.
+        dtype: of the weights; None takes them as they are stored. Packed weights, which float32 does not run, are taken
+            as they are stored for it too.
         data: data directory that may hold the file of a model that is converted (see `experiments.data.packaged`).
         quantised: weights of few bits will do, a packed checkpoint of `stoicc` too; to be pruned they must not be. What
             a quantised one computes is simulated.
@@ -177,7 +178,8 @@ def load_model(
             model, missing = load_quantised(Path(source), dtype)
         else:
             # Which attention is transformers' choice: not every family has the fused one.
-            model, report = auto.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
+            as_stored = dtype is None or (dtype == torch.float32 and quantisation(_config(source)) is not None)
+            model, report = auto.from_pretrained(source, dtype="auto" if as_stored else dtype, output_loading_info=True)
             missing = sorted(report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (torch.OutOfMemoryError, UserError):

@@ -108,7 +108,7 @@ def measured_of(folder: Path, results: Path) -> pd.DataFrame:
         return pd.DataFrame()
     rows = load_rows(results)
     own = rows[(rows.checkpoint == origin(folder)["content"]) & rows.metric.isin(_METRICS)]
-    return own[own.stage.str.partition(":")[0].isin(_STAGES)]
+    return own if own.empty else own[own.stage.str.partition(":")[0].isin(_STAGES)]
 
 
 def base_of(about: Mapping[str, Any]) -> str:

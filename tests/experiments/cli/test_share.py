@@ -147,6 +147,24 @@ def test_numbers_of_16_bits_are_not_those_of_weights_packed_in_8(tmp_path: Path,
     assert "packed_perplexity" not in others
 
 
+def test_what_was_quantised_in_float32_is_packed_and_evaluated(
+    hts: Any, pruned: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    for command in (
+        ("quantise", pruned, "--precision", "int8", "--out", tmp_path / "int8"),
+        ("pack", tmp_path / "int8", tmp_path / "packed"),
+        ("eval", tmp_path / "packed", "--perplexity", f"{tiny_text}@32"),
+    ):
+        code, _, err = hts(*command)
+        assert code == 0, err
+
+
+def test_a_checkpoint_without_rows_among_others_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, {})
+    monkeypatch.setattr(card, "load_rows", lambda _: ROWS.assign(checkpoint="another"))
+    assert card.measured_of(tmp_path, tmp_path).empty
+
+
 def test_numbers_of_the_packed_dtype_are_its_own(tmp_path: Path) -> None:
     for about, packed in (({}, "bfloat16"), ({"dtype": "int8", "precision": "int8"}, "int8")):
         text = written(tmp_path, about, packed, ROWS)
