@@ -1,7 +1,7 @@
 """What a pruning and an evaluation cost, before they run: floating-point operations and device memory.
 
 Estimates from published shapes, for planning: they leave out start-up, attention over long windows, and the masks' own
-arithmetic, and are right within a factor of two. A model whose shapes are not known here (a hub id) has none.
+arithmetic, and are right within a factor of three. A model whose shapes are not known here (a hub id) has none.
 """
 
 import functools
