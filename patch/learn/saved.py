@@ -34,14 +34,16 @@ def write(path: Path, state: dict[str, Any]) -> None:
         raise OSError(f"cannot write the learner's checkpoint {path}: {reason}; the one before is kept") from error
 
 
-def read(path: Path, version: int) -> dict[str, Any]:
+def read(path: Path, version: int, ours: Mapping[str, Any], younger: Mapping[str, Any]) -> dict[str, Any]:
     """The state that `write` wrote, its tensors on the CPU, read as they are used.
 
     Args:
         version: what its ``format`` must be.
+        ours: what its ``fingerprint`` must be.
+        younger: defaults of fields of the recipe that the state may be older than.
 
     Raises:
-        UserError: if it is damaged, or of another format.
+        UserError: if it is damaged, of another format, or of another run.
     """
     with undamaged(path):
         check_seal(path)
@@ -49,18 +51,14 @@ def read(path: Path, version: int) -> dict[str, Any]:
         found = state["format"]
     if found != version:
         raise UserError(f"{path} has format {found}, this version reads {version}: remove it to start over")
+    with undamaged(path):
+        theirs = state["fingerprint"]
+    _check_same_run(path, ours, theirs, younger)
     return state
 
 
-def check_same_run(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], younger: Mapping[str, Any]) -> None:
-    """Raise if a state is of another run: one of its parts is not ours; of the recipe, the field is named.
-
-    Args:
-        younger: defaults of fields of the recipe that the state may be older than.
-
-    Raises:
-        UserError: naming what differs.
-    """
+def _check_same_run(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], younger: Mapping[str, Any]) -> None:
+    """Raise if a state is of another run: one of its parts is not ours; of the recipe, the field is named."""
     differing = [name for name, value in ours.items() if theirs.get(name) != value]
     if "recipe" in differing:
         recipe, other = ours["recipe"], dict(younger) | theirs.get("recipe", {})

@@ -104,11 +104,8 @@ class State:
         """
         if not self.path.exists():
             return
-        state = saved.read(self.path, FORMAT)
-        with saved.undamaged(self.path):
-            fingerprint = state["fingerprint"]
         # A field that is younger than the checkpoint was at its default.
-        saved.check_same_run(self.path, self._fingerprint, fingerprint, ADDED_DEFAULTS)
+        state = saved.read(self.path, FORMAT, self._fingerprint, ADDED_DEFAULTS)
         with saved.undamaged(self.path), torch.no_grad():
             self.step, self.history, self.unlogged = state["step"], state["history"], state["unlogged"]
             for name, logits in self.logits.items():

@@ -136,9 +136,8 @@ class State:
         """
         if not self.path.exists():
             return
-        state = saved.read(self.path, FORMAT)
+        state = saved.read(self.path, FORMAT, self._fingerprint, {})
         with saved.undamaged(self.path):
-            saved.check_same_run(self.path, self._fingerprint, state["fingerprint"], {})
             self.step, self.history, self.unlogged = state["step"], state["history"], state["unlogged"]
             for name, kept in self._kept.items():
                 self.values[name] = kept.part(state["values"][name]).clone()
