@@ -42,6 +42,16 @@ def _one_shot(model: str, method: str, structure: str, sparsity: float, ranking:
     return one_shot(model, method, structure, sparsity, _TILE, _CALIBRATION, ranking)
 
 
+def _each_kind(model: str) -> list[Pruning]:
+    """A mask of every kind that kernels run: 2:4 of SparseGPT and MaskLLM, tiles ranked and guided."""
+    return [
+        _one_shot(model, "sparsegpt", "2:4", 0.5),
+        _learned(model, "maskllm", 0.5),
+        *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
+        *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
+    ]
+
+
 def half_billion() -> Trials:
     """Masks of the model of 0.5B: one-shot, as published, guided; three seeds of what is closest to one another."""
     model = "qwen2.5-coder-0.5b"
@@ -66,41 +76,21 @@ def bits() -> Trials:
     Its masks are those of ``qwen-coder-0.5b``.
     """
     model = "qwen2.5-coder-0.5b"
-    masks = [
-        _one_shot(model, "sparsegpt", "2:4", 0.5),
-        _learned(model, "maskllm", 0.5),
-        *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
-        *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
-    ]
     smaller = [fewer_blocks(model, share, _CALIBRATION) for share in (0.1, 0.2, 0.3)]
-    models = in_fewer_bits([dense(model), *smaller, *masks], _CALIBRATION)
+    models = in_fewer_bits([dense(model), *smaller, *_each_kind(model)], _CALIBRATION)
     return joined(models, _EVALUATION, ("llama-2-7b", "llama-3.1-8b"))
 
 
 def one_and_a_half_billion() -> Trials:
     """Masks of the model of 1.5B, from one seed, learned on several GPUs."""
     model = "qwen2.5-coder-1.5b"
-    return trials(
-        [
-            dense(model),
-            _one_shot(model, "sparsegpt", "2:4", 0.5),
-            *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
-            _learned(model, "maskllm", 0.5),
-            *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
-        ],
-        _EVALUATION,
-    )
+    return trials([dense(model), *_each_kind(model)], _EVALUATION)
 
 
 def recovered_half_billion() -> Trials:
     """What training the kept weights adds to masks of the model of 0.5B, 33.8 million tokens each."""
     model = "qwen2.5-coder-0.5b"
-    masks = [
-        _one_shot(model, "sparsegpt", "2:4", 0.5),
-        _learned(model, "maskllm", 0.5),
-        *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
-        *(_learned(model, "patch-joint", target, **GUIDED) for target in TARGETS),
-    ]
     steps: dict[str, Any] = {"steps": 2000, "batch": 16, "microbatch": 16, "length": 1024}
+    masks = _each_kind(model)
     trained = [recovered(mask, _TEXT, **steps) for mask in masks]
     return trials([dense(model), *masks, *trained], _EVALUATION)

@@ -139,20 +139,24 @@ def published() -> Trials:
     )
 
 
+def _each_kind() -> list[Pruning]:
+    """A mask of every kind that kernels run: 2:4 of SparseGPT and MaskLLM, tiles ranked and guided."""
+    return [
+        _one_shot("sparsegpt", "2:4", 0.5),
+        _as_published("maskllm", 0.5),
+        *(_one_shot("sparsegpt", "hybrid", target, "model") for target in TARGETS),
+        *(_as_published("patch-joint", target, **GUIDED) for target in TARGETS),
+    ]
+
+
 def bits() -> Trials:
     """Accuracy and speed of masks of SmolLM2-135M in every precision, dense models, smaller ones too, beside them.
 
     Its masks are those of ``smollm2-published``.
     """
-    model, tile, mixture = "smollm2-135m", (64, 64), Calibration(_TEXT, 128, 2048, drawn_from="stream")
-    masks = [
-        one_shot(model, "sparsegpt", "2:4", 0.5, tile, mixture),
-        learned(model, "maskllm", 0.5, tile, _TEXT, mixture, **_STEPS),
-        *(one_shot(model, "sparsegpt", "hybrid", target, tile, mixture, "model") for target in TARGETS),
-        *(learned(model, "patch-joint", target, tile, _TEXT, mixture, **(_STEPS | GUIDED)) for target in TARGETS),
-    ]
-    smaller = [fewer_blocks(model, share, mixture) for share in (0.1, 0.2, 0.3)]
-    return joined(in_fewer_bits([dense("smollm2-135m"), *smaller, *masks], mixture), _EVALUATION, _PROJECTED_ON)
+    smaller = [fewer_blocks("smollm2-135m", share, _MIXTURE) for share in (0.1, 0.2, 0.3)]
+    models = in_fewer_bits([dense("smollm2-135m"), *smaller, *_each_kind()], _MIXTURE)
+    return joined(models, _EVALUATION, _PROJECTED_ON)
 
 
 # Of what is recovered, tokens are those of learning: 2000 steps of 16 sequences of 1024, after the blocks.
@@ -165,13 +169,7 @@ def recovered_masks() -> Trials:
     The masks are those of ``smollm2-published``, of which learned ones saw as many tokens before; the unstructured ones
     are the contrast.
     """
-    masks = [
-        _one_shot("sparsegpt", "2:4", 0.5),
-        _as_published("maskllm", 0.5),
-        *(_one_shot("sparsegpt", "hybrid", target, "model") for target in TARGETS),
-        *(_as_published("patch-joint", target, **GUIDED) for target in TARGETS),
-        *(_one_shot("sparsegpt", "unstructured", target) for target in TARGETS),
-    ]
+    masks = [*_each_kind(), *(_one_shot("sparsegpt", "unstructured", target) for target in TARGETS)]
     trained = [recovered(mask, _TEXT, **_RECOVERY) for mask in masks]
     return trials([dense("smollm2-135m"), *masks, *trained], _EVALUATION)
 
