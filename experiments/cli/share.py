@@ -20,13 +20,11 @@ def pack(
     ] = None,
 ) -> None:
     """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
-    import torch
-
-    from experiments.data.models import load_model, processor_files
+    from experiments.data.models import load_packable, processor_files
     from experiments.publish.card import base_of, licence_of, origin, public_origin
     from patch.checkpoint import load_masks
     from patch.structures import TILED
-    from stoicc.format import DTYPES, SCALED
+    from stoicc.format import SCALED
     from stoicc.linear import compile_model
     from stoicc.quantizer import save_packed
 
@@ -38,10 +36,7 @@ def pack(
     about = origin(checkpoint)
     if about["structure"] not in TILED:
         raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
-    model, tokenizer = load_model(str(checkpoint), quantised=True)
-    if model.dtype not in DTYPES:
-        # What was made on a CPU holds float32. Loaded anew: a cast would change scales and values of few bits too.
-        model, tokenizer = load_model(str(checkpoint), dtype=torch.bfloat16, quantised=True)
+    model, tokenizer = load_packable(str(checkpoint))
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
     # The card of a local base model is not found again by the name alone that is kept of its path.
     told = {

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.data import qwen_coder, smollm2
 from experiments.data.packaged import Packaged
@@ -169,16 +169,16 @@ def load_model(
     source = _directory_or_hub_id(name, data)
     if not Path(source).is_dir():
         _hub_commit(source)
-    simulated = _check_quantisation(name, source, quantised)
+    stored = _check_quantisation(name, source, quantised)
     if (Path(source) / INFO_FILE).is_file():
         load_info(source, verify=True)
     auto: Any = AutoModelForCausalLM
     try:
-        if simulated:
+        if stored == "simulated":
             model, missing = load_quantised(Path(source), dtype)
         else:
             # Which attention is transformers' choice: not every family has the fused one.
-            as_stored = dtype is None or (dtype == torch.float32 and quantisation(_config(source)) is not None)
+            as_stored = dtype is None or (dtype == torch.float32 and stored == "packed")
             model, report = auto.from_pretrained(source, dtype="auto" if as_stored else dtype, output_loading_info=True)
             missing = sorted(report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -194,6 +194,22 @@ def load_model(
     return model.eval().to(device), tokenizer
 
 
+def load_packable(
+    name: str, *, device: str = "cpu", data: Path | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """`load_model` of a checkpoint, quantised or not, in the dtype that it is packed in: its own 16 bits, or bfloat16.
+
+    What was made on a CPU holds float32, which no packed weight does. It is loaded anew, since a cast of the model
+    would change scales and values of few bits too.
+    """
+    import torch
+
+    model, tokenizer = load_model(name, device=device, data=data, quantised=True)
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return model, tokenizer
+    return load_model(name, device=device, dtype=torch.bfloat16, data=data, quantised=True)
+
+
 def _config(source: str) -> dict[str, Any]:
     """The configuration of a model directory, or of a hub model of which it is in the cache already; {} without one."""
     from transformers import PretrainedConfig
@@ -204,19 +220,19 @@ def _config(source: str) -> dict[str, Any]:
         return {}  # loading it says what is wrong
 
 
-def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
+def _check_quantisation(name: str, source: str, wanted: bool) -> Literal["packed", "simulated"] | None:
     """Refuse weights that are codes: without their scales they are other weights, and no zeros can be told in them.
 
     Args:
         wanted: those that can be evaluated are not refused.
 
     Returns:
-        Whether what the weights compute must be simulated.
+        How weights of few bits are computed with; None for any other.
     """
     config = _config(source)
     kind = quantisation(config)
     if kind is None:
-        return False
+        return None
     # Importing it registers the quantizer that reads packed checkpoints.
     from stoicc.spec import METHOD, StoiccConfig
 
@@ -237,7 +253,7 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> bool:
     if isinstance(modules, list) and all(isinstance(module, dict) for module in modules):
         # transformers copies and prints it several times over: a damaged one may be long.
         StoiccConfig(modules=modules).specs()
-    return ours
+    return "simulated" if ours else "packed"
 
 
 def processor_files(name: str, data: Path | None = None) -> list[Path]:

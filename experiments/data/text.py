@@ -476,6 +476,11 @@ class MixedStream:
     shares: tuple[float, ...]
 
     @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.streams[0].length
+
+    @property
     def windows(self) -> int:
         """Windows until the first stream begins anew."""
         return int(min(each.windows / share for each, share in zip(self.streams, self.shares, strict=True)))
@@ -485,13 +490,30 @@ class MixedStream:
         places = np.arange(1, (step + 1) * batch + 1) * _GOLDEN % 1
         # Rounding must leave no place beyond the last stream.
         of = np.searchsorted(np.cumsum(self.shares)[:-1], places, side="right")
-        windows = np.empty((batch, self.streams[0].length), dtype=np.int64)
+        windows = np.empty((batch, self.length), dtype=np.int64)
         for index, stream in enumerate(self.streams):
             mine = of == index
             own = np.cumsum(mine)[step * batch :] - 1
             here = mine[step * batch :]
             windows[here] = stream.at(own[here])
         return torch.from_numpy(windows)
+
+
+def first_windows(stream: TokenStream | MixedStream, windows: int, what: str, source: str) -> Tensor:
+    """The first windows of a stream, int64 ``[windows, length]``, of which it has as many.
+
+    Args:
+        what: needs them; ``source`` is the name of the text.
+
+    Raises:
+        UserError: if it has fewer.
+    """
+    if stream.windows < windows:
+        raise UserError(
+            f"{what} needs {windows} windows of {stream.length} tokens, but {source} holds {stream.windows}: ask for "
+            "fewer or shorter windows, or name a source with more text"
+        )
+    return stream.batch(0, windows)
 
 
 def token_stream(

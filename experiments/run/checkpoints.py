@@ -6,8 +6,6 @@ Of several processes that want the same checkpoint one makes it, and the others 
 import contextlib
 import dataclasses
 import os
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,13 @@ from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.run import recovered
 from experiments.run.mask_facts import mask_facts
-from experiments.run.provenance import provenance
+from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
-from patch.errors import UserError
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
@@ -97,6 +94,45 @@ def made_once(
 
 
 @dataclass(frozen=True)
+class _Job:
+    """A checkpoint to make, and with what.
+
+    Attributes:
+        sources: the SHA-256 of every text that was read, by its name; filled on the way.
+    """
+
+    pruning: Pruning
+    tokenizer: "PreTrainedTokenizerBase"
+    store: Store
+    machine: Machine
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell how far it is."""
+        self.machine.progress(describe(self.pruning), done, total)
+
+    def documents(self, source: str) -> text.Documents:
+        """A text, noted among the sources."""
+        found = text.load_documents(source, self.machine.data)
+        self.sources[source] = found.sha256
+        return found
+
+    def stream(self, documents: text.Documents, length: int, seed: int) -> "text.TokenStream | text.MixedStream":
+        """All of a text in windows of ``length`` tokens."""
+        return text.token_stream(documents, self.tokenizer, length, seed, self.store.root / layout.TOKENS)
+
+    def windows(self, wanted: Calibration | None) -> Tensor | None:
+        """The windows of a calibration, if there is one."""
+        if wanted is None:
+            return None
+        documents = self.documents(wanted.source)
+        if wanted.drawn_from == "stream":
+            stream = self.stream(documents, wanted.length, wanted.seed)
+            return text.first_windows(stream, wanted.windows, "calibration", wanted.source)
+        return text.calibration_windows(documents, self.tokenizer, wanted.windows, wanted.length, wanted.seed)
+
+
+@dataclass(frozen=True)
 class _Made:
     """What became of a model's weights, beside the weights themselves.
 
@@ -135,13 +171,13 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     covered = check_coverage(model, pruning.partial)
-    sources: dict[str, str] = {}
+    job = _Job(pruning, tokenizer, store, machine)
     if rounded:
-        made = _quantise(pruning, Path(source), model, tokenizer, store, machine, sources)
+        made = _quantise(job, Path(source), model)
     elif pruning.refit:
-        made = _refit(pruning, model, tokenizer, store, machine, sources)
+        made = _refit(job, model)
     elif pruning.learns:
-        outcome = _learn(pruning, model, tokenizer, store, machine, sources, spending)
+        outcome = _learn(job, model, spending)
         curves = [
             Fact(metric, value, "1", {"step": int(entry["step"])})
             for entry in outcome.history
@@ -150,9 +186,9 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         ]
         made = _Made(outcome.masks, {name: mask.zeros for name, mask in outcome.masks.items()}, curves)
     elif pruning.structure == "shallow":
-        made = _drop_blocks(pruning, model, tokenizer, store, machine, sources)
+        made = _drop_blocks(job, model)
     else:
-        made = _prune(pruning, model, tokenizer, store, machine, sources)
+        made = _prune(job, model)
     spent = spending.facts()
     if machine.ranks.rank:
         return
@@ -165,10 +201,10 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         "sparsity": sum(made.zeros.values()) / covered.prunable if made.sparsity is None else made.sparsity,
         "seed": pruning.seed,
         "definition": definition(pruning),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "zeros": made.zeros,
         "facts": [vars(fact) for fact in facts],
-        "provenance": provenance(spending.seconds, sources),
+        "provenance": provenance(spending.seconds, job.sources),
     }
     if pruning.quantisation:
         info["precision"] = pruning.quantisation.precision
@@ -180,37 +216,22 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     spending.forget()
 
 
-def _drop_blocks(
-    pruning: Pruning,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-) -> _Made:
+def _drop_blocks(job: _Job, model: nn.Module) -> _Made:
     """Drop a model's blocks; sparsity is the share of its prunable weights that are gone."""
-    windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
+    windows = job.windows(job.pruning.calibration)
     assert windows is not None
     whole = coverage(model).prunable
-    count = max(1, round(pruning.sparsity * len(decoder_blocks(model))))
-    dropped = drop_blocks(
-        model, count, windows, machine.device, lambda done, total: machine.progress(describe(pruning), done, total)
-    )
+    count = max(1, round(job.pruning.sparsity * len(decoder_blocks(model))))
+    dropped = drop_blocks(model, count, windows, job.machine.device, job.progress)
     facts = [Fact("block_divergence", each.divergence, "nat", {"block": each.block}) for each in dropped]
     none = dict.fromkeys(prunable_matrices(model), 0)
     return _Made({}, none, facts, sparsity=1 - coverage(model).prunable / whole)
 
 
-def _prune(
-    pruning: Pruning,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-) -> _Made:
+def _prune(job: _Job, model: nn.Module) -> _Made:
     """Prune a model in one shot."""
-    windows = _calibration_windows(pruning.calibration, tokenizer, store, machine, sources)
+    pruning = job.pruning
+    windows = job.windows(pruning.calibration)
     layers = prune_model(
         model,
         pruning.method,
@@ -218,11 +239,11 @@ def _prune(
         pruning.sparsity,
         pruning.tile,
         windows,
-        machine.device,
-        dense=_ranked_tiles(pruning, model, windows, store, machine),
+        job.machine.device,
+        dense=_ranked_tiles(job, model, windows),
         weight_update=pruning.weight_update,
         int4=pruning.quantisation is not None,
-        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        on_block=job.progress,
     )
     return _Made(
         {name: layer.mask for name, layer in layers.items() if layer.mask is not None},
@@ -232,70 +253,41 @@ def _prune(
     )
 
 
-def _calibration_windows(
-    wanted: Calibration | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-) -> Tensor | None:
-    if wanted is None:
-        return None
-    documents = text.load_documents(wanted.source, machine.data)
-    sources[wanted.source] = documents.sha256
-    if wanted.drawn_from == "stream":
-        stream = text.token_stream(documents, tokenizer, wanted.length, wanted.seed, store.root / layout.TOKENS)
-        if stream.windows < wanted.windows:
-            raise UserError(
-                f"calibration needs {wanted.windows} windows of {wanted.length} tokens, but {wanted.source} holds "
-                f"{stream.windows}: ask for fewer or shorter windows, or name a source with more text"
-            )
-        return stream.batch(0, wanted.windows)
-    return text.calibration_windows(documents, tokenizer, wanted.windows, wanted.length, wanted.seed)
-
-
-def _ranked_tiles(
-    pruning: Pruning, model: nn.Module, windows: Tensor | None, store: Store, machine: Machine
-) -> dict[str, Tensor] | None:
+def _ranked_tiles(job: _Job, model: nn.Module, windows: Tensor | None) -> dict[str, Tensor] | None:
     """The tiles that stay dense if they are ranked over the whole model, which visits the device; else None."""
+    pruning = job.pruning
     if pruning.tile_ranking != "model":
         return None
     assert pruning.base is not None and pruning.tile is not None and windows is not None
     label = f"{describe(pruning)}: ranking tiles"
-    masks = load_masks(store.checkpoint_path(pruning.base))
+    masks = load_masks(job.store.checkpoint_path(pruning.base))
     dense = most_sensitive_tiles(
-        model.to(machine.device),
+        model.to(job.machine.device),
         {name: mask.patterns for name, mask in masks.items()},
         pruning.tile,
         windows,
         pruning.seed,
         pruning.sparsity,
-        on_sequence=lambda done, total: machine.progress(label, done, total),
+        on_sequence=lambda done, total: job.machine.progress(label, done, total),
     )
     model.to("cpu")
     return dense
 
 
-def _refit(
-    pruning: Pruning,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-) -> _Made:
+def _refit(job: _Job, model: nn.Module) -> _Made:
     """Mask the dense model's weights as the pruning without refit does, and fit what is kept."""
+    pruning = job.pruning
     assert pruning.base is not None
-    windows = _calibration_windows(pruning.refit, tokenizer, store, machine, sources)
+    windows = job.windows(pruning.refit)
     assert windows is not None
-    found = store.checkpoint_path(pruning.base)
+    found = job.store.checkpoint_path(pruning.base)
     masks = load_masks(found)
     fits = refit_model(
         model,
         masks,
         windows,
-        machine.device,
-        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        job.machine.device,
+        on_block=job.progress,
     )
     facts = [
         Fact(metric, value, "1", {"layer": name})
@@ -309,29 +301,22 @@ def _refit(
     return _Made(masks, {name: mask.zeros for name, mask in masks.items()}, facts, load_tile_scores(found))
 
 
-def _quantise(
-    pruning: Pruning,
-    source: Path,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-) -> _Made:
+def _quantise(job: _Job, source: Path, model: nn.Module) -> _Made:
     """Quantise a model's weights, those of a checkpoint at ``source`` within what its masks keep."""
+    pruning = job.pruning
     assert pruning.quantisation is not None
     pruned = (source / INFO_FILE).is_file()
     info = load_info(source) if pruned else {}
     masks, tile_scores = (load_masks(source), load_tile_scores(source)) if pruned else ({}, {})
     zeros = info.get("zeros") or {name: mask.zeros for name, mask in masks.items()}
-    windows = _calibration_windows(pruning.quantisation.calibration, tokenizer, store, machine, sources)
+    windows = job.windows(pruning.quantisation.calibration)
     found = quantise_model(
         model,
         PRECISIONS[pruning.quantisation.precision],
         windows,
-        machine.device,
+        job.machine.device,
         masks,
-        on_block=lambda done, total: machine.progress(describe(pruning), done, total),
+        on_block=job.progress,
     )
     return _Made(
         masks,
@@ -344,21 +329,12 @@ def _quantise(
     )
 
 
-def _learn(
-    pruning: Pruning,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    machine: Machine,
-    sources: dict[str, str],
-    spending: Spending,
-) -> Learned:
+def _learn(job: _Job, model: nn.Module, spending: Spending) -> Learned:
     """Learn the masks of a pruning and apply them to the model's weights."""
+    pruning, store = job.pruning, job.store
     assert pruning.learning is not None and pruning.tile is not None
     recipe = pruning.learning.recipe
-    documents = text.load_documents(pruning.learning.source, machine.data)
-    sources[pruning.learning.source] = documents.sha256
-    stream = text.token_stream(documents, tokenizer, recipe.length, pruning.seed, store.root / layout.TOKENS)
+    stream = job.stream(job.documents(pruning.learning.source), recipe.length, pruning.seed)
     prior = Prior()
     if pruning.prior:
         path = store.checkpoint_path(pruning.prior)
@@ -369,7 +345,7 @@ def _learn(
         prior = dataclasses.replace(prior, tile_scores=shares)
 
     def on_step(metrics: Mapping[str, Any]) -> None:
-        machine.progress(describe(pruning), int(metrics["step"]), recipe.steps)
+        job.progress(int(metrics["step"]), recipe.steps)
         spending.note()
 
     with deferred_signals() as stop, noted(spending):
@@ -382,10 +358,10 @@ def _learn(
             seed=pruning.seed,
             prior=prior,
             work=store.work_path(pruning),
-            device=machine.device,
+            device=job.machine.device,
             on_step=on_step,
             stop=stop,
-            ranks=machine.ranks,
+            ranks=job.machine.ranks,
             track=os.environ.get(TRACK),
         )
     with torch.no_grad():

@@ -79,19 +79,15 @@ class Artefact:
         self.pruning, self.source, self.content = pruning, source, content
         self.store, self.machine = store, machine
 
-    def load(self, dtype: torch.dtype | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """The unpacked model, in a dtype or as it is stored."""
+    def load(self, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The unpacked model, in a dtype."""
         return models.load_model(
             self.source, device=self.machine.device, dtype=dtype, data=self.machine.data, quantised=True
         )
 
     @cached_property
     def _unpacked(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        model, tokenizer = self.load(None)
-        if model.dtype in (torch.bfloat16, torch.float16):
-            return model, tokenizer
-        # A checkpoint that was made on a CPU holds float32, which no packed weight does.
-        return self.load(torch.bfloat16)
+        return models.load_packable(self.source, device=self.machine.device, data=self.machine.data)
 
     @property
     def unpacked(self) -> "PreTrainedModel":

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from functools import cache
 from importlib import metadata
@@ -10,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 _LIBRARIES = ("torch", "triton", "transformers", "numpy", "lm-eval", "datasets")
+
+
+def command_line() -> str:
+    """What this process was called with, as a shell would take it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _output(*command: str) -> str | None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from analysis.rows import layout
 from analysis.rows.format import Fact, name_of
 from experiments.data import models, text
 from experiments.run.mask_facts import mask_facts
-from experiments.run.provenance import provenance
+from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
 from experiments.run.spending import Spending, noted
@@ -126,12 +124,7 @@ def recover_checkpoint(
     stream = text.token_stream(documents, tokenizer, recipe.length, recovery.seed, store.root / layout.TOKENS)
     windows = None
     if recipe.block_epochs:
-        if stream.windows < recipe.block_windows:
-            raise UserError(
-                f"recovery needs {recipe.block_windows} windows of {recipe.length} tokens, but {recovery.source} holds "
-                f"{stream.windows}: ask for fewer (block_windows) or shorter ones, or name a source with more text"
-            )
-        windows = stream.batch(0, recipe.block_windows)
+        windows = text.first_windows(stream, recipe.block_windows, "recovery (block_windows)", recovery.source)
     # The second phase goes on where the first one's windows end.
     seen = -(-recipe.block_windows // recipe.batch) if recipe.block_epochs else 0
     masks, origin = load_masks(source.path), content_hash(source.path)
@@ -198,7 +191,7 @@ def recover_checkpoint(
                 "tokens": recipe.tokens,
                 "recipe": dataclasses.asdict(recipe),
             },
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
             "zeros": zeros,
             "facts": [vars(fact) for fact in facts],
             "provenance": provenance(spending.seconds, {recovery.source: documents.sha256}),
