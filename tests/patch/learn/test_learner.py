@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import Python
+from tensorboard.summary.writer import event_file_writer
 from tiny_learner import RAGGED, SHORT, VOCABULARY, magnitude_prior, tiny_model, words
 from torch import Tensor, nn
 from transformers import (
@@ -661,7 +662,11 @@ class Killed(Exception):
 
 
 @every_mode
-def test_a_run_that_is_stopped_again_and_again_ends_the_same(mode: str, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_again_and_again_ends_the_same(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read in the order of their names, in which the tenth of a process is before its ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     recipe = dataclasses.replace(SHORT[mode], steps=11, log_every=3, checkpoint_every=2)
     undisturbed = run(tiny_model(), recipe, tmp_path / "undisturbed")
     chance = random.Random(MODES.index(mode))
