@@ -182,19 +182,22 @@ def recovery_ablation() -> Trials:
     """
     mask = _as_published("patch-joint", 0.45, **GUIDED)
     short = _RECOVERY | {"steps": 400}
-    changes: list[dict[str, Any]] = [
+    whole: list[dict[str, Any]] = [{}, *({"lr": rate} for rate in (5e-5, 2e-4, 4e-4, 8e-4))]
+    blocks: list[dict[str, Any]] = [
         {},
-        *({"lr": rate} for rate in (5e-5, 2e-4, 4e-4)),
-        {"steps": 0},
-        {"steps": 0, "block_targets": "sparse"},
-        {"steps": 0, "block_epochs": 8},
-        {"steps": 0, "block_lr": 3e-4},
-        {"steps": 0, "block_lr": 3e-5},
-        {"block_epochs": 0},
-        {"block_epochs": 0, "distillation": 0.0},
-        {"block_epochs": 0, "distillation": 0.5},
-        {"block_epochs": 0, "block_distillation": 1.0},
+        {"block_targets": "sparse"},
+        {"block_epochs": 8},
+        {"block_lr": 3e-4},
+        {"block_lr": 3e-5},
     ]
+    model: list[dict[str, Any]] = [
+        {},
+        {"distillation": 0.0},
+        {"distillation": 0.5},
+        {"block_distillation": 1.0},
+        {"block_distillation": 10.0},
+    ]
+    changes = [*whole, *({"steps": 0} | each for each in blocks), *({"block_epochs": 0} | each for each in model)]
     others = [recovered(mask, _TEXT, **(short | change)) for change in changes]
     validation = Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8)
     return trials([dense("smollm2-135m"), mask, *others], validation)
