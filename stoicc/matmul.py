@@ -19,7 +19,7 @@ from stoicc.configs import Config
 from stoicc.dispatch import check_operands, check_quantised, run, run_scaled
 from stoicc.format import HybridWeight
 from stoicc.kernels.portable import PortableConfig
-from stoicc.quantise import quantise_tokens
+from stoicc.quantise import fuses, fusible, quantise_tokens
 from stoicc.tune import tune_shape
 
 
@@ -63,7 +63,7 @@ def product(
     """
     if scales is None:
         return linear_op(x, *schedule, orders, bias, dtype, shape, tile, band)
-    values, token_scales = quantise_tokens(x, dtype)
+    values, token_scales = (fusible if fuses(x, dtype) else quantise_tokens)(x, dtype)
     y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band)
     return y.reshape(*x.shape[:-1], shape[0])
 

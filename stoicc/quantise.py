@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.quantise.values import check_dtype
+from patch.quantise.values import check_dtype, quantise_rows
 from stoicc import configs, reference
 from stoicc.format import DTYPES
 from stoicc.kernels import quantise
@@ -60,6 +60,19 @@ def converts(device: torch.device, dtype: torch.dtype) -> bool:
     That the product falls back as well is said where its kernel is chosen (`stoicc.matmul.choose`).
     """
     return dtype != torch.float8_e4m3fn or configs.capability_of(device) >= (8, 9)
+
+
+def fuses(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `fusible` may stand for `quantise_tokens`: under ``torch.compile`` it needs no kernel of its own."""
+    return torch.compiler.is_compiling() and x.is_cuda and x.shape[-1] % ROW == 0 and converts(x.device, dtype)
+
+
+def fusible(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `quantise_tokens`, of whole rows, in operations that a compiler makes one kernel of with what is in front.
+
+    A norm, or a product of gate and up, is computed anyway; values differ where the compiler divides less exactly.
+    """
+    return quantise_rows(x.reshape(-1, x.shape[-1]), dtype)
 
 
 @quantise_tokens.register_fake

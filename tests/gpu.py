@@ -8,6 +8,7 @@ Needs no more than pytest and what the tests import; where pytest-xdist is not t
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,9 @@ def collected(files: tuple[str, ...]) -> list[str]:
 def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
     """One process a share; each leaves ``<number>.xml`` and what it prints, ``<number>.log``, in ``folder``."""
     processes = []
+    # Each would otherwise have as many threads as there are cores, which wait for each other more than they compute.
+    threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
     for number, ids in enumerate(shares):
         listed = folder / f"{number}.txt"
         listed.write_text("\n".join(ids) + "\n")
@@ -55,7 +59,7 @@ def run(shares: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
         # To a file: one that fails much must not wait until its pipe is read.
         with open(folder / f"{number}.log", "w", encoding="utf-8") as log:
             command = [sys.executable, "-m", "pytest", *quiet, f"@{listed}"]
-            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment))
     return processes
 
 
@@ -76,7 +80,7 @@ def outcomes(folder: Path) -> dict[str, Counter[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the rows")
-    parser.add_argument("--processes", type=int, default=3, help="that run tests at a time, on one GPU or several")
+    parser.add_argument("--processes", type=int, default=8, help="that run tests at a time, on one GPU or several")
     parser.add_argument("files", nargs="*", default=FILES, help="test files; all that need a GPU by default")
     options = parser.parse_args()
 

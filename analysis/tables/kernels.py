@@ -168,8 +168,8 @@ def precisions(frame: pd.DataFrame) -> list[str]:
 
 
 def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
-    """The tables of what was timed, by name: ``kernels-<model>``, of other precisions ``kernels fp8-<model>``, and
-    ``model-<model>`` and ``energy-<model>``.
+    """The tables of what was timed, by name: ``kernels-<model>``, of other precisions ``kernels fp8-<model>``;
+    ``model-<model>`` and ``model fp8-<model>``, and ``energy-<model>``.
 
     Args:
         frame: as from `load_bench`, of kernels or of whole models.
@@ -182,7 +182,9 @@ def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
                 kind = "kernels" if precision == "bf16" else f"kernels {precision}"
                 found[f"{kind}-{model}"] = kernel_table(own, precision=precision)
         elif (own.implementation == "hybrid").any():
-            found[f"model-{model}"] = model_table(own)
+            for precision in precisions(own):
+                kind = "model" if precision == "bf16" else f"model {precision}"
+                found[f"{kind}-{model}"] = model_table(own, precision)
             if energy := energy_table(own):
                 found[f"energy-{model}"] = energy
     return found
@@ -246,21 +248,25 @@ _BESIDE = {
 }
 
 
-def model_table(frame: pd.DataFrame) -> Table:
-    """Speedup of a whole model over dense by workload and sparsity, and its masked weights' bytes over dense.
+def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
+    """Speedup of a whole model over dense of the same precision, by workload and sparsity, and its masked weights'
+    bytes over dense ones of 16 bits.
 
     Args:
         frame: as from `load_bench`, of one whole model.
     """
     times = frame[frame.metric == "time"]
     fused = bool((times.implementation == "fused").any())
-    hybrid = times[times.implementation == "hybrid"]
+    hybrid = times[(times.implementation == "hybrid") & (times.precision == precision)]
     sparsities = sorted(hybrid.sparsity.unique())
     beside = {
         heading: times[times.implementation.isin(names)]
         for heading, names in _BESIDE.items()
-        if fused and times.implementation.isin(names).any()
+        if precision == "bf16" and fused and times.implementation.isin(names).any()
     }
+    if precision != "bf16":
+        beside[f"Dense {PRECISIONS[precision]} over bfloat16"] = times[times.implementation.isin(DENSE[precision])]
+        beside |= {f"{percent(s)} over bfloat16": hybrid[hybrid.sparsity == s] for s in sparsities if 0 < s < 0.5}
     columns = [
         Column("workload", "Workload", "text"),
         *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
@@ -268,24 +274,28 @@ def model_table(frame: pd.DataFrame) -> Table:
     ]
     rows: list[tuple[Value, ...]] = []
     for work, group in hybrid.groupby(["kind", "batch", "length"]):
-        by_sparsity = group.set_index("sparsity").speedup
-        others = (_of_workload(some, work).speedup.max() for some in beside.values())
+        by_sparsity = group.set_index("sparsity").own_speedup
+        # Dense models are timed beside each sparsity: of each the middle one, of several the fastest.
+        others = (_of_workload(some, work).groupby("implementation").speedup.median().max() for some in beside.values())
         rows.append(
             (
                 _workload(work),
-                *(Measured(float(by_sparsity[sparsity])) for sparsity in sparsities),
+                *(Measured(float(by_sparsity[s])) if s in by_sparsity else None for s in sparsities),
                 *(None if np.isnan(value) else Measured(float(value)) for value in others),
             )
         )
-    shares = _shares(frame)
+    shares = _shares(frame, precision)
     rows.append(
         (
-            "Bytes of the masked weights (x dense)",
+            "Bytes of the masked weights (x dense" + (")" if precision == "bf16" else " bfloat16)"),
             *(Measured(shares[sparsity]) if sparsity in shares else None for sparsity in sparsities),
             *(None for _ in beside),
         )
     )
-    return _plain(columns, rows, [] if fused else [SUPERSEDED])
+    notes = [] if fused else [SUPERSEDED]
+    if precision != "bf16":
+        notes.append(f"Over the faster dense {PRECISIONS[precision]} model; activations are quantised within both.")
+    return _plain(columns, rows, notes)
 
 
 def energy_table(frame: pd.DataFrame) -> Table | None:
@@ -303,8 +313,10 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
         for heading, names in _BESIDE.items()
         if heading != "Dense, separate projections" and energy.implementation.isin(names).any()
     }
-    hybrid = energy[energy.implementation == "hybrid"]
-    kinds |= {percent(sparsity): hybrid[hybrid.sparsity == sparsity] for sparsity in sorted(hybrid.sparsity.unique())}
+    for precision in precisions(energy):
+        hybrid = energy[(energy.implementation == "hybrid") & (energy.precision == precision)]
+        own = "" if precision == "bf16" else f" {PRECISIONS[precision]}"
+        kinds |= {f"{percent(s)}{own}": hybrid[hybrid.sparsity == s] for s in sorted(hybrid.sparsity.unique())}
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
     rows: list[tuple[Value, ...]] = []
     for work, _ in energy.groupby(["kind", "batch", "length"]):
@@ -323,13 +335,13 @@ def _of_workload(rows: pd.DataFrame, work: Any) -> pd.DataFrame:
     return rows[(rows.kind == kind) & (rows.batch == batch) & (rows.length == length)]
 
 
-def _shares(frame: pd.DataFrame) -> dict[float, float]:
-    """Bytes of the masked weights over dense, by sparsity."""
+def _shares(frame: pd.DataFrame, precision: str) -> dict[float, float]:
+    """Bytes of the masked weights in a precision over dense ones of 16 bits, by sparsity."""
     sizes = frame[frame.metric == "bytes"]
     if len(sizes):
         table = sizes.pivot_table(index="sparsity", columns="implementation", values="value")
         return {float(str(sparsity)): float(row.hybrid / row.dense) for sparsity, row in table.iterrows()}
-    packed = frame[(frame.implementation == "hybrid") & frame.bytes.notna()]
+    packed = frame[(frame.implementation == "hybrid") & (frame.precision == precision) & frame.bytes.notna()]
     dense = frame[(frame.implementation == "fused") & frame.bytes.notna()].bytes
     return {} if dense.empty else {row.sparsity: row.bytes / dense.max() for row in records(packed)}
 

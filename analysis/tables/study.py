@@ -66,8 +66,10 @@ def title(name: str) -> str:
             own = "" if precision == "bf16" else f" {spelled}"
             model = name.removeprefix(f"{kind}-")
             return f"{model}: its linears{own}, speedup over dense{own} by sparsity, 128x128 tiles, geometric mean"
-    if name.startswith("model-"):
-        return f"{name.removeprefix('model-')}: end to end, speedup over dense by sparsity"
+        whole = kind.replace("kernels", "model")
+        if name.startswith(f"{whole}-"):
+            own = "" if precision == "bf16" else f" {spelled}"
+            return f"{name.removeprefix(f'{whole}-')}: end to end{own}, speedup over dense{own} by sparsity"
     if name.startswith("energy-"):
         return f"{name.removeprefix('energy-')}: end to end, joules a token"
     titles = {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}

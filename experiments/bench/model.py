@@ -11,8 +11,8 @@ and value as one product, and gate and up, as servers do and as packed weights a
     prefill  a batch of prompts
 
 A case is a workload. Its entries are the dense models (part ``model:dense``), or the fused dense model and that whose
-weights are packed at one sparsity (part ``model:25%``). Each of their blocks must compute what an eager block with the
-same masked weights does, up to the rounding of its precision.
+weights are packed at one sparsity (part ``model:25%``), in 16 bits and, beside dense FP8, in FP8. Each of their blocks
+must compute what an eager block with the same masked weights does, up to the rounding of its precision.
 """
 
 import gc
@@ -98,12 +98,16 @@ def build(name: str, device: torch.device | str, blocks: int | None = None) -> "
 
 
 def make_hybrid(
-    model: "PreTrainedModel", sparsity: float | Mapping[str, float], tile: TileShape, keep_dense: bool = True
+    model: "PreTrainedModel",
+    sparsity: float | Mapping[str, float],
+    tile: TileShape,
+    keep_dense: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Report:
     """Pack the model's linears with random uneven maps, all at one sparsity or each at its own, by name.
 
     Args:
-        keep_dense: as `stoicc.linear.compile_model`.
+        keep_dense, dtype: as `stoicc.linear.compile_model`.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -111,7 +115,7 @@ def make_hybrid(
     for name, linear in prunable_linears(model).items():
         variant = Variant(sparsity[name] if isinstance(sparsity, Mapping) else sparsity, tile, "uneven")
         masks[name] = random_mask(linear.out_features, linear.in_features, variant, linear.weight.abs(), generator)
-    return compile_model(model, masks, keep_dense=keep_dense)
+    return compile_model(model, masks, keep_dense=keep_dense, dtype=dtype)
 
 
 def prepare(model: "PreTrainedModel") -> None:
@@ -307,24 +311,32 @@ def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, I
             plain_pass(dense, work)()
     fused = baselines.sharing(dense)
     baselines.fused(fused)
+    eight = {way: baselines.sharing(dense) for way in ("fp8_rowwise", "fp8_tensorwise")}
+    for way, model in eight.items():
+        baselines.quantised(model, way, largest)
     of = partial(workloads, trial, lab=lab)
     if DENSE_PART in parts:
-        models = {"dense": dense, "fused": fused}
+        models = {"dense": dense, "fused": fused} | eight
         # Weights of four bits cannot be arranged for its kernel elsewhere.
-        for way in ("fp8_rowwise", "fp8_tensorwise", *(["int4"] if lab.device != "cpu" else [])):
-            models[way] = baselines.sharing(dense)
-            baselines.quantised(models[way], way, largest)
+        if lab.device != "cpu":
+            models["int4"] = baselines.sharing(dense)
+            baselines.quantised(models["int4"], "int4", largest)
         yield DENSE_PART, of(DENSE_PART, models, dict.fromkeys(models, dense), {})
         del models
     for sparsity in grid.sparsities:
         if (part := grid.part(sparsity)) in parts:
-            hybrid = baselines.sharing(dense)
-            report = make_hybrid(hybrid, sparsity, grid.tile, keep_dense=False)
-            references = {"fused": dense, "hybrid": unpacked(hybrid)}
-            labels = {"sparsity": sparsity, "tile": list(grid.tile), "tiles": "uneven", "bytes": report.bytes_after}
-            about: dict[str, Labels] = {"fused": {"bytes": report.bytes_before}, "hybrid": labels}
-            yield part, of(part, {"fused": fused, "hybrid": hybrid}, references, about)
-            del hybrid, references
+            packed = {"hybrid": baselines.sharing(dense), "hybrid_fp8": baselines.sharing(dense)}
+            about: dict[str, Labels] = {}
+            for name, model in packed.items():
+                dtype = baselines.FP8 if name == "hybrid_fp8" else None
+                report = make_hybrid(model, sparsity, grid.tile, keep_dense=False, dtype=dtype)
+                about["fused"] = {"bytes": report.bytes_before}
+                about[name] = {"sparsity": sparsity, "tile": list(grid.tile), "tiles": "uneven"}
+                about[name] |= {"bytes": report.bytes_after}
+            # Both have the same masks.
+            references = dict.fromkeys(("fused", *eight), dense) | dict.fromkeys(packed, unpacked(packed["hybrid"]))
+            yield part, of(part, {"fused": fused} | eight | packed, references, about)
+            del packed, references
     forget_compiled()
 
 
@@ -352,11 +364,12 @@ def workloads(
         lab.progress(f"{trial.pruning.model} {part.partition(':')[2]}", done, len(grid.workloads))
         entries = []
         for implementation, model in models.items():
-            precision = implementation.partition("_")[0]
-            precision = precision if precision in BOUNDS else "bf16"
+            precision = next((name for name in BOUNDS if name in implementation.split("_")), "bf16")
             # The kernel of 4-bit weights is for decoding.
             if precision != "int4" or work.kind == "decode":
-                labels = {"implementation": implementation, "precision": precision} | about.get(implementation, {})
+                # Of what is packed the precision tells the rest.
+                shown = "hybrid" if implementation.startswith("hybrid") else implementation
+                labels = {"implementation": shown, "precision": precision} | about.get(implementation, {})
                 prepared = partial(ready, model, work, references[implementation], BOUNDS[precision])
                 entries.append(Entry(labels, prepared))
         cell = {"model": trial.pruning.model, "kind": work.kind, "batch": work.batch, "length": work.length}

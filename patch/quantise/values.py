@@ -77,7 +77,8 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     that is not.
     """
     wide = x.float()
-    scales = wide.abs().amax(1).clamp(min=1e-30) / LARGEST[dtype]
+    # By a tensor: on a GPU torch multiplies by a number's reciprocal instead, and rounds twice.
+    scales = wide.abs().amax(1).clamp(min=1e-30) / wide.new_full((), LARGEST[dtype])
     values = wide * (1 / scales)[:, None]
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
 

@@ -2,12 +2,18 @@
 
 A thread block per token holds the whole row in registers, so that it is read once and the largest magnitude is known
 before anything is written. Plain Triton, so it runs wherever the products do.
+
+It takes a microsecond or two, most of it the way to start and end. So on Hopper it begins before the kernel before it
+is done, and lets the product that follows begin at once: that asks for its weights, and then waits for this kernel.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from patch.quantise.values import LARGEST
 
@@ -18,7 +24,7 @@ _ROUND = tl.constexpr(12582912.0)
 @triton.jit(do_not_specialize=["columns", "padded"])
 def quantise_kernel(
     x, norm, values, scales, columns, padded, x_stride, eps, largest,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, INTEGERS: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, INTEGERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``values * scales = x``, a thread block per token.
 
@@ -28,7 +34,11 @@ def quantise_kernel(
         values: ``[tokens, padded]``, zero from ``columns`` on.
         scales: float32 ``[tokens]``.
         largest: the magnitude that the token's largest becomes.
+        PDL: whether it is launched with ``launch_pdl``.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -41,9 +51,10 @@ def quantise_kernel(
         wide = (wide.to(row.dtype).to(tl.float32) * weight).to(row.dtype).to(tl.float32)
     # A maximum passes NaNs over: they must reach the scale, for integers cannot hold them.
     bad = tl.sum((wide != wide).to(tl.int32), 0) > 0
-    scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30) / largest
+    # As rounded as torch's divisions: Triton's own are not, and some values would come to lie on another side.
+    scale = tl.math.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), 1e-30), largest)
     scale = tl.where(bad, float("nan"), scale)
-    wide = wide * (1 / scale)
+    wide = wide * tl.math.div_rn(1.0, scale)
     if INTEGERS:
         wide = (wide + _ROUND) - _ROUND
     tl.store(values + token * padded + column, wide.to(values.dtype.element_ty), mask=column < padded)
@@ -54,6 +65,8 @@ def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, value
     """Enqueue the quantisation of ``x`` ``[tokens, K]``, unit column stride, into ``values`` and ``scales``."""
     tokens, columns = x.shape
     block = triton.next_power_of_2(values.shape[1])
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    early: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     quantise_kernel[(tokens,)](
         x,
         x if norm is None else norm,
@@ -67,7 +80,9 @@ def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, value
         BLOCK=block,
         NORM=norm is not None,
         INTEGERS=dtype == torch.int8,
+        PDL=pdl,
         num_warps=min(16, max(1, block // 512)),
         # A product that is fused with the rounding is rounded once where the reference does it twice.
         enable_fp_fusion=False,
+        **early,
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from patch.mask import TileShape
 from patch.quantise.values import quantise_rows, quantise_weight
@@ -322,6 +323,26 @@ def test_between_kernels_that_begin_early(tokens: int) -> None:
         late.replay()
         early.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+def test_a_compiler_fuses_the_quantisation_of_tokens(dtype: torch.dtype, tokens: int) -> None:
+    masks = {str(number): random_mask(1024, 1024, (128, 128), 0.6, seed=number, device="cuda") for number in range(3)}
+    layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024, bias=False) for _ in masks).to("cuda", torch.bfloat16)
+    compile_model(layers, masks, dtype=dtype)
+
+    def blocks(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = x + layer(torch.nn.functional.rms_norm(x, (1024,)))
+        return x
+
+    x = torch.randn(1, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch._inductor.config.patch({"triton.enable_pdl": True}):
+        torch.compiler.reset()
+        y, (code,) = run_and_get_code(torch.compile(blocks, fullgraph=True), x)
+    assert "quantise_tokens" not in code and code.count("stoicc.scaled_linear") >= len(layers)
+    assert (y - blocks(x)).float().norm() < 0.01 * blocks(x).float().norm()
 
 
 @pytest.mark.parametrize("faster", [True, False], ids=["faster", "slower"])
