@@ -14,6 +14,8 @@ from analysis.rows import layout
 from experiments.data import models
 from experiments.run import pipeline
 from experiments.run.runtime import code_allowed
+from experiments.run.sources import Sources
+from experiments.run.store import Store
 from experiments.studies import cost
 from experiments.studies.trial import Trial
 from patch.errors import UserError
@@ -39,6 +41,17 @@ _NETWORK = (
     "panfs",
     "orangefs",
 )
+
+
+def check_sources(trials: Iterable[Trial], store: Store, data: Path | None) -> None:
+    """What is measured already must be of the texts that the others would be measured on.
+
+    Raises:
+        UserError: naming the first that holds something else now.
+    """
+    sources = Sources(data)
+    for trial in trials:
+        pipeline.check_sources(trial, store, sources)
 
 
 def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Cluster) -> None:

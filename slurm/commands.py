@@ -150,6 +150,7 @@ def _checked(sweep: "Sweep", retry_failed: bool, busy: set[str]) -> list[tuple[p
     from slurm import submit
 
     checks.check_definitions(sweep.trials, sweep.work.data, sweep.cluster)
+    checks.check_sources(sweep.trials, sweep.store, sweep.work.data)
     groups = submit.todo(sweep, busy, retry_failed)
     checks.check_cluster(sweep.cluster, {steps[0].kind for steps in groups} | {"report"}, sweep.work.results)
     return groups

@@ -224,6 +224,7 @@ def recover(
         checkpoints.made_once(path, make, store, machine, together=True)
         if machine.ranks.rank:
             return
+    recovered.check_same_origin(checkpoint, path)
     same = recovered.check_same_masks(checkpoint, path)
     if out is not None:
         path = copy_checkpoint(path, out)

@@ -48,6 +48,10 @@ _CHARACTERS_PER_TOKEN = 8
 _TOKENIZER_CHARACTERS = 8_000_000
 
 
+class Unreachable(UserError):
+    """The hub, which has a text, cannot be reached."""
+
+
 @dataclass(frozen=True)
 class Documents:
     """What a source holds.
@@ -265,7 +269,7 @@ def load_documents(source: str, data: Path | None) -> Documents:
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise Unreachable(
                 f"text source {name} cannot be fetched from the hub ({error}): name a data directory (--data)"
             ) from error
     if not any(texts):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "humaneval"
 METRIC = "pass@1"
 OPTION = "--run-generated-code"
-_LOCAL = "code/humaneval.jsonl"
+LOCAL = "code/humaneval.jsonl"
 _DATASET = "openai/openai_humaneval"
 _FIELDS = ("task_id", "prompt", "test", "entry_point")
 _AT_ONCE = 16
@@ -50,8 +50,13 @@ def check(data: Path | None, allowed: bool) -> None:
     if not allowed:
         raise UserError(f"task {NAME} runs programs that the model writes, in a sandbox: say {OPTION} to allow it")
     sandbox.check_available()
-    if data is not None and not (data / _LOCAL).is_file():
-        raise UserError(f"task {NAME}: the data directory has no file {data / _LOCAL}")
+    check_file(data)
+
+
+def check_file(data: Path | None) -> None:
+    """Raise if a data directory lacks the file of the rows."""
+    if data is not None and not (data / LOCAL).is_file():
+        raise UserError(f"task {NAME}: the data directory has no file {data / LOCAL}")
 
 
 def definition() -> Definition:
@@ -77,10 +82,10 @@ def problems(data: Path | None, limit: int | None) -> list[Mapping[str, str]]:
     """
     if data is not None:
         try:
-            lines = (data / _LOCAL).read_text(encoding="utf-8").splitlines()
+            lines = (data / LOCAL).read_text(encoding="utf-8").splitlines()
             rows: list[Any] = [json.loads(line) for line in lines if line.strip()]
         except (OSError, ValueError) as error:
-            raise UserError(f"{data / _LOCAL}: cannot be read: {error}") from error
+            raise UserError(f"{data / LOCAL}: cannot be read: {error}") from error
     else:
         from datasets import load_dataset
 

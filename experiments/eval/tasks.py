@@ -18,6 +18,7 @@ hold the results to those of lm-eval's own ``evaluate`` with its own wrapper.
 
 import base64
 import functools
+import hashlib
 import importlib.util
 import json
 import logging
@@ -39,7 +40,7 @@ from experiments.data.text import tokenizer_fingerprint
 from experiments.eval import humaneval
 from experiments.eval.scoring import Encoded, encode, score
 from patch.errors import UserError, check_name
-from patch.files import from_json
+from patch.files import from_json, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,6 +211,25 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
                     raise UserError(f"task {name}: the data directory has no file {data / file}")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks need lm-eval, which is not installed: pip install 'hybrid-tile-sparsity[eval]'")
+
+
+def fingerprint(task: str, data: Path | None) -> str:
+    """What tells the rows of one task from others under its name: SHA-256 of its local files; ``hub`` of the hub's.
+
+    Raises:
+        UserError: as `check_tasks`.
+    """
+    check_tasks([task], data)
+    if task == EMBEDDED_TASK:
+        local = [embedded.TASKS / f"{EMBEDDED_TASK}.jsonl"]
+    elif data is None:
+        return "hub"
+    elif task == humaneval.NAME:
+        humaneval.check_file(data)
+        local = [data / humaneval.LOCAL]
+    else:
+        local = [data / file for file in TASKS[task].local.values()]
+    return hashlib.sha256(" ".join(map(sha256, local)).encode()).hexdigest()
 
 
 def evaluate_tasks(

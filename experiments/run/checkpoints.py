@@ -6,7 +6,7 @@ Of several processes that want the same checkpoint one makes it, and the others 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
+from experiments.run.sources import of_checkpoint
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
-from experiments.studies.trial import Calibration, Pruning, definition, describe
+from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, learn
@@ -50,6 +51,7 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
 
     Raises:
         Stopped: if learning was told to stop (`experiments.run.signals`).
+        UserError: if it, or what it stands on, is there, but was made of texts that hold something else now.
     """
     if pruning.as_it_is:
         return None
@@ -63,6 +65,10 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
             ensure_checkpoint(base, store, machine)
 
     made_once(path, make, store, machine, together=pruning.learns, before=before)
+    # Older ones do not tell of what they stand on, which itself may be there.
+    for base in map(store.checkpoint_path, lineage(pruning)[:-1]):
+        if machine.ranks.rank == 0 and base.exists():
+            _check_same(base, machine)
     return path
 
 
@@ -80,17 +86,27 @@ def made_once(
     Args:
         together: all ranks make it, as in learning, not the first alone.
         before: makes what it stands on.
+
+    Raises:
+        UserError: if it is there, but was made of texts that hold something else now (`experiments.run.sources`).
     """
     ranks, first = machine.ranks, machine.ranks.rank == 0
     # What is there is for rank 0 to say: on a shared disk another rank may see a file later.
-    if ranks.agree(first and path.exists(), machine.device):
-        return
-    before()
-    with store.lease(f"pruning-{path.name}") if first else contextlib.nullcontext():
-        # Another process may have finished it while this one waited.
-        missing = ranks.agree(first and not path.exists(), machine.device)
-        if missing and (first or together):
-            make()
+    if not ranks.agree(first and path.exists(), machine.device):
+        before()
+        with store.lease(f"pruning-{path.name}") if first else contextlib.nullcontext():
+            # Another process may have finished it while this one waited.
+            missing = ranks.agree(first and not path.exists(), machine.device)
+            if missing and (first or together):
+                make()
+            if missing:
+                return
+    if first:
+        _check_same(path, machine)
+
+
+def _check_same(path: Path, machine: Machine) -> None:
+    machine.sources.check_same(of_checkpoint(load_info(path)), f"checkpoint {path}", path)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,8 @@ class _Job:
     """A checkpoint to make, and with what.
 
     Attributes:
-        sources: the SHA-256 of every text that was read, by its name; filled on the way.
+        sources: the SHA-256 of every text that was read, by its name, for it and for what it stands on; filled on
+            the way.
     """
 
     pruning: Pruning
@@ -160,7 +177,8 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         assert pruning.base is not None
         sparse = recovered.opened(store.checkpoint_path(pruning.base), pruning.model)
         about, out = definition(pruning), store.checkpoint_path(pruning)
-        recovered.recover_checkpoint(sparse, pruning.recovery, about, describe(pruning), out, store, machine)
+        sources = sources_of(pruning.bases, store)
+        recovered.recover_checkpoint(sparse, pruning.recovery, about, describe(pruning), out, store, machine, sources)
         return
     spending = Spending(machine, pruning.learns, store.work_path(pruning) if pruning.learns else None)
     # What is rounded once it is pruned starts from those weights.
@@ -171,7 +189,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     covered = check_coverage(model, pruning.partial)
-    job = _Job(pruning, tokenizer, store, machine)
+    job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store))
     if rounded:
         made = _quantise(job, Path(source), model)
     elif pruning.refit:
@@ -214,6 +232,14 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     # The learner's state has served; its TensorBoard log stays.
     (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
     spending.forget()
+
+
+def sources_of(bases: Iterable[Pruning], store: Store) -> dict[str, str]:
+    """The SHA-256 of every text that checkpoints were made of, by its name."""
+    found: dict[str, str] = {}
+    for base in bases:
+        found |= of_checkpoint(load_info(store.checkpoint_path(base))).get("sources", {})
+    return found
 
 
 def _drop_blocks(job: _Job, model: nn.Module) -> _Made:
@@ -357,6 +383,7 @@ def _learn(job: _Job, model: nn.Module, spending: Spending) -> Learned:
             tile=pruning.tile,
             seed=pruning.seed,
             prior=prior,
+            texts={pruning.learning.source: job.sources[pruning.learning.source]},
             work=store.work_path(pruning),
             device=job.machine.device,
             on_step=on_step,

@@ -92,7 +92,10 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
             raise UserError(f"{archive}: {INFO_FILE} does not say what defines the checkpoint")
         path = store.root / layout.CHECKPOINTS / key(definition)
         with store.lease(f"pruning-{path.name}"):
-            if not path.exists():
+            if path.exists():
+                _unpack(archive, folder, (MASKS_FILE, FORMER_MASKS_FILE))
+                _check_same_masks(archive, folder, path)
+            else:
                 dtype = _dtype(existing(folder, CONFIG_FILE))
                 model, tokenizer = models.load_model(definition["model"], device="cpu", dtype=dtype, data=machine.data)
                 most = sum(most_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
@@ -101,6 +104,18 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
                 beside = models.processor_files(definition["model"], machine.data)
                 restore_checkpoint(folder, model, tokenizer, path, beside)
     return path
+
+
+def _check_same_masks(archive: Path, folder: Path, path: Path) -> None:
+    """Raise if the checkpoint that is there has other masks than the archive, unpacked in ``folder``."""
+    theirs, ours = (
+        {name: about["sha256"] for name, about in files.items() if name in (MASKS_FILE, FORMER_MASKS_FILE)}
+        for files in (load_info(folder, masks_alone=True)["files"], load_info(path)["files"])
+    )
+    if sorted(theirs.values()) != sorted(ours.values()):
+        raise UserError(
+            f"{path} is there with other masks than {archive}: restore into another results directory, or remove it"
+        )
 
 
 def most_mask_bytes(n: int, k: int) -> int:

@@ -23,6 +23,7 @@ from experiments.run import grids, packed
 from experiments.run.checkpoints import ensure_checkpoint, facts_of
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
+from experiments.run.sources import TASK, Sources
 from experiments.run.store import Store
 from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError
@@ -153,10 +154,12 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     """Run the stages of one trial that are not complete.
 
     Raises:
-        UserError: if something cannot be had or does not fit, or stages were measured of another checkpoint.
+        UserError: if something cannot be had or does not fit, or stages were measured of another checkpoint, or on
+            texts that hold something else now.
         Stopped: if learning was told to stop (`experiments.run.signals`).
     """
     missing = missing_stages(trial, store, machine.can_time)
+    check_sources(trial, store, machine.sources)
     store.clear_failure(trial)
     if not missing:
         return
@@ -171,9 +174,20 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     if "prune" in missing:
         facts, origin = facts_of(pruning, store)
         store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
-    missing = [stage for stage in missing if not _take_over(trial, stage, content, store)]
+    missing = [stage for stage in missing if not _take_over(trial, stage, content, store, machine.sources)]
     _evaluate(trial, missing, source, content, store, machine)
     packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def check_sources(trial: Trial, store: Store, sources: Sources) -> None:
+    """What was measured must be of the texts and tasks that the trial would be measured on now.
+
+    Raises:
+        UserError: naming the first that holds something else.
+    """
+    for stage in stages(trial):
+        for row in store.read_rows(trial, stage)[:1]:
+            sources.check_same(row["provenance"], f"{trial.label}: {stage}", store.rows_path(trial, stage).parent)
 
 
 def _check_content(trial: Trial, content: str, store: Store) -> None:
@@ -189,7 +203,7 @@ def _check_content(trial: Trial, content: str, store: Store) -> None:
                 )
 
 
-def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
+def _take_over(trial: Trial, stage: str, content: str, store: Store, sources: Sources) -> bool:
     """Take a stage's rows from the same trial without packed stages, if it measured the same weights and masks."""
     twin = Trial(trial.pruning, dataclasses.replace(trial.evaluation, packed=None))
     if twin == trial or stage == "prune" or stage not in stages(twin):
@@ -197,6 +211,8 @@ def _take_over(trial: Trial, stage: str, content: str, store: Store) -> bool:
     rows = store.read_rows(twin, stage)
     if not rows or any(row["provenance"].get("checkpoint") != content for row in rows):
         return False
+    # Its texts may be others.
+    sources.check_same(rows[0]["provenance"], f"{twin.label}: {stage}", store.rows_path(twin, stage).parent)
     facts = [Fact(**{field.name: row[field.name] for field in dataclasses.fields(Fact)}) for row in rows]
     store.write_rows(trial, stage, facts, rows[0]["provenance"])
     return True
@@ -284,4 +300,6 @@ def _task_stage(
         )
         for result in results
     ]
-    store.write_rows(trial, f"task:{task}", facts, provenance(time.monotonic() - started, checkpoint=content))
+    name = TASK + task
+    read = {name: tasks.fingerprint(task, data)}
+    store.write_rows(trial, name, facts, provenance(time.monotonic() - started, read, content))

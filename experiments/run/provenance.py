@@ -95,7 +95,7 @@ def provenance(
 
     Args:
         wall_seconds: how long the measured stage took.
-        sources: SHA-256 of each text the stage read, by name.
+        sources: SHA-256 of each text that the stage read, or that a checkpoint was made of, by name; of tasks too.
         checkpoint: content hash of the weights and masks that were measured (`experiments.data.models.content`); rows
             of different content are never drawn as one point.
     """

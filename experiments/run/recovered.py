@@ -104,12 +104,15 @@ def recover_checkpoint(
     out: Path,
     store: Store,
     machine: Machine,
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Train what the masks of ``source`` keep, and save the checkpoint ``out``; all ranks call it.
 
     Args:
         about: what ``out`` is: the definition that names it.
         label: for progress.
+        sources: the SHA-256 of the texts that ``source`` was made of, where ``out`` is asked for by these and not by
+            naming ``source``.
 
     Raises:
         Stopped: if it was told to stop (`experiments.run.signals`).
@@ -157,6 +160,7 @@ def recover_checkpoint(
             stop=stop,
             ranks=machine.ranks,
             track=os.environ.get(TRACK),
+            texts={recovery.source: documents.sha256},
         )
     spent = spending.facts()
     if machine.ranks.rank:
@@ -194,7 +198,7 @@ def recover_checkpoint(
             "command": command_line(),
             "zeros": zeros,
             "facts": [vars(fact) for fact in facts],
-            "provenance": provenance(spending.seconds, {recovery.source: documents.sha256}),
+            "provenance": provenance(spending.seconds, {**(sources or {}), recovery.source: documents.sha256}),
         },
         load_tile_scores(source.path),
         beside=models.processor_files(str(source.path)),
@@ -205,6 +209,16 @@ def recover_checkpoint(
 
 
 _PLACES = ("step", "block")
+
+
+def check_same_origin(before: Path, after: Path) -> None:
+    """Raise if a checkpoint that is there was not recovered from this one, but from another of its definition."""
+    then, now = load_info(after).get("recovered_from", {}).get("checkpoint"), content_hash(before)
+    if then not in (None, now):
+        raise UserError(
+            f"{after} was recovered from checkpoint {then[:12]}, {before} is now {now[:12]}: name another results "
+            "directory, or remove the former to recover anew"
+        )
 
 
 def check_same_masks(before: Path, after: Path) -> int:

@@ -4,10 +4,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from experiments.run.sources import Sources
 from patch.learn.distributed import ALONE, Ranks
 
 Progress = Callable[[str, int, int], None]
@@ -30,6 +32,11 @@ class Machine:
     progress: Progress
     ranks: Ranks = ALONE
     runs_code: bool = False
+
+    @cached_property
+    def sources(self) -> Sources:
+        """What texts and tasks hold here."""
+        return Sources(self.data)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -37,7 +37,7 @@ from patch.learn.distributed import ALONE, Ranks
 from patch.learn.masked_model import Losses, MaskedLinear, frozen
 from patch.learn.prior import Prior, content_digest, first_dense, masked_linears, ranks_the_model
 from patch.learn.recipe import Recipe, Settings
-from patch.learn.saved import CHECKPOINT
+from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.soft_mask import SampledWeight
 from patch.learn.state import State
 from patch.learn.tracking import curves
@@ -110,6 +110,7 @@ def learn(
     ranks: Ranks = ALONE,
     implementation: Implementation | None = None,
     track: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Learned:
     """Learn the masks of all prunable weights of a causal language model; the model itself stays as it is.
 
@@ -129,6 +130,7 @@ def learn(
             outcome (`patch.learn.distributed`). One checkpoint serves any number of them.
         implementation: by default the fastest that the device allows.
         track: where the curves go beside TensorBoard: wandb or mlflow.
+        texts: what ``batches`` are of: digests by name; a run is continued on the same alone.
 
     Raises:
         UserError: if target, tile, prior, model, tokens or the checkpoint in ``work`` do not fit.
@@ -153,6 +155,7 @@ def learn(
         "seed": seed,
         "weights": {name: (m.shape, str(m.linear.weight.dtype)) for name, m in linears.items()},
         "prior": content_digest(prior),
+        TEXTS: dict(texts or {}),
     }
     state = State(linears, recipe, fingerprint, work / CHECKPOINT, ranks)
     run = _Run(linears, recipe, sparsity, seed, state, ranks)

@@ -12,6 +12,8 @@ from patch.errors import UserError, one_line
 from patch.files import check_seal, replacing, seal
 
 CHECKPOINT = "learner.pt"
+# Of a fingerprint: digests of the texts that a run sees, by name. States of before have none.
+TEXTS = "texts"
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -58,12 +60,16 @@ def read(path: Path, version: int, ours: Mapping[str, Any], younger: Mapping[str
 
 
 def _check_same_run(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], younger: Mapping[str, Any]) -> None:
-    """Raise if a state is of another run: one of its parts is not ours; of the recipe, the field is named."""
+    """Raise if a state is of another run: one of its parts is not ours; of the recipe the field is named."""
     differing = [name for name, value in ours.items() if theirs.get(name) != value]
     if "recipe" in differing:
         recipe, other = ours["recipe"], dict(younger) | theirs.get("recipe", {})
         differing.remove("recipe")
         differing += [f"recipe.{name}" for name in recipe if other.get(name) != recipe[name]]
+    if TEXTS in differing:
+        differing.remove(TEXTS)
+        before = theirs.get(TEXTS, {})
+        differing += [f"content of {name}" for name, text in ours[TEXTS].items() if before.get(name, text) != text]
     if differing:
         raise UserError(
             f"{path} belongs to another run ({', '.join(differing)} differ): remove it or choose another folder"

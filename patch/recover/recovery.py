@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from patch.errors import UserError
 from patch.layers import decoder_blocks, require_linears
 from patch.learn.distributed import ALONE, Ranks
-from patch.learn.saved import CHECKPOINT
+from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.tracking import curves
 from patch.mask import TileShape
 from patch.recover.blocks import recover_blocks
@@ -67,6 +67,7 @@ def recover(
     ranks: Ranks = ALONE,
     implementation: Implementation | None = None,
     track: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Recovered:
     """Train the kept weights; the dense ``model`` becomes the recovered one, its dropped weights exactly zero.
 
@@ -86,6 +87,7 @@ def recover(
         ranks: the processes that train together, each of which calls this with the same arguments.
         implementation: of the second phase; by default the fastest that the device allows.
         track: where the curves go beside TensorBoard: wandb or mlflow.
+        texts: what ``windows`` and ``batches`` are of: digests by name; a run is continued on the same alone.
 
     Raises:
         UserError: if model, masks, weights, tokens or the checkpoint in ``work`` do not fit.
@@ -104,6 +106,7 @@ def recover(
         "seed": seed,
         "origin": origin,
         "weights": {name: (each.shape, str(linears[name].weight.dtype)) for name, each in kept.items()},
+        TEXTS: dict(texts or {}),
     }
     state = State(kept, values, fingerprint, work / CHECKPOINT, ranks, device)
     state.resume()

@@ -21,6 +21,7 @@ from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, d
 from patch.audit import audit
 from patch.checkpoint import INFO_FILE, MASKS_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
+from patch.files import sha256
 from patch.mask import tile_grid
 
 CPU = Machine("cpu", None, lambda *_: None)
@@ -288,3 +289,19 @@ def restored_key(archive: Path) -> str:
         info = packed.extractfile(next(member for member in packed if member.name.endswith(INFO_FILE)))
         assert info is not None
         return key(json.load(info)["definition"])
+
+
+def test_an_archive_of_other_masks_does_not_pass_for_what_is_there(archive: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "other")
+    path = mask_archive.restore(archive, store, CPU)
+    assert mask_archive.restore(archive, store, CPU) == path
+    masks = load_file(path / MASKS_FILE)
+    name = next(name for name in masks if name.endswith(".patterns"))
+    masks[name] = masks[name].roll(1, 0)
+    save_file(masks, path / MASKS_FILE)
+    info = json.loads((path / INFO_FILE).read_text())
+    del info["digest"]
+    info["files"][MASKS_FILE] = {"bytes": (path / MASKS_FILE).stat().st_size, "sha256": sha256(path / MASKS_FILE)}
+    (path / INFO_FILE).write_text(json.dumps(info))
+    with pytest.raises(UserError, match=f"{path} is there with other masks than {archive}"):
+        mask_archive.restore(archive, store, CPU)

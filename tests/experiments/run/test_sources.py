@@ -1,0 +1,234 @@
+"""Nothing is taken for what was asked for if the texts that it was made of hold something else by now."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_study import tiny_trials
+
+from analysis.rows.jsonl import from_lines, to_lines
+from experiments.data import text
+from experiments.eval import tasks
+from experiments.run import checkpoints, pipeline, recovered
+from experiments.run.runtime import Machine
+from experiments.run.sources import TASK, Sources
+from experiments.run.store import Store
+from experiments.studies import build
+from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning, Recovery, Trial
+from patch.checkpoint import INFO_FILE
+from patch.errors import UserError
+from patch.learn.descent import Stopped
+from patch.recover.recipe import RecoveryRecipe
+
+RECOVERY = RecoveryRecipe(steps=4, batch=2, microbatch=2, length=16, block_epochs=0, log_every=2)
+
+
+def machine(data: Path | None = None) -> Machine:
+    """A new one, as each command has."""
+    return Machine("cpu", data, lambda *_: None)
+
+
+@pytest.fixture
+def words(tiny_text: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_text, tmp_path / "words.jsonl"))
+
+
+@contextmanager
+def told(after: int) -> Iterator[Callable[[], bool]]:
+    """What `deferred_signals` yields where a signal comes after so many questions."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > after
+
+    yield stop
+
+
+def change(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[1:] + lines[:1]) + "\n", encoding="utf-8")
+
+
+def prunings(model: Path, words: Path) -> dict[str, Pruning]:
+    seen = Calibration(str(words), windows=8, length=16)
+    wanda = build.one_shot(str(model), "wanda", "2:4", 0.5, (16, 16), seen)
+    magnitude = build.one_shot(str(model), "magnitude", "2:4", 0.5, (16, 16), seen)
+    return {
+        "calibrated": wanda,
+        "refitted": build.refitted(magnitude, seen),
+        "quantised": build.quantised(magnitude, "int4", seen),
+        "fewer blocks": build.fewer_blocks(str(model), 0.5, seen),
+        "learned": tiny_trials(model, words, steps=2)[2].pruning,
+        "recovered": dataclasses.replace(magnitude, recovery=Recovery(str(words), RECOVERY)),
+        "on a base of it": build.quantised(wanda, "int8", seen),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["calibrated", "refitted", "quantised", "fewer blocks", "learned", "recovered", "on a base of it"]
+)
+def test_a_checkpoint_of_a_text_that_changed_is_refused(
+    kind: str, tiny_model: Path, words: Path, tmp_path: Path
+) -> None:
+    pruning, store = prunings(tiny_model, words)[kind], Store(tmp_path / "runs")
+    path = checkpoints.ensure_checkpoint(pruning, store, machine())
+    assert path is not None and checkpoints.ensure_checkpoint(pruning, store, machine()) == path
+    before = (path / INFO_FILE).read_bytes()
+    change(words)
+    with pytest.raises(UserError) as refused:
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    assert str(words) in str(refused.value) and f"remove {path} to make it anew" in str(refused.value)
+    assert "\n" not in str(refused.value) and (path / INFO_FILE).read_bytes() == before
+    shutil.rmtree(store.root)
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path
+
+
+def test_what_older_checkpoints_stand_on_is_compared_where_it_is_there(
+    tiny_model: Path, words: Path, tmp_path: Path
+) -> None:
+    pruning, store = prunings(tiny_model, words)["on a base of it"], Store(tmp_path / "runs")
+    path = checkpoints.ensure_checkpoint(pruning, store, machine())
+    assert path is not None
+    info = json.loads((path / INFO_FILE).read_text())
+    assert info["provenance"].pop("sources").keys() == {str(words)}
+    del info["digest"]
+    (path / INFO_FILE).write_text(json.dumps(info))
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path
+    change(words)
+    assert pruning.base is not None
+    with pytest.raises(UserError, match=f"checkpoint {store.checkpoint_path(pruning.base)} is of"):
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    shutil.rmtree(store.checkpoint_path(pruning.base))
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path, "of before there were hashes"
+
+
+def test_rows_of_a_text_that_changed_are_refused(tiny_model: Path, words: Path, tmp_path: Path) -> None:
+    store, trial = Store(tmp_path / "runs"), tiny_trials(tiny_model, words)[0]
+    pipeline.run_trial(trial, store, machine())
+    pipeline.run_trial(trial, store, machine())
+    stage = pipeline.stages(trial)[-1]
+    path = store.rows_path(trial, stage)
+    before = path.read_bytes()
+    content = words.read_bytes()
+    change(words)
+    with pytest.raises(UserError, match=f"{stage} is of .* with other content .* or remove {path.parent}"):
+        pipeline.run_trial(trial, store, machine())
+    assert path.read_bytes() == before
+    other = Store(tmp_path / "others")
+    pipeline.run_trial(trial, other, machine())
+    value, changed = (rows.read_rows(trial, stage)[0]["value"] for rows in (store, other))
+    assert value != changed
+    words.write_bytes(content)
+    pipeline.run_trial(trial, store, machine())
+    shutil.rmtree(path.parent)
+    change(words)
+    pipeline.run_trial(trial, store, machine())
+    assert store.read_rows(trial, stage)[0]["value"] == changed
+
+
+def test_rows_without_a_hash_are_taken_as_they_are(tiny_model: Path, words: Path, tmp_path: Path) -> None:
+    store, trial = Store(tmp_path / "runs"), tiny_trials(tiny_model, words)[0]
+    pipeline.run_trial(trial, store, machine())
+    for stage in pipeline.stages(trial):
+        path = store.rows_path(trial, stage)
+        rows = from_lines(path.read_text())
+        for row in rows:
+            row["provenance"] = {name: part for name, part in row["provenance"].items() if name != "sources"}
+        path.write_text(to_lines(rows))
+    change(words)
+    pipeline.run_trial(trial, store, machine())
+
+
+def test_a_named_text_of_another_data_directory_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, word in zip(folders, ("river ", "king "), strict=True):
+        (folder / "wikitext2").mkdir(parents=True)
+        (folder / "wikitext2" / "wiki.test.raw").write_text(word * 200 + "\n")
+    trial = Trial(build.dense(str(tiny_model)), Evaluation((Perplexity("wikitext2/test", 16),)))
+    store = Store(tmp_path / "runs")
+    pipeline.run_trial(trial, store, machine(folders[0]))
+    with pytest.raises(UserError, match="perplexity:wikitext2/test@16 is of wikitext2/test with other content"):
+        pipeline.run_trial(trial, store, machine(folders[1]))
+    pipeline.run_trial(trial, store, machine(folders[0]))
+
+
+def test_a_text_of_the_hub_that_cannot_be_reached_is_taken_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: Any) -> None:
+        raise text.Unreachable("c4 cannot be fetched")
+
+    monkeypatch.setattr(text, "load_documents", away)
+    Sources(None).check_same({"sources": {"c4": "a" * 64}}, "rows", tmp_path)
+    assert "c4 cannot be fetched: what was made of it is taken as it is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda folder: folder.joinpath("tasks/piqa_validation.jsonl").write_text("{}\n") and folder, lambda folder: None],
+    ids=["another directory", "the hub"],
+)
+def test_rows_of_a_task_whose_items_changed_are_refused(other: Callable[[Path], Path | None], tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "piqa_validation.jsonl").write_text('{"goal": "a"}\n')
+    recorded = {"sources": {TASK + "piqa": tasks.fingerprint("piqa", tmp_path)}}
+    Sources(tmp_path).check_same(recorded, "task:piqa", tmp_path)
+    with pytest.raises(UserError, match="is of task:piqa with other content"):
+        Sources(other(tmp_path)).check_same(recorded, "task:piqa", tmp_path)
+
+
+def test_rows_of_tasks_say_what_they_were_measured_on(tiny_model: Path, tmp_path: Path) -> None:
+    trial = Trial(build.dense(str(tiny_model)), Evaluation((), (tasks.EMBEDDED_TASK,), limit=2))
+    store = Store(tmp_path)
+    pipeline.run_trial(trial, store, machine())
+    rows = store.read_rows(trial, TASK + tasks.EMBEDDED_TASK)
+    assert rows[0]["provenance"]["sources"] == {
+        TASK + tasks.EMBEDDED_TASK: tasks.fingerprint(tasks.EMBEDDED_TASK, None)
+    }
+
+
+@pytest.mark.parametrize("kind", ["learned", "recovered"])
+def test_a_run_goes_on_with_its_own_text_alone(
+    kind: str, tiny_model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Magnitude is its prior, so that the text of the run is all that changes."""
+    pruning, store = prunings(tiny_model, words)[kind], Store(tmp_path / "runs")
+    if kind == "learned":
+        assert pruning.prior is not None
+        magnitude = dataclasses.replace(pruning.prior, method="magnitude", calibration=None)
+        pruning = dataclasses.replace(pruning, prior=magnitude)
+    for module in (checkpoints, recovered):
+        monkeypatch.setattr(module, "deferred_signals", lambda: told(after=1))
+    with pytest.raises(Stopped):
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    content = words.read_bytes()
+    change(words)
+    with pytest.raises(UserError, match=rf"learner.pt belongs to another run \(content of {words} differ"):
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    words.write_bytes(content)
+    monkeypatch.undo()
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) is not None
+
+
+def test_recovering_another_checkpoint_of_the_same_definition_is_refused(
+    hts: Callable[..., tuple[int, str, str]], tiny_model: Path, words: Path, tmp_path: Path
+) -> None:
+    pruning = prunings(tiny_model, words)["calibrated"]
+    paths = []
+    for name in ("one", "two"):
+        paths.append(checkpoints.ensure_checkpoint(pruning, Store(tmp_path / name), machine()))
+        change(words)
+    given = ["--text", "embedded/test", "--set", "steps=1", "--set", "batch=1", "--set", "microbatch=1"]
+    given += ["--set", "length=16", "--set", "block_epochs=0", "--device", "cpu"]
+    words.unlink()  # what a checkpoint that is named was made of need not be there
+    for _ in range(2):
+        code, _, err = hts("recover", paths[0], *given)
+        assert code == 0, err
+    code, _, err = hts("recover", paths[1], *given)
+    assert code == 1 and "was recovered from checkpoint" in err.replace("\n", " ")
