@@ -85,6 +85,15 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
     return rows
 
 
+def dropped_blocks(path: str | Path) -> tuple[int, float]:
+    """How many decoder blocks a checkpoint lacks that its model had, and their share, as it says itself."""
+    folder = Path(path)
+    info = load_info(folder) if (folder / INFO_FILE).exists() else {}
+    if info.get("structure") != "shallow":
+        return 0, 0.0
+    return sum(fact["metric"] == "block_divergence" for fact in info["facts"]), info["sparsity"]
+
+
 def _with_scales(row: AuditRow, precision: Precision, weight: Quantised, dropped: int | None) -> AuditRow:
     scales = (weight.group, float(weight.scales.min()), float(weight.scales.max()))
     # Not all zeros were dropped: small weights are rounded to them.

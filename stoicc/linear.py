@@ -258,8 +258,13 @@ class Report:
         return (
             f"{linears} linears packed into {len(self.packed)}, {len(self.dense)} kept dense, "
             f"{len(self.slower)} kept since they would be slower: "
-            f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB ({ratio:.2f}x)"
+            f"{_size(self.bytes_before)} -> {_size(self.bytes_after)} ({ratio:.2f}x)"
         )
+
+
+def _size(count: int) -> str:
+    """Bytes in a unit in which a small model is not 0.01."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from analysis.rows.points import Measured
-from patch.errors import UserError
+from patch.errors import check_name
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -78,9 +78,7 @@ def render(table: Table, format: str) -> str:
     Raises:
         UserError: for another format.
     """
-    if format not in _RENDERERS:
-        raise UserError(f"unknown table format '{format}': choose {', '.join(_RENDERERS)}")
-    return _RENDERERS[format](table)
+    return _RENDERERS[check_name("table format", format, FORMATS)](table)
 
 
 def only(table: Table, names: Sequence[str]) -> Table:
@@ -143,6 +141,7 @@ def latex(table: Table) -> str:
 
 
 _RENDERERS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "latex": latex}
+FORMATS = tuple(_RENDERERS)
 
 
 def rich_table(table: Table, width: int | None = None) -> "RichTable":

@@ -42,6 +42,7 @@ _WINDOW = f"Tokens of a window; {WINDOW} unless the model takes fewer."
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     method: Annotated[str, typer.Option(help=listed([*members("one-shot"), *members("smaller")]) + ".")],
     structure: Annotated[str, typer.Option(help="2:4, unstructured, or hybrid tiles.")] = "2:4",
@@ -69,6 +70,11 @@ def prune(
     from experiments.studies import build
     from experiments.studies.trial import Calibration
 
+    if method in members("smaller"):
+        _check_not_given(context, f"{method} drops whole blocks", "structure", "tile", "tile_ranking")
+        structure = "shallow"
+    elif structure == "unstructured":
+        _check_not_given(context, "unstructured pruning has no tiles", "tile")
     if sparsity is None:
         sparsity = 0.5
         if structure != "2:4":
@@ -84,8 +90,15 @@ def prune(
     if precision:
         pruning = build.quantised(pruning, precision, seen)
     if partial:
-        pruning = dataclasses.replace(pruning, partial=True)
+        pruning = build.in_part(pruning)
     _checkpoint(pruning, out, results, data, device)
+
+
+def _check_not_given(context: typer.Context, why: str, *options: str) -> None:
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{why}: leave out --{name.replace('_', '-')}")
 
 
 def learn(
@@ -115,6 +128,7 @@ def learn(
     seed: Annotated[int, typer.Option(help="Of initial logits, noise and data order.")] = 0,
     refit: Refit = False,
     precision: Precision = None,
+    partial: Partial = False,
     out: Annotated[Path | None, typer.Option(help="Where to put a copy of the checkpoint.")] = None,
     track: Track = None,
     results: Results = DEFAULT_RESULTS,
@@ -139,6 +153,8 @@ def learn(
         pruning = build.refitted(pruning, seen)
     if precision:
         pruning = build.quantised(pruning, precision, seen)
+    if partial:
+        pruning = build.in_part(pruning)
     _checkpoint(pruning, out, results, data, device)
 
 
@@ -280,12 +296,15 @@ def audit(
 ) -> None:
     """Count each layer's tiles: dense, 2:4, violating. Exits with 1 if anything violates."""
     from patch.audit import audit as audit_checkpoint
+    from patch.audit import dropped_blocks
 
     rows = audit_checkpoint(path, tile_shape(tile) if tile else None)
-    table = Table("layer", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    # In a narrow terminal names are folded, not numbers cut off.
+    table.add_column("layer", overflow="fold")
     quantised = any(row.bits for row in rows)
     for heading in ("shape", "tiles", "dense", "2:4", "violating", "sparsity", *["bits", "scales"] * quantised):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shape = f"{row.shape[0]}x{row.shape[1]}"
         cells = [str(count) for count in (row.tiles, row.dense, row.two_four, row.violating)]
@@ -300,6 +319,9 @@ def audit(
     console.print(f"sparsity {sparsity:.6f} over {len(rows)} weights, {violating} violating tiles")
     for bits, inputs in sorted({(row.bits, row.scales[0]) for row in rows if row.scales}):
         console.print(f"{bits} bits, a scale for each {inputs} inputs of an output feature")
+    gone, share = dropped_blocks(path)
+    if gone:
+        console.print(f"{gone} decoder blocks are gone and not counted here: sparsity {share:.6f} with them")
     if violating:
         raise typer.Exit(1)
 

@@ -21,7 +21,7 @@ from experiments.cli.options import (
     tracked,
     trials_of,
 )
-from patch.errors import UserError, one_line
+from patch.errors import UserError, check_name, one_line
 
 if TYPE_CHECKING:
     from analysis.tables import render
@@ -91,7 +91,9 @@ def studies() -> None:
 
 def table(
     study: Study,
-    about: Annotated[str, typer.Option(help="accuracy, speed, cost, or carried-MODEL.")] = "accuracy",
+    about: Annotated[
+        str, typer.Option(help="accuracy; where it was measured also speed, cost or carried-MODEL.")
+    ] = "accuracy",
     format: TableFormat = None,
     published: Annotated[bool, typer.Option(help="What the PATCH paper reports, beside.")] = False,
     where: Where = None,
@@ -148,6 +150,8 @@ def _print(table: "render.Table", format: str | None) -> None:
     """A table in a format; without one, fitted to the terminal, or in Markdown where there is none."""
     from analysis.tables import render
 
+    if format is not None:
+        check_name("table format", format, ["terminal", *render.FORMATS])
     if format == "terminal" or (format is None and console.is_terminal):
         console.print(render.rich_table(table, console.width))
     else:

@@ -1,5 +1,6 @@
 """What was measured of trials and on GPUs, as frames and tables; draws nothing."""
 
+import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Sequence
 
@@ -13,7 +14,7 @@ from analysis.tables.render import Table
 from analysis.tables.study import study_tables, title
 from experiments.run.store import FAILURE, Store
 from experiments.studies.trial import Trial, key
-from patch.errors import UserError, check_name
+from patch.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,17 @@ def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside
     Raises:
         UserError: if the rows have nothing for that table.
     """
-    found = study_tables(frame(trials, store), beside_published)
+    trials = list(trials)
+    rows = frame(trials, store)
+    found = study_tables(rows, beside_published)
     if not found:
         raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")
-    return found[check_name("table", about, found)]
+    if about not in found:
+        raise UserError(f"nothing that was measured is for a table '{about}': there is {', '.join(found)}")
+    table = found[about]
+    if absent := [trial.label for trial in trials if key(trial) not in set(rows.trial)]:
+        return dataclasses.replace(table, notes=(*table.notes, f"Without rows, so not shown: {', '.join(absent)}."))
+    return table
 
 
 def bench_tables(rows: Sequence[Row]) -> dict[str, Table]:

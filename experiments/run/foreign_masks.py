@@ -78,7 +78,7 @@ def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: 
         "zeros": zeros,
         "imported": {"archive": archive.name, "base": base, "meta": meta},
     }
-    save_checkpoint(out, model, tokenizer, masks, info)
+    save_checkpoint(out, model, tokenizer, masks, info, beside=models.processor_files(base, machine.data))
     return out, sparsity
 
 

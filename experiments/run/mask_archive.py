@@ -83,6 +83,8 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
     Raises:
         UserError: if this is no such archive, it is damaged, or the model here is not the one that was pruned.
     """
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # The masks come last: how large they may be, the model says.

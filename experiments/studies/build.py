@@ -137,6 +137,16 @@ def learned(
     )
 
 
+def in_part(pruning: Pruning) -> Pruning:
+    """The same, and all that it stands on, of a model of which some matrices cannot be pruned: those stay dense."""
+    return dataclasses.replace(
+        pruning,
+        partial=True,
+        prior=pruning.prior and in_part(pruning.prior),
+        tile_prior=pruning.tile_prior and in_part(pruning.tile_prior),
+    )
+
+
 def refitted(pruning: Pruning, text: Calibration) -> Pruning:
     """The same mask, and what it keeps fitted to the dense outputs on ``text``."""
     return dataclasses.replace(pruning, refit=text)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from analysis.rows.format import name_of
 from analysis.rows.variants import RECIPE, differences, settings
+from experiments.data.models import REGISTRY
 from patch import oneshot
 from patch.budget import check_sparsity
 from patch.errors import UserError, check_name
@@ -449,7 +450,10 @@ def lineage(pruning: Pruning) -> list[Pruning]:
 
 def describe(pruning: Pruning) -> str:
     """A short human name of a pruning, such as ``embedded patch-joint hybrid 45% 64x64``."""
-    parts = [pruning.model, pruning.method]
+    parts = [pruning.model]
+    # The files of a path may be those of a checkpoint.
+    if pruning.method != "dense" or pruning.revision is None or pruning.model in REGISTRY:
+        parts.append(pruning.method)
     if pruning.method != "dense":
         parts += [pruning.structure, f"{100 * pruning.sparsity:g}%"]
     if pruning.tile and pruning.structure == "hybrid":

@@ -1,5 +1,6 @@
 """The ``hts`` command: what it prints, and that bad input gets one clear line and leaves nothing half-written."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,11 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from decoder_families import make
+from transformers import AutoTokenizer
 
 from analysis.rows.format import SCHEMA
+from experiments.cli.options import console
+from experiments.embedded import MODEL
 from experiments.run.store import Store
+from experiments.studies import build
 from experiments.studies.registry import STUDIES
-from experiments.studies.trial import key
+from experiments.studies.trial import describe, key
 from patch.audit import audit
 from patch.checkpoint import load_info
 from patch.learn.recipe import GUIDED
@@ -63,6 +69,10 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["learn", "embedded", "--set", "activation_checkpointing=maybe"], "give true or false"),
         (["learn", "embedded", "--set", "mode=tile"], "recipe of mode joint"),
         (["run", "demo", "--device", "gpu"], "give cpu, cuda"),
+        (["prune", "embedded", "--method", "drop-blocks", "--structure", "2:4"], "drops whole blocks: leave out --str"),
+        (["prune", "embedded", "--method", "drop-blocks", "--tile", "64x64"], "drops whole blocks: leave out --tile"),
+        (["prune", "embedded", "--method", "wanda", "--structure", "unstructured", "--tile", "64x64"], "has no tiles"),
+        (["restore", "/nowhere"], "/nowhere: no such file"),
         (["eval", "[/x]"], "[/x]"),
         (["audit", "/nowhere"], "/nowhere"),
         (["table", "demo"], "run a study first"),
@@ -95,7 +105,12 @@ def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path)
     assert code == 0 and "1 done" in out and "2 missing" in out
     code, out, _ = hts("table", "tiny", "--where", "method=magnitude")
     assert code == 0 and "Magnitude" in out
+    assert "Without rows" not in out
+    code, out, _ = hts("table", "tiny")
+    assert code == 0 and "Without rows, so not shown: " in out and "patch-joint hybrid 35% 16x16" in out
     assert_refused(hts("table", "tiny", "--where", "method=magnitude", "--format", "html"), "html")
+    assert_refused(hts("table", "tiny", "--format", "foo"), "known: terminal, md, csv, latex")
+    assert_refused(hts("table", "tiny", "--about", "cost"), "for a table 'cost': there is accuracy")
     code, out, _ = hts("run", "tiny", "--dry-run")
     assert code == 0 and "complete" in out and "prune" in out
 
@@ -187,6 +202,38 @@ def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def
         assert {name: recipe[name] for name in GUIDED} == GUIDED | {"tile_prior": 10.0}, "options come first"
     code, printed, err = hts("eval", out, "--perplexity", f"{tiny_text}@32")
     assert code == 0 and "perplexity" in printed and "@32" in printed, err
+
+
+def test_what_can_be_pruned_of_a_family_is_learned(hts, tiny_text: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = tmp_path / "jetmoe"
+    make("jetmoe", vocab_size=4096).save_pretrained(model)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(model)
+    recipe = ("steps=1", "batch=1", "microbatch=1", "length=16")
+    given = [*(part for each in recipe for part in ("--set", each)), "--tile", "16x16", "--sparsity", 0.25]
+    given += ["--text", tiny_text, "--calibration", tiny_text, "--calibration-windows", 8, "--calibration-length", 16]
+    assert_refused(hts("learn", model, *given), "ask for partial pruning (--partial)")
+    code, _, err = hts("learn", model, *given, "--partial", "--out", tmp_path / "learned")
+    assert code == 0, err
+    assert [row.sparsity for row in audit(tmp_path / "learned")] == [0.25, 0.25]
+
+
+def test_dropped_blocks_are_told_by_the_audit(hts, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    seen = ["--calibration", tiny_text, "--windows", 2, "--length", 16]
+    code, out, err = hts("prune", tiny_model, "--method", "drop-blocks", *seen, "--out", tmp_path / "fewer")
+    assert code == 0 and "sparsity 0.5: --sparsity sets another" in out, err
+    code, out, _ = hts("audit", tmp_path / "fewer")
+    assert code == 0 and "1 decoder blocks are gone and not counted here: sparsity 0.500000 with them" in out
+
+
+def test_a_narrow_terminal_shows_every_number_of_an_audit(hts, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(console, "_width", 58)
+    _, out, _ = hts("audit", pruned)
+    assert "violating" in out.splitlines()[0] and out.count("  0.5000\n") == 14
+
+
+def test_a_checkpoint_is_not_called_dense_while_it_is_evaluated() -> None:
+    assert describe(dataclasses.replace(build.dense("embedded"), model="runs/pruned")) == "runs/pruned"
+    assert describe(build.dense("embedded")) == "embedded dense"
 
 
 def test_a_truncated_checkpoint_is_refused(hts, pruned: Path) -> None:  # type: ignore[no-untyped-def]

@@ -67,6 +67,12 @@ def test_released_masks_become_a_checkpoint(base: Path, tmp_path: Path) -> None:
     assert sparsity == pytest.approx(info["sparsity"])
 
 
+def test_the_processor_of_the_base_goes_with_its_masks(base: Path, tmp_path: Path) -> None:
+    (base / "preprocessor_config.json").write_text('{"do_resize": true}')
+    out, _ = import_masks(archive_of(masks_of(), tmp_path / "m.npz"), str(base), RAGGED, tmp_path / "out", MACHINE)
+    assert (out / "preprocessor_config.json").read_text() == '{"do_resize": true}'
+
+
 def test_masks_without_a_dense_tile_are_two_four(base: Path, tmp_path: Path) -> None:
     archive = archive_of(masks_of(0), tmp_path / "m.npz")
     out, sparsity = import_masks(archive, str(base), RAGGED, tmp_path / "out", MACHINE)
