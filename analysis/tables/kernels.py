@@ -36,7 +36,7 @@ SUPERSEDED = (
 def measurements(path: Path) -> list[Row]:
     """The rows of a GPU's bench folder, as benches wrote them and as they were published, or of one file.
 
-    Where a whole model was timed in several benches, the newest counts.
+    Where a part of a whole model was timed in several benches, the newest counts: what is compared was timed together.
 
     Raises:
         UserError: if it is missing or is not a bench file, naming it and the line.
@@ -48,14 +48,21 @@ def measurements(path: Path) -> list[Row]:
     for row in rows:
         about, when = _timed(row), (row["provenance"].get("time") or "", row["trial"])
         newest[about] = max(when, newest.get(about, when)) if about else when
-    return [row for row in rows if _timed(row) is None or newest[_timed(row)][1] == row["trial"]]
+    in_parts = {about[0] for about in newest if about and about[1]}
+    return [
+        row
+        for row in rows
+        if (about := _timed(row)) is None
+        or (newest[about][1] == row["trial"] and (about[1] != "" or about[0] not in in_parts))
+    ]
 
 
-def _timed(row: Row) -> tuple[str, ...] | None:
-    """What a row of a whole model says something about; None of other benches."""
-    if row["stage"].partition(":")[0] != "model":
+def _timed(row: Row) -> tuple[str, str] | None:
+    """The model and the part of it that a row says something about, older rows of no part; None of other benches."""
+    kind, _, part = row["stage"].partition(":")
+    if kind != "model":
         return None
-    return ("model", row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", ""))
+    return (row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", ""), part)
 
 
 def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:

@@ -314,47 +314,52 @@ def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, I
     eight = {way: baselines.sharing(dense) for way in ("fp8_rowwise", "fp8_tensorwise")}
     for way, model in eight.items():
         baselines.quantised(model, way, largest)
-    of = partial(workloads, trial, lab=lab)
+    # Weights of four bits cannot be arranged for its kernel elsewhere.
+    four = {"int4": baselines.sharing(dense)} if lab.device != "cpu" and DENSE_PART in parts else {}
+    for model in four.values():
+        baselines.quantised(model, "int4", largest)
     if DENSE_PART in parts:
-        models = {"dense": dense, "fused": fused} | eight
-        # Weights of four bits cannot be arranged for its kernel elsewhere.
-        if lab.device != "cpu":
-            models["int4"] = baselines.sharing(dense)
-            baselines.quantised(models["int4"], "int4", largest)
-        yield DENSE_PART, of(DENSE_PART, models, dict.fromkeys(models, dense), {})
-        del models
+        models = {"dense": dense, "fused": fused} | eight | four
+        yield DENSE_PART, workloads(trial, DENSE_PART, lambda: Side(models, dict.fromkeys(models, dense), {}), lab)
+        models.clear()
+        four.clear()
     for sparsity in grid.sparsities:
         if (part := grid.part(sparsity)) in parts:
-            packed = {"hybrid": baselines.sharing(dense), "hybrid_fp8": baselines.sharing(dense)}
-            about: dict[str, Labels] = {}
-            for name, model in packed.items():
-                dtype = baselines.FP8 if name == "hybrid_fp8" else None
-                report = make_hybrid(model, sparsity, grid.tile, keep_dense=False, dtype=dtype)
-                about["fused"] = {"bytes": report.bytes_before}
-                about[name] = {"sparsity": sparsity, "tile": list(grid.tile), "tiles": "uneven"}
-                about[name] |= {"bytes": report.bytes_after}
-            # Both have the same masks.
-            references = dict.fromkeys(("fused", *eight), dense) | dict.fromkeys(packed, unpacked(packed["hybrid"]))
-            yield part, of(part, {"fused": fused} | eight | packed, references, about)
-            del packed, references
+            make = partial(beside, {"fused": fused} | eight, dense, sparsity, grid.tile)
+            yield part, workloads(trial, part, make, lab)
     forget_compiled()
 
 
-def workloads(
-    trial: Trial,
-    part: str,
-    models: Mapping[str, "PreTrainedModel"],
-    references: Mapping[str, "PreTrainedModel"],
-    about: Mapping[str, Labels],
-    lab: Lab,
-) -> Iterator[Case]:
-    """Every workload with some models.
+@dataclass(frozen=True)
+class Side:
+    """Models that are timed side by side, by implementation, and what each must compute.
 
-    Args:
-        models: by their implementation.
-        references: what each model is compared with.
-        about: labels of each model.
+    Attributes:
+        references: what each is compared with.
+        about: labels of each.
     """
+
+    models: Mapping[str, "PreTrainedModel"]
+    references: Mapping[str, "PreTrainedModel"]
+    about: Mapping[str, Labels]
+
+
+def beside(others: Mapping[str, "PreTrainedModel"], dense: "PreTrainedModel", sparsity: float, tile: TileShape) -> Side:
+    """A dense model packed in 16 bits and in FP8, with the same masks, beside dense ones."""
+    models, about = {}, dict[str, Labels]()
+    for name, dtype in (("hybrid", None), ("hybrid_fp8", baselines.FP8)):
+        models[name] = baselines.sharing(dense)
+        report = make_hybrid(models[name], sparsity, tile, keep_dense=False, dtype=dtype)
+        about["fused"] = {"bytes": report.bytes_before}
+        about[name] = {"sparsity": sparsity, "tile": list(tile), "tiles": "uneven", "bytes": report.bytes_after}
+    references = dict.fromkeys(others, dense) | dict.fromkeys(models, unpacked(models["hybrid"]))
+    return Side({**others, **models}, references, about)
+
+
+def workloads(trial: Trial, part: str, make: Callable[[], Side], lab: Lab) -> Iterator[Case]:
+    """Every workload with some models, which are made here so that they are gone before those of another part are."""
+    side = make()
+    models, references, about = side.models, side.references, side.about
     grid = trial.evaluation.grid
     assert isinstance(grid, ModelGrid)
     for model in models.values():
