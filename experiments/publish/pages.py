@@ -100,10 +100,25 @@ def _front() -> Table:
 def _decoding() -> dict[float, float]:
     """By sparsity, how much faster LLaMA-2-7B decodes one sequence than dense with fused projections."""
     frame = _model()
-    timed = frame[
-        (frame.metric == "time") & (frame.implementation == "hybrid") & (frame.kind == "decode") & (frame.batch == 1)
-    ]
+    timed = _packed(frame, "bf16")
+    timed = timed[(timed.kind == "decode") & (timed.batch == 1)]
     return dict(zip(timed.sparsity, timed.speedup, strict=True))
+
+
+def _packed(frame: DataFrame, precision: str) -> DataFrame:
+    """The times of packed weights in a precision."""
+    return frame[(frame.metric == "time") & (frame.implementation == "hybrid") & (frame.precision == precision)]
+
+
+def _eight_bits(sparsity: float, over: str) -> str:
+    """How much faster LLaMA-2-7B is end to end in FP8 tiles: the range over what it was timed at.
+
+    Args:
+        over: ``speedup``, over dense of 16 bits, or ``own_speedup``, over dense FP8.
+    """
+    timed = _packed(_model(), "fp8")
+    found = timed[timed.sparsity == sparsity][over]
+    return f"{found.min():.2f} to {found.max():.2f}"
 
 
 def _paired() -> Table:
@@ -211,7 +226,9 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     ),
     "kernels": lambda: kernel_table(_kernels()),
     "kernels-front": lambda: kernel_table(_kernels()[_kernels().tokens.isin([1, 16, 64, 512, 2048, 8192])]),
+    "kernels-fp8": lambda: kernel_table(_kernels(), precision="fp8"),
     "model": lambda: model_table(_model()),
+    "model-fp8": lambda: model_table(_model(), "fp8"),
     "energy": _energy,
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
@@ -289,6 +306,8 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "closed": partial(_closed, ""),
     "closed-guided": partial(_closed, "guided"),
     "max-autotune": _max_autotune_gain,
+    "fp8-over-fp8": partial(_eight_bits, 0.45, "own_speedup"),
+    "fp8-over-bf16": partial(_eight_bits, 0.45, "speedup"),
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
     "two-gpus": _gain_of_two,
     "smallest-tile": partial(_of_tile, "16x16"),
