@@ -17,11 +17,11 @@ FOLDER = ROOT / "docs" / "figures"
 # For a study, or None for the GPU whose speed is shown: under which names which of its drawings are shown.
 FIGURES: Mapping[str | None, Mapping[str, str]] = {
     "demo": {"frontier-demo": "frontier"},
-    "smollm2-published": {"frontier-smollm2-published": "frontier"},
-    "smollm2-learned": {
-        "frontier-smollm2-learned": "frontier",
+    "smollm2-published": {
+        "frontier-smollm2-published": "frontier",
         "layers-guided": "layer-sparsity-patch-joint-patch-joint-guided",
     },
+    "smollm2-learned": {"frontier-smollm2-learned": "frontier"},
     "smollm2-oneshot": {"frontier-smollm2-oneshot": "frontier"},
     "frontier-smollm2": {"speed-smollm2": "speed"},
     None: {"speedup-h100": "speedup-llama-2-7b"},
