@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,36 @@ def learn_with(
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
+Learned = Callable[[int, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    """What some number of processes learn in a mode when nothing disturbs them; learned once."""
+
+    @cache
+    def found(size: int, mode: str) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("learned")
+        return learn_with(size, mode, folder / "work", folder / "out")
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Where some number of processes were stopped after three steps of the joint mode; not to be written to."""
+
+    @cache
+    def found(size: int) -> Path:
+        folder = tmp_path_factory.mktemp("stopped")
+        results = learn_with(size, "joint", folder / "work", folder / "out", stop_at=3)
+        assert all("stopped after step 3 of 6" in result["stopped"] for result in results)
+        assert torch.load(folder / "work" / CHECKPOINT)["step"] == 3
+        return folder / "work"
+
+    return found
+
+
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Sums are taken in another order: equal but for rounding, and what is decided is the same."""
     assert len(found["history"]) == len(expected["history"]) == STEPS // 2
@@ -101,10 +134,10 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_and_three_processes_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
+def test_two_and_three_processes_learn_what_one_learns(mode: str, learned: Learned) -> None:
     """Of two blocks' weights, with 1 to 5 rows of tiles, three processes leave some without rows of the smallest."""
-    alone, *_ = learn_with(1, mode, tmp_path / "1", tmp_path / "1-out")
-    together = learn_with(3 if mode == "joint" else 2, mode, tmp_path / "several", tmp_path / "several-out")
+    alone, *_ = learned(1, mode)
+    together = learned(3 if mode == "joint" else 2, mode)
     assert all(result == together[0] for result in together), "the processes disagree"
     assert_alike(together[0], alone)
 
@@ -118,19 +151,19 @@ def test_two_gpus_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
     assert_alike(together[0], alone)
 
 
-def test_a_process_that_holds_no_rows_takes_part(tmp_path: Path) -> None:
-    alone, *_ = learn_with(1, "joint-wide", tmp_path / "1", tmp_path / "1-out")
-    together = learn_with(3, "joint-wide", tmp_path / "3", tmp_path / "3-out")
+def test_a_process_that_holds_no_rows_takes_part(learned: Learned) -> None:
+    alone, *_ = learned(1, "joint-wide")
+    together = learned(3, "joint-wide")
     assert all(result == together[0] for result in together), "the processes disagree"
     assert_alike(together[0], alone)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
-def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
-    undisturbed, *_ = learn_with(before, "joint", tmp_path / "whole", tmp_path / "whole-out")
-    stopped = learn_with(before, "joint", tmp_path / "work", tmp_path / "stopped", stop_at=3)
-    assert all("stopped after step 3 of 6" in result["stopped"] for result in stopped)
-    assert torch.load(tmp_path / "work" / CHECKPOINT)["step"] == 3
+def test_a_stopped_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, learned: Learned, stopped: Callable[[int], Path], tmp_path: Path
+) -> None:
+    undisturbed, *_ = learned(before, "joint")
+    shutil.copytree(stopped(before), tmp_path / "work")
     resumed = learn_with(after, "joint", tmp_path / "work", tmp_path / "resumed")
     if before == after:
         assert resumed[0] == undisturbed
