@@ -21,6 +21,7 @@ from analysis.figures.frontier import draw_frontier, frontier_of
 from analysis.figures.kernels import TILE, draw_roof, draw_speedup
 from analysis.figures.layer_sparsity import draw_layer_sparsity
 from analysis.figures.learning_curves import draw_learning_curves
+from analysis.figures.model_speed import draw_model_speed
 from analysis.figures.refit import draw_refit, mostly_refitted, pairs_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.speed_frontier import draw_speed_frontier
@@ -95,6 +96,7 @@ def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Dra
         yield Drawing("cost", caption, draw_cost(frame, width))
     yield from _speed_drawings(frame, width)
     yield from kernel_drawings(from_rows(frame, "kernels"))
+    yield from model_drawings(from_rows(frame, "model"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
     if not only_pairs and not groups:
         yield from _mask_drawings(everything, points, width)
@@ -137,6 +139,17 @@ def kernel_drawings(kernels: pd.DataFrame) -> Iterator[Drawing]:
         yield Drawing(f"speedup-{_file_name(model)}", caption, draw_speedup(kernels, model))
     caption = f"What each product reaches, {on}, beside a large dense product and a large copy."
     yield Drawing("roof", caption, draw_roof(kernels))
+
+
+def model_drawings(timed: pd.DataFrame) -> Iterator[Drawing]:
+    """The figures of timed models, as `analysis.tables.kernels` has them."""
+    hybrid = timed[timed.implementation == "hybrid"] if len(timed) else timed
+    for model in dict.fromkeys(hybrid.model) if len(hybrid) else ():
+        caption = (
+            f"Speedup of {model} end to end over the dense model in bfloat16, timed on {gpus(hybrid.gpu)}, in every "
+            "precision beside the fastest dense model of that precision."
+        )
+        yield Drawing(f"end-to-end-{_file_name(model)}", caption, draw_model_speed(timed, model))
 
 
 def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:

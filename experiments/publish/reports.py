@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from analysis.figures.study import kernel_drawings, plot_study
+from analysis.figures.study import kernel_drawings, model_drawings, plot_study
 from analysis.figures.style import FORMATS
 from analysis.page import report
 from analysis.rows import layout
@@ -79,9 +79,8 @@ def speed(folder: Path) -> report.Speed:
     tables = bench_tables(rows)
     if not tables:
         raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
-    kernels = bench_frame(rows, "kernels")
-    figures = [] if kernels.empty else kernel_drawings(kernels)
-    return report.Speed(folder.name, tuple(tables.items()), tuple(figures))
+    figures = (*kernel_drawings(bench_frame(rows, "kernels")), *model_drawings(bench_frame(rows, "model")))
+    return report.Speed(folder.name, tuple(tables.items()), figures)
 
 
 def write(study: str, trials: Iterable[Trial], store: Store) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from analysis.figures.study import kernel_drawings
+from analysis.figures.study import kernel_drawings, model_drawings
 from analysis.figures.style import png_bytes
 from analysis.tables.kernels import SUPERSEDED, kernel_table, load_bench, speed_tables
 from analysis.tables.render import MISSING, shown_cells
@@ -78,6 +78,17 @@ def test_figures_are_drawn_of_every_model() -> None:
     assert drawings[-1].name == "roof" and all("128x128" in drawing.caption for drawing in drawings)
     assert all("H200" in drawing.caption for drawing in drawings)
     assert len(png_bytes(drawings[0].figure)) > 5000
+
+
+def test_a_figure_of_whole_models_has_a_line_a_precision_and_the_dense_models_across() -> None:
+    (drawing,) = model_drawings(load_bench([folder(GPUS[1])], "model"))
+    assert drawing.name == "end-to-end-llama-2-7b" and "H100" in drawing.caption
+    panels = [axis for axis in drawing.figure.axes if axis.get_visible()]
+    assert [axis.get_title("left") for axis in panels][:2] == ["Decoding, batch 1", "Decoding, batch 16"]
+    names = {text.get_text() for text in panels[0].texts}
+    assert names == {"bfloat16 tiles", "FP8 tiles", "dense bfloat16", "dense FP8", "dense INT4"}
+    assert len(png_bytes(drawing.figure)) > 5000
+    assert not list(model_drawings(load_bench([folder(GPUS[1])], "nothing")))
 
 
 def test_speedups_are_over_dense_of_the_same_precision_and_over_bfloat16(tmp_path: Path) -> None:
