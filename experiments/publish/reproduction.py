@@ -25,7 +25,7 @@ PUBLISHED = {
     "Accuracy against speed, LLaMA-3.1-8B": "frontier-llama-3.1-8b",
     "Kernel speed": "speed-kernels",
     "End-to-end speed": "speed-models",
-    "Accuracy, a small model": "smollm2-learned",
+    "Accuracy, a small model": "smollm2-published",
     "Accuracy against speed, a small model": "frontier-smollm2",
 }
 
