@@ -1,5 +1,6 @@
 """The frontier of a study: perplexity and mean accuracy against achieved sparsity, each curve named at its end."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,10 +112,20 @@ def _groups(points: Sequence[Point]) -> list[Group]:
         for trained in (False, True):
             members = [point for point in points if point.model == model and point.trained == trained]
             if trained and members:
-                members = [p for p in points if p.model == model and p.is_original] + members
+                members = [p for p in points if p.model == model and p.is_original] + _without_common(members)
             if members:
                 found += [Group(model, tuple(series), trained) for series in panels(series_of(members))]
     return found
+
+
+def _without_common(points: Sequence[Point]) -> list[Point]:
+    """The points without what is said of every variant of them, such as the text that all were trained on."""
+    parts = [point.variant.split(", ") for point in points]
+    common = set(parts[0]).intersection(*parts)
+    return [
+        dataclasses.replace(point, variant=", ".join(part for part in of_it if part not in common))
+        for point, of_it in zip(points, parts, strict=True)
+    ]
 
 
 def _with_band(figure: Figure, cell: SubplotSpec, steps: int) -> tuple[Axes, Axes | None]:
@@ -163,8 +174,10 @@ def draw_perplexity(
         return point.perplexity[text] if point.perplexity[text].value <= limit else None
 
     _draw_series(axis, series, measure)
-    values = [point.perplexity[text].value for point in everything]
-    finite = [value for value in values if math.isfinite(value) and value <= limit]
+    # What stands in the bands of other panels is no reason for room here.
+    others = [value for p in everything if (value := p.perplexity[text].value) <= ceiling(everything, text)]
+    own = [p.perplexity[text].value for p in points]
+    finite = [value for value in (*others, *own) if math.isfinite(value) and value <= limit]
     if finite:
         scale_perplexity(axis, min(finite), max(finite))
     axis.set_ylabel(f"{SOURCES.get(text.source, text.source)} perplexity @{text.length}")

@@ -32,7 +32,7 @@ _TICKS = {
 
 def costed(frame: pd.DataFrame, points: Sequence[Point], text: Text) -> dict[float, list[tuple[Point, Spent]]]:
     """By target sparsity, masks of tiles whose cost is known, where a learned or trained one stands beside others."""
-    took = spent(frame, points)
+    took = {trials: each for trials, each in spent(frame, points).items() if not each.alone}
     groups: dict[float, list[tuple[Point, Spent]]] = {}
     for point in points:
         if point.structure in ("2:4", "hybrid") and point.trials in took and text in point.perplexity:

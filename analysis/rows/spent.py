@@ -26,6 +26,7 @@ class Spent:
         tokens: that were learned on, or what is kept trained on; 0 in one shot.
         gpus: their names.
         made_of: a trial of the checkpoint that was recovered or refitted; None of any other.
+        alone: what that one had taken is not known: all this is of what was done to it.
     """
 
     gpu_hours: float
@@ -33,6 +34,7 @@ class Spent:
     tokens: int
     gpus: tuple[str, ...]
     made_of: str | None = None
+    alone: bool = False
 
 
 def spent(frame: pd.DataFrame, points: Sequence[Point]) -> dict[tuple[str, ...], Spent]:
@@ -52,17 +54,17 @@ def spent(frame: pd.DataFrame, points: Sequence[Point]) -> dict[tuple[str, ...],
     prunings = {str(trial): definition["pruning"] for trial, definition in about.definition.items()}
     by_definition = {canonical(pruning): trial for trial, pruning in prunings.items()}
 
-    def stages(trial: str) -> list[str] | None:
-        """A trial and those that it was made of; None if of one it is not known."""
-        if trial not in gpus or not {"prune_seconds", "gpus"} <= facts.get(trial, {}).keys():
-            return None
+    def made_of(trial: str) -> str | None:
         pruning = prunings[trial]
-        for part in _DONE_AFTER:
-            if part in pruning:
-                before = by_definition.get(canonical({name: pruning[name] for name in pruning if name != part}))
-                others = stages(before) if before else None
-                return None if others is None else [*others, trial]
-        return [trial]
+        part = next((part for part in _DONE_AFTER if part in pruning), None)
+        return part and by_definition.get(canonical({name: pruning[name] for name in pruning if name != part}))
+
+    def stages(trial: str) -> list[str]:
+        """A trial and those that it was made of, from the first of which it is known on."""
+        if trial not in gpus or not {"prune_seconds", "gpus"} <= facts.get(trial, {}).keys():
+            return []
+        before = made_of(trial)
+        return [*(stages(before) if before else []), trial]
 
     found = {}
     for point in points:
@@ -74,8 +76,11 @@ def spent(frame: pd.DataFrame, points: Sequence[Point]) -> dict[tuple[str, ...],
             tokens = sum(_tokens(prunings[trial]) for trial in chains[0])
             names = tuple(sorted({gpus[trial] for chain in chains for trial in chain}))
             hours = sum(seconds) / len(seconds) / 3600
-            before = chains[0][-2] if len(chains[0]) > 1 else None
-            found[point.trials] = Spent(hours, None if math.isnan(energy) else energy, tokens, names, before)
+            first = chains[0][0]
+            alone = any(part in prunings[first] for part in _DONE_AFTER)
+            found[point.trials] = Spent(
+                hours, None if math.isnan(energy) else energy, tokens, names, made_of(chains[0][-1]), alone
+            )
     return found
 
 

@@ -43,12 +43,13 @@ def cost_table(frame: pd.DataFrame) -> Table:
     for point in members:
         found = took[point.trials]
         energy = None if found.kilojoules is None else Measured(found.kilojoules)
+        variant = f"{point.variant} (this alone)" if found.alone else point.variant
         rows.append(
             (
                 Measured(point.sparsity),
                 label_of(point.method),
                 point.structure,
-                point.variant or None,
+                variant or None,
                 Measured(found.tokens / 1e6) if found.tokens else None,
                 Measured(found.gpu_hours),
                 *([energy] if with_energy else []),
@@ -57,9 +58,13 @@ def cost_table(frame: pd.DataFrame) -> Table:
             )
         )
     on = ", ".join(sorted({gpu for point in members for gpu in took[point.trials].gpus}))
-    notes = (
+    notes = [
         f"On {on}. GPU hours are those that processes held a GPU, the mean over seeds; priors are not in them.",
         "Where several processes shared a GPU they are the most that it took.",
-    )
+    ]
+    if any(took[point.trials].alone for point in members):
+        notes.append("This alone: without what the mask took before, which no row says.")
     sections = tuple(f"{point.model} {point.sparsity}" for point in members)
-    return Table(tuple(columns), tuple(rows), sections, frozenset(), notes, tuple(point.trials for point in members))
+    return Table(
+        tuple(columns), tuple(rows), sections, frozenset(), tuple(notes), tuple(point.trials for point in members)
+    )

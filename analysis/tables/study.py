@@ -4,7 +4,8 @@ import dataclasses
 
 import pandas as pd
 
-from analysis.rows.points import trial_labels
+from analysis.rows.points import gather, trial_labels
+from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
 from analysis.tables.packed import projected_shapes, projected_table, speed_table
@@ -38,7 +39,7 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
-    if (frame.metric == "gpus").any():
+    if spent(frame, gather(frame)):
         found["cost"] = cost_table(frame)
     for shape in projected_shapes(frame):
         found[f"carried-{shape}"] = projected_table(frame, shape)

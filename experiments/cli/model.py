@@ -192,8 +192,8 @@ def recover(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A setting of the recipe, such as steps=400; steps=0 stops after the blocks, block_epochs=0 leaves "
-            f"them out. Repeatable: {', '.join(RECOVERY_SETTINGS)}.",
+            help="A setting of the recipe, such as steps=400; block_epochs=2 trains each block alone before, steps=0 "
+            f"stops there. Repeatable: {', '.join(RECOVERY_SETTINGS)}.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
@@ -203,7 +203,7 @@ def recover(
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Train the weights that a mask keeps, the mask as it is: block by block, then the whole model, by distillation.
+    """Train the weights that a mask keeps by distillation, the mask as it is; if asked for, block by block before.
 
     Stopped or killed, and started again, it resumes from its last checkpoint.
 

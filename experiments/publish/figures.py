@@ -22,6 +22,7 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
         "layers-guided": "layer-sparsity-patch-joint-patch-joint-guided",
     },
     "smollm2-learned": {"frontier-smollm2-learned": "frontier"},
+    "smollm2-recovered": {"frontier-smollm2-recovered": "frontier"},
     "smollm2-oneshot": {"frontier-smollm2-oneshot": "frontier"},
     "frontier-smollm2": {"speed-smollm2": "speed"},
     None: {"speedup-h100": "speedup-llama-2-7b", "end-to-end-h100": "end-to-end-llama-2-7b"},

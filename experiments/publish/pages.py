@@ -12,6 +12,7 @@ A cell's column is named by the beginning of its name, its row as in ``hts compa
 
 import csv
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -214,6 +215,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "oneshot": partial(_study_table, "smollm2-oneshot", "accuracy", _ACCURACY),
     "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
     "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
+    "recovered": partial(_study_table, "smollm2-recovered", "accuracy", _ACCURACY),
+    "recovery-ablation": partial(_study_table, "recovery-ablation", "accuracy", ("variant", "perplexity")),
     "tiles": partial(
         _study_table, "smollm2-tiles", "accuracy", ("method", "variant", "tile", "achieved_sparsity", "perplexity")
     ),
@@ -286,6 +289,29 @@ def _gain_of_two() -> str:
     return f"{together.value / alone.value:.2f}"
 
 
+def _recovery_minutes() -> str:
+    """How long recovery of each mask of SmolLM2 took its process, in minutes: the range."""
+    frame = _frame("smollm2-recovered")
+    trained = {trial for point in _points("smollm2-recovered") if point.trained for trial in point.trials}
+    seconds = frame[(frame.metric == "prune_seconds") & frame.trial.isin(trained)].value
+    return f"{seconds.min() / 60:.1f} to {seconds.max() / 60:.1f}"
+
+
+def _off_dense(on: str) -> str:
+    """How far the recovered guided mask at 45% is from the dense model, in nat a token.
+
+    Args:
+        on: ``trained``, the divergence on what it was trained on, at the end; ``test``, in cross entropy of WikiText-2.
+    """
+    points = _points("smollm2-recovered")
+    (point,) = (p for p in points if p.trained and p.method == "patch-joint" and p.sparsity == TARGETS[0])
+    if on == "test":
+        return f"{math.log(_perplexity(point).value / _perplexity(select(points, 'method=dense')).value):.2f}"
+    frame = _frame("smollm2-recovered")
+    loss = frame[(frame.metric == "recovery_loss") & frame.trial.isin(point.trials)].sort_values("step")
+    return f"{loss.value.iloc[-10:].mean():.2f}"
+
+
 def _pins() -> str:
     """The versions that the package asks for, of what matters most."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -310,6 +336,9 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "fp8-over-bf16": partial(_eight_bits, 0.45, "speedup"),
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
     "two-gpus": _gain_of_two,
+    "recovery-minutes": _recovery_minutes,
+    "recovered-off-dense-trained": partial(_off_dense, "trained"),
+    "recovered-off-dense-test": partial(_off_dense, "test"),
     "smallest-tile": partial(_of_tile, "16x16"),
     "largest-tile": partial(_of_tile, "128x128"),
 }

@@ -182,22 +182,24 @@ def recovery_ablation() -> Trials:
     """
     mask = _as_published("patch-joint", 0.45, **GUIDED)
     short = _RECOVERY | {"steps": 400}
-    whole: list[dict[str, Any]] = [{}, *({"lr": rate} for rate in (5e-5, 2e-4, 4e-4, 8e-4))]
-    blocks: list[dict[str, Any]] = [
-        {},
-        {"block_targets": "sparse"},
-        {"block_epochs": 8},
-        {"block_lr": 3e-4},
-        {"block_lr": 3e-5},
+    slow, fast, text = {"lr": 1e-4}, {"lr": 4e-4}, {"distillation": 0.0}
+    both, blocks, model = {"block_epochs": 2}, {"block_epochs": 2, "steps": 0, "lr": 1e-4}, {"block_epochs": 0}
+    changes: list[dict[str, Any]] = [
+        *(both | {"lr": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)),
+        both | fast | text,
+        blocks,
+        blocks | {"block_targets": "sparse"},
+        blocks | {"block_epochs": 8},
+        blocks | {"block_lr": 3e-4},
+        blocks | {"block_lr": 3e-5},
+        model | slow,
+        model | slow | text,
+        model | slow | {"distillation": 0.5},
+        model | slow | {"block_distillation": 1.0},
+        model | slow | {"block_distillation": 10.0},
+        model | fast,
+        model | fast | text,
     ]
-    model: list[dict[str, Any]] = [
-        {},
-        {"distillation": 0.0},
-        {"distillation": 0.5},
-        {"block_distillation": 1.0},
-        {"block_distillation": 10.0},
-    ]
-    changes = [*whole, *({"steps": 0} | each for each in blocks), *({"block_epochs": 0} | each for each in model)]
     others = [recovered(mask, _TEXT, **(short | change)) for change in changes]
     validation = Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8)
     return trials([dense("smollm2-135m"), mask, *others], validation)

@@ -14,9 +14,9 @@ BlockTargets = Literal["dense", "sparse"]
 class RecoveryRecipe:
     """Everything that decides how kept weights are trained, but for model, mask, text and seed.
 
-    Two phases, either of which may be left out. In the first each decoder block alone is fitted to the dense block's
-    outputs, on what the recovered blocks before it feed it, which takes the memory of one block. In the second the
-    whole model is distilled from the dense one.
+    Two phases, either of which may be left out; the first is, unless asked for. In it each decoder block alone is
+    fitted to the dense block's outputs, on what the recovered blocks before it feed it, which takes the memory of one
+    block. In the second the whole model is distilled from the dense one.
 
     Attributes:
         steps: optimizer steps of the second phase; 0 leaves it out.
@@ -51,7 +51,7 @@ class RecoveryRecipe:
     batch: int = 16
     microbatch: int = 16
     length: int = 1024
-    lr: float = 1e-4
+    lr: float = 4e-4
     lr_end: float = 0.0
     warmup: int = 50
     betas: Span = (0.9, 0.95)
@@ -60,7 +60,7 @@ class RecoveryRecipe:
     clip: float | None = 1.0
     distillation: float = 1.0
     block_distillation: float = 0.0
-    block_epochs: int = 2
+    block_epochs: int = 0
     block_windows: int = 512
     block_batch: int = 8
     block_lr: float = 1e-4

@@ -55,6 +55,17 @@ def test_hours_are_of_all_gpus_and_of_what_was_recovered(frame: pd.DataFrame) ->
     assert found["d"].made_of == "c" * 12 and found["c"].made_of is None
 
 
+def test_where_no_row_says_what_a_mask_took_there_is_what_was_done_to_it(frame: pd.DataFrame) -> None:
+    untold = frame[(frame.trial != "c" * 12) | (frame.metric != "gpus")]
+    found = {trials[0][0]: each for trials, each in spent(untold, gather(untold)).items()}
+    assert sorted(found) == ["b", "d"] and found["d"].alone and not found["b"].alone
+    assert found["d"].gpu_hours == pytest.approx(0.4) and found["d"].tokens == 8 * (10 * 2 + 2 * 4)
+    table = study_tables(untold)["cost"]
+    assert str(table.rows[-1][3]).endswith("(this alone)") and "This alone" in table.notes[-1]
+    with pytest.raises(UserError, match="no cost to plot"):
+        draw_cost(untold)
+
+
 def test_the_cheapest_comes_first(frame: pd.DataFrame) -> None:
     table = cost_table(frame)
     assert [trials[0][0] for trials in table.trials] == ["b", "c", "d"]

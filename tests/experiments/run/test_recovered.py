@@ -100,12 +100,13 @@ def test_the_command_recovers_what_lies_anywhere(
     plain = prunings(tiny_model, tiny_text)["magnitude"]
     checkpoints.ensure_checkpoint(plain, store, CPU)
     copy = shutil.copytree(store.checkpoint_path(plain), tmp_path / "mine")
-    short = [f"{name}={getattr(SHORT, name)}" for name in ("steps", "batch", "microbatch", "length", "block_windows")]
+    names = ("steps", "batch", "microbatch", "length", "block_epochs", "block_windows")
+    short = [f"{name}={getattr(SHORT, name)}" for name in names]
     words = [word for setting in short for word in ("--set", setting)]
     code, out, err = hts("recover", copy, "--text", tiny_text, *words, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 0, err
     assert "14 weights recovered, their masks unchanged" in out
-    assert "block_lr" in out and "recovery takes 384 tokens" in out and "GiB" in out
+    assert "block_lr" in out and "recovery takes 256 tokens" in out and "GiB" in out
     assert sha256(masks_file(tmp_path / "out")) == sha256(masks_file(copy))
     # In the results directory it is where a study's trial of it would be.
     recipe = dataclasses.replace(RecoveryRecipe(), **{n.split("=")[0]: int(n.split("=")[1]) for n in short})
