@@ -149,6 +149,28 @@ def test_every_model_gets_its_panels(study: Study, make_pruning: Make, make_tria
     assert title(figure).startswith("m1 and m2")
 
 
+def test_trained_weights_have_a_panel_of_their_own_that_says_once_what_all_have(
+    study: Study, make_pruning: Make, make_trial: Make
+) -> None:
+    recovery = {"recovery": {"source": "text", "recipe": {"steps": 10, "batch": 2, "length": 8}, "seed": 0}}
+    masks = [make_pruning("m", "sparsegpt", "2:4", 0.5), make_pruning("m", "sparsegpt", "hybrid", 0.45)]
+    masks.append(make_pruning("m", "patch-joint", "hybrid", 0.45))
+    about = [make_pruning("m", "dense", "dense", 0.0), *masks, *(mask | recovery for mask in masks)]
+    values = (20.0, 400.0, 40.0, 30.0, 35.0, 30.0, 25.0)
+    names = [f"{number}" * 12 for number in range(len(about))]
+    found = study(
+        {name: make_trial(name, *made) for name, made in zip(names, zip(about, values, strict=True), strict=True)}
+    )
+    panels = [
+        axis for axis in draw_frontier(found).axes if axis.get_title("left") and "perplexity" in axis.get_ylabel()
+    ]
+    frozen, trained = panels
+    assert "trained" in trained.get_title("left") and "trained" not in frozen.get_title("left")
+    assert not any("recovered" in label for label in labels(trained))
+    # The 400 stands in the band above the frozen ones: neither panel has room for it.
+    assert trained.get_ylim() == pytest.approx(frozen.get_ylim()) and trained.get_ylim()[1] < 100
+
+
 @pytest.mark.parametrize("worst", [math.inf, math.nan])
 def test_what_diverged_is_named_above_the_scale(
     study: Study, make_pruning: Make, make_trial: Make, worst: float
