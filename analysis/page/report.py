@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -45,7 +46,7 @@ class Study:
     frame: pd.DataFrame
     missing: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def evaluated(self) -> pd.DataFrame:
         """The rows that are not of a step of learning or of a layer."""
         return self.frame[self.frame.step.isna() & self.frame.layer.isna()]

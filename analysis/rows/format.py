@@ -23,7 +23,7 @@ Rows lie on disk in two forms, both read by `analysis.rows.load`. Running proces
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,18 @@ def as_rows(
     ]
 
 
-def identity(row: Row) -> tuple[str, str, str]:
+def identity(row: Row) -> tuple[Hashable, ...]:
     """What a row of a trial is about; rows that agree in this state the same fact."""
-    labels = {name: value for name, value in row["labels"].items() if name not in OUTCOMES}
-    return row["stage"], row["metric"], _canonical(labels)
+    labels = [_told(*label) for label in row["labels"].items() if label[0] not in OUTCOMES]
+    return row["stage"], row["metric"], *(labels if len(labels) < 2 else sorted(labels))
+
+
+def _told(name: str, value: Any) -> tuple[Hashable, ...]:
+    """A label, as nothing but its like: of most, which are texts and whole numbers, without spelling out JSON."""
+    kind = type(value)
+    if kind is str or kind is int:
+        return name, kind.__name__, value
+    return name, "", _canonical(value)
 
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
@@ -160,6 +168,8 @@ def check_schema(row: Any, where: str) -> None:
         UserError: if it is newer.
     """
     schema = row.get("schema") if isinstance(row, dict) else None
+    if type(schema) is int and schema == SCHEMA:
+        return
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise Damaged(f"{where}: no row of measurements, for it names no schema: remove the file from the rows")
     if schema > SCHEMA:
@@ -193,11 +203,11 @@ def check_row(row: Any, where: str, above: Row | None = None) -> None:
 
 def _check_fields(part: Row, fields: Mapping[str, tuple[type, ...]], where: str, above: Row | None = None) -> None:
     for name, types in fields.items():
-        if name not in part:
-            raise Damaged(f"{where}: no field '{name}'")
-        value = part[name]
-        if above is not None and value is above.get(name, fields):
+        value = part.get(name, fields)
+        if above is not None and value is above.get(name):
             continue
+        if value is fields:
+            raise Damaged(f"{where}: no field '{name}'")
         if not isinstance(value, types) or isinstance(value, bool):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             raise Damaged(f"{where}: field '{name}' is {value!r}, not {wanted}")

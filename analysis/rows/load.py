@@ -8,10 +8,12 @@ something to skip.
     >>> frame[frame.metric == "perplexity"][["model", "method", "achieved", "value"]]
 """
 
+import gc
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +107,30 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
         raise UserError(f"no rows at {root}: run a study first, or name the results directory that has them")
     table = _Table()
     refused: set[str] = set()
-    for trial, rows in _chunks(root, trials):
-        try:
-            if isinstance(rows, UserError):
-                raise rows
-            table.add(rows, root)
-        except UserError as error:
-            if on_damage is None:
-                raise
-            on_damage(str(error))
-            refused.add(trial)
-    return table.frame(refused)
+    with _uncollected():
+        for trial, rows in _chunks(root, trials):
+            try:
+                if isinstance(rows, UserError):
+                    raise rows
+                table.add(rows, root)
+            except UserError as error:
+                if on_damage is None:
+                    raise
+                on_damage(str(error))
+                refused.add(trial)
+        return table.frame(refused)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Rows are plain data without cycles: looking for these among all that was read, again and again, takes longer."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def stored_rows(root: Path) -> Iterator[Row]:
@@ -215,7 +230,7 @@ class _Table:
     """Rows as the lines of a table, each fact once."""
 
     def __init__(self) -> None:
-        self._facts: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._facts: dict[tuple[Hashable, ...], _Fact] = {}
         self._definitions: dict[str, tuple[Row, str]] = {}
 
     def add(self, rows: published.Numbered, root: Path) -> None:
@@ -240,28 +255,34 @@ class _Table:
             if above is None or row["provenance"] is not above["provenance"]:
                 where_measured = _where_measured(row["provenance"])
             above = row
-            labels = row["labels"]
-            record = about | where_measured | {label: labels.get(label) for label in _LABELS}
-            record |= {field: row[field] for field in _MEASURED}
-            record["origin"] = origin
-            earlier = self._facts.setdefault((row["trial"], *identity(row)), record)
-            if earlier is not record and _outcome(earlier) != _outcome(record):
+            fact = row, about, where_measured, origin
+            earlier, _, _, place = self._facts.setdefault((row["trial"], *identity(row)), fact)
+            if earlier is not row and _outcome(earlier) != _outcome(row):
                 raise UserError(
                     f"{where}: {row['metric']} of trial {row['trial']} is {row['value']}, but {earlier['value']} at "
-                    f"{earlier['origin']}: remove the one that is wrong"
+                    f"{place}: remove the one that is wrong"
                 )
 
     def frame(self, without: Collection[str] = ()) -> pd.DataFrame:
         """The table, but for some trials."""
-        facts = [fact for fact in self._facts.values() if fact["trial"] not in without]
-        columns = {name: [fact.get(name) for fact in facts] for name in COLUMNS}
+        facts = [fact for fact in self._facts.values() if fact[0]["trial"] not in without]
+        rows, about, where_measured, origins = zip(*facts, strict=True) if facts else ((), (), (), ())
+        labels = [row["labels"] for row in rows]
+        columns: dict[str, Sequence[Any]] = {"origin": origins, "achieved": [None] * len(facts)}
+        for names, parts in ((_MEASURED, rows), (_ABOUT, about), (_WHERE, where_measured), (_LABELS, labels)):
+            columns |= {name: [part.get(name) for part in parts] for name in names}
         frame = pd.DataFrame({name: pd.Series(columns[name], dtype=dtype) for name, dtype in _DTYPES.items()})
         achieved = frame[(frame.stage == "prune") & (frame.metric == "sparsity")].set_index("trial").value
         frame["achieved"] = frame.trial.map(achieved).astype("float64")
         return frame
 
 
+# A row, what its definition says, where it was measured, and where it is.
+_Fact = tuple[Row, Mapping[str, Any], Mapping[str, Any], str]
+
 _MEASURED = ("trial", "stage", "metric", "value", "unit", "stderr", "p20", "p80", "runs", "labels")
+_ABOUT = ("model", "method", "structure", "sparsity", "seed", "tile", "limit", "definition")
+_WHERE = ("gpu", "git", "dirty", "time", "checkpoint", "software")
 
 
 def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,8 +304,8 @@ def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _outcome(record: dict[str, Any]) -> tuple[Any, ...]:
-    numbers = (record["value"], record["stderr"])
+def _outcome(row: Row) -> tuple[Any, ...]:
+    numbers = (row["value"], row["stderr"])
     # nan is not equal to itself.
     readable = ("nan" if number is not None and math.isnan(number) else number for number in numbers)
-    return (*readable, *(record["labels"].get(name) for name in OUTCOMES))
+    return (*readable, *(row["labels"].get(name) for name in OUTCOMES))

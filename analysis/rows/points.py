@@ -218,14 +218,15 @@ def _perplexity_rows(frame: pd.DataFrame) -> "list[_Quantity]":
 
 def _accuracy_rows(frame: pd.DataFrame) -> "list[_Quantity]":
     rows = frame[frame.stage.str.startswith("task:")]
+    # Most are of parts of a task.
+    primary = [labels.get("primary", metric == "acc") for labels, metric in zip(rows.labels, rows.metric, strict=True)]
     return [
         (
             row.trial,
             Task(row.task, None if pd.isna(row.limit) else int(row.limit)),
             _one(row, task_items(row.labels)),
         )
-        for row in records(rows)
-        if row.labels.get("primary", row.metric == "acc")
+        for row in records(rows[np.array(primary, dtype=bool)])
     ]
 
 
