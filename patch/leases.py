@@ -14,6 +14,7 @@ since results appear whole and under the hash of what they are, the second repla
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -198,11 +199,22 @@ def _read(path: Path) -> tuple[Owner, float] | None:
         # Opening makes NFS ask the server instead of its cache.
         with open(path, encoding="utf-8") as file:
             record, touched = file.read(), os.fstat(file.fileno()).st_mtime
-            return Owner(**json.loads(record)) if record else _UNKNOWN, touched
-    except FileNotFoundError:
+            return _owner(record) if record else _UNKNOWN, touched
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            # It keeps the place that nothing is in.
+            raise UserError(f"{path}: not a lease but a link to what is not there: remove it") from error
         return None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (IsADirectoryError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a lease of this version ({error}): remove it if nothing runs") from error
+
+
+def _owner(record: str) -> Owner:
+    """The owner that a record tells of; its token becomes part of a file's name."""
+    owner = Owner(**json.loads(record))
+    if not isinstance(owner.token, str) or not re.fullmatch("[0-9a-z]{1,64}", owner.token):
+        raise ValueError(f"token {str(owner.token)[:32]!r}")
+    return owner
 
 
 def _has_expired(owner: Owner, touched: float, now: float, me: Owner) -> bool:

@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from patch import leases
+from patch.errors import UserError
 from patch.leases import TERM, Owner, here, lease, live, start_ticks
 
 GONE = 2**22 + 1
@@ -128,6 +130,26 @@ def test_a_lease_without_a_record_expires(age: float, free: bool, path: Path) ->
     os.utime(path, (time.time() - age,) * 2)
     with lease(path, wait=False) as mine:
         assert mine == free
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda path: path.mkdir(), "Is a directory", id="a directory"),
+        pytest.param(lambda path: path.symlink_to("/nowhere"), "a link to what is not there", id="a dangling link"),
+        pytest.param(lambda path: path.write_bytes(b"\0" * 200), "not a lease of this version", id="zeros"),
+        pytest.param(lambda path: leave(path, 2 * TERM, token="../../x"), "token '../../x'", id="a path as token"),
+        pytest.param(lambda path: leave(path, 2 * TERM, token="a" * 300), "token 'aaa", id="an endless token"),
+        pytest.param(lambda path: leave(path, 2 * TERM, token="a\0"), "token", id="a token with a zero"),
+    ],
+)
+@pytest.mark.parametrize("wait", [True, False], ids=["waiting", "once"])
+def test_what_is_no_lease_is_named(damage: Callable[[Path], object], message: str, wait: bool, path: Path) -> None:
+    path.parent.mkdir()
+    damage(path)
+    with pytest.raises(UserError) as refused, lease(path, wait):
+        pass
+    assert str(path) in str(refused.value) and message in str(refused.value) and "remove it" in str(refused.value)
 
 
 def test_leases_without_hard_links(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,6 +334,37 @@ def test_what_differs_between_two_batches_is_told(now: Tensor, said: str | None)
     assert found is None if said is None else found is not None and said in found
 
 
+def nudged(model: nn.Module, nudge: Callable[[Tensor], Tensor]) -> None:
+    """Every second batch has other position embeddings: a kernel that divides its work otherwise rounds otherwise."""
+    rotary = model.model.rotary_emb
+    own, calls = rotary.forward, []
+
+    def forward(*arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        calls.append(1)
+        embeddings = own(*arguments, **keywords)
+        return embeddings if len(calls) % 2 else tuple(nudge(each) for each in embeddings)
+
+    rotary.forward = forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_position_embeddings_may_differ_by_their_last_digit(dtype: torch.dtype) -> None:
+    model, windows = make(qwen2).to(dtype), make_windows(6)
+    expected = products_by_hooks(model, windows)
+    nudged(model, lambda values: torch.nextafter(values, torch.full_like(values, 2.0)))
+    for block in calibrate(model, windows, "cpu", 2, Total):
+        for name, statistic in block.statistics.items():
+            allowed = 1e-3 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(statistic.products, expected[name], rtol=allowed, atol=10 * allowed)
+
+
+def test_position_embeddings_that_depend_on_the_text_are_told() -> None:
+    model = make(qwen2)
+    nudged(model, lambda values: values + 1e-3)
+    with pytest.raises(UserError, match=r"position_embeddings\[0\] differs in .* elements, by up to 0.001"):
+        list(calibrate(model, make_windows(6), "cpu", 2, Total))
+
+
 def test_a_mask_that_only_some_batches_have_is_told() -> None:
     calls = [[calibration._Call((None, mask), {})] for mask in (torch.ones(2), None)]
     assert calibration._difference(*calls) == "block 0: argument[1] is there in one of them alone"
