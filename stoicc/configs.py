@@ -21,23 +21,28 @@ from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.files import from_json, write_atomic
 from stoicc.compat import VERSION
+from stoicc.format import GROUPED
 from stoicc.kernels.decode import DecodeConfig
+from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
 
-Config = HopperConfig | HopperDecodeConfig | DecodeConfig | PortableConfig
+Config = HopperConfig | HopperDecodeConfig | DecodeConfig | PortableConfig | ExpandConfig
 KERNELS: dict[str, type[Config]] = {
     "hopper": HopperConfig,
     "hopper_decode": HopperDecodeConfig,
     "decode": DecodeConfig,
     "portable": PortableConfig,
+    "expand": ExpandConfig,
 }
 # Names that tables of earlier versions, in users' caches, give them.
 _FORMER = {"stream": "decode"}
 
 # Token counts that tables are made for; others use the nearest.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# The most of them that values of 4 bits are widened for as they are multiplied.
+MOST_OF_FOUR = 64
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Entry:
         tokens: how many it was measured with.
         config: what was fastest.
         microseconds: the median time it took, with three quarters of the blocks 2:4.
-        dense_microseconds: the median time cuBLAS took for a dense weight of this shape and dtype.
-        dtype: of the values, ``bfloat16`` (which serves ``float16``), ``float8_e4m3fn`` or ``int8``.
+        dense_microseconds: the median time cuBLAS took for a dense weight of this shape and dtype; of bfloat16 where
+            that is ``int4``, which it does not know.
+        dtype: of the values, ``bfloat16`` (which serves ``float16``), ``float8_e4m3fn``, ``int8`` or ``int4``.
     """
 
     n: int
@@ -80,6 +86,8 @@ def table_dtype(dtype: torch.dtype) -> str:
 
 def runs(config: Config, capability: tuple[int, int], band: int, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether a GPU of this compute capability can run ``config`` on a weight of this band and dtype."""
+    if isinstance(config, ExpandConfig) or (dtype == GROUPED and not isinstance(config, DecodeConfig)):
+        return isinstance(config, ExpandConfig) and dtype == GROUPED
     if isinstance(config, HopperConfig):
         return capability[0] == 9 and config.cluster <= band and (config.tokens <= 128 or dtype != torch.int8)
     if isinstance(config, HopperDecodeConfig):
@@ -101,6 +109,9 @@ def candidates(
 
     The lists are the survivors of wider sweeps on an H200 and an H100; none of them spills registers.
     """
+    if dtype == GROUPED:
+        found = list(_few_of_four(tokens))
+        return [config for config in found if runs(config, capability, band, dtype)] or [ExpandConfig()]
     found = [*_few_on_hopper(tokens, dtype), *_few(tokens), *_many(tokens, dtype)]
     usable = [config for config in found if runs(config, capability, band, dtype)]
     # The portable kernel is for GPUs that can run nothing else.
@@ -159,6 +170,36 @@ def _few(tokens: int) -> Iterator[Config]:
             *((64, (1, 4, 1), blocks) for blocks in (8, 4, 2)),
         ):
             yield DecodeConfig(rows, 64, warps, 1, 4, blocks)
+
+
+def _few_of_four(tokens: int) -> Iterator[Config]:
+    if tokens <= 8:
+        for rows, warps, records in (
+            (16, (4, 1, 1), 2),
+            (16, (4, 1, 1), 1),
+            (16, (2, 1, 1), 2),
+            (32, (4, 1, 1), 1),
+            (32, (2, 1, 1), 1),
+            (32, (8, 1, 1), 1),
+            (64, (4, 1, 1), 1),
+        ):
+            yield from (DecodeConfig(rows, 8, warps, records, 0, blocks) for blocks in (1, 2, 4))
+    elif tokens <= 16:
+        for rows, warps, stages in (
+            (64, (4, 1, 1), 4),
+            (64, (2, 2, 1), 4),
+            (32, (4, 1, 1), 3),
+            (32, (2, 1, 1), 4),
+            (128, (2, 2, 1), 4),
+            (128, (2, 4, 1), 4),
+        ):
+            yield from (DecodeConfig(rows, 16, warps, 1, stages, blocks) for blocks in (1, 2, 4))
+    elif tokens <= 32:
+        for rows, warps in ((64, (1, 4, 1)), (64, (2, 4, 1)), (64, (2, 2, 1)), (128, (2, 4, 1)), (128, (1, 8, 1))):
+            yield from (DecodeConfig(rows, 32, warps, 1, 4, blocks) for blocks in (1, 2, 4))
+    elif tokens <= MOST_OF_FOUR:
+        for rows, width, warps in ((64, 64, (1, 4, 2)), (64, 64, (1, 2, 4)), (128, 32, (1, 8, 1)), (64, 32, (1, 4, 1))):
+            yield from (DecodeConfig(rows, width, warps, 1, 3 + (width == 32), blocks) for blocks in (1, 2, 4))
 
 
 def _many(tokens: int, dtype: torch.dtype) -> Iterator[Config]:

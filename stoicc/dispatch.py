@@ -8,12 +8,14 @@ measures them all.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense_linear
 
 from patch.errors import UserError
 from stoicc.configs import Config
-from stoicc.format import DTYPES, SCALED, HybridWeight
+from stoicc.format import DTYPES, GROUPED, SCALED, HybridWeight
 from stoicc.kernels import decode, hopper, hopper_decode, portable
 from stoicc.kernels.decode import DecodeConfig
+from stoicc.kernels.expand import ExpandConfig, expand
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.lowering import lowering
@@ -29,7 +31,7 @@ def check_operands(x: Tensor, hybrid: HybridWeight, bias: Tensor | None) -> None
     n, k = hybrid.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise UserError(f"activations are {tuple(x.shape)}, the packed weight {n}x{k} needs a last dimension of {k}")
-    wanted = DTYPES if hybrid.dtype in SCALED else (hybrid.dtype,)
+    wanted = DTYPES if hybrid.dtype in (*SCALED, GROUPED) else (hybrid.dtype,)
     if x.dtype not in wanted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
         raise UserError(
@@ -82,7 +84,7 @@ def _check_bias(bias: Tensor | None, n: int, dtype: torch.dtype, device: torch.d
 
 
 def run(x: Tensor, hybrid: HybridWeight, bias: Tensor | None, config: Config) -> Tensor:
-    """``linear`` of 16 bits with a given configuration, on a GPU and with at least one token."""
+    """``linear`` of 16-bit activations with a given configuration, on a GPU and with at least one token."""
     y = _launch(_aligned(x.reshape(-1, hybrid.shape[1])), hybrid, bias, x.dtype, config, None)
     return y.reshape(*x.shape[:-1], hybrid.shape[0])
 
@@ -107,6 +109,9 @@ def _launch(
     config: Config,
     token_scales: Tensor | None,
 ) -> Tensor:
+    if isinstance(config, ExpandConfig):
+        with torch.cuda.device(x.device):
+            return dense_linear(x, expand(hybrid, dtype), bias)
     n = hybrid.shape[0]
     # Bulk copies need rows of 16 bytes: compute into wider rows where N does not give them.
     y = x.new_empty(x.shape[0], n + -n % 8, dtype=dtype)[:, :n]

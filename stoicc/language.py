@@ -10,6 +10,7 @@ activations in shared memory, ``[tokens, 64]`` of 16 bits or ``[tokens, 128]`` o
     acc = mma_dense(a, b, acc)                                      mma, dense, 16 columns            sm_80 and newer
 
 Of 8 bits each takes twice the columns; ``float8e4nv`` needs sm_89, and on Hopper ``mma`` widens it to half precision.
+Values of 4 bits become fragments of 16 by ``widen``.
 
 The first two only mark a dense instruction; they need ``stoicc.lowering`` active while the kernel is compiled.
 """
@@ -19,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from stoicc.format import DENSE_UNITS, SPARSE_VALUE_UNITS, UNIT_WORDS, sparse_units
+from stoicc.format import LAYOUTS
 from stoicc.lowering import VERSION
 
 FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0]))
@@ -31,10 +32,9 @@ GLUON_DTYPE = {
     torch.int8: gl.int8,
 }
 
-# Words of a record, and where its metadata starts.
-RECORD_24 = {8 * dtype.itemsize: sparse_units(dtype) * UNIT_WORDS for dtype in (torch.int8, torch.float16)}
-RECORD_DENSE = gl.constexpr(DENSE_UNITS * UNIT_WORDS)
-METADATA = gl.constexpr(SPARSE_VALUE_UNITS * UNIT_WORDS)
+# Words of a dense record, and where the metadata of a 2:4 one starts; of 16 and of 8 bits.
+RECORD_DENSE = gl.constexpr(LAYOUTS[16].dense * LAYOUTS[16].unit)
+METADATA = gl.constexpr(LAYOUTS[16].metadata)
 
 _CONSTRAINTS_24 = gl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r")
 _CONSTRAINTS_DENSE = gl.constexpr("=r,=r,=r,=r,r,r,r,r")
@@ -44,9 +44,33 @@ _MARK_DENSE = gl.constexpr(f"stoicc.{VERSION} dense $4 $5 $6 $7")
 
 
 @gluon.constexpr_function
+def unit_words(bits):
+    """Words of a unit of records of values of so many bits."""
+    return LAYOUTS[bits].unit
+
+
+@gluon.constexpr_function
+def words_24(bits):
+    """Words of a 2:4 record of values of so many bits."""
+    return LAYOUTS[bits].sparse * LAYOUTS[bits].unit
+
+
+@gluon.constexpr_function
+def words_dense(bits):
+    """Words of a dense record."""
+    return LAYOUTS[bits].dense * LAYOUTS[bits].unit
+
+
+@gluon.constexpr_function
+def words_values(bits, two_four):
+    """Words of a record's values, after which comes what else it has."""
+    return LAYOUTS[bits].metadata * (1 if two_four else 2)
+
+
+@gluon.constexpr_function
 def record_24(dtype):
     """Words of a 2:4 record of values of ``dtype``."""
-    return RECORD_24[dtype.primitive_bitwidth]
+    return words_24(dtype.primitive_bitwidth)
 
 
 @gluon.jit
@@ -224,3 +248,49 @@ def mma_dense(values, x, acc, half: gl.constexpr, dtype: gl.constexpr):
     return gl.inline_asm_elementwise(
         _instruction_dense(dtype, half), _operands(8, dtype), [values, x, acc], acc.dtype, True, 4
     )
+
+
+@gluon.constexpr_function
+def _widening(dtype):
+    # In the mantissa, where the last bit counts one, a nibble less its sign bit's place is added to a power of two and
+    # eight; taken away again, what is left is the integer, exactly.
+    kind, magic, one = {gl.bfloat16: ("bf16x2", 0x4308, 0x3F80), gl.float16: ("f16x2", 0x6408, 0x3C00)}[dtype]
+    both = 0x10001
+    lines = [".reg .b32 shifted, biased, one, bias;", f"mov.b32 one, {hex(one * both)};"]
+    lines.append(f"mov.b32 bias, {hex((magic | 0x8000) * both)};")
+    for step in range(4):
+        for register in range(4):
+            word = f"${16 + step}"
+            if register:
+                lines.append(f"shr.u32 shifted, {word}, {4 * register};")
+                word = "shifted"
+            lines.append(f"lop3.b32 biased, {word}, 0x000f000f, {hex(magic * both)}, 0x6a;")
+            lines.append(f"fma.rn.{kind} ${4 * step + register}, biased, one, bias;")
+    return "{ " + " ".join(lines) + " }"
+
+
+_WIDENED = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 4))
+
+
+@gluon.jit
+def widen(words, dtype: gl.constexpr):
+    """The fragments of four k-steps, four int32 tensors like ``words``, each two values of 16 bits a word.
+
+    Args:
+        words: int32, values of 4 bits in fragment order; the last dimension is a word for each k-step.
+        dtype: of the values that they become, ``gl.bfloat16`` or ``gl.float16``.
+    """
+    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
+    return gl.inline_asm_elementwise(_widening(dtype), _WIDENED, [words], kinds, True, 4)
+
+
+@gluon.jit
+def scaled_by(part, words, register):
+    """``part``, float32 sums of one group of inputs, times the scales of their rows.
+
+    Args:
+        words: int32, the record's words of scales.
+        register: int32, the index along the last dimension of ``part``: rows ``q`` twice, then ``q + 8``.
+    """
+    scales = gl.where(register < 2, words << 16, words & -65536)
+    return part * scales.to(gl.float32, bitcast=True)

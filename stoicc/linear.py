@@ -22,7 +22,7 @@ from patch.layers import check_present, prunable_linears, prunable_matrices, req
 from patch.mask import HybridMask
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.values import quantise_weight
-from stoicc.format import DTYPES, SCALED, HybridWeight, block_columns, pack, unpack
+from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, SCALED, HybridWeight, dequantised, layout_of, pack, unpack
 from stoicc.matmul import product
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
@@ -126,9 +126,10 @@ class HybridLinear(Fused):
         """One without data, on the meta device, to load a packed checkpoint into."""
         n, k = spec.shape
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        panels, steps = -(-n // 64), -(-k // block_columns(dtype))
+        layout = layout_of(dtype)
+        panels, steps = -(-n // 64), -(-k // layout.columns)
         sizes = {
-            "records": (spec.units, 128),
+            "records": (spec.units, layout.unit),
             "starts": (panels + 1,),
             "columns": (panels, steps),
             "sparse_blocks": (panels,),
@@ -175,10 +176,13 @@ class HybridLinear(Fused):
         """
         sizes = [rows for _, rows in self.parts]
         if self.records.is_meta:
-            return torch.empty(sizes[index], self.in_features, dtype=self._dtype, device="meta")
-        whole = unpack(self.checked())
-        if self.spec.eight_bits:
-            whole = (whole.float() * self.scales[:, None]).to(torch.bfloat16 if self.bias is None else self.bias.dtype)
+            kept = torch.int8 if self._dtype == GROUPED else self._dtype
+            return torch.empty(sizes[index], self.in_features, dtype=kept, device="meta")
+        hybrid = self.checked()
+        if self.spec.quantised:
+            whole = dequantised(hybrid).to(torch.bfloat16 if self.bias is None else self.bias.dtype)
+        else:
+            whole = unpack(hybrid)
         weight: Any = whole.split(sizes)[index].as_subclass(_Copy)
         # transformers fills weights in that it did not load.
         weight._is_hf_initialized = True
@@ -362,9 +366,12 @@ def _check_linear(model: nn.Module, name: str, mask: HybridMask, dtype: torch.dt
     linear = _linear(model, name)
     weight = linear.weight
     if isinstance(linear, QuantisedLinear):
-        if linear.precision.grouped:
-            raise UserError(f"{name}: no kernel takes packed weights of {linear.precision.label} yet: run it unpacked")
-        if dtype not in (None, linear.values.dtype):
+        label, group = linear.precision.label, linear.quantised.group
+        if linear.precision.grouped and group != SCALE_GROUP:
+            raise UserError(
+                f"{name}: its {label} has groups of {group} inputs, packed weights have {SCALE_GROUP}: run it unpacked"
+            )
+        if dtype not in (None, _dtype_packed(linear)):
             raise UserError(f"{name}: its weight is {linear.precision.label} already, it cannot become {dtype}")
     if tuple(weight.shape) != mask.shape:
         raise UserError(f"{name}: mask is for a weight of {mask.shape}, the model's is {tuple(weight.shape)}")
@@ -404,7 +411,9 @@ def _stackable(model: nn.Module, masks: Mapping[str, HybridMask], names: Sequenc
 
 def _dtype_packed(linear: nn.Linear) -> torch.dtype:
     """What a linear's weight is packed in, if nothing else is asked for."""
-    return linear.values.dtype if isinstance(linear, QuantisedLinear) else linear.weight.dtype
+    if not isinstance(linear, QuantisedLinear):
+        return linear.weight.dtype
+    return GROUPED if linear.precision.grouped else linear.values.dtype
 
 
 def _stack(masks: Sequence[HybridMask]) -> HybridMask:
@@ -422,7 +431,8 @@ def _pack_linears(
     already = [linear.quantised for linear in linears if isinstance(linear, QuantisedLinear)]
     if already:
         values = torch.cat([part.values.view(torch.int8) for part in already]).view(already[0].values.dtype)
-        hybrid = pack(values, mask, torch.cat([part.scales[:, 0] for part in already]))
+        scales = torch.cat([part.scales for part in already])
+        hybrid = pack(values, mask, scales if _dtype_packed(linears[0]) == GROUPED else scales[:, 0])
     elif dtype is None:
         hybrid = pack(weight, mask)
     else:

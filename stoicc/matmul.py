@@ -17,7 +17,8 @@ from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Config
 from stoicc.dispatch import check_operands, check_quantised, run, run_scaled
-from stoicc.format import HybridWeight
+from stoicc.format import GROUPED, HybridWeight
+from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.quantise import fuses, fusible, quantise_tokens
 from stoicc.tune import tune_shape
@@ -28,7 +29,7 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: ``[..., K]`` of the weight's dtype, on its device; any strides, any leading dimensions, also no tokens. Of
-            weights of 8 bits bfloat16 or float16, quantised here, a scale for each token.
+            weights of 8 bits bfloat16 or float16, quantised here, a scale for each token; of 4 bits as it is.
         bias: ``[N]`` of the dtype of ``x``.
 
     Returns:
@@ -198,10 +199,17 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: 
     capability = configs.capability_of(device)
     name = torch.cuda.get_device_name(device)
     options = configs.candidates(tokens, capability, band, dtype)
-    if isinstance(options[0], PortableConfig):
-        said = str(dtype).removeprefix("torch.")
+    said = str(dtype).removeprefix("torch.")
+    if isinstance(options[0], ExpandConfig) and tokens > configs.MOST_OF_FOUR:
+        about = f"weights of {said} have kernels for up to {configs.MOST_OF_FOUR} tokens"
+        warnings.warn(f"{about}: more are multiplied by the weight expanded to 16 bits", stacklevel=2)
+        return options[0]
+    if isinstance(options[0], PortableConfig | ExpandConfig):
         warnings.warn(f"{name} has no 2:4 tensor cores for {said}: using the portable kernel", stacklevel=2)
         return options[0]
+    if dtype == GROUPED:
+        about = f"the kernel of {said} was checked in emulation, no GPU has run it yet"
+        warnings.warn(f"{about}: `hts bench kernels` checks it on yours", stacklevel=2)
     entry = configs.nearest(configs.tables(name), n, k, band, tokens, capability, dtype)
     if entry is not None:
         return entry.config

@@ -68,7 +68,7 @@ class StoiccQuantizer(HfQuantizer):
         if checkpoint_files and self.quantization_config.files is not None:
             check_files(Path(checkpoint_files[0]).parent, [Path(file).name for file in checkpoint_files])
         for spec in self.quantization_config.specs():
-            if not spec.eight_bits and str(model.dtype) != f"torch.{spec.dtype}":
+            if not spec.quantised and str(model.dtype) != f"torch.{spec.dtype}":
                 raise UserError(
                     f"packed weights are {spec.dtype}, the model is loaded as {model.dtype}: load it as they are"
                 )

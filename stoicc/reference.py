@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from patch.quantise.values import quantise_rows
-from stoicc.format import HybridWeight, unpack
+from stoicc.format import GROUPED, HybridWeight, dequantised, unpack
 
 
 def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ W^T + bias`` by unpacking: ``[..., K]`` to ``[..., N]``, on any device, in the weight's dtype."""
-    return torch.nn.functional.linear(x, unpack(hybrid), bias)
+    """``x @ W^T + bias`` by unpacking: ``[..., K]`` to ``[..., N]``, on any device, in the dtype of ``x``."""
+    weight = dequantised(hybrid).to(x.dtype) if hybrid.dtype == GROUPED else unpack(hybrid)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def exact(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None, token_scales: Tensor | None = None) -> Tensor:
@@ -19,6 +20,9 @@ def exact(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None, token_sca
         x: ``[..., K]``; of a weight of 8 bits the values of quantised activations, ``[tokens, K]`` or more columns.
         token_scales: float32 ``[tokens]``, theirs.
     """
+    if hybrid.dtype == GROUPED:
+        y = x.double() @ dequantised(hybrid).double().T
+        return y if bias is None else y + bias.double()
     y = x[..., : hybrid.shape[1]].double() @ unpack(hybrid).double().T
     if hybrid.scales is not None and token_scales is not None:
         y = y * hybrid.scales.double() * token_scales.double()[:, None]

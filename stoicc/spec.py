@@ -9,11 +9,11 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from patch.errors import UserError
-from stoicc.format import SCALED
+from stoicc.format import GROUPED, SCALED
 
 METHOD = "stoicc"
-# Written by what it needs: 2 knows weights of 8 bits, 1 does not.
-FORMAT = 2
+# Written by what it needs: 2 knows weights of 8 bits, 3 of 4 bits as well.
+FORMAT = 3
 
 # What a packed checkpoint says to those who do not know us. transformers, which reads no entry points, loads a file of
 # code if it is told to trust it. Otherwise it would skip the quantization that it does not know and start from random
@@ -42,8 +42,8 @@ class Spec:
         tile, band: of the ``HybridWeight``.
         units: rows of its records.
         bias: whether it has one.
-        dtype: of the weight: ``bfloat16`` or ``float16``, whose records mean nothing in the other, ``float8_e4m3fn`` or
-            ``int8``.
+        dtype: of the weight: ``bfloat16`` or ``float16``, whose records mean nothing in the other, ``float8_e4m3fn``,
+            ``int8`` or ``int4``.
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -58,6 +58,11 @@ class Spec:
     def eight_bits(self) -> bool:
         """Whether its weight has values of 8 bits, and scales."""
         return getattr(torch, self.dtype, None) in SCALED
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its weight has fewer bits than activations."""
+        return self.eight_bits or getattr(torch, self.dtype, None) == GROUPED
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,7 +96,8 @@ class StoiccConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, specs: Sequence[Spec]) -> "StoiccConfig":
         """Of packed modules, in the oldest format that can say it."""
-        return cls(FORMAT if any(spec.eight_bits for spec in specs) else 1, [asdict(spec) for spec in specs])
+        needed = max((1 + spec.quantised + (spec.quantised and not spec.eight_bits) for spec in specs), default=1)
+        return cls(needed, [asdict(spec) for spec in specs])
 
     def specs(self) -> list[Spec]:
         """What must be known of each packed module.

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from patch.mask import HybridMask, best_patterns, tile_grid
-from patch.quantise.values import quantise_weight
+from patch.quantise.values import quantise_groups, quantise_weight
 from stoicc import configs
 from stoicc.configs import Config, Entry
 from stoicc.dispatch import run, run_scaled
-from stoicc.format import DTYPES, HybridWeight, block_columns, pack
+from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, HybridWeight, block_columns, pack
 from stoicc.quantise import quantise_tokens
 from stoicc.timing import Call, time_in_turns
 
@@ -116,8 +116,8 @@ def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[C
 
 def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[list[Call]]:
     """What cuBLAS has for a dense weight of this dtype, each way on as many weights as are measured packed."""
-    if dtype in DTYPES:
-        dense = [torch.randn(n, x.shape[1], device=x.device, dtype=dtype) for _ in range(copies)]
+    if dtype in DTYPES or dtype == GROUPED:
+        dense = [torch.randn(n, x.shape[1], device=x.device, dtype=x.dtype) for _ in range(copies)]
         return [[partial(dense_linear, x, weight) for weight in dense]]
     # cuBLAS takes rows and columns by sixteen; the values of tokens are padded so.
     values, scales = quantise_tokens(x, dtype)
@@ -140,6 +140,16 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[lis
     return [by_tensor, by_row] if configs.capability_of(x.device) >= (9, 0) else [by_tensor]
 
 
+def _quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight as `pack` takes it."""
+    if dtype in DTYPES:
+        return weight.to(dtype), None
+    if dtype == GROUPED:
+        grouped = quantise_groups(weight, SCALE_GROUP)
+        return grouped.values, grouped.scales
+    return quantise_weight(weight, dtype)
+
+
 def random_weights(
     device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[HybridWeight]:
@@ -150,7 +160,7 @@ def random_weights(
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16, generator=generator) / k**0.5
     dense = torch.rand(grid, device=device, generator=generator) >= SPARSE_SHARE
     patterns = best_patterns(weight.abs())
-    values, scales = (weight.to(dtype), None) if dtype in DTYPES else quantise_weight(weight, dtype)
+    values, scales = _quantised(weight, dtype)
     packed = pack(values, HybridMask((n, k), tile, dense, patterns), scales)
     if packed.band != band:  # a single row of tiles is uniform by chance
         packed = pack(values, HybridMask((n, k), tile, dense & False, patterns), scales)

@@ -20,16 +20,16 @@ from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.models import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
-from patch.quantise.values import quantise_rows, quantise_weight
+from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
 from stoicc import configs, dispatch, matmul
-from stoicc.format import pack
+from stoicc.format import GROUPED, pack
 from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
 
 # From here on a product is long enough to be timed alone, with a cold cache.
 LONG = 512
 CHECKED_TOKENS = 256
-# The kernel of 4-bit weights is for decoding.
+# Kernels of 4-bit weights are for decoding.
 INT4_TOKENS = 128
 # Relative errors: of a float32 sum of bfloat16 products, rounded to bfloat16; and of FP8's fast accumulation.
 BOUND, FP8_BOUND = 5e-3, 1e-2
@@ -364,7 +364,36 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     return entries
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (cublas, compiled, fp8, int4, libraries, hybrid, hybrid_fp8)
+def hybrid_int4(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
+    """Every variant in INT4, in groups as dense INT4, with activations of 16 bits."""
+    n, k = given.linear.n, given.linear.k
+    packed, masked = {}, {}
+    for variant, mask in given.masks.items() if k % baselines.GROUP == 0 else ():
+        masked[variant] = quantise_groups(mask.apply(given.weight), baselines.GROUP)
+        packed[variant] = pack(masked[variant].values, mask, masked[variant].scales)
+
+    def entries(x: Tensor) -> Iterator[Entry]:
+        def prepare(variant: Variant) -> Ready:
+            weight = packed[variant]
+            check = lambda y: (error(x, masked[variant].dequantised(), y), BOUND)  # noqa: E731
+            about: Labels = {"bytes": weight.nbytes}
+            held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
+            if x.device.type == "cpu":
+                return Ready([partial(matmul.linear, x, one) for one in held], check, about)
+            config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), GROUPED)
+            about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
+            if about["kernel"] == "expand":
+                about["fallback"] = "expanded to 16 bits"
+            return Ready([partial(dispatch.run, x, one, None, config) for one in held], check, about)
+
+        for variant in packed if len(x) <= INT4_TOKENS else ():
+            labels = {"implementation": "hybrid", "precision": "int4"} | variant.labels
+            yield Entry(labels, partial(prepare, variant))
+
+    return entries
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (cublas, compiled, fp8, int4, libraries, hybrid, hybrid_fp8, hybrid_int4)
 
 BENCH = Bench(
     title="every linear of a model",

@@ -29,7 +29,7 @@ def tune(
     tokens: Annotated[list[int] | None, typer.Option(help="Token counts; may be repeated. All by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Table to add to; by default the user's own.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="Of the weights: bfloat16, float8_e4m3fn, int8; may be repeated.")
+        list[str] | None, typer.Option(help="Of the weights: bfloat16, float8_e4m3fn, int8, int4; may be repeated.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = max(1, (os.cpu_count() or 2) - 2),
 ) -> None:
@@ -40,13 +40,13 @@ def tune(
     from experiments.run.provenance import provenance
     from experiments.studies.speed import TIMED
     from stoicc import configs
-    from stoicc.format import SCALED
+    from stoicc.format import GROUPED, SCALED
     from stoicc.tune import compile_candidates, measure_shape
 
     device = _gpu()
     started = time.time()
     names = dtype or ["bfloat16"]
-    known = ("bfloat16", *(str(kind).removeprefix("torch.") for kind in SCALED))
+    known = ("bfloat16", *(str(kind).removeprefix("torch.") for kind in (*SCALED, GROUPED)))
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--dtype {unknown[0]}: weights are {', '.join(known)}")
     dtypes: list[torch.dtype] = [getattr(torch, name) for name in names]

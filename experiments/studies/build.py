@@ -191,7 +191,8 @@ def joined(prunings: Iterable[Pruning], evaluation: Evaluation, projected_on: tu
 
     def about(pruning: Pruning) -> Evaluation:
         if pruning.quantisation is not None:
-            # What is carried to other shapes is of 16 bits, and INT4 tiles have no kernels yet.
+            # What is carried to other shapes is of 16 bits. INT4 is packed in groups of 128 inputs alone, which not
+            # every model has.
             int4 = PRECISIONS[pruning.quantisation.precision].grouped
             return evaluation if int4 and not pruning.keeps_all else plain
         return both if pruning.method in members("learned") else plain

@@ -426,7 +426,7 @@ class Trial:
         if quantisation is None or self.evaluation.packed is None or self.pruning.keeps_all:
             return
         precision = PRECISIONS[quantisation.precision]
-        if precision.grouped or self.pruning.structure == "unstructured":
+        if self.pruning.structure == "unstructured":
             raise UserError(
                 f"{describe(self.pruning)}: no kernel takes packed weights of {precision.label} in this structure yet: "
                 "evaluate it unpacked"

@@ -96,6 +96,19 @@ def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return quantise_rows(weight, dtype)
 
 
+def quantise_groups(weight: Tensor, group: int) -> Quantised:
+    """INT4 of a weight ``[N, K]`` in groups of ``group`` inputs, rounded to nearest; mask it before.
+
+    Raises:
+        UserError: if the weight has values that are not finite.
+    """
+    check_finite(weight)
+    groups = weight.float().reshape(-1, group)
+    scales = group_scales(groups, torch.ones(group, device=weight.device))
+    values = (groups / scales[:, None]).round().clamp(*INT4_RANGE).to(torch.int8)
+    return Quantised(values.reshape(weight.shape), scales.reshape(len(weight), -1))
+
+
 class GroupRounding:
     """INT4 of a weight ``[N, K]`` that is settled column by column from left to right, changing as it goes.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from patch.errors import UserError
 from patch.mask import GROUP, HybridMask, TileShape
 from patch.quantise.values import quantise_weight
-from stoicc.format import HybridWeight, mask_of, pack, unpack
+from stoicc.format import GROUPED, SCALE_GROUP, HybridWeight, mask_of, pack, scales_of, unpack
 from stoicc.spec import Spec
 
 
@@ -35,7 +35,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Part:
-    """A masked weight: values ``[n, K]``, its mask or None where all is kept, and its scales if it has any."""
+    """A masked weight: values ``[n, K]``, its mask or None where all is kept, and its scales as `pack` takes them."""
 
     values: Tensor
     mask: HybridMask | None
@@ -151,8 +151,9 @@ def repacked(held: Sequence[Slice], parts: Mapping[str, Part]) -> HybridWeight:
         device = part.values.device
         masks.append(sliced(part.mask, each.rows, each.columns) if part.mask else all_dense(shape, tile, device))
         if part.scales is not None:
-            scales.append(part.scales[rows])
-    dtypes = {value.dtype for value in values}
+            groups = slice(each.columns.start // SCALE_GROUP, each.columns.stop // SCALE_GROUP)
+            scales.append(part.scales[rows, groups] if part.scales.dim() == 2 else part.scales[rows])
+    dtypes = {_dtype(parts[each.name]) for each in held}
     if len(dtypes) > 1:
         named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(f"{', '.join(each.name for each in held)} are of {named}: one product computes them all")
@@ -164,13 +165,19 @@ def repacked(held: Sequence[Slice], parts: Mapping[str, Part]) -> HybridWeight:
 def parts_of(spec: Spec, hybrid: HybridWeight) -> dict[str, Part]:
     """The linears that a packed weight stands for."""
     values, mask = unpack(hybrid), mask_of(hybrid)
+    whole = scales_of(hybrid) if hybrid.dtype == GROUPED else hybrid.scales
     found, start = {}, 0
     for name, size in spec.parts:
         rows = range(start, start + size)
-        scales = None if hybrid.scales is None else hybrid.scales[start : start + size]
+        scales = None if whole is None else whole[start : start + size]
         found[name] = Part(values[start : start + size], sliced(mask, rows, range(mask.shape[1])), scales)
         start += size
     return found
+
+
+def _dtype(part: Part) -> torch.dtype:
+    grouped = part.scales is not None and part.scales.dim() == 2
+    return GROUPED if grouped else part.values.dtype
 
 
 def _side(side: int, span: range) -> int:

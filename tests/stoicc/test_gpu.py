@@ -9,12 +9,13 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from patch.mask import TileShape
-from patch.quantise.values import quantise_rows, quantise_weight
+from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
 from stoicc import configs, reference
 from stoicc.configs import Config
 from stoicc.dispatch import run, run_scaled
-from stoicc.format import HybridWeight, pack, unpack
+from stoicc.format import SCALE_GROUP, HybridWeight, dequantised, pack, unpack
 from stoicc.kernels.decode import DecodeConfig
+from stoicc.kernels.expand import expand
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
@@ -365,3 +366,94 @@ def test_packing_on_the_gpu_is_packing_on_the_cpu(tile: tuple[int, int]) -> None
     for name, part in on_cpu.parts().items():
         assert torch.equal(part, on_gpu.parts()[name].cpu()), name
     assert torch.equal(unpack(on_gpu).cpu().view(torch.int16), mask.apply(weight).view(torch.int16))
+
+
+def hybrid_of_four(
+    n: int, k: int, tile: TileShape, share: float, *, uneven: bool = False, seed: int = 0
+) -> HybridWeight:
+    mask = random_mask(n, k, tile, share, uneven=uneven, seed=seed, device="cuda")
+    weight = quantise_groups(mask.apply(random_weight(n, k, seed=seed, device="cuda")), SCALE_GROUP)
+    return pack(weight.values, mask, weight.scales)
+
+
+def assert_right_of_four(hybrid: HybridWeight, x: Tensor, bias: Tensor | None, config: Config) -> None:
+    """No further from the float64 product of the quantised operands than 1.1 times what rounding the result is.
+
+    That is nearer than a library that rounds the weight to 16 bits.
+    """
+    exact = reference.exact(x, hybrid, bias)
+    y = poisoned_run(x, hybrid, bias, config)
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    error = (y.double() - exact).norm() / exact.norm()
+    rounding = (exact.to(x.dtype).double() - exact).norm() / exact.norm()
+    library = (reference.linear(x, hybrid, bias).double() - exact).norm() / exact.norm()
+    assert error <= 1.1 * rounding + 1e-5 < 1.1 * library, f"error {error:.2e}, rounding {rounding:.2e}"
+    assert torch.equal(y, run(x, hybrid, bias, config))
+
+
+SHAPES_OF_FOUR = [(512, 512), (576, 128), (200, 384), (1536, 640), (960, 1024)]
+
+
+OF_FOUR = [each for each in shipped(torch.int4) if isinstance(each[0], DecodeConfig)]
+
+
+@pytest.mark.parametrize(("config", "band", "tokens"), OF_FOUR, ids=str)
+def test_every_shipped_configuration_of_four_bits_is_right(config: Config, band: int, tokens: int) -> None:
+    tokens = max(1, tokens - 3)
+    for number, (n, k) in enumerate(SHAPES_OF_FOUR):
+        tile = (min(n, 64 * band), 128)
+        hybrid = hybrid_of_four(n, k, tile, 0.6, uneven=bool(number % 2), seed=number)
+        if configs.runs(config, CAPABILITY, hybrid.band, torch.int4):
+            dtype = torch.float16 if number == 2 else torch.bfloat16
+            x = torch.randn(tokens, k, device="cuda", dtype=dtype)
+            bias = torch.randn(n, device="cuda", dtype=dtype) if number % 2 else None
+            assert_right_of_four(hybrid, x, bias, config)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 33, 63, 64, 65, 90, 91, 127, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0], ids=["dense", "mixed", "two-four"])
+@pytest.mark.filterwarnings("ignore:weights of int4 have kernels for up to 64 tokens")
+def test_chosen_kernel_of_four_bits_at_any_number_of_tokens(share: float, tokens: int) -> None:
+    hybrid = hybrid_of_four(1152, 896, (128, 128), share, uneven=True)
+    x = torch.randn(3, tokens, 900, device="cuda", dtype=torch.bfloat16)[1, :, 4:]
+    bias = torch.randn(1152, device="cuda", dtype=torch.bfloat16)
+    exact = reference.exact(x, hybrid, bias)
+    assert (linear(x, hybrid, bias).double() - exact).norm() <= 0.003 * exact.norm()
+
+
+def test_rows_of_four_bits_that_are_all_dense_or_all_two_four() -> None:
+    mask = random_mask(1024, 512, (128, 128), 0.5, device="cuda")
+    mask.dense[0], mask.dense[3], mask.dense[5] = True, False, True
+    weight = quantise_groups(mask.apply(random_weight(1024, 512, device="cuda")), SCALE_GROUP)
+    hybrid = pack(weight.values, mask, weight.scales)
+    for tokens, config in ((5, DecodeConfig(32, 8, (4, 1, 1), 1, 0)), (60, DecodeConfig(128, 64, (1, 4, 2), 1, 3))):
+        assert_right_of_four(hybrid, torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16), None, config)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.filterwarnings("ignore:weights of int4 have kernels for up to 64 tokens")
+def test_four_bits_in_a_captured_chain(tokens: int) -> None:
+    hybrids = [hybrid_of_four(1024, 1024, (128, 128), 0.6, uneven=True, seed=seed) for seed in range(4)]
+
+    def chain(x: Tensor) -> Tensor:
+        for hybrid in hybrids:
+            x = linear(x, hybrid)
+        return x
+
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        expected = chain(x)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_four_bits_expand_on_the_gpu_as_on_the_cpu() -> None:
+    hybrid = hybrid_of_four(200, 384, (64, 128), 0.5)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(expand(hybrid, dtype), dequantised(hybrid).to(dtype))

@@ -13,8 +13,9 @@ from patch.quantise.values import quantise_weight
 from stoicc import configs, reference
 from stoicc.configs import Entry
 from stoicc.dispatch import check_operands, check_quantised
-from stoicc.format import HybridWeight, pack, unpack
+from stoicc.format import GROUPED, HybridWeight, pack, unpack
 from stoicc.kernels.decode import DecodeConfig
+from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
@@ -122,6 +123,22 @@ def test_a_gpu_without_the_instruction_falls_back(capability: tuple[int, int], d
             assert all(isinstance(config, PortableConfig) for config in found) == (capability < least)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("band", [1, 2])
+def test_four_bits_have_a_kernel_for_few_tokens_and_are_expanded_for_more(
+    capability: tuple[int, int], band: int
+) -> None:
+    for tokens in configs.TOKENS:
+        found = configs.candidates(tokens, capability, band, GROUPED)
+        assert found and all(configs.runs(config, capability, band, GROUPED) for config in found)
+        assert len(set(found)) == len(found)
+        few = capability >= (8, 0) and tokens <= configs.MOST_OF_FOUR
+        assert all(isinstance(config, DecodeConfig) for config in found) == few
+        assert few or found == [ExpandConfig()]
+    assert not any(configs.runs(ExpandConfig(), capability, band, kind) for kind in (torch.bfloat16, torch.int8))
+    assert not configs.runs(PortableConfig(32), capability, band, GROUPED)
+
+
 def test_entries_serve_weights_of_their_dtype() -> None:
     sixteen = Entry(64, 128, 1, 512, HopperConfig(64, 8, 8, 1), 3.5, 4.0)
     eight = Entry(64, 128, 1, 512, HopperConfig(128, 6, 8, 1), 3.5, 4.0, "float8_e4m3fn")
@@ -149,6 +166,7 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
         Entry(128, 64, 2, 512, HopperConfig(256, 5, 8, 2), 20.25, 21.0),
         Entry(128, 64, 2, 1024, PortableConfig(64), 20.25, 1.0),
         Entry(128, 64, 2, 1024, HopperDecodeConfig(64, 64, 4, 2, 2), 20.25, 1.0, "float8_e4m3fn"),
+        Entry(128, 128, 2, 128, ExpandConfig(), 20.25, 1.0, "int4"),
     )
     path = tmp_path / "tables" / "gpu.json"
     configs.write_table(path, entries, {"gpu": "one"})

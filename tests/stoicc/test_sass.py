@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
+from compiled import KINDS, compile_for, decode
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from stoicc import configs
-from stoicc.kernels.decode import DecodeConfig, decode_linear
+from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig, hopper_linear
 from stoicc.kernels.hopper_decode import HopperDecodeConfig, hopper_decode_linear
-from stoicc.lowering import lowering
 
 # Shared memory that one thread block may have, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -33,20 +30,6 @@ def shipped(arch: int, kind: type) -> list[Any]:
         for band in (1, 2):
             found.update(dict.fromkeys(c for c in configs.candidates(tokens, capability, band) if isinstance(c, kind)))
     return list(found)
-
-
-def compile_for(arch: int, function: Any, constants: dict[str, Any], types: dict[str, str], warps: int) -> Any:
-    names = function.arg_names
-    signature = {name: "i32" for name in names} | types | dict.fromkeys(constants, "constexpr")
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")] + ["k_words", "x_stride", "y_stride"]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource(fn=function, signature=signature, constexprs=values, attrs=attributes)
-    with lowering():
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-
-
-KINDS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv, "i8": gl.int8}
 
 
 @cache
@@ -66,29 +49,6 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
         "HAS_BIAS": True,
     }
     return compile_for(90, hopper_linear, constants, types, 4)
-
-
-@cache
-def decode(config: DecodeConfig, arch: int, dtype: str = "bf16") -> Any:
-    pointers = ("x", "words", "columns", "order")
-    out = "bf16" if KINDS[dtype].primitive_bitwidth == 8 else dtype
-    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{out}", "y": f"*{out}"}
-    types |= dict.fromkeys(("workspace", "scales", "token_scales"), "*fp32")
-    k_warps, row_warps, token_warps = config.warps
-    constants = {
-        "ROWS": config.rows,
-        "TOKENS": config.tokens,
-        "K_WARPS": k_warps,
-        "ROW_WARPS": row_warps,
-        "TOKEN_WARPS": token_warps,
-        "RECORDS": config.records,
-        "STAGES": config.stages,
-        "BLOCKS": config.blocks,
-        "HAS_BIAS": True,
-        "PDL": arch >= 90 and config.blocks < 8,
-        "VALUES": KINDS[dtype],
-    }
-    return compile_for(arch, decode_linear, constants, types, k_warps * row_warps * token_warps)
 
 
 @cache
@@ -198,6 +158,38 @@ def test_decode_instructions_of_eight_bits(arch: int, config: DecodeConfig, dtyp
     sass = whole_sass(kernel)
     assert sass.count(f"{name}.SP.16864.") == 2 * 2 * products
     assert sass.count(f"{name}.16832.") == 2 * 4 * products
+    assert_sound(kernel, arch)
+
+
+# Of each number of tokens the ones that need most registers, and others.
+OF_FOUR = [
+    DecodeConfig(16, 8, (4, 1, 1), 2, 0, 2),
+    DecodeConfig(64, 8, (4, 1, 1), 1, 0, 1),
+    DecodeConfig(64, 16, (4, 1, 1), 1, 4, 1),
+    DecodeConfig(128, 32, (2, 4, 1), 1, 4, 1),
+    DecodeConfig(64, 64, (1, 2, 4), 1, 3, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "dtype"),
+    [
+        *((arch, config, "bf16") for arch in (80, 90) for config in OF_FOUR if config.blocks == 1 or arch == 90),
+        *((arch, OF_FOUR[2], "fp16") for arch in (86, 89, 90)),
+    ],
+    ids=str,
+)
+def test_decode_widens_four_bits(arch: int, config: DecodeConfig, dtype: str) -> None:
+    kernel = decode(config, arch, dtype, bits=4)
+    _, row_warps, token_warps = config.warps
+    rows, tokens = config.rows // 16 // row_warps, config.tokens // 8 // token_warps
+    sass = whole_sass(kernel)
+    # Of each set four k-steps of a 2:4 record, eight of a dense one; each word is widened once, into four registers.
+    assert sass.count("HMMA.SP.") == 2 * 4 * config.records * rows * tokens
+    assert sass.count("HMMA.16816.") == 2 * 8 * config.records * rows * tokens
+    widened = len(re.findall(r"HFMA2(\.BF16_V2|\.BF16|\.MMA)?\b", sass))
+    assert widened >= 2 * (4 + 8) * 4 * config.records * rows
+    assert "LDG.E.EF.128" in sass and not re.search(r"\b(LDL|STL)\b", sass)
     assert_sound(kernel, arch)
 
 

@@ -11,6 +11,7 @@ from analysis.rows.load import records
 from analysis.tables.kernels import load_bench
 from stoicc import configs, tune
 from stoicc.configs import Entry
+from stoicc.format import GROUPED
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.tune import MARGIN, SPARSE_SHARE, expected_speedup
 
@@ -27,7 +28,7 @@ def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) 
     assert speedups[-1] / speedups[0] < (16 / 9 if tokens <= 64 else 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, GROUPED], ids=str)
 def test_dense_of_any_shape_can_be_measured_beside(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "capability_of", lambda device: (9, 0))
     ways = tune._dense_calls(torch.randn(3, 344, dtype=torch.bfloat16), 200, dtype, copies=2)

@@ -117,12 +117,14 @@ def test_a_quantised_pruning_stands_on_the_same_in_more_bits(tiny_model: Path, t
         pytest.param(
             lambda: Trial(
                 build.quantised(
-                    build.one_shot("embedded", "magnitude", "2:4", 0.5, (64, 64), Calibration()), "int4", Calibration()
+                    build.one_shot("embedded", "magnitude", "unstructured", 0.5, None, Calibration()),
+                    "int4",
+                    Calibration(),
                 ),
                 Evaluation(packed=Packed()),
             ),
             "no kernel takes packed weights of INT4",
-            id="packed-int4",
+            id="packed-unstructured-int4",
         ),
     ],
 )

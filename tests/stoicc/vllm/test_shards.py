@@ -8,8 +8,8 @@ from stoicc_hybrids import random_mask, random_weight
 
 from patch.errors import UserError
 from patch.mask import HybridMask, TileShape
-from patch.quantise.values import quantise_weight
-from stoicc.format import mask_of, pack, unpack
+from patch.quantise.values import quantise_groups, quantise_weight
+from stoicc.format import dequantised, mask_of, pack, unpack
 from stoicc.spec import Spec
 from stoicc.vllm.shards import (
     Part,
@@ -179,6 +179,27 @@ def test_packed_layers_are_cut_as_each_process_holds_them(processes: int, dtype:
             rows = torch.cat([torch.arange(each.rows.start, each.rows.stop) + _before(each.name) for each in held])
             assert torch.equal(local.scales, scales[rows])
     assert torch.equal(unpack(repacked(held_by(0, 1), parts)).view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_packed_layers_of_four_bits_are_cut_by_rows_and_by_whole_groups(processes: int) -> None:
+    mask = random_mask(256, 512, (64, 128), 0.5)
+    weight = quantise_groups(mask.apply(random_weight(256, 512)), 128)
+    hybrid = pack(weight.values, mask, weight.scales)
+    spec = Spec((("o", 128), ("p", 128)), 512, hybrid.tile, hybrid.band, len(hybrid.records), False, "int4")
+    parts = parts_of(spec, hybrid)
+    rows, columns = 128 // processes, 512 // processes
+    for rank in range(processes):
+        across = [Slice(name, range(rows * rank, rows * (rank + 1)), range(512)) for name in "op"]
+        along = [Slice("o", range(128), range(columns * rank, columns * (rank + 1)))]
+        for held in (across, along):
+            local = repacked(held, parts)
+            chosen = slice(held[0].columns.start, held[0].columns.stop)
+            kept = [torch.arange(part.rows.start, part.rows.stop) + 128 * (part.name == "p") for part in held]
+            assert local.dtype == torch.int4
+            assert torch.equal(dequantised(local), weight.dequantised()[torch.cat(kept), chosen])
+    with pytest.raises(UserError, match="INT4 is packed in whole groups of 128 inputs"):
+        repacked([Slice("o", range(128), range(64))], parts)
 
 
 def _before(name: str) -> int:
