@@ -4,7 +4,8 @@
 
     trials.jsonl              a line a trial: its definition; of each stage the provenance, how many facts, their digest
     facts.csv                 a line a fact, with what a reader asks first of it in columns
-    details/<trial>.csv.xz    the facts of steps, layers, and parts of tasks, and what is known of windows and items
+    details/<trial>.csv.xz    the facts of steps, layers, parts of tasks and single products, and what is known of windows
+                              and items
 
 Folders of this form are a results directory, for its studies, and each ``bench/<gpu>`` in it.
 
@@ -43,12 +44,12 @@ Numbered = list[tuple[str, Row]]
 
 
 def is_detail(row: Row) -> bool:
-    """Whether a fact is of a step, a layer, or a part of a task."""
+    """Whether a fact is of a step, a layer, a part of a task, or a product of a grid, which are thousands."""
     labels = row["labels"]
     if not labels.keys().isdisjoint(("step", "layer")):
         return True
-    kind, _, task = row["stage"].partition(":")
-    return kind == "task" and labels.get("task", task) != task
+    kind, _, part = row["stage"].partition(":")
+    return kind == "kernels" or (kind == "task" and labels.get("task", part) != part)
 
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
