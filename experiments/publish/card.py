@@ -21,7 +21,7 @@ from patch.errors import UserError
 from patch.files import existing, read_json
 from patch.learn.recipe import HOW_IT_RUNS
 from patch.methods import label_of
-from patch.quantise.precisions import PRECISIONS
+from patch.quantise.precisions import PRECISIONS, Precision
 from patch.structures import TILED
 from stoicc.spec import CODE_FILE, METHOD
 
@@ -65,10 +65,9 @@ def origin(folder: Path) -> dict[str, Any]:
         tiles = sum(mask.dense.numel() for mask in masks.values())
         dense = sum(int(mask.dense.sum()) for mask in masks.values())
         kept = {name: info[name] for name in KEPT if name in info}
-        precision = PRECISIONS.get(info.get("precision", ""))
         return {
             **kept,
-            "dtype": precision.dtype if precision else _dtype_of(read_json(existing(folder, "config.json"))),
+            "dtype": _weights_dtype(folder, PRECISIONS.get(info.get("precision", ""))),
             "content": content_hash(folder),
             "dense_tiles": dense / tiles if tiles else None,
         }
@@ -78,6 +77,13 @@ def origin(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: neither a hybrid checkpoint nor one that `hts pack` wrote: nothing is known of it")
     # Those of before do not say it there.
     return {"packed": ", ".join(sorted({module["dtype"] for module in packing.get("modules", [])}))} | about
+
+
+def _weights_dtype(folder: Path, precision: Precision | None) -> str:
+    """As packed weights name it: values of 4 bits, which are held in 8, by their precision."""
+    if precision is None:
+        return _dtype_of(read_json(existing(folder, "config.json")))
+    return precision.name if precision.grouped else precision.dtype
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import stoicc
 from experiments.data.models import load_packable
+from experiments.publish.card import origin
 from patch import simulate
 from patch.errors import UserError
 from patch.layers import prunable_linears
@@ -149,6 +150,7 @@ def test_the_command_packs_an_int4_checkpoint(hts: Any, tiny_model: Path, tiny_t
     assert code == 0, err
     code, out, err = hts("pack", four, packed)
     assert code == 0 and "7 linears packed into 4" in out, err
+    assert (origin(four)["dtype"], origin(packed)["packed"], origin(packed)["dtype"]) == ("int4", "int4", "int4")
     code, _, err = hts("pack", four, tmp_path / "other", "--dtype", "int8")
     assert code == 1 and "INT4 already, it cannot become torch.int8" in err
     simulation, packed_model = (load_packable(str(path))[0] for path in (four, packed))

@@ -166,7 +166,8 @@ def test_a_checkpoint_without_rows_among_others_has_none(tmp_path: Path, monkeyp
 
 
 def test_numbers_of_the_packed_dtype_are_its_own(tmp_path: Path) -> None:
-    for about, packed in (({}, "bfloat16"), ({"dtype": "int8", "precision": "int8"}, "int8")):
+    quantised = [{"dtype": name, "precision": name} for name in ("int8", "int4")]
+    for about, packed in (({}, "bfloat16"), *((about, about["dtype"]) for about in quantised)):
         text = written(tmp_path, about, packed, ROWS)
         assert "11.0000" in text and "12.0000" in text and "of the unpacked" not in text
 
