@@ -280,8 +280,9 @@ def widen(words, dtype: gl.constexpr):
         words: int32, values of 4 bits in fragment order; the last dimension is a word for each k-step.
         dtype: of the values that they become, ``gl.bfloat16`` or ``gl.float16``.
     """
-    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
-    return gl.inline_asm_elementwise(_widening(dtype), _WIDENED, [words], kinds, True, 4)
+    return gl.inline_asm_elementwise(
+        _widening(dtype), _WIDENED, [words], (gl.int32, gl.int32, gl.int32, gl.int32), True, 4
+    )
 
 
 @gluon.jit
