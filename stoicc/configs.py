@@ -76,7 +76,11 @@ def kernel_name(config: Config) -> str:
 
 
 # Triton 3.9 keeps more in registers than there are.
-_SPILLED_BY_39 = {DecodeConfig(128, 32, (1, 4, 1), 2, 3, blocks) for blocks in (4, 8)}
+_SPILLED_BY_39 = {
+    *(DecodeConfig(128, 32, (1, 4, 1), 2, 3, blocks) for blocks in (4, 8)),
+    DecodeConfig(64, 32, (1, 4, 1), 1, 4, 4),
+    DecodeConfig(128, 32, (2, 4, 1), 1, 4, 2),
+}
 
 
 def table_dtype(dtype: torch.dtype) -> str:

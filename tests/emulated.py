@@ -248,7 +248,7 @@ class Block:
             index = int(re.sub(r".*_param_(\d+)\]", r"\1", arguments[1]))
             self._set(arguments[0], np.full(self.threads, self.parameters[index]).astype(_INTEGERS[bits]), mask)
             return
-        space = "shared" if "shared" in parts else "global"
+        space = "shared" if any(part.startswith("shared") for part in parts) else "global"
         count = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
         size = int(bits) // 8
         if parts[0] == "ld":
