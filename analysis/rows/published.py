@@ -4,8 +4,8 @@
 
     trials.jsonl              a line a trial: its definition; of each stage the provenance, how many facts, their digest
     facts.csv                 a line a fact, with what a reader asks first of it in columns
-    details/<trial>.csv.xz    the facts of steps, layers, parts of tasks and single products, and what is known of windows
-                              and items
+    details/<trial>.csv.xz    the facts of steps, layers, parts of tasks and single products, and what is known of
+                              windows and items
 
 Folders of this form are a results directory, for its studies, and each ``bench/<gpu>`` in it.
 
