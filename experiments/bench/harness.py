@@ -108,7 +108,7 @@ def read_gpu(calls: Mapping[str, Sequence[Call]], rounds: int, flush: bool, seco
     if seconds:
         for name, graph in graphs.items():
             one_replay = times[name].median * graph.calls
-            alone = power.steady(graph.graph.replay, torch.cuda.synchronize, one_replay, seconds, gpu)
+            alone = power.steady(graph.graph.replay, power.recorded, one_replay, seconds, gpu)
             if alone:
                 alone = Steady(alone.energy / graph.calls, alone.power, alone.clock)
                 found[name] = Reading(times[name], alone.clock, alone.power, alone)

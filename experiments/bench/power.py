@@ -1,7 +1,8 @@
 """Clock, power and energy of a GPU while it works, from NVML.
 
 The energy counter moves every few tens of milliseconds, so energy is read between two of its steps at least a second
-apart, with the GPU kept busy, and shared among the runs that ended between them.
+apart, and shared among the runs that ended between them. Runs are started before those before them have ended, so that
+the GPU never waits for the host meanwhile.
 """
 
 import math
@@ -67,9 +68,16 @@ def meter(device: torch.device | str) -> Meter:
     )
 
 
+def recorded() -> Callable[[], None]:
+    """A mark on the current stream of the current CUDA device, for `steady`."""
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
 def steady(
     run: Callable[[], None],
-    wait: Callable[[], None],
+    mark: Callable[[], Callable[[], None]],
     microseconds: float,
     seconds: float,
     meter: Meter,
@@ -78,7 +86,8 @@ def steady(
     """Repeat something for a while and read what it takes.
 
     Args:
-        run: starts it once; ``wait`` waits until all that was started has ended.
+        run: starts it once.
+        mark: returns what waits until all that was started before the mark was made has ended.
         microseconds: about how long one run takes.
         seconds: at least so long, between two steps of the energy counter.
 
@@ -90,10 +99,14 @@ def steady(
     last = meter.energy()
     # (time, runs, joules) at the counter's first step, and at its latest.
     first = latest = None
+    previous: Callable[[], None] | None = None
     while last is not None and now() - started < seconds + PATIENCE:
         for _ in range(together):
             run()
-        wait()
+        previous, ended = mark(), previous
+        if ended is None:
+            continue
+        ended()
         done += together
         energy, at = meter.energy(), now()
         if energy is not None and energy != last:
@@ -103,6 +116,8 @@ def steady(
                 break
         if (clock := meter.clock()) is not None:
             clocks.append(clock)
+    if previous is not None:
+        previous()
     if first is None or latest is None or latest[1] == first[1]:
         return None
     joules, runs, passed = latest[2] - first[2], latest[1] - first[1], latest[0] - first[0]

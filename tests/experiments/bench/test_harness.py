@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +109,43 @@ def test_a_part_that_a_file_lacks_is_measured(tmp_path: Path) -> None:
 
 
 class Card:
-    """A GPU that draws 500 W, whose counter steps every 60 ms of a clock that only its runs move."""
+    """A GPU that draws 500 W while it works and 100 W while it does not; its counter steps every 60 ms.
+
+    Reading it takes the host a millisecond, in which the GPU goes on with what was started.
+    """
 
     def __init__(self, run: float) -> None:
-        self.time, self.run = 0.0, run
+        self.run = run
+        # Of the host; when all that was started will have ended; how long nothing was to be done; what the counter says.
+        self.time = self.end = self.idle = self.counted = self.step = 0.0
 
     def work(self) -> None:
-        self.time += self.run
+        self.idle += max(0.0, self.time - self.end)
+        self.end = max(self.end, self.time) + self.run
+
+    def mark(self) -> Callable[[], None]:
+        end = self.end
+
+        def wait() -> None:
+            self.time = max(self.time, end)
+
+        return wait
 
     def energy(self) -> float:
-        return 500 * 0.06 * int(self.time / 0.06)
+        self.time += 1e-3
+        if self.time // 0.06 > self.step:
+            self.step = self.time // 0.06
+            idle = self.idle + max(0.0, self.time - self.end)
+            self.counted = 500 * (self.time - idle) + 100 * idle
+        return self.counted
 
     def measure(self, seconds: float = 1.0) -> power.Steady | None:
         meter = Meter(lambda: 1500.0, lambda: 480.0, self.energy)
-        return power.steady(self.work, lambda: None, self.run * 1e6, seconds, meter, lambda: self.time)
+        return power.steady(self.work, self.mark, self.run * 1e6, seconds, meter, lambda: self.time)
+
+
+def unmarked() -> Callable[[], None]:
+    return lambda: None
 
 
 @pytest.mark.parametrize("run", [3e-6, 4e-3, 0.35, 2.0], ids=["microseconds", "decoding", "prefill", "seconds"])
@@ -135,9 +158,9 @@ def test_energy_is_counted_between_steps_of_the_counter(run: float) -> None:
 def test_a_gpu_that_counts_no_energy_says_so() -> None:
     nothing = Meter(lambda: None, lambda: None, lambda: None)
     ticks = itertools.count()
-    assert power.steady(lambda: None, lambda: None, 5.0, 1.0, nothing, lambda: next(ticks)) is None
+    assert power.steady(lambda: None, unmarked, 5.0, 1.0, nothing, lambda: next(ticks)) is None
     still = Meter(lambda: None, lambda: None, lambda: 7.0)
-    assert power.steady(lambda: None, lambda: None, 5.0, 1.0, still, lambda: float(next(ticks))) is None
+    assert power.steady(lambda: None, unmarked, 5.0, 1.0, still, lambda: float(next(ticks))) is None
 
 
 def test_without_nvml_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
