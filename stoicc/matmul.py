@@ -64,7 +64,11 @@ def product(
     """
     if scales is None:
         return linear_op(x, *schedule, orders, bias, dtype, shape, tile, band)
-    values, token_scales = (fusible if fuses(x, dtype) else quantise_tokens)(x, dtype)
+    if fuses(x, dtype):
+        values, token_scales = fusible(x, dtype)
+    else:
+        # A compiler may put kernels of its own between the two.
+        values, token_scales = quantise_tokens(x, dtype, early=not torch.compiler.is_compiling())
     y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band)
     return y.reshape(*x.shape[:-1], shape[0])
 

@@ -20,13 +20,15 @@ ROW = 16
 
 @torch.library.custom_op("stoicc::quantise_tokens", mutates_args=())
 def quantise_tokens(
-    x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6
+    x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6, early: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Values and scales of activations ``[..., K]``: 8 bits ``[tokens, K rounded up to 16]``, float32 ``[tokens]``.
 
     Args:
         x: bfloat16 or float16, any strides and leading dimensions; a token that is not finite gets a scale that is not.
         norm: ``[K]``, the weight of an RMSNorm that is applied first, with its ``eps``.
+        early: let the next kernel on the stream begin at once. Only where that is the product with these values:
+            another may not wait for what ran before.
 
     Raises:
         UserError: if a dtype, shape or device does not fit.
@@ -50,7 +52,8 @@ def quantise_tokens(
         return quantised, scales
     scales = torch.empty(x2d.shape[0], dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
-        quantise.launch(x2d, dtype, norm, eps, quantised, scales)
+        pdl = configs.capability_of(x.device) >= (9, 0)
+        quantise.launch(x2d, dtype, norm, eps, quantised, scales, pdl, early)
     return quantised, scales
 
 
@@ -76,7 +79,9 @@ def fusible(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @quantise_tokens.register_fake
-def _(x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 1e-6, early: bool = False
+) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     tokens = x.numel() // k
     return x.new_empty(tokens, k + -k % ROW, dtype=dtype), x.new_empty(tokens, dtype=torch.float32)

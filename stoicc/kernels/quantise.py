@@ -4,7 +4,8 @@ A thread block per token holds the whole row in registers, so that it is read on
 before anything is written. Plain Triton, so it runs wherever the products do.
 
 It takes a microsecond or two, most of it the way to start and end. So on Hopper it begins before the kernel before it
-is done, and lets the product that follows begin at once: that asks for its weights, and then waits for this kernel.
+is done, and where a product of ours is known to follow it lets that begin at once (``EARLY``): the product asks for its
+weights, and then waits for this kernel. Any other kernel might not wait for what ran before this one.
 """
 
 from typing import Any
@@ -25,6 +26,7 @@ _ROUND = tl.constexpr(12582912.0)
 def quantise_kernel(
     x, norm, values, scales, columns, padded, x_stride, eps, largest,
     BLOCK: tl.constexpr, NORM: tl.constexpr, INTEGERS: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """``values * scales = x``, a thread block per token.
 
@@ -35,10 +37,14 @@ def quantise_kernel(
         scales: float32 ``[tokens]``.
         largest: the magnitude that the token's largest becomes.
         PDL: whether it is launched with ``launch_pdl``.
+        EARLY: whether the next kernel may begin before this one has waited.
     """
     if PDL:
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -61,12 +67,25 @@ def quantise_kernel(
     tl.store(scales + token, scale)
 
 
-def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, values: Tensor, scales: Tensor) -> None:
-    """Enqueue the quantisation of ``x`` ``[tokens, K]``, unit column stride, into ``values`` and ``scales``."""
+def launch(
+    x: Tensor,
+    dtype: torch.dtype,
+    norm: Tensor | None,
+    eps: float,
+    values: Tensor,
+    scales: Tensor,
+    pdl: bool = False,
+    early: bool = False,
+) -> None:
+    """Enqueue the quantisation of ``x`` ``[tokens, K]``, unit column stride, into ``values`` and ``scales``.
+
+    Args:
+        pdl: begin before the kernel before it on the stream is done; Hopper and newer.
+        early: let the next kernel begin at once, which must be a product of this package.
+    """
     tokens, columns = x.shape
     block = triton.next_power_of_2(values.shape[1])
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    early: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     quantise_kernel[(tokens,)](
         x,
         x if norm is None else norm,
@@ -81,8 +100,9 @@ def launch(x: Tensor, dtype: torch.dtype, norm: Tensor | None, eps: float, value
         NORM=norm is not None,
         INTEGERS=dtype == torch.int8,
         PDL=pdl,
+        EARLY=early,
         num_warps=min(16, max(1, block // 512)),
         # A product that is fused with the rounding is rounded once where the reference does it twice.
         enable_fp_fusion=False,
-        **early,
+        **options,
     )

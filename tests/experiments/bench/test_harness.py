@@ -116,7 +116,7 @@ class Card:
 
     def __init__(self, run: float) -> None:
         self.run = run
-        # Of the host; when all that was started will have ended; how long nothing was to be done; what the counter says.
+        # Of the host; when all that was started will have ended; how long nothing was to be done; of the counter.
         self.time = self.end = self.idle = self.counted = self.step = 0.0
 
     def work(self) -> None:
