@@ -4,9 +4,9 @@ A bench has rows as a study's stage does. Of older ones a whole model's dense ba
 is superseded. No torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -68,7 +68,8 @@ def _timed(row: Row) -> tuple[str, str] | None:
 def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:
     """One row a measurement: its labels, metric and value, the best dense times of its cell, and speedups over them.
 
-    Of a product that several benches timed the newest row counts, and of dense implementations the fastest.
+    Of a product that several benches timed the newest row counts, over the fastest dense product that was timed beside
+    it; only what max-autotune gains over cuBLAS is taken from another bench where its own did not time that.
 
     Args:
         paths: folders of a GPU's bench, or files.
@@ -90,6 +91,7 @@ def bench_frame(rows: Iterable[Row], kind: str) -> pd.DataFrame:
         | {name: row[name] for name in ("metric", "value", "stage")}
         | {name: row["provenance"].get(name) for name in ("gpu", "git", "time")}
         | {"origin": f"{row['trial']} {row['stage']}"}
+        | {"process": f"{row['trial']} {row['stage']} {row['provenance'].get('time')}"}
         for row in chosen
     )
     return _newest(_compared(frame))
@@ -106,7 +108,12 @@ def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     if not (chosen.metric == "time").any():
         return pd.DataFrame()
     same = ("metric", "value", "stage", "gpu", "git", "origin")
-    return _compared(_frame(row.labels | {name: getattr(row, name) for name in same} for row in records(chosen)))
+    return _compared(
+        _frame(
+            row.labels | {name: getattr(row, name) for name in same} | {"process": row.origin}
+            for row in records(chosen)
+        )
+    )
 
 
 def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -144,7 +151,7 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     frame["precision"] = frame.precision.where(frame.precision.notna(), "bf16")
     frame["tile"] = [f"{t[0]}x{t[1]}" if isinstance(t, list) else None for t in frame.tile]
     if "linear" in frame:
-        cell = ["model", "linear", "tokens"]
+        cell = ["model", "linear", "tokens", "process"]
     else:
         # Older rows name the sparsity that the dense model was timed beside, newer ones the stage.
         frame["beside"] = frame.stage.where(frame.stage.str.contains(":"), frame.sparsity.astype(str))
@@ -158,10 +165,35 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     for name, some in (("dense", DENSE["bf16"]), *DENSE.items()):
         best = timed[timed.implementation.isin(some)].groupby(cell).value.min().rename(name)
         frame = frame.join(best, on=cell)
+    if "linear" in frame:
+        gain = _autotuned(timed)
+        share = [
+            1.0 if row.process in gain.processes else gain.shares.get((row.model, row.linear, row.tokens), 1.0)
+            for row in records(frame)
+        ]
+        frame["dense"], frame["bf16"] = frame.dense * share, frame.bf16 * share
     frame["own"] = [getattr(row, row.precision) for row in records(frame)]
     times = frame.value.where(frame.metric == "time")
     frame["speedup"], frame["own_speedup"] = frame.dense / times, frame.own / times
     return frame.drop(columns=list(DENSE))
+
+
+class _Autotuned(NamedTuple):
+    """What max-autotune's choice takes of cuBLAS's time, at most 1, by product; and the processes that timed it."""
+
+    shares: Mapping[Any, float]
+    processes: Collection[str]
+
+
+def _autotuned(timed: pd.DataFrame) -> _Autotuned:
+    some = timed[timed.implementation.isin(["cublas", "compiled"])]
+    product = ["model", "linear", "tokens"]
+    times = some.pivot_table(index=[*product, "process"], columns="implementation", values="value", aggfunc="min")
+    if "compiled" not in times or "cublas" not in times:
+        return _Autotuned({}, ())
+    times = times.dropna()
+    shares = (times.compiled / times.cublas).clip(upper=1.0).groupby(level=product).min()
+    return _Autotuned(shares.to_dict(), set(times.index.get_level_values("process")))
 
 
 def geometric_mean(values: pd.Series) -> float:
@@ -234,12 +266,18 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "b
     dense = "Dense is cuBLAS."
     if compiled:
         some = "" if len(compiled) == timed.tokens.nunique() else " where that was timed"
-        dense = f"Dense is the faster of cuBLAS and torch.compile's max-autotune{some}."
+        dense = (
+            f"Dense is the faster of cuBLAS and torch.compile's max-autotune{some}: in the same process, or by what it "
+            "gained over cuBLAS in another."
+        )
     if precision != "bf16":
-        dense = f"Over the faster dense {name} product; activations are quantised within what is timed."
+        dense = f"Over the faster dense {name} product of the same process; activations are quantised within both."
     if precision == "int4":
-        dense = f"Over the dense {name} product; activations stay as they are."
-    return _plain(columns, rows, [dense])
+        dense = f"Over torch's dense {name} product in the same process; activations stay as they are."
+    notes = [dense]
+    if fallen := int(chosen.fallback.notna().sum()):
+        notes.append(f"{fallen} of {len(chosen)} packed products ran dense, since packed was expected to be slower.")
+    return _plain(columns, rows, notes)
 
 
 def _best(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
@@ -329,9 +367,13 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
     rows: list[tuple[Value, ...]] = []
     for work, _ in energy.groupby(["kind", "batch", "length"]):
-        values = (_of_workload(some, work).value for some in kinds.values())
-        rows.append((_workload(work), *(Measured(float(found.median())) if len(found) else None for found in values)))
-    return _plain(columns, rows, ["Of the whole GPU, by its own counter, over a second of steady work."])
+        # Dense models are counted beside each sparsity: of each the middle one, of several the least.
+        found = (_of_workload(some, work).groupby("implementation").value.median() for some in kinds.values())
+        rows.append((_workload(work), *(Measured(float(values.min())) if len(values) else None for values in found)))
+    notes = ["Of the whole GPU, by its own counter, over a second of work."]
+    if energy.origin.str.partition(" ")[0].nunique() > 1:
+        notes.append("Columns are of several benches, whose joules of the same model differ by up to a seventh.")
+    return _plain(columns, rows, notes)
 
 
 def _workload(work: Any) -> str:

@@ -327,7 +327,10 @@ def hybrid(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
 
 def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
-    """Every variant in FP8, a scale for each feature and each token, which are quantised within what is timed."""
+    """Every variant in FP8, a scale for each feature and each token, which are quantised within what is timed.
+
+    All are packed, as `stoicc.linear.compile_model` packs all weights of 8 bits.
+    """
     n, k = given.linear.n, given.linear.k
     packed, masked = {}, {}
     for variant, mask in given.masks.items():
@@ -348,12 +351,6 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             if x.device.type == "cuda":
                 config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), baselines.FP8)
                 about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
-                if not faster_packed(x.device, weight, [len(x)]):
-                    dense = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
-                    about["fallback"] = "predicted slower than dense"
-                    torch._dynamo.maybe_mark_dynamic(x, 0)
-                    rowwise = torch.compile(baselines.fp8_rowwise)
-                    return Ready([partial(rowwise, x, one, scales[:, None]) for one in dense], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
             return Ready([partial(matmul.linear, x, one) for one in held], check, about)
 

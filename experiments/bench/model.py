@@ -284,7 +284,7 @@ def compiling(limit: int) -> Iterator[None]:
             force_nn_module_property_static_shapes=False,
             force_parameter_static_shapes=False,
         ),
-        # For the dense model too: the baseline is the strongest that there is.
+        # For the dense model too.
         torch._inductor.config.patch({"triton.enable_pdl": True}),
     ):
         yield

@@ -12,7 +12,6 @@ A cell's column is named by the beginning of its name, its row as in ``hts compa
 
 import csv
 import dataclasses
-import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -297,21 +296,6 @@ def _recovery_minutes() -> str:
     return f"{seconds.min() / 60:.1f} to {seconds.max() / 60:.1f}"
 
 
-def _off_dense(on: str) -> str:
-    """How far the recovered guided mask at 45% is from the dense model, in nat a token.
-
-    Args:
-        on: ``trained``, the divergence on what it was trained on, at the end; ``test``, in cross entropy of WikiText-2.
-    """
-    points = _points("smollm2-recovered")
-    (point,) = (p for p in points if p.trained and p.method == "patch-joint" and p.sparsity == TARGETS[0])
-    if on == "test":
-        return f"{math.log(_perplexity(point).value / _perplexity(select(points, 'method=dense')).value):.2f}"
-    frame = _frame("smollm2-recovered")
-    loss = frame[(frame.metric == "recovery_loss") & frame.trial.isin(point.trials)].sort_values("step")
-    return f"{loss.value.iloc[-10:].mean():.2f}"
-
-
 def _pins() -> str:
     """The versions that the package asks for, of what matters most."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -337,8 +321,6 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
     "two-gpus": _gain_of_two,
     "recovery-minutes": _recovery_minutes,
-    "recovered-off-dense-trained": partial(_off_dense, "trained"),
-    "recovered-off-dense-test": partial(_off_dense, "test"),
     "smallest-tile": partial(_of_tile, "16x16"),
     "largest-tile": partial(_of_tile, "128x128"),
 }
