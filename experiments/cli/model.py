@@ -29,7 +29,7 @@ from experiments.cli.options import (
 from experiments.cli.recipe import RECOVERY_SETTINGS, SETTINGS, changes, forecast, forecast_recovery, settings
 from patch.errors import UserError, check_name
 from patch.learn.recipe import CHANGES, PUBLISHED
-from patch.methods import members, published_recipe
+from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
 from patch.recover.recipe import RecoveryRecipe
 
@@ -104,7 +104,10 @@ def _check_not_given(context: typer.Context, why: str, *options: str) -> None:
 def learn(
     model: Model,
     method: Annotated[str, typer.Option(help=listed(members("learned")) + ".")] = "patch-joint",
-    sparsity: Annotated[float, typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5.")] = 0.45,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of zeros over all prunable weights, 0 to 0.5; 0.45 by default, of 2:4 masks 0.5."),
+    ] = None,
     tile: Tile = "128x128",
     text: Annotated[str, typer.Option(help="Text to learn on.")] = "c4",
     calibration: Annotated[str, typer.Option(help="Text of the one-shot prior, and of --refit.")] = "c4",
@@ -146,6 +149,8 @@ def learn(
     seen = Calibration(calibration, calibration_windows, calibration_length or _window(model, data))
     check_name("recipe", recipe, [*CHANGES, *PUBLISHED])
     given = CHANGES.get(recipe, {}) | changes(set_ or [])
+    if sparsity is None:
+        sparsity = 0.5 if METHODS[check_name("method", method, members("learned"))].structure == "2:4" else 0.45
     pruning = build.learned(
         model, method, sparsity, tile_shape(tile), text, seen, seed, recipe=PUBLISHED.get(recipe), **given
     )

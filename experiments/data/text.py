@@ -372,9 +372,9 @@ def calibration_windows(
         candidates = _shuffled(visited, rng)
     if len(found) < windows:
         raise UserError(
-            f"calibration needs {windows} windows of {length} tokens, but only {long_enough or 0} of the "
-            f"{len(documents.texts)} documents are that long and they hold {len(found)}: "
-            "ask for fewer or shorter windows, or name a source with more text"
+            f"calibration needs {windows} windows of {length} tokens, but of the {len(documents.texts)} documents "
+            f"{long_enough or 0} are that long, and hold {len(found)}: ask for fewer or shorter windows "
+            "(--calibration-length, of hts prune --length), or name a source with more text"
         )
     return torch.tensor(found, dtype=torch.int64)
 

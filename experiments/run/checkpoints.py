@@ -27,6 +27,7 @@ from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.errors import UserError
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
@@ -172,6 +173,20 @@ class _Made:
     sparsity: float | None = None
 
 
+def _check_unpruned(model: str) -> None:
+    """What an earlier mask dropped would count as kept by the next one, and its tiles as dense.
+
+    Raises:
+        UserError: if the model is a pruned checkpoint.
+    """
+    if not (Path(model) / INFO_FILE).is_file():
+        return
+    info = load_info(model)
+    if info["structure"] not in ("dense", "shallow"):
+        dense = info.get("definition", {}).get("model", "the dense model that it was made of")
+        raise UserError(f"{model}: pruned already ({info['method']}, {info['structure']}): prune or learn on {dense}")
+
+
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     if pruning.recovery and not pruning.quantisation:
         assert pruning.base is not None
@@ -184,6 +199,8 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     # What is rounded once it is pruned starts from those weights.
     rounded = pruning.quantisation is not None and not pruning.quantisation.joint
     source = str(store.checkpoint_path(pruning.base)) if rounded and pruning.base else pruning.model
+    if not rounded:
+        _check_unpruned(pruning.model)
     # All but learning brings one block at a time to the device, whatever the depth of the model.
     model, tokenizer = models.load_model(
         source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data

@@ -343,8 +343,8 @@ def test_text_without_white_space(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize(
     ("texts", "windows", "length", "held"),
     [
-        (["ba"] * 5, 2, 64, "only 0 of the 5 documents are that long and they hold 0"),
-        ([prose(400, 0), "ba"], 99, 64, "only 1 of the 2 documents"),
+        (["ba"] * 5, 2, 64, "of the 5 documents 0 are that long, and hold 0"),
+        ([prose(400, 0), "ba"], 99, 64, "of the 2 documents 1 are that long"),
     ],
     ids=["too-short", "too-few"],
 )
