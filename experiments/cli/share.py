@@ -34,6 +34,8 @@ def pack(
     if out.exists():
         raise UserError(f"{out} is already there: choose another place or remove it")
     about = origin(checkpoint)
+    if "packed" in about:
+        raise UserError(f"{checkpoint}: packed already: pack the checkpoint that it was made of")
     if about["structure"] not in TILED:
         raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
     model, tokenizer = load_packable(str(checkpoint))

@@ -45,6 +45,8 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     code, out, err = hts("pack", pruned, tmp_path / "packed")
     assert code == 0 and "14 linears packed" in out, err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dtype == torch.bfloat16
+    code, _, err = hts("pack", tmp_path / "packed", tmp_path / "packed again")
+    assert code == 1 and "packed already" in err
     code, out, err = hts("push", tmp_path / "packed", "me/tiny-packed", "--out", tmp_path / "sent packed")
     assert code == 0 and "licence is not known" in out, err
     text = (tmp_path / "sent packed" / "README.md").read_text()
