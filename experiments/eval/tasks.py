@@ -261,14 +261,21 @@ def evaluate_tasks(
     )
 
 
-@functools.lru_cache(maxsize=32)
 def prepare_tasks(tasks: tuple[str, ...], data: Path | None, limit: int | None) -> PreparedTasks:
-    """Load data and build prompts; remembered for the life of the process.
+    """Load data and build prompts; remembered for the life of the process, unless the files change.
 
     Raises:
         UserError: as `check_tasks`; also for rows that lack a field, and where the hub cannot be reached.
     """
     check_tasks(tasks, data)
+    return prepare_content(tasks, data, limit, tuple(fingerprint(task, data) for task in tasks))
+
+
+@functools.lru_cache(maxsize=32)
+def prepare_content(
+    tasks: tuple[str, ...], data: Path | None, limit: int | None, content: tuple[str, ...]
+) -> PreparedTasks:
+    """As `prepare_tasks`, of tasks with these fingerprints."""
     if not tasks:
         raise UserError("no task named")
     if limit is not None and limit < 1:

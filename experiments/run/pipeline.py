@@ -275,7 +275,9 @@ def _task_stage(
     machine: Machine,
 ) -> None:
     started = time.monotonic()
-    label = f"{trial.label}: {task}"
+    label, name = f"{trial.label}: {task}", TASK + task
+    # Before the items are read: of a file that is edited meanwhile, rows must not name what was not read.
+    read = {name: tasks.fingerprint(task, machine.data)}
 
     def on_batch(done: int, total: int) -> None:
         machine.progress(label, done, total)
@@ -300,6 +302,4 @@ def _task_stage(
         )
         for result in results
     ]
-    name = TASK + task
-    read = {name: tasks.fingerprint(task, data)}
     store.write_rows(trial, name, facts, provenance(time.monotonic() - started, read, content))

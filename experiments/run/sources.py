@@ -6,7 +6,8 @@ a definition asks for, these are compared with those of now. Where one differs t
 beside: trials are named without the content of texts, so that published ones keep their names, and two results of one
 name would be drawn as one point. Nothing is replaced that its owner did not remove.
 
-What is older than these hashes, and a text of the hub that cannot be reached now, is taken as it is.
+What is older than these hashes is taken as it is, and so is what was made of a text or task that is not here now: what
+is absent has not changed.
 """
 
 import logging
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Before the name of a task; any other name is that of a text.
 TASK = "task:"
+_AS_IT_IS = "%s: what was made of it is taken as it is"
 
 
 class Sources:
@@ -32,22 +34,27 @@ class Sources:
         self._known: dict[str, str | None] = {}
 
     def digest(self, name: str) -> str | None:
-        """The hash of what a text, or a task (`TASK`), holds now; None of a text of the hub that cannot be reached.
+        """The hash of what a text, or a task (`TASK`), holds now; None if it is not there, or cannot be reached.
 
         Raises:
-            UserError: if it is not there.
+            UserError: if it is there and cannot be read.
         """
         if name not in self._known:
             self._known[name] = self._digest(name)
         return self._known[name]
 
     def _digest(self, name: str) -> str | None:
-        if name.startswith(TASK):
-            return tasks.fingerprint(name.removeprefix(TASK), self._data)
+        try:
+            if name.startswith(TASK):
+                return tasks.fingerprint(name.removeprefix(TASK), self._data)
+            text.check_source(name, self._data)
+        except UserError as error:
+            logger.warning(_AS_IT_IS, error)
+            return None
         try:
             return text.load_documents(name, self._data).sha256
         except text.Unreachable as error:
-            logger.warning("%s: what was made of it is taken as it is", error)
+            logger.warning(_AS_IT_IS, error)
             return None
 
     def check_same(self, provenance: Mapping[str, Any], what: str, place: Path) -> None:

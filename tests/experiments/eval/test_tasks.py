@@ -17,7 +17,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from analysis.names import PAPER_TASKS
-from experiments.eval.tasks import EMBEDDED_TASK, TASKS, TaskResult, check_tasks, evaluate_tasks, prepare_tasks
+from experiments.eval.tasks import (
+    EMBEDDED_TASK,
+    TASKS,
+    TaskResult,
+    check_tasks,
+    evaluate_tasks,
+    prepare_content,
+    prepare_tasks,
+)
 from patch.errors import UserError
 
 ALL = tuple(TASKS)
@@ -369,9 +377,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_hub_and_data_directory_ask_the_same(data: Path) -> None:
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     from_hub, from_files = prepare_tasks(ALL, None, None), prepare_tasks(ALL, data, None)
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     assert from_hub.names == ALL
     assert from_files.names == tuple("race_subset" if name == "race" else name for name in ALL)
     assert list(from_hub.groups) == list(from_files.groups)
@@ -384,9 +392,9 @@ def test_hub_and_data_directory_ask_the_same(data: Path) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_hub_rows_of_hellaswag_are_processed_as_the_official_task_does() -> None:
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     prepared = prepare_tasks(("hellaswag",), None, None)
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     row = made_up_rows()["tasks/hellaswag_validation.jsonl"][0]
     activity, _, rest = row["query"].partition(" ")
     document, requests = prepared.items["hellaswag"][0]
@@ -469,6 +477,17 @@ def test_embedded_task_beside_others(data: Path, model: nn.Module, tokenizer: Pr
     assert [result.task for result in results if result.primary] == [EMBEDDED_TASK, "race_subset"]
 
 
+def test_items_are_read_anew_when_their_file_changes(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tasks" / "piqa_validation.jsonl"
+    file.parent.mkdir()
+    lines = (data / "tasks" / file.name).read_text().splitlines(keepends=True)
+    file.write_text("".join(lines))
+    first = prepare_tasks(("piqa",), tmp_path, None)
+    assert prepare_tasks(("piqa",), tmp_path, None) is first
+    file.write_text("".join(lines[1:]))
+    assert [len(rows) for rows in prepare_tasks(("piqa",), tmp_path, None).items.values()] == [len(lines) - 1]
+
+
 def test_broken_model_does_not_crash(tokenizer: PreTrainedTokenizerFast, data: Path) -> None:
     model = make_model()
     with torch.no_grad():
@@ -491,7 +510,7 @@ def test_nothing_is_written_where_it_runs(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     evaluate(model, tokenizer, ALL, data)
     assert list(tmp_path.iterdir()) == []
 
@@ -503,7 +522,7 @@ def test_progress_output_is_left_to_the_caller(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     evaluate(model, tokenizer, ("mmlu", "piqa"), data)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
@@ -588,7 +607,7 @@ def test_hub_out_of_reach_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    prepare_tasks.cache_clear()
+    prepare_content.cache_clear()
     with pytest.raises(UserError, match=r"tasks piqa cannot be fetched .*Couldn't reach.*--data"):
         prepare_tasks(("piqa",), None, None)
 

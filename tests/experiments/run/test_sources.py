@@ -169,6 +169,63 @@ def test_a_text_of_the_hub_that_cannot_be_reached_is_taken_as_it_was(
     assert "c4 cannot be fetched: what was made of it is taken as it is" in caplog.text
 
 
+def test_a_complete_trial_needs_no_text(
+    tiny_model: Path, words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path / "runs")
+    evaluation = Evaluation((Perplexity(str(words), 16),))
+    pruned = prunings(tiny_model, words)["calibrated"]
+    trials = [Trial(pruning, evaluation) for pruning in (build.dense(str(tiny_model)), pruned)]
+    for trial in trials:
+        pipeline.run_trial(trial, store, machine())
+    content = words.read_bytes()
+    words.unlink()
+    ended: list[Exception | None] = []
+    pipeline.run_trials(trials, store, machine(), lambda _, error: ended.append(error))
+    assert ended == [None, None]
+    assert [record.message for record in caplog.records if "taken as it is" in record.message] == [
+        f"text source {words}: no such file: what was made of it is taken as it is"
+    ]
+    words.write_bytes(content)
+    change(words)
+    pipeline.run_trials(trials, store, machine(), lambda _, error: ended.append(error))
+    assert all(isinstance(error, UserError) for error in ended[2:])
+
+
+@pytest.mark.parametrize("name", ["novels", "a/folder", "src/*.py", TASK + "piqa", TASK + "humaneval"])
+def test_what_is_not_there_has_not_changed(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = Sources(tmp_path)
+    for _ in range(2):
+        sources.check_same({"sources": {name: "a" * 64}}, "rows", tmp_path)
+    assert caplog.text.count("what was made of it is taken as it is") == 1
+
+
+def test_a_text_that_is_there_and_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.jsonl").write_text("{")
+    with pytest.raises(UserError, match="cannot read text from"):
+        Sources(None).check_same({"sources": {str(tmp_path / "words.jsonl"): "a" * 64}}, "rows", tmp_path)
+
+
+def test_items_that_are_edited_while_they_are_evaluated_are_not_recorded_as_measured(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tmp_path / "data" / "tasks" / "piqa_validation.jsonl"
+    items.parent.mkdir(parents=True)
+    items.write_text('{"goal": "a"}\n')
+    before = tasks.fingerprint("piqa", tmp_path / "data")
+
+    def evaluated(*_: Any, **__: Any) -> list[tasks.TaskResult]:
+        items.write_text("{}\n")
+        return [tasks.share_of("piqa", "acc", [True])]
+
+    monkeypatch.setattr(tasks, "evaluate_tasks", evaluated)
+    trial, store = Trial(build.dense(str(tiny_model)), Evaluation((), ("piqa",))), Store(tmp_path / "runs")
+    pipeline.run_trial(trial, store, machine(tmp_path / "data"))
+    assert store.read_rows(trial, TASK + "piqa")[0]["provenance"]["sources"] == {TASK + "piqa": before}
+    with pytest.raises(UserError, match="is of task:piqa with other content"):
+        pipeline.run_trial(trial, store, machine(tmp_path / "data"))
+
+
 @pytest.mark.parametrize(
     "other",
     [lambda folder: folder.joinpath("tasks/piqa_validation.jsonl").write_text("{}\n") and folder, lambda folder: None],
