@@ -41,7 +41,7 @@ _FORMER = {"stream": "decode"}
 
 # Token counts that tables are made for; others use the nearest.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-# The most of them that values of 4 bits are widened for as they are multiplied.
+# The largest of them at which values of 4 bits are widened as they are multiplied: products of up to 90 tokens.
 MOST_OF_FOUR = 64
 
 

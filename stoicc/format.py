@@ -117,6 +117,17 @@ def bits_of(dtype: torch.dtype) -> int:
     return 4 if dtype == GROUPED else 8 * dtype.itemsize
 
 
+def check_dtype(dtype: object) -> torch.dtype:
+    """What is given, if weights of that dtype can be packed.
+
+    Raises:
+        UserError: naming it, if not.
+    """
+    if not isinstance(dtype, torch.dtype) or dtype not in (*DTYPES, *SCALED, GROUPED):
+        raise UserError(f"packed weight has dtype {dtype}, needs bfloat16, float16, float8_e4m3fn, int8 or int4")
+    return dtype
+
+
 def layout_of(dtype: torch.dtype) -> Layout:
     """How blocks of values of this dtype are stored."""
     return LAYOUTS[bits_of(dtype)]
@@ -566,8 +577,7 @@ def _check_kinds(hybrid: HybridWeight) -> None:
     n, k = hybrid.shape
     if n < 1 or k < 8 or k % 8:
         raise UserError(f"packed weight {n}x{k}: in_features must be a positive multiple of 8")
-    if hybrid.dtype not in (*DTYPES, *SCALED, GROUPED):
-        raise UserError(f"packed weight has dtype {hybrid.dtype}, needs bfloat16, float16, float8_e4m3fn, int8 or int4")
+    check_dtype(hybrid.dtype)
     if hybrid.dtype not in SCALED and hybrid.scales is not None:
         raise UserError(f"packed weight of {hybrid.dtype} has scales: only float8_e4m3fn and int8 take them")
     if hybrid.dtype == GROUPED and k % SCALE_GROUP:

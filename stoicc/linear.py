@@ -123,9 +123,13 @@ class HybridLinear(Fused):
 
     @classmethod
     def empty(cls, spec: Spec, bias_dtype: torch.dtype) -> "HybridLinear":
-        """One without data, on the meta device, to load a packed checkpoint into."""
+        """One without data, on the meta device, to load a packed checkpoint into.
+
+        Raises:
+            UserError: if nothing is packed in the spec's dtype.
+        """
         n, k = spec.shape
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        dtype = spec.values
         layout = layout_of(dtype)
         panels, steps = -(-n // 64), -(-k // layout.columns)
         sizes = {

@@ -204,16 +204,17 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: 
     name = torch.cuda.get_device_name(device)
     options = configs.candidates(tokens, capability, band, dtype)
     said = str(dtype).removeprefix("torch.")
-    if isinstance(options[0], ExpandConfig) and tokens > configs.MOST_OF_FOUR:
-        about = f"weights of {said} have kernels for up to {configs.MOST_OF_FOUR} tokens"
-        warnings.warn(f"{about}: more are multiplied by the weight expanded to 16 bits", stacklevel=2)
+    few = tokens <= configs.MOST_OF_FOUR
+    if dtype == GROUPED:
+        about = f"the kernels of {said} were checked on a CPU alone, no GPU has run them yet"
+        warnings.warn(f"{about}: `hts bench kernels` checks them on yours", stacklevel=2)
+    if isinstance(options[0], ExpandConfig):
+        why = f"{name} has no 2:4 tensor cores for {said}" if few else f"many tokens have no kernel for {said}"
+        warnings.warn(f"{why}: the weight is expanded to 16 bits for each product", stacklevel=2)
         return options[0]
-    if isinstance(options[0], PortableConfig | ExpandConfig):
+    if isinstance(options[0], PortableConfig):
         warnings.warn(f"{name} has no 2:4 tensor cores for {said}: using the portable kernel", stacklevel=2)
         return options[0]
-    if dtype == GROUPED:
-        about = f"the kernel of {said} was checked in emulation, no GPU has run it yet"
-        warnings.warn(f"{about}: `hts bench kernels` checks it on yours", stacklevel=2)
     entry = configs.nearest(configs.tables(name), n, k, band, tokens, capability, dtype)
     if entry is not None:
         return entry.config

@@ -9,11 +9,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from patch.errors import UserError
-from stoicc.format import GROUPED, SCALED
+from stoicc.format import SCALED, bits_of, check_dtype
 
 METHOD = "stoicc"
-# Written by what it needs: 2 knows weights of 8 bits, 3 of 4 bits as well.
-FORMAT = 3
+# The first version of the format that knows weights of so many bits; a checkpoint is written in the oldest that it can.
+_KNOWN_SINCE = {16: 1, 8: 2, 4: 3}
+FORMAT = max(_KNOWN_SINCE.values())
 
 # What a packed checkpoint says to those who do not know us. transformers, which reads no entry points, loads a file of
 # code if it is told to trust it. Otherwise it would skip the quantization that it does not know and start from random
@@ -55,14 +56,29 @@ class Spec:
     dtype: str
 
     @property
+    def values(self) -> torch.dtype:
+        """What its weight is packed from.
+
+        Raises:
+            UserError: if nothing is packed in that dtype.
+        """
+        found = getattr(torch, self.dtype, None)
+        return check_dtype(found if isinstance(found, torch.dtype) else self.dtype)
+
+    @property
     def eight_bits(self) -> bool:
         """Whether its weight has values of 8 bits, and scales."""
-        return getattr(torch, self.dtype, None) in SCALED
+        return self.values in SCALED
 
     @property
     def quantised(self) -> bool:
         """Whether its weight has fewer bits than activations."""
-        return self.eight_bits or getattr(torch, self.dtype, None) == GROUPED
+        return bits_of(self.values) < 16
+
+    @property
+    def format(self) -> int:
+        """The oldest format that can say it."""
+        return _KNOWN_SINCE[bits_of(self.values)]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,8 +112,7 @@ class StoiccConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, specs: Sequence[Spec]) -> "StoiccConfig":
         """Of packed modules, in the oldest format that can say it."""
-        needed = max((1 + spec.quantised + (spec.quantised and not spec.eight_bits) for spec in specs), default=1)
-        return cls(needed, [asdict(spec) for spec in specs])
+        return cls(max((spec.format for spec in specs), default=1), [asdict(spec) for spec in specs])
 
     def specs(self) -> list[Spec]:
         """What must be known of each packed module.
@@ -114,6 +129,10 @@ class StoiccConfig(QuantizationConfigMixin):
         names = [name for spec in specs for name, _ in spec.parts]
         if len(set(names)) < len(names):
             raise UserError("packed checkpoint: quantization_config is damaged (a linear is packed twice)")
+        for spec in specs:
+            if spec.format > self.format:
+                said = f"{spec.parts[0][0]}: {spec.dtype} in format {self.format}, known since {spec.format}"
+                raise UserError(f"packed checkpoint: quantization_config is damaged ({said})")
         return specs
 
 
@@ -122,6 +141,11 @@ def _spec(parts: Any, in_features: int, tile: Any, band: int, units: int, bias: 
     sizes = [in_features, *tile, band, units, *(rows for _, rows in named)]
     if not named or len(tile) != 2 or any(type(size) is not int or not 0 <= size < 2**31 for size in sizes):
         raise ValueError(f"sizes of {named[0][0] if named else 'a module'}: {sizes}")
-    if type(bias) is not bool or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+    if type(bias) is not bool or not isinstance(dtype, str):
         raise ValueError(f"{named[0][0]}: bias {bias!r}, dtype {dtype!r}")
-    return Spec(named, in_features, (tile[0], tile[1]), band, units, bias, dtype)
+    spec = Spec(named, in_features, (tile[0], tile[1]), band, units, bias, dtype)
+    try:
+        check_dtype(spec.values)
+    except UserError as error:
+        raise ValueError(f"{named[0][0]}: {error}") from None
+    return spec

@@ -4,7 +4,7 @@ FP8 is e4m3 for weights and activations (``torch._scaled_mm`` with fast accumula
 counts: *rowwise*, a scale for each output feature and one for each token, found on the fly, and *tensorwise*, one scale
 for the weight and one for the activations, known beforehand as after calibration. Activations are quantised within what
 is timed, by a kernel that ``torch.compile`` makes of it, or fuses into what comes before. INT4 is symmetric, in groups
-of 128 inputs, with 16-bit activations (``aten._weight_int4pack_mm``).
+of as many inputs as hybrid weights have, with 16-bit activations (``aten._weight_int4pack_mm``).
 """
 
 import copy
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from patch.layers import prunable_linears
 from patch.quantise.linear import QuantisedLinear as Simulated
+from stoicc.format import SCALE_GROUP
 from stoicc.linear import Fused, groups, install
 
 Model = TypeVar("Model", bound=nn.Module)
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-GROUP = 128
 # K tiles that a thread of the INT4 kernel takes together.
 INNER_K_TILES = 8
 
@@ -54,8 +54,8 @@ def fp8_tensorwise(x: Tensor, weight: Tensor, scale: Tensor, x_scale: Tensor) ->
 
 
 def to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values 0 to 15 of ``[N, K]``, 8 being zero, and the scales ``[N, K / GROUP]`` of their groups."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    """Values 0 to 15 of ``[N, K]``, 8 being zero, and the scales ``[N, K / SCALE_GROUP]`` of their groups."""
+    groups = weight.float().unflatten(1, (-1, SCALE_GROUP))
     scale = (groups.abs().amax(2, keepdim=True) / 7).clamp(min=1e-12).to(weight.dtype)
     values = (groups / scale.float()).round().clamp(-8, 7) + 8
     return values.flatten(1).to(torch.uint8), scale.squeeze(2)
@@ -63,7 +63,7 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_int4(values: Tensor, scale: Tensor) -> Tensor:
     """What `to_int4` stands for, in float64."""
-    return ((values.double() - 8).unflatten(1, (-1, GROUP)) * scale.double()[:, :, None]).flatten(1)
+    return ((values.double() - 8).unflatten(1, (-1, SCALE_GROUP)) * scale.double()[:, :, None]).flatten(1)
 
 
 def pack_int4(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def pack_int4(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.stack([scale, torch.zeros_like(scale)], 2).transpose(0, 1).contiguous()
 
 
-def int4(x: Tensor, packed: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
+def int4(x: Tensor, packed: Tensor, scales: Tensor, group: int = SCALE_GROUP) -> Tensor:
     """``x`` ``[T, K]`` times a weight of `pack_int4`, in groups of ``group`` inputs."""
     return torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
 

@@ -22,7 +22,7 @@ from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
 from stoicc import configs, dispatch, matmul
-from stoicc.format import GROUPED, pack
+from stoicc.format import GROUPED, SCALE_GROUP, pack
 from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
 
@@ -365,8 +365,8 @@ def hybrid_int4(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     """Every variant in INT4, in groups as dense INT4, with activations of 16 bits."""
     n, k = given.linear.n, given.linear.k
     packed, masked = {}, {}
-    for variant, mask in given.masks.items() if k % baselines.GROUP == 0 else ():
-        masked[variant] = quantise_groups(mask.apply(given.weight), baselines.GROUP)
+    for variant, mask in given.masks.items() if k % SCALE_GROUP == 0 else ():
+        masked[variant] = quantise_groups(mask.apply(given.weight), SCALE_GROUP)
         packed[variant] = pack(masked[variant].values, mask, masked[variant].scales)
 
     def entries(x: Tensor) -> Iterator[Entry]:

@@ -483,7 +483,23 @@ def test_missing_tensors_are_refused(packed: Any, tmp_path: Path, part: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda c: c.update(format=3), "has format 3, this version reads up to 2", id="newer-format"),
+        pytest.param(lambda c: c.update(format=4), "has format 4, this version reads up to 3", id="newer-format"),
+        *(
+            pytest.param(
+                lambda c, dtype=dtype: c["modules"][0].update(dtype=dtype),
+                rf"damaged \({QKV}\.q_proj: packed weight has dtype .*{dtype}, needs bfloat16",
+                id=dtype,
+            )
+            for dtype in ("float32", "int32", "bool", "nn", "bfloat17")
+        ),
+        *(
+            pytest.param(
+                lambda c, old=old, dtype=dtype: [c.update(format=old), c["modules"][0].update(dtype=dtype)],
+                rf"damaged \({QKV}\.q_proj: {dtype} in format {old}, known since {since}\)",
+                id=f"{dtype}-in-format-{old}",
+            )
+            for old, dtype, since in ((1, "int4", 3), (2, "int4", 3), (1, "int8", 2))
+        ),
         pytest.param(lambda c: c["modules"][0].pop("band"), "quantization_config is damaged", id="field-missing"),
         pytest.param(lambda c: c["modules"][0].update(speed=9), "quantization_config is damaged", id="field-unknown"),
         pytest.param(lambda c: c["modules"][0].update(units="many"), "quantization_config is damaged", id="wrong-type"),

@@ -23,6 +23,7 @@ from patch.quantise.values import Quantised, quantise_groups
 from stoicc.format import unpack
 from stoicc.linear import HybridLinear, packed_modules
 from stoicc.matmul import linear, linear_op
+from stoicc.spec import Spec
 
 IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(1))
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -101,6 +102,12 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_changed() -> None:
     model, masks, _ = simulated()
     with pytest.raises(UserError, match=r"INT4 already, it cannot become torch\.int8"):
         stoicc.compile_model(model, masks, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "nothing"])
+def test_an_empty_module_of_what_is_not_packed_is_refused(dtype: str) -> None:
+    with pytest.raises(UserError, match=rf"dtype .*{dtype}, needs bfloat16"):
+        HybridLinear.empty(Spec((("one", 64),), 128, (64, 128), 1, 33, False, dtype), torch.bfloat16)
 
 
 X = torch.randn(6, 256)

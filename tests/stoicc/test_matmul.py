@@ -1,5 +1,7 @@
 """The operator without a GPU, and the choice of configurations."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.matmul import linear, linear_op, scaled_linear_op
+from stoicc.matmul import choose, linear, linear_op, scaled_linear_op
 from stoicc.quantise import quantise_tokens
 
 X = torch.randn(6, 344, dtype=torch.bfloat16)
@@ -137,6 +139,27 @@ def test_four_bits_have_a_kernel_for_few_tokens_and_are_expanded_for_more(
         assert few or found == [ExpandConfig()]
     assert not any(configs.runs(ExpandConfig(), capability, band, kind) for kind in (torch.bfloat16, torch.int8))
     assert not configs.runs(PortableConfig(32), capability, band, GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "dtype", "said"),
+    [
+        pytest.param((9, 0), 128, GROUPED, ["no GPU has run", "many tokens .* expanded to 16 bits"], id="many-tokens"),
+        pytest.param((7, 5), 8, GROUPED, ["no GPU has run", "GPU of .* expanded to 16 bits"], id="few-before-ampere"),
+        pytest.param((8, 0), 8, torch.float8_e4m3fn, ["GPU of .* portable kernel"], id="eight-bits"),
+    ],
+)
+def test_a_fallback_says_what_it_does_and_whether_a_gpu_has_run_it(
+    capability: tuple[int, int], tokens: int, dtype: torch.dtype, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: f"GPU of {capability}")
+    monkeypatch.setattr(configs, "capability_of", lambda _: capability)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        config = choose.__wrapped__(torch.device("cuda"), 256, 512, 2, tokens, dtype)
+    assert isinstance(config, ExpandConfig if dtype == GROUPED else PortableConfig)
+    assert len(found) == len(said)
+    assert all(re.search(part, str(each.message)) for part, each in zip(said, found, strict=True))
 
 
 def test_entries_serve_weights_of_their_dtype() -> None:
