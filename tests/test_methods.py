@@ -59,7 +59,7 @@ def test_a_study_runs_it_to_its_table_and_figure(  # type: ignore[no-untyped-def
     trials = tuple(Trial(pruning, Evaluation((Perplexity(text, 32),))) for pruning in prunings)
     monkeypatch.setitem(STUDIES, "scratch", Study("a test", lambda: trials))
     assert [trial.label.removeprefix(model) for trial in trials] == [
-        " dense",
+        "",
         " scratch hybrid 25% 16x16",
         " scratch hybrid 35% 16x16",
     ]

@@ -110,7 +110,7 @@ def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     same = ("metric", "value", "stage", "gpu", "git", "origin")
     return _compared(
         _frame(
-            row.labels | {name: getattr(row, name) for name in same} | {"process": row.origin}
+            row.labels | {name: getattr(row, name) for name in same} | {"process": f"{row.trial} {row.stage}"}
             for row in records(chosen)
         )
     )

@@ -96,7 +96,7 @@ def test_a_quantised_pruning_stands_on_the_same_in_more_bits(tiny_model: Path, t
     assert lineage(rounded) == [found["2:4"], fitted, rounded]
     assert rounded.quantisation == Quantisation("fp8")
     name = str(tiny_model)
-    assert describe(found["dense fp8"]) == f"{name} dense FP8"
+    assert describe(found["dense fp8"]) == f"{name} FP8"
     assert describe(found["2:4 int4"]) == f"{name} magnitude 2:4 50% INT4"
     assert "pruned and rounded in one sweep INT4" in describe(found["joint"])
     assert cost.pruning_flops(found["dense int4"]) > cost.pruning_flops(found["dense fp8"]) == 0  # type: ignore[operator]
