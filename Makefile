@@ -5,8 +5,6 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes that run tests: one more than there are cores, since many tests wait for processes of their own.
-WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) < 7 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 8)))
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_VLLM := .venv-vllm/.installed
@@ -22,7 +20,7 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 	$(BIN)/hts report demo --results runs --out runs/report.html
 
 test: lint ## ruff, mypy and the tests; needs no GPU (ten minutes on two cores)
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 fuzz: $(INSTALLED) ## damage files in a thousand ways each: refused in one line, or a fault (half an hour)
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
@@ -40,8 +38,8 @@ docs: $(INSTALLED_DOCS) ## the documentation as a site in site/, its links check
 	@echo "wrote site/index.html"
 
 test-thorough: $(INSTALLED) ## what takes minutes more: every shown command that runs, kernels for every GPU
-	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n $(WORKERS) -m "thorough" tests
-	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n $(WORKERS) tests/stoicc/test_sass.py tests/patch/learn/test_soft_mask_triton.py
+	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 -m "thorough" tests
+	EVERY_ARCHITECTURE=1 $(BIN)/pytest -n auto --maxprocesses 8 tests/stoicc/test_sass.py tests/patch/learn/test_soft_mask_triton.py
 
 test-gpu: $(INSTALLED) ## the tests that make test skips without a GPU
 	$(BIN)/python tests/gpu.py
