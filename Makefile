@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 	$(BIN)/hts run demo
 	$(BIN)/hts report demo --results runs --out runs/report.html
 
-test: lint ## ruff, mypy and the tests; needs no GPU (ten minutes on two cores)
+test: lint ## ruff, mypy and the tests; needs no GPU (nine to twelve minutes on two cores)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 fuzz: $(INSTALLED) ## damage files in a thousand ways each: refused in one line, or a fault (half an hour)

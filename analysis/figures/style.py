@@ -1,5 +1,7 @@
 """What all figures share: column widths of a paper, type sizes, how a method is drawn, titles and writing.
 
+A method's colour and marker are in its entry of `patch.methods`.
+
 No figure goes through pyplot, and settings hold only inside `paper_style`: drawing leaves no global state behind.
 """
 
