@@ -12,7 +12,7 @@ from analysis.figures.about import gpus
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, new_figure, set_title
 from analysis.names import workload_name
-from analysis.tables.kernels import DENSE, PRECISIONS, precisions
+from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical
 
 _RIGHT = 26.0
 
@@ -44,8 +44,7 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
                 end = (100 * float(own.sparsity.iloc[-1]), float(own.speedup.iloc[-1]))
                 labels.append(Label(f"{PRECISIONS[precision]} tiles", end, "right", colors[precision]))
         for precision, names in DENSE.items():
-            # Timed beside each sparsity: of each model the middle one, of several the fastest.
-            dense = timed[timed.implementation.isin(names)].groupby("implementation").speedup.median()
+            dense = typical(timed[timed.implementation.isin(names)], "speedup")
             if precision == "bf16" or dense.empty:
                 continue
             axis.axhline(dense.max(), color=FAINT, linewidth=0.9, linestyle="--", gid="dense")

@@ -206,6 +206,16 @@ def precisions(frame: pd.DataFrame) -> list[str]:
     return [precision for precision in PRECISIONS if precision in found]
 
 
+def kind_of(kind: str, precision: str) -> str:
+    """How the names of the tables of one kind and precision begin."""
+    return kind if precision == "bf16" else f"{kind} {precision}"
+
+
+def typical(rows: pd.DataFrame, quantity: str) -> pd.Series:
+    """Of each implementation the middle one of its rows: dense models are timed beside each sparsity."""
+    return rows.groupby("implementation")[quantity].median()
+
+
 def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
     """The tables of what was timed, by name: ``kernels-<model>``, of other precisions ``kernels fp8-<model>``;
     ``model-<model>`` and ``model fp8-<model>``, and ``energy-<model>``.
@@ -218,12 +228,10 @@ def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
         own = frame[frame.model == model]
         if "linear" in frame:
             for precision in precisions(own):
-                kind = "kernels" if precision == "bf16" else f"kernels {precision}"
-                found[f"{kind}-{model}"] = kernel_table(own, precision=precision)
+                found[f"{kind_of('kernels', precision)}-{model}"] = kernel_table(own, precision=precision)
         elif (own.implementation == "hybrid").any():
             for precision in precisions(own):
-                kind = "model" if precision == "bf16" else f"model {precision}"
-                found[f"{kind}-{model}"] = model_table(own, precision)
+                found[f"{kind_of('model', precision)}-{model}"] = model_table(own, precision)
             if energy := energy_table(own):
                 found[f"energy-{model}"] = energy
     return found
@@ -322,8 +330,7 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
     rows: list[tuple[Value, ...]] = []
     for work, group in hybrid.groupby(["kind", "batch", "length"]):
         by_sparsity = group.set_index("sparsity").own_speedup
-        # Dense models are timed beside each sparsity: of each the middle one, of several the fastest.
-        others = (_of_workload(some, work).groupby("implementation").speedup.median().max() for some in beside.values())
+        others = (typical(_of_workload(some, work), "speedup").max() for some in beside.values())
         rows.append(
             (
                 _workload(work),
@@ -367,8 +374,7 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
     rows: list[tuple[Value, ...]] = []
     for work, _ in energy.groupby(["kind", "batch", "length"]):
-        # Dense models are counted beside each sparsity: of each the middle one, of several the least.
-        found = (_of_workload(some, work).groupby("implementation").value.median() for some in kinds.values())
+        found = (typical(_of_workload(some, work), "value") for some in kinds.values())
         rows.append((_workload(work), *(Measured(float(values.min())) if len(values) else None for values in found)))
     notes = ["Of the whole GPU, by its own counter, over a second of work."]
     if energy.origin.str.partition(" ")[0].nunique() > 1:

@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.rows.points import gather, trial_labels
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
-from analysis.tables.kernels import PRECISIONS, from_rows, speed_tables
+from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
 from analysis.tables.packed import projected_shapes, projected_table, speed_table
 from analysis.tables.render import Table
 from analysis.tables.spent import cost_table
@@ -62,15 +62,13 @@ def title(name: str) -> str:
     if name.startswith("carried-"):
         return f"Tile statistics projected onto the shapes of {name.removeprefix('carried-')}"
     for precision, spelled in PRECISIONS.items():
-        kind = "kernels" if precision == "bf16" else f"kernels {precision}"
-        if name.startswith(f"{kind}-"):
-            own = "" if precision == "bf16" else f" {spelled}"
-            model = name.removeprefix(f"{kind}-")
+        own = "" if precision == "bf16" else f" {spelled}"
+        kernels, models = (f"{kind_of(kind, precision)}-" for kind in ("kernels", "model"))
+        if name.startswith(kernels):
+            model = name.removeprefix(kernels)
             return f"{model}: its linears{own}, speedup over dense{own} by sparsity, 128x128 tiles, geometric mean"
-        whole = kind.replace("kernels", "model")
-        if name.startswith(f"{whole}-"):
-            own = "" if precision == "bf16" else f" {spelled}"
-            return f"{name.removeprefix(f'{whole}-')}: end to end{own}, speedup over dense{own} by sparsity"
+        if name.startswith(models):
+            return f"{name.removeprefix(models)}: end to end{own}, speedup over dense{own} by sparsity"
     if name.startswith("energy-"):
         return f"{name.removeprefix('energy-')}: end to end, joules a token"
     titles = {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}
