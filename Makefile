@@ -66,7 +66,7 @@ versions: ## the tests of packing and checkpoints with the lowest and the newest
 			--disable-pip-version-check --upgrade $$wanted -e . pytest pytest-timeout hypothesis peft "numpy<2.4" && touch $$folder/.installed; } || exit 1; \
 		$$folder/bin/python -c "import torch, triton, transformers as t; print('$$set:', torch.__version__, triton.__version__, t.__version__)"; \
 		$$folder/bin/python -m pytest -q tests/stoicc/test_format.py tests/stoicc/test_linear.py tests/stoicc/test_transformers.py \
-			tests/stoicc/vllm/test_shards.py tests/patch/test_checkpoint.py tests/patch/test_mask.py || exit 1; \
+			tests/stoicc/vllm/test_shards.py tests/patch/test_checkpoint.py tests/patch/test_audit.py tests/patch/test_mask.py || exit 1; \
 	done
 
 # The other versions lie beside the environment.
