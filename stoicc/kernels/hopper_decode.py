@@ -10,7 +10,7 @@ of them or, in a cluster of ``blocks``, a contiguous share of the 2:4 ones and o
 kilobytes a warp. Activations come to a ring in shared memory by bulk copies, a few turns ahead; where a share ends
 within a turn, what is missing is zero on both sides.
 
-Sums of a cluster's blocks meet in a workspace and are added in a fixed order, so the bits are the same on every run.
+Sums of a cluster's blocks meet in a workspace (`stoicc.kernels.sums`).
 As in `stoicc.kernels.decode` the kernel begins before the one before it is done, and asks for records first.
 """
 
@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.compat import barrier, load_tile, reinterpret
 from stoicc.format import ROW_BYTES, HybridWeight, block_columns
+from stoicc.kernels.sums import add_up, leave
 from stoicc.language import (
     GLUON_DTYPE,
     METADATA,
@@ -273,21 +274,20 @@ def hopper_decode_linear(
     if PDL:
         let_next_begin()
 
-    total = acc.to(gl.float32)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     if BLOCKS > 1:
         SIZE: gl.constexpr = ROWS * TOKENS
         tile = (gl.program_id(1) * (gl.num_programs(0) // BLOCKS) + part) * BLOCKS
-        own = workspace + tile.to(gl.int64) * SIZE + row[:, None] * TOKENS + column[None, :]
-        gl.store(own + block * SIZE, total)
+        sums = workspace + tile.to(gl.int64) * SIZE
+        leave(sums + block * SIZE, acc)
         cluster_barrier(BLOCKS, WARPS * 32)
-        if block == 0:
-            for other in gl.static_range(1, BLOCKS):
-                total += gl.load(own + other * SIZE, volatile=True)
-    if block == 0:
-        feature = panel * 64 + row
-        at = token + column
+        add_up(
+            y, bias, scales, token_scales, sums, block, token, panel * 64, tokens, out_features, y_stride,
+            ROWS, TOKENS, BLOCKS, WARPS, dtype.primitive_bitwidth, HAS_BIAS,
+        )  # fmt: skip
+    else:
+        total = acc.to(gl.float32)
+        feature = panel * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        at = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
         if dtype.primitive_bitwidth == 8:
             total *= gl.load(scales + feature, mask=feature < out_features, other=0.0)[:, None]
             total *= gl.load(token_scales + at, mask=at < tokens, other=0.0)[None, :]
