@@ -96,15 +96,17 @@ def assert_right_of_eight(hybrid: HybridWeight, tokens: int, bias: Tensor | None
     assert torch.equal(y, run_scaled(values, scales, hybrid, bias, torch.bfloat16, config))
 
 
-@pytest.mark.parametrize("dtype", EIGHT, ids=str)
-def test_every_shipped_configuration_of_eight_bits_is_right(dtype: torch.dtype) -> None:
-    for config, band, tokens in shipped(dtype):
-        for number, (n, k) in enumerate(SHAPES):
-            tile = (64 * band, 128)
-            hybrid = hybrid_of_eight(n, k, tile, 0.6, dtype, uneven=bool(number % 2), seed=number)
-            if configs.runs(config, CAPABILITY, hybrid.band, dtype):
-                bias = torch.randn(n, device="cuda", dtype=torch.bfloat16) if number % 2 else None
-                assert_right_of_eight(hybrid, max(1, tokens - 3), bias, config)
+@pytest.mark.parametrize(
+    ("dtype", "config", "band", "tokens"), [(dtype, *each) for dtype in EIGHT for each in shipped(dtype)], ids=str
+)
+def test_every_shipped_configuration_of_eight_bits_is_right(
+    dtype: torch.dtype, config: Config, band: int, tokens: int
+) -> None:
+    for number, (n, k) in enumerate(SHAPES):
+        hybrid = hybrid_of_eight(n, k, (64 * band, 128), 0.6, dtype, uneven=bool(number % 2), seed=number)
+        if configs.runs(config, CAPABILITY, hybrid.band, dtype):
+            bias = torch.randn(n, device="cuda", dtype=torch.bfloat16) if number % 2 else None
+            assert_right_of_eight(hybrid, max(1, tokens - 3), bias, config)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 63, 64, 65, 127, 300, 1000, 8192])
