@@ -132,13 +132,9 @@ def _few_on_hopper(tokens: int, dtype: torch.dtype) -> Iterator[Config]:
         width = 16 if tokens <= 16 else 32
         yield from (HopperDecodeConfig(64, width, 4, 2, blocks) for blocks in (4, 2, 1))
         yield from (HopperDecodeConfig(64, width, 2, 4, blocks) for blocks in (4, 2, 1, 8))
-        if width == 32:
-            yield from (HopperDecodeConfig(128, width, 4, 2, blocks) for blocks in (4, 2, 8))
     elif tokens <= 256:
         yield from (HopperDecodeConfig(64, 64, 4, 2, blocks) for blocks in (2, 1, 4))
         yield from (HopperDecodeConfig(64, 64, 2, 4, blocks) for blocks in (2, 1, 4))
-        yield from (HopperDecodeConfig(128, 64, 4, 2, blocks) for blocks in (4, 2, 1, 8))
-        yield from (HopperDecodeConfig(128, 64, 2, 4, blocks) for blocks in (4, 2, 1, 8))
     if 64 < tokens <= 256:
         yield from (HopperDecodeConfig(64, 128, 4, 2, blocks) for blocks in (2, 1, 4))
         yield from (HopperDecodeConfig(64, 128, 2, 2, blocks) for blocks in (2, 1, 4))
@@ -218,10 +214,6 @@ def _many(tokens: int, dtype: torch.dtype) -> Iterator[Config]:
         yield from (HopperConfig(64, 8, 8, 1), HopperConfig(64, 8, 8, 2))
     if tokens > 64:
         yield from (HopperConfig(128, 6, 8, 1), HopperConfig(128, 6, 8, 2))
-    if 64 < tokens <= 512:
-        yield from (HopperConfig(128, 8, 4, cluster, splits) for cluster in (2, 1) for splits in (2, 4))
-    if 128 < tokens <= 1024 and dtype != torch.int8:
-        yield from (HopperConfig(256, 6, 4, cluster, splits) for cluster in (2, 1) for splits in (2, 4))
 
 
 def nearest(

@@ -172,20 +172,6 @@ def let_next_begin():
 
 
 @gluon.jit
-def let_others_see():
-    """What this warp wrote to global memory can be seen by who sees that it arrives at a barrier after this."""
-    gl.inline_asm_elementwise(
-        "fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,~{memory}", [], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def see_what_others_wrote():
-    """The other side of `let_others_see`: to be called after the wait for who arrived."""
-    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,~{memory}", [], gl.int32, False, 1)
-
-
-@gluon.jit
 def multicast_next(MASK: gl.constexpr):
     """The bulk copy that follows lands in the shared memory of every block of the cluster whose bit is set."""
     gl.inline_asm_elementwise(_multicast(MASK), "=r", [], gl.int32, False, 1)

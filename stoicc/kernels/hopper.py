@@ -12,10 +12,6 @@ either band, so that a column that is dense in one band and 2:4 in the other cos
 
 The warps of a consumer do not meet to wait for a stage or to give one back: each does so for itself.
 
-Where output tiles are too few for all multiprocessors, ``splits`` blocks (or pairs) of a cluster share each tile: every
-one takes a contiguous part of the walk over K, of about the same cost, and leaves its sums in a workspace; once all
-have, each adds up a slice of the tokens in a fixed order, so the bits are the same on every run.
-
 A consumer drains its ``wgmma`` once per turn of the loop, since ptxas serialises the pipeline when metadata registers
 change while it is open; within a turn one step is in flight while the next is issued.
 """
@@ -32,7 +28,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.compat import barrier, load_tile, reinterpret, store_tile
 from stoicc.format import ROW_BYTES, HybridWeight, block_columns
-from stoicc.kernels.sums import add_up, leave
 from stoicc.language import (
     FRAGMENT,
     GLUON_DTYPE,
@@ -42,12 +37,10 @@ from stoicc.language import (
     cluster_barrier,
     dot_24,
     dot_dense,
-    let_others_see,
     multicast_next,
     quiet,
     record_24,
     remote_next,
-    see_what_others_wrote,
 )
 
 _ROW_BYTES = gl.constexpr(ROW_BYTES)
@@ -62,14 +55,12 @@ class HopperConfig:
         stages: tiles of activations in the ring.
         together: token tiles that are walked together.
         cluster: thread blocks that share activations: 1, or 2 for weights whose band is 2.
-        splits: parts that K is cut into, each of ``cluster`` thread blocks: 1, 2 or 4.
     """
 
     tokens: int
     stages: int
     together: int
     cluster: int
-    splits: int = 1
 
 
 @gluon.jit
@@ -82,68 +73,27 @@ def _output_tile(index, groups, token_tiles, order, TILES_TOGETHER: gl.constexpr
 
 
 @gluon.jit
-def _within(number, last):
-    return gl.minimum(gl.maximum(number, 0), last)
-
-
-@gluon.jit
-def _part(split, group, steps, panels, sparse_blocks, leads, CLUSTER: gl.constexpr, SPLITS: gl.constexpr):
-    """First step of part ``split`` of a group's walk and the first after it, so that all parts cost about the same.
-
-    A dense step is reckoned as one and a half of 2:4: tensor cores take twice as long, shared memory as long.
-    """
-    if SPLITS == 1:
-        return 0, steps
-    else:
-        # Both blocks of a pair have panels of the same two bands.
-        a = gl.minimum(group * 2 * CLUSTER, panels - 1)
-        b = gl.minimum((group * 2 + 1) * CLUSTER, panels - 1)
-        lead_a, dense_a = gl.load(leads + a), steps - gl.load(sparse_blocks + a)
-        lead_b, dense_b = gl.load(leads + b), steps - gl.load(sparse_blocks + b)
-        whole = 4 * steps + dense_a + dense_b
-        first, last = steps * 0, steps * 0
-        bit = 1 << 14
-        # The most steps that cost no more than the parts before, bit by bit.
-        for _ in range(15):
-            more = gl.minimum(first + bit, steps)
-            cost = 4 * more + _within(more - lead_a, dense_a) + _within(more - lead_b, dense_b)
-            first = gl.where(cost * SPLITS <= whole * split, more, first)
-            more = gl.minimum(last + bit, steps)
-            cost = 4 * more + _within(more - lead_a, dense_a) + _within(more - lead_b, dense_b)
-            last = gl.where(cost * SPLITS <= whole * (split + 1), more, last)
-            bit = bit >> 1
-        return first, last
-
-
-@gluon.jit
 def _produce(
-    x_desc, columns, sparse_blocks, leads, order, x_ring, full, empty, steps, panels, groups, token_tiles,
-    TOKENS: gl.constexpr, CLUSTER: gl.constexpr, SPLITS: gl.constexpr, TILES_TOGETHER: gl.constexpr,
+    x_desc, columns, order, x_ring, full, empty, steps, groups, token_tiles,
+    TOKENS: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = full.shape[0]
-    TEAM: gl.constexpr = CLUSTER * SPLITS
     rank = gl.program_id(0) % CLUSTER
-    split = gl.program_id(0) % TEAM // CLUSTER
     count = 0
-    for index in range(gl.program_id(0) // TEAM, groups * token_tiles, gl.num_programs(0) // TEAM):
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
         group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
         walk = columns + group * 2 * CLUSTER * steps
-        first, last = _part(split, group, steps, panels, sparse_blocks, leads, CLUSTER, SPLITS)
-        column = gl.load(walk + gl.minimum(first, steps - 1))
+        column = gl.load(walk)
         token = token_tile * TOKENS + rank * (TOKENS // CLUSTER)
-        for step in range(first, last):
+        for step in range(steps):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), TOKENS * _ROW_BYTES)
-            at = [token, column * x_desc.block_shape[1]]
-            if CLUSTER == 1:
-                load_tile(x_desc, at, full.index(stage), x_ring.index(stage))
-            else:
-                # The blocks that it lands in are part of the instruction.
-                for pair in gl.static_range(SPLITS):
-                    if split == pair:
-                        multicast_next(3 << 2 * pair)
-                        load_tile(x_desc, at, full.index(stage), x_ring.index(stage * CLUSTER + rank))
+            if CLUSTER == 2:
+                multicast_next(3)
+            load_tile(
+                x_desc, [token, column * x_desc.block_shape[1]], full.index(stage), x_ring.index(stage * CLUSTER + rank)
+            )
             column = gl.load(walk + gl.minimum(step + 1, steps - 1))
             count += 1
     if CLUSTER == 2:
@@ -269,10 +219,9 @@ def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_word
 
 @gluon.jit
 def _consume(
-    y_desc, y, words, bias, scales, token_scales, workspace, starts, sparse_blocks, leads, order, x_ring, y_stages,
-    factors, full, empty, left, steps, panels, groups, token_tiles, out_features, tokens, y_stride,
-    CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, SPLITS: gl.constexpr, TILES_TOGETHER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages, factors,
+    full, empty, steps, panels, groups, token_tiles, out_features, tokens,
+    CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = x_ring.shape[1]
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
@@ -284,14 +233,11 @@ def _consume(
     words_24 = warp * 256 + lane * 4 + register
     words_dense = warp * 512 + lane * 4 + register
     metadata = warp * 32 + lane
-    TEAM: gl.constexpr = CLUSTER * SPLITS
     y_stage = y_stages.index(CONSUMER)
     rank = gl.program_id(0) % CLUSTER
-    split = gl.program_id(0) % TEAM // CLUSTER
-    peer = gl.program_id(0) % TEAM ^ 1
+    peer = rank ^ 1
     count = 0
-    turn = 0
-    for index in range(gl.program_id(0) // TEAM, groups * token_tiles, gl.num_programs(0) // TEAM):
+    for index in range(gl.program_id(0) // CLUSTER, groups * token_tiles, gl.num_programs(0) // CLUSTER):
         group, token_tile = _output_tile(index, groups, token_tiles, order, TILES_TOGETHER)
         # The first consumers of a cluster have one band, the second the other: so all blocks have the same work.
         own_panel = (group * 2 + CONSUMER) * CLUSTER + rank
@@ -301,129 +247,96 @@ def _consume(
         lead = gl.load(leads + panel)
         record = words + gl.load(starts + panel).to(gl.int64) * 128
         feature = own_panel * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        first, last = _part(split, group, steps, panels, sparse_blocks, leads, CLUSTER, SPLITS)
-        if HAS_BIAS and SPLITS == 1:
+        if HAS_BIAS:
             offset = gl.load(bias + feature, mask=feature < out_features, other=0.0).to(gl.float32)
-        if BITS == 8 and SPLITS == 1:
+        if BITS == 8:
             # Asked for now, needed after the walk; from shared memory each thread then takes those of its tokens.
             factor = gl.load(scales + feature, mask=feature < out_features, other=0.0)
             token = token_tile * TOKENS + gl.arange(0, TOKENS, spread)
             factors.index(CONSUMER).store(gl.load(token_scales + token, mask=token < tokens, other=0.0))
         acc = gl.zeros([64, TOKENS], accumulator(x_ring.dtype), layout)
-        # Of this part: 2:4 steps up to the panel's first dense one, dense ones, and 2:4 ones after the last of them.
-        dense = steps - sparse
-        skipped = gl.minimum(first, lead)
-        length = gl.minimum(last, lead) - skipped
-        if length > 0:
-            at = record + skipped * record_24(x_ring.dtype)
-            acc, count = _walk_24(acc, at, length, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
-        skipped = _within(first - lead, dense)
-        length = _within(last - lead, dense) - skipped
-        if length > 0:
-            at = record + sparse * record_24(x_ring.dtype) + skipped * RECORD_DENSE
-            acc, count = _walk_dense(acc, at, length, count, x_ring, full, empty, peer, words_dense, CLUSTER)
-        skipped = gl.maximum(first - dense, lead)
-        length = gl.maximum(last - dense, lead) - skipped
-        if length > 0:
-            at = record + skipped * record_24(x_ring.dtype)
-            acc, count = _walk_24(acc, at, length, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
-        if SPLITS == 1:
-            # The previous tile's store has had this tile's whole walk to read the stage.
-            tma.store_wait(0)
-            barrier()
-            out = acc.to(gl.float32)
-            if BITS == 8:
-                out *= factors.index(CONSUMER).load(gl.SliceLayout(0, layout))[None, :] * factor[:, None]
-            if HAS_BIAS:
-                out += offset[:, None]
-            y_stage.permute((1, 0)).store(out.to(y_stage.dtype))
-            fence_async_shared()
-            barrier()
-            store_tile(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
-        else:
-            # Two of them, in turns: who writes to one again knows that all have read what was there.
-            team = gl.program_id(0) // TEAM * 2 + turn % 2
-            sums = workspace + ((team * CLUSTER + rank) * 2 + CONSUMER) * (SPLITS * 64 * TOKENS)
-            leave(sums + split * (64 * TOKENS), acc)
-            let_others_see()
-            for other in gl.static_range(SPLITS):
-                remote_next(rank + other * CLUSTER)
-                mbarrier.arrive(left.index(CONSUMER))
-            mbarrier.wait(left.index(CONSUMER), turn & 1)
-            see_what_others_wrote()
-            add_up(
-                y, bias, scales, token_scales, sums, split, token_tile * TOKENS, own_panel * 64, tokens, out_features,
-                y_stride, 64, TOKENS, SPLITS, 4, BITS, HAS_BIAS,
-            )  # fmt: skip
-            turn += 1
-    if SPLITS == 1:
+        if lead > 0:
+            acc, count = _walk_24(acc, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
+        if steps > sparse:
+            dense = record + sparse * record_24(x_ring.dtype)
+            acc, count = _walk_dense(acc, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER)
+        if sparse > lead:
+            record += lead * record_24(x_ring.dtype)
+            acc, count = _walk_24(
+                acc, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER
+            )
+        # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
+        barrier()
+        out = acc.to(gl.float32)
+        if BITS == 8:
+            out *= factors.index(CONSUMER).load(gl.SliceLayout(0, layout))[None, :] * factor[:, None]
+        if HAS_BIAS:
+            out += offset[:, None]
+        y_stage.permute((1, 0)).store(out.to(y_stage.dtype))
+        fence_async_shared()
+        barrier()
+        store_tile(y_desc, [token_tile * TOKENS, own_panel * 64], y_stage)
+    tma.store_wait(0)
 
 
 # Sizes are not specialised on: a binary for each of their divisibilities would gain nothing.
-@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features", "tokens", "y_stride"])
+@gluon.jit(do_not_specialize=["steps", "panels", "groups", "token_tiles", "out_features", "tokens"])
 def hopper_linear(
-    x_desc, y_desc, y, words, bias, scales, token_scales, workspace, starts, columns, sparse_blocks, leads, order,
-    steps, panels, groups, token_tiles, out_features, tokens, y_stride,
-    STAGES: gl.constexpr, CLUSTER: gl.constexpr, SPLITS: gl.constexpr, TILES_TOGETHER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    x_desc, y_desc, words, bias, scales, token_scales, starts, columns, sparse_blocks, leads, order,
+    steps, panels, groups, token_tiles, out_features, tokens,
+    STAGES: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias`` over output tiles of 128 features a thread block by as many tokens as ``y_desc``'s block.
 
     Args:
         x_desc: activations ``[tokens, K]`` in blocks of ``[TOKENS / CLUSTER, 64]``, of 8 bits 128 columns.
-        y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``, if ``SPLITS`` is one; else of any.
-        y: the same, rows ``y_stride`` elements apart.
+        y_desc: output ``[tokens, N]`` in blocks of ``[TOKENS, 64]``.
         words, starts, columns, sparse_blocks: the parts of the ``HybridWeight``.
         bias: ``[N]``, or anything if not ``HAS_BIAS``.
         scales, token_scales: float32 ``[N]`` and ``[tokens]``, factors of products of 8 bits; else anything.
-        workspace: float32, if ``SPLITS`` is more than one, for each thread block two times ``[2, TOKENS, 64]``.
         leads: the weight's where a group is its group (``CLUSTER`` equals its band); its ``sparse_blocks`` where a
             group is only one of its bands, whose panels turn together.
         order: int32 ``[groups, 4]``, the groups of ``2 * CLUSTER`` panels, most expensive first.
         STAGES: tiles of activations in the ring, at least three.
         CLUSTER: thread blocks that share activations, one or two.
-        SPLITS: parts that the walk over K is cut into.
         TILES_TOGETHER: token tiles that are walked together.
     """
-    TOKENS: gl.constexpr = x_desc.block_shape[0] * CLUSTER
+    TOKENS: gl.constexpr = y_desc.block_shape[0]
     WIDTH: gl.constexpr = x_desc.block_shape[1]
     x_halves = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CLUSTER, TOKENS // CLUSTER, WIDTH], x_desc.layout)
     x_ring = reinterpret(x_halves, x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
-    y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, y_desc.block_shape[0], 64], y_desc.layout)
+    y_stages = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
     factors = gl.allocate_shared_memory(
         gl.float32, [2, TOKENS if WIDTH == 128 else 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    left = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
         # Every warp of every consumer arrives for itself.
         mbarrier.init(empty.index(stage), 2 * CLUSTER * 4)
-    for consumer in gl.static_range(2):
-        mbarrier.init(left.index(consumer), SPLITS * 4)
     fence_async_shared()
     barrier()
     quiet(128)
-    if CLUSTER * SPLITS > 1:
-        cluster_barrier(CLUSTER * SPLITS, 128)
+    if CLUSTER == 2:
+        cluster_barrier(2, 128)
     # Written out, since values of a tuple that has a name are no longer compile-time constants.
     gl.warp_specialize(
         [
             (_consume, (
-                y_desc, y, words, bias, scales, token_scales, workspace, starts, sparse_blocks, leads, order, x_ring,
-                y_stages, factors, full, empty, left, steps, panels, groups, token_tiles, out_features, tokens,
-                y_stride, 0, CLUSTER, SPLITS, TILES_TOGETHER, HAS_BIAS,
+                y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
+                factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
+                0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
             (_consume, (
-                y_desc, y, words, bias, scales, token_scales, workspace, starts, sparse_blocks, leads, order, x_ring,
-                y_stages, factors, full, empty, left, steps, panels, groups, token_tiles, out_features, tokens,
-                y_stride, 1, CLUSTER, SPLITS, TILES_TOGETHER, HAS_BIAS,
+                y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
+                factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
+                1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
             )),
             (_produce, (
-                x_desc, columns, sparse_blocks, leads, order, x_halves, full, empty, steps, panels, groups, token_tiles,
-                TOKENS, CLUSTER, SPLITS, TILES_TOGETHER,
+                x_desc, columns, order, x_halves, full, empty, steps, groups, token_tiles,
+                TOKENS, CLUSTER, TILES_TOGETHER,
             )),
         ],
         [4, 1],
@@ -452,26 +365,15 @@ def launch(
     tokens = x.shape[0]
     groups = len(order)
     token_tiles = triton.cdiv(tokens, config.tokens)
-    x_block = [config.tokens // config.cluster, block_columns(x.dtype)]
-    # Parts store what they add up without a stage.
-    y_block = [config.tokens if config.splits == 1 else 8, 64]
-    team = config.cluster * config.splits
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    # Hopper's come in clusters of 16 or 18, within which a team must find its place, all teams at once.
-    teams = min(processors // team if team < 4 else processors // 16 * 16 // team, groups * token_tiles)
-    workspace = y
-    if config.splits > 1:
-        # A new one for every call: the allocator keeps streams and captured graphs apart.
-        workspace = torch.empty(teams * team * 2 * 2 * 64 * config.tokens, dtype=torch.float32, device=x.device)
-    hopper_linear[(teams * team,)](
+    x_block, y_block = [config.tokens // config.cluster, block_columns(x.dtype)], [config.tokens, 64]
+    clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // config.cluster
+    hopper_linear[(min(clusters, groups * token_tiles) * config.cluster,)](
         TensorDescriptor.from_tensor(x, x_block, gl.NVMMASharedLayout.get_default_for(x_block, GLUON_DTYPE[x.dtype])),
         TensorDescriptor.from_tensor(y, y_block, gl.NVMMASharedLayout.get_default_for(y_block, GLUON_DTYPE[y.dtype])),
-        y,
         hybrid.records,
         y if bias is None else bias,
         y if hybrid.scales is None else hybrid.scales,
         y if token_scales is None else token_scales,
-        workspace,
         hybrid.starts,
         hybrid.columns,
         hybrid.sparse_blocks,
@@ -483,10 +385,8 @@ def launch(
         token_tiles,
         hybrid.shape[0],
         tokens,
-        y.stride(0),
         STAGES=config.stages,
         CLUSTER=config.cluster,
-        SPLITS=config.splits,
         TILES_TOGETHER=config.together,
         HAS_BIAS=bias is not None,
         num_warps=4,

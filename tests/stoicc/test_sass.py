@@ -40,14 +40,11 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
 
     out = "bf16" if KINDS[dtype].primitive_bitwidth == 8 else dtype
     pointers = ("words", "starts", "columns", "sparse_blocks", "leads", "order")
-    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{out}", "y": f"*{out}"}
-    types |= dict.fromkeys(("scales", "token_scales", "workspace"), "*fp32")
-    types |= {"x_desc": descriptor(config.tokens // config.cluster, dtype)}
-    types |= {"y_desc": descriptor(config.tokens if config.splits == 1 else 8, out)}
+    types = dict.fromkeys(pointers, "*i32") | {"bias": f"*{out}", "scales": "*fp32", "token_scales": "*fp32"}
+    types |= {"x_desc": descriptor(config.tokens // config.cluster, dtype), "y_desc": descriptor(config.tokens, out)}
     constants = {
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
-        "SPLITS": config.splits,
         "TILES_TOGETHER": config.together,
         "HAS_BIAS": True,
     }
