@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -55,8 +55,8 @@ class Entry:
         tokens: how many it was measured with.
         config: what was fastest.
         microseconds: the median time it took, with three quarters of the blocks 2:4.
-        dense_microseconds: the median time cuBLAS took for a dense weight of this shape and dtype; of bfloat16 where
-            that is ``int4``, which it does not know.
+        dense_microseconds: the median time cuBLAS took for a dense weight of this shape and dtype, of FP8 with a scale
+            for each feature and token; of bfloat16 where that is ``int4``, which it does not know.
         dtype: of the values, ``bfloat16`` (which serves ``float16``), ``float8_e4m3fn``, ``int8`` or ``int4``.
     """
 
@@ -104,6 +104,18 @@ def runs(config: Config, capability: tuple[int, int], band: int, dtype: torch.dt
         known = capability >= (8, 0) if dtype != torch.float8_e4m3fn else capability == (8, 9) or capability[0] > 9
         return known and clusters and (config.rows <= 64 or band == 2)
     return isinstance(config, PortableConfig)
+
+
+def promoting(config: Config) -> Config:
+    """A configuration that adds up products of ``float8_e4m3fn`` in float32, as near to another as registers allow.
+
+    Hopper's alone keep fewer bits within a sum; the others' are returned as they are.
+    """
+    if isinstance(config, HopperConfig):
+        return replace(config, tokens=min(config.tokens, 128), promote=True)
+    if isinstance(config, HopperDecodeConfig):
+        return replace(config, tokens=min(config.tokens, 64), promote=True)
+    return config
 
 
 def candidates(

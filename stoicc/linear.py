@@ -23,7 +23,7 @@ from patch.mask import HybridMask
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.values import quantise_weight
 from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, SCALED, HybridWeight, dequantised, layout_of, pack, unpack
-from stoicc.matmul import product
+from stoicc.matmul import dense_linear_of_eight, product, runs_dense_of_eight
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
 
@@ -98,6 +98,8 @@ class HybridLinear(Fused):
     def __init__(self, spec: Spec, hybrid: HybridWeight, bias: Tensor | None) -> None:
         super().__init__(spec.parts, spec.in_features)
         self.spec = spec
+        # How products of `float8_e4m3fn` are added up: as `stoicc.linear`.
+        self.precise = False
         for name, part in hybrid.parts().items():
             self.register_buffer(name, part)
         self.register_buffer("orders", hybrid.orders, persistent=False)
@@ -196,10 +198,52 @@ class HybridLinear(Fused):
         schedule = (self.records, self.starts, self.columns, self.sparse_blocks, self.leads)
         scales = self.scales if self.spec.eight_bits else None
         kinds = (self._dtype, self._shape, self._tile, self.spec.band)
-        return product(x, schedule, scales, self.orders, self.bias, *kinds)
+        return product(x, schedule, scales, self.orders, self.bias, *kinds, precise=self.precise)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tile={self._tile}"
+
+
+class DenseLinear8(Fused):
+    """Linears of dense ``float8_e4m3fn``, computed as one by cuBLAS: left where packed tiles would be slower.
+
+    No checkpoint has a place for it: its state cannot be saved.
+    """
+
+    def __init__(self, hybrid: HybridWeight, parts: Sequence[tuple[str, int]], bias: Tensor | None) -> None:
+        super().__init__(parts, hybrid.shape[1])
+        self.precise = False
+        self.register_buffer("values", unpack(hybrid), persistent=False)
+        self.register_buffer("scales", hybrid.scales, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.values: Tensor
+        self.scales: Tensor
+        self.bias: Tensor | None
+        self.register_state_dict_pre_hook(self._refuse)
+
+    @staticmethod
+    def _refuse(module: "nn.Module", *_: Any) -> None:
+        name = module.parts[0][0] if isinstance(module, DenseLinear8) else module
+        raise UserError(f"{name} was left dense in FP8 and cannot be saved: pack the model without `tokens` to save it")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weight and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """As `HybridLinear.weight`."""
+        return self.weight_of(0)
+
+    def weight_of(self, index: int) -> Tensor:
+        """As `HybridLinear.weight_of`."""
+        kept = torch.bfloat16 if self.bias is None else self.bias.dtype
+        whole = (self.values.float() * self.scales[:, None]).to(kept)
+        return whole.split([rows for _, rows in self.parts])[index].as_subclass(_Copy)
+
+    def product(self, x: Tensor) -> Tensor:
+        return dense_linear_of_eight(x, self.values, self.scales, self.bias, self.precise)
 
 
 def _version(x: Tensor) -> int | Tensor | None:
@@ -250,7 +294,7 @@ class Report:
     Attributes:
         packed: specs of the packed modules.
         dense: names of the linears left as they were, since all their tiles are dense.
-        slower: names of the linears left as they were, since they would be slower packed.
+        slower: names of the linears left as they were, or of 8 bits made dense FP8, since they would be slower packed.
         bytes_before, bytes_after: of all masked linears, these included.
     """
 
@@ -293,10 +337,11 @@ def compile_model(
         fuse: pack siblings as one where their maps allow.
         tokens: how many tokens a pass will have, one or more typical numbers. On a GPU that has a tuning table, linears
             are packed if it says that this is faster, in the geometric mean over them: with one token, that may be
-            those whose tiles are all dense too. Otherwise all are packed but these, to save memory.
+            those whose tiles are all dense too. Otherwise all are packed but these, to save memory. Of 8 bits, others
+            become dense FP8 where the GPU has it; such a model runs, but is not to be saved.
         keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
         dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
-            them packed. Those that are quantised already (`patch.simulate`) are packed as they are, all of them.
+            them packed but for ``tokens``. Those that are quantised already (`patch.simulate`) are packed as they are.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
@@ -322,7 +367,9 @@ def compile_model(
         mask = _stack([masks[name] for name in names])
         device = linears[0].weight.device
         of_16_bits = dtype is None and not isinstance(linears[0], QuantisedLinear)
-        choose = bool(tokens) and device.type == "cuda" and of_16_bits
+        kind = dtype or _dtype_packed(linears[0])
+        runs_dense = of_16_bits or runs_dense_of_eight(device, *mask.shape, kind, linears[0].weight.dtype)
+        choose = bool(tokens) and device.type == "cuda" and runs_dense
         all_dense = bool(mask.dense.all()) and of_16_bits
         if all_dense and keep_dense and not choose:
             dense += names
@@ -331,6 +378,10 @@ def compile_model(
         module, hybrid = _pack_linears(names, linears, mask, dtype)
         if choose and not faster_packed(device, hybrid, tokens):
             (dense if all_dense else slower).extend(names)
+            if not of_16_bits:
+                left = DenseLinear8(hybrid, module.parts, module.bias)
+                install(model, left)
+                size = left.nbytes
             after += size
             continue
         install(model, module)

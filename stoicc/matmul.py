@@ -17,20 +17,22 @@ from patch.errors import UserError
 from stoicc import configs, reference
 from stoicc.configs import Config
 from stoicc.dispatch import check_operands, check_quantised, run, run_scaled
-from stoicc.format import GROUPED, HybridWeight
+from stoicc.format import HybridWeight
 from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.quantise import fuses, fusible, quantise_tokens
 from stoicc.tune import tune_shape
 
 
-def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None, *, precise: bool = False) -> Tensor:
     """``x @ W^T + bias``.
 
     Args:
         x: ``[..., K]`` of the weight's dtype, on its device; any strides, any leading dimensions, also no tokens. Of
             weights of 8 bits bfloat16 or float16, quantised here, a scale for each token; of 4 bits as it is.
         bias: ``[N]`` of the dtype of ``x``.
+        precise: add up products of ``float8_e4m3fn`` in float32 throughout, slower than as tensor cores do, which keep
+            fewer bits (``use_fast_accum`` of ``torch._scaled_mm``). Nothing else is changed by it.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``, accumulated in float32, of int8 in int32. On a CPU the weight is unpacked.
@@ -42,7 +44,7 @@ def linear(x: Tensor, hybrid: HybridWeight, bias: Tensor | None = None) -> Tenso
         check_operands(x, hybrid, bias)
     schedule = (hybrid.records, hybrid.starts, hybrid.columns, hybrid.sparse_blocks, hybrid.leads)
     kinds = (hybrid.dtype, list(hybrid.shape), list(hybrid.tile), hybrid.band)
-    return product(x, schedule, hybrid.scales, hybrid.orders, bias, *kinds)
+    return product(x, schedule, hybrid.scales, hybrid.orders, bias, *kinds, precise=precise)
 
 
 def product(
@@ -55,6 +57,7 @@ def product(
     shape: list[int],
     tile: list[int],
     band: int,
+    precise: bool = False,
 ) -> Tensor:
     """`linear` on the parts of a ``HybridWeight``, as modules keep them: tensors one by one, for graphs of any kind.
 
@@ -64,13 +67,41 @@ def product(
     """
     if scales is None:
         return linear_op(x, *schedule, orders, bias, dtype, shape, tile, band)
-    if fuses(x, dtype):
-        values, token_scales = fusible(x, dtype)
-    else:
-        # A compiler may put kernels of its own between the two.
-        values, token_scales = quantise_tokens(x, dtype, early=not torch.compiler.is_compiling())
-    y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band)
+    # A compiler may put kernels of its own between the two.
+    values, token_scales = _quantised(x, dtype, early=not torch.compiler.is_compiling())
+    y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band, precise)
     return y.reshape(*x.shape[:-1], shape[0])
+
+
+def _quantised(x: Tensor, dtype: torch.dtype, early: bool) -> tuple[Tensor, Tensor]:
+    return fusible(x, dtype) if fuses(x, dtype) else quantise_tokens(x, dtype, early=early)
+
+
+def dense_linear_of_eight(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, precise: bool) -> Tensor:
+    """``x @ W^T + bias`` by cuBLAS, ``[..., K]`` to ``[..., N]``, where `runs_dense_of_eight`.
+
+    Args:
+        x: ``[..., K]``, bfloat16; quantised here, a scale for each token, as for a packed weight.
+        weight, scales: ``float8_e4m3fn`` ``[N, K]`` and float32 ``[N]``.
+        precise: as `linear`.
+    """
+    values, token_scales = _quantised(x, weight.dtype, early=False)
+    y = torch._scaled_mm(
+        values,
+        weight.t(),
+        scale_a=token_scales[:, None],
+        scale_b=scales[None, :],
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=not precise,
+    )
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+def runs_dense_of_eight(device: torch.device, n: int, k: int, dtype: torch.dtype, out: torch.dtype) -> bool:
+    """Whether cuBLAS multiplies weights of this shape and dtype with a scale for each feature and each token."""
+    fits = dtype == torch.float8_e4m3fn and out == torch.bfloat16 and n % 16 == k % 16 == 0
+    return fits and device.type == "cuda" and configs.capability_of(device) >= (9, 0)
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())
@@ -146,12 +177,14 @@ def scaled_linear_op(
     shape: list[int],
     tile: list[int],
     band: int,
+    precise: bool = False,
 ) -> Tensor:
     """The product of quantised activations with the parts of a ``HybridWeight`` of 8 bits: ``[tokens, N]``.
 
     Args:
         values, token_scales: what `quantise_tokens` returns, in the weight's dtype.
         out_dtype: of the result and of ``bias``, ``bfloat16`` or ``float16``.
+        precise: as `linear`.
 
     Raises:
         UserError: if dtype, device or shape do not fit.
@@ -166,6 +199,8 @@ def scaled_linear_op(
         return reference.exact(values, hybrid, bias, token_scales).to(out_dtype)
     tokens = configs.token_bucket(len(values))
     config = choose(values.device, shape[0], shape[1], band, tokens, values.dtype)
+    if precise and values.dtype == torch.float8_e4m3fn:
+        config = configs.promoting(config)
     return run_scaled(values, token_scales, hybrid, bias, out_dtype, config)
 
 
@@ -185,6 +220,7 @@ def _(
     shape: list[int],
     tile: list[int],
     band: int,
+    precise: bool = False,
 ) -> Tensor:
     return values.new_empty(values.shape[0], shape[0], dtype=out_dtype)
 
@@ -205,9 +241,6 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: 
     options = configs.candidates(tokens, capability, band, dtype)
     said = str(dtype).removeprefix("torch.")
     few = tokens <= configs.MOST_OF_FOUR
-    if dtype == GROUPED:
-        about = f"the kernels of {said} were checked on a CPU alone, no GPU has run them yet"
-        warnings.warn(f"{about}: `hts bench kernels` checks them on yours", stacklevel=2)
     if isinstance(options[0], ExpandConfig):
         why = f"{name} has no 2:4 tensor cores for {said}" if few else f"many tokens have no kernel for {said}"
         warnings.warn(f"{why}: the weight is expanded to 16 bits for each product", stacklevel=2)

@@ -69,7 +69,7 @@ def measure_shape(
     """The fastest of all candidates, on random weights with three quarters of the blocks 2:4, and cuBLAS beside it."""
     weights = random_weights(device, n, k, band, tokens, dtype)
     x = torch.randn(tokens, k, device=device, dtype=dtype if dtype in DTYPES else torch.bfloat16)
-    dense_time = min(_time(calls) for calls in _dense_calls(x, n, dtype, len(weights)))
+    dense_time = _time(_dense_calls(x, n, dtype, len(weights)))
     timed: list[tuple[float, Config]] = []
     for config in configs.candidates(tokens, configs.capability_of(device), band, dtype):
         timed.append((_time(_calls(x, weights, config)), config))
@@ -114,11 +114,11 @@ def _calls(x: Tensor, weights: Sequence[HybridWeight], config: Config) -> list[C
     return [partial(run_scaled, values, scales, weight, None, x.dtype, config) for weight in weights]
 
 
-def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[list[Call]]:
-    """What cuBLAS has for a dense weight of this dtype, each way on as many weights as are measured packed."""
+def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Call]:
+    """What cuBLAS has for a dense weight of this dtype, on as many weights as are measured packed."""
     if dtype in DTYPES or dtype == GROUPED:
         dense = [torch.randn(n, x.shape[1], device=x.device, dtype=x.dtype) for _ in range(copies)]
-        return [[partial(dense_linear, x, weight) for weight in dense]]
+        return [partial(dense_linear, x, weight) for weight in dense]
     # cuBLAS takes rows and columns by sixteen; the values of tokens are padded so.
     values, scales = quantise_tokens(x, dtype)
     shape = (n + -n % 16, values.shape[1])
@@ -128,16 +128,17 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[lis
     if dtype == torch.int8:
         # cuBLAS wants more than 16 rows of integers, and returns their sums unscaled.
         padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - len(values))))
-        return [[partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]]
+        return [partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]
     one = torch.ones((), device=x.device)
     product = partial(torch._scaled_mm, out_dtype=x.dtype, use_fast_accum=True)
-    by_tensor: list[Call] = [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
-    by_row: list[Call] = [
+    if configs.capability_of(x.device) < (9, 0):
+        # A scale for each token is Hopper's.
+        return [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
+    # As runs instead of a packed weight; with single scales, known beforehand, cuBLAS is faster.
+    return [
         partial(product, values, weight.T, scale_a=scales[:, None], scale_b=scale[None, :])
         for weight, scale in quantised
     ]
-    # A scale for each token is Hopper's.
-    return [by_tensor, by_row] if configs.capability_of(x.device) >= (9, 0) else [by_tensor]
 
 
 def _quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

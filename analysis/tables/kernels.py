@@ -298,6 +298,7 @@ def _best(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
 # Of whole models: implementations whose speedup stands beside that of packed weights.
 _BESIDE = {
     "Dense, separate projections": ("dense",),
+    "Dense, max-autotune": ("autotuned",),
     "Dense FP8": DENSE["fp8"],
     "Dense INT4": DENSE["int4"],
 }
@@ -365,7 +366,7 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
     kinds |= {
         heading: energy[energy.implementation.isin(names)]
         for heading, names in _BESIDE.items()
-        if heading != "Dense, separate projections" and energy.implementation.isin(names).any()
+        if names not in (("dense",), ("autotuned",)) and energy.implementation.isin(names).any()
     }
     for precision in precisions(energy):
         hybrid = energy[(energy.implementation == "hybrid") & (energy.precision == precision)]

@@ -329,7 +329,7 @@ def hybrid(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     """Every variant in FP8, a scale for each feature and each token, which are quantised within what is timed.
 
-    All are packed, as `stoicc.linear.compile_model` packs all weights of 8 bits.
+    Dense, with the same scales, where the tables say that packed would be slower.
     """
     n, k = given.linear.n, given.linear.k
     packed, masked = {}, {}
@@ -351,6 +351,12 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             if x.device.type == "cuda":
                 config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), baselines.FP8)
                 about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
+                can = matmul.runs_dense_of_eight(x.device, n, k, baselines.FP8, x.dtype)
+                if can and not faster_packed(x.device, weight, [len(x)]):
+                    about["fallback"] = "predicted slower than dense"
+                    dense = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
+                    product = torch.compile(matmul.dense_linear_of_eight)
+                    return Ready([partial(product, x, one, scales, None, False) for one in dense], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
             return Ready([partial(matmul.linear, x, one) for one in held], check, about)
 

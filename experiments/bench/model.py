@@ -45,6 +45,8 @@ CONTEXT = 512
 VARYING = ("records", "values")
 # How often a block may be compiled, for all models and workloads of a process.
 RECOMPILATIONS = 1024
+# The fused dense model whose products `torch.compile` chooses by measuring, cuBLAS's among them.
+AUTOTUNED = "autotuned"
 # How far a block may be from the eager one (`disagreement`): what is timed must be no other model.
 BOUNDS = {"bf16": 0.05, "fp8": 0.3, "int4": 0.6}
 
@@ -201,16 +203,19 @@ def plain_pass(model: "PreTrainedModel", work: Workload) -> Pass:
     return seeded_pass(model, work, lambda block: block)
 
 
-def ready(model: "PreTrainedModel", work: Workload, reference: "PreTrainedModel", bound: float) -> Ready:
+def ready(
+    model: "PreTrainedModel", work: Workload, reference: "PreTrainedModel", bound: float, mode: str | None = None
+) -> Ready:
     """A model's pass, compiled, with the peak of memory that it takes.
 
     Args:
         model: `prepare` was called on it.
         reference: each block must compute what this model's computes of the same states.
         bound: how far from them it may be, as `disagreement`.
+        mode: of ``torch.compile``.
     """
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    run = seeded_pass(model, work, partial(torch.compile, dynamic=False))
+    run = seeded_pass(model, work, partial(torch.compile, dynamic=False, mode=mode))
 
     def call() -> Tensor:
         with compiling(RECOMPILATIONS):
@@ -319,7 +324,7 @@ def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, I
     for model in four.values():
         baselines.quantised(model, "int4", largest)
     if DENSE_PART in parts:
-        models = {"dense": dense, "fused": fused} | eight | four
+        models = {"dense": dense, "fused": fused, AUTOTUNED: fused} | eight | four
         yield DENSE_PART, workloads(trial, DENSE_PART, lambda: Side(models, dict.fromkeys(models, dense), {}), lab)
         models.clear()
         four.clear()
@@ -370,12 +375,13 @@ def workloads(trial: Trial, part: str, make: Callable[[], Side], lab: Lab) -> It
         entries = []
         for implementation, model in models.items():
             precision = next((name for name in BOUNDS if name in implementation.split("_")), "bf16")
-            # The kernel of 4-bit weights is for decoding.
-            if precision != "int4" or work.kind == "decode":
+            # The kernel of 4-bit weights is for decoding, and there alone max-autotune finds what cuBLAS does not have.
+            if (precision != "int4" and implementation != AUTOTUNED) or work.kind == "decode":
                 # Of what is packed the precision tells the rest.
                 shown = "hybrid" if implementation.startswith("hybrid") else implementation
                 labels = {"implementation": shown, "precision": precision} | about.get(implementation, {})
-                prepared = partial(ready, model, work, references[implementation], BOUNDS[precision])
+                mode = "max-autotune-no-cudagraphs" if implementation == AUTOTUNED else None
+                prepared = partial(ready, model, work, references[implementation], BOUNDS[precision], mode)
                 entries.append(Entry(labels, prepared))
         cell = {"model": trial.pruning.model, "kind": work.kind, "batch": work.batch, "length": work.length}
         yield Case(cell, entries, grid.rounds, flush=False, tokens=work.batch * work.length)

@@ -55,12 +55,15 @@ class HopperConfig:
         stages: tiles of activations in the ring.
         together: token tiles that are walked together.
         cluster: thread blocks that share activations: 1, or 2 for weights whose band is 2.
+        promote: add the sums of every few steps to others in float32, for ``float8_e4m3fn``: within a sum of its
+            products the tensor cores keep fewer bits. Not with 256 tokens, for want of registers.
     """
 
     tokens: int
     stages: int
     together: int
     cluster: int
+    promote: bool = False
 
 
 @gluon.jit
@@ -138,7 +141,19 @@ def _step_24(acc, a, count, x_ring, full):
 
 
 @gluon.jit
-def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
+def _promoted(acc, total, PROMOTE: gl.constexpr):
+    """Sums and promoted sums, the former added to the latter where they are to be."""
+    if PROMOTE:
+        total += acc
+        acc = acc * 0
+    return acc, total
+
+
+@gluon.jit
+def _walk_24(
+    acc, total, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata,
+    CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
+):  # fmt: skip
     """``length`` steps over 2:4 blocks: those that four do not divide first, then four at a time."""
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
     RECORD: gl.constexpr = record_24(x_ring.dtype)
@@ -147,6 +162,7 @@ def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, 
         record += RECORD
         acc = warpgroup_mma_wait(0, [_step_24(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
+        acc, total = _promoted(acc, total, PROMOTE)
         count += 1
     if length >= 4:
         a = _load_24(record, lane_words, lane_metadata, BITS)
@@ -170,9 +186,10 @@ def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, 
             _release(empty, count + 2, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 3, peer, CLUSTER)
+            acc, total = _promoted(acc, total, PROMOTE)
             a, b, c, d = e, f, g, h
             count += 4
-    return acc, count
+    return acc, total, count
 
 
 @gluon.jit
@@ -191,13 +208,17 @@ def _step_dense(acc, a, count, x_ring, full):
 
 
 @gluon.jit
-def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
+def _walk_dense(
+    acc, total, record, length, count, x_ring, full, empty, peer, lane_words,
+    CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
+):  # fmt: skip
     """``length`` steps over dense blocks: an odd one first, then two at a time."""
     if length % 2 == 1:
         a = _load_dense(record, lane_words)
         record += RECORD_DENSE
         acc = warpgroup_mma_wait(0, [_step_dense(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
+        acc, total = _promoted(acc, total, PROMOTE)
         count += 1
     if length >= 2:
         a = _load_dense(record, lane_words)
@@ -212,9 +233,10 @@ def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_word
             _release(empty, count, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 1, peer, CLUSTER)
+            acc, total = _promoted(acc, total, PROMOTE)
             a, b = e, f
             count += 2
-    return acc, count
+    return acc, total, count
 
 
 @gluon.jit
@@ -222,6 +244,7 @@ def _consume(
     y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages, factors,
     full, empty, steps, panels, groups, token_tiles, out_features, tokens,
     CONSUMER: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = x_ring.shape[1]
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
@@ -255,20 +278,28 @@ def _consume(
             token = token_tile * TOKENS + gl.arange(0, TOKENS, spread)
             factors.index(CONSUMER).store(gl.load(token_scales + token, mask=token < tokens, other=0.0))
         acc = gl.zeros([64, TOKENS], accumulator(x_ring.dtype), layout)
+        total = acc
         if lead > 0:
-            acc, count = _walk_24(acc, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER)
+            acc, total, count = _walk_24(
+                acc, total, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER, PROMOTE
+            )
         if steps > sparse:
             dense = record + sparse * record_24(x_ring.dtype)
-            acc, count = _walk_dense(acc, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER)
+            acc, total, count = _walk_dense(
+                acc, total, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER, PROMOTE
+            )
         if sparse > lead:
             record += lead * record_24(x_ring.dtype)
-            acc, count = _walk_24(
-                acc, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER
-            )
+            acc, total, count = _walk_24(
+                acc, total, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER,
+                PROMOTE,
+            )  # fmt: skip
+        if not PROMOTE:
+            total = acc
         # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
         barrier()
-        out = acc.to(gl.float32)
+        out = total.to(gl.float32)
         if BITS == 8:
             out *= factors.index(CONSUMER).load(gl.SliceLayout(0, layout))[None, :] * factor[:, None]
         if HAS_BIAS:
@@ -286,6 +317,7 @@ def hopper_linear(
     x_desc, y_desc, words, bias, scales, token_scales, starts, columns, sparse_blocks, leads, order,
     steps, panels, groups, token_tiles, out_features, tokens,
     STAGES: gl.constexpr, CLUSTER: gl.constexpr, TILES_TOGETHER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias`` over output tiles of 128 features a thread block by as many tokens as ``y_desc``'s block.
 
@@ -301,6 +333,7 @@ def hopper_linear(
         STAGES: tiles of activations in the ring, at least three.
         CLUSTER: thread blocks that share activations, one or two.
         TILES_TOGETHER: token tiles that are walked together.
+        PROMOTE: as in ``HopperConfig``.
     """
     TOKENS: gl.constexpr = y_desc.block_shape[0]
     WIDTH: gl.constexpr = x_desc.block_shape[1]
@@ -327,12 +360,12 @@ def hopper_linear(
             (_consume, (
                 y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
                 factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
-                0, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+                0, CLUSTER, TILES_TOGETHER, HAS_BIAS, PROMOTE,
             )),
             (_consume, (
                 y_desc, words, bias, scales, token_scales, starts, sparse_blocks, leads, order, x_ring, y_stages,
                 factors, full, empty, steps, panels, groups, token_tiles, out_features, tokens,
-                1, CLUSTER, TILES_TOGETHER, HAS_BIAS,
+                1, CLUSTER, TILES_TOGETHER, HAS_BIAS, PROMOTE,
             )),
             (_produce, (
                 x_desc, columns, order, x_halves, full, empty, steps, groups, token_tiles,
@@ -389,5 +422,6 @@ def launch(
         CLUSTER=config.cluster,
         TILES_TOGETHER=config.together,
         HAS_BIAS=bias is not None,
+        PROMOTE=config.promote,
         num_warps=4,
     )

@@ -10,7 +10,8 @@ of them or, in a cluster of ``blocks``, a contiguous share of the 2:4 ones and o
 kilobytes a warp. Activations come to a ring in shared memory by bulk copies, a few turns ahead; where a share ends
 within a turn, what is missing is zero on both sides.
 
-Sums of a cluster's blocks meet in a workspace (`stoicc.kernels.sums`).
+Sums of a cluster's blocks meet in a workspace. Every block adds up an equal slice of the tokens, in the order of the
+blocks, so the bits are the same on every run.
 As in `stoicc.kernels.decode` the kernel begins before the one before it is done, and asks for records first.
 """
 
@@ -26,7 +27,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stoicc.compat import barrier, load_tile, reinterpret
 from stoicc.format import ROW_BYTES, HybridWeight, block_columns
-from stoicc.kernels.sums import add_up, leave
 from stoicc.language import (
     GLUON_DTYPE,
     METADATA,
@@ -54,6 +54,8 @@ class HopperDecodeConfig:
         stages: turns whose activations the ring holds, at least 2; with 8 tokens ``stages * together`` is at least 16
             for 128 rows and 8 for 64, with 16 tokens half of that.
         blocks: thread blocks of a cluster that split K: 1, 2, 4 or 8.
+        promote: add each turn's sums to others in float32, for ``float8_e4m3fn``: within a sum of its products the
+            tensor cores keep fewer bits.
     """
 
     rows: int
@@ -61,6 +63,7 @@ class HopperDecodeConfig:
     together: int
     stages: int
     blocks: int
+    promote: bool = False
 
 
 @gluon.jit
@@ -161,13 +164,56 @@ def _fill(x_desc, found, token, ring, full, turn, TOGETHER: gl.constexpr):
         load_tile(x_desc, [token, found[number] * WIDTH], full.index(stage), ring.index(stage * TOGETHER + number))
 
 
+@gluon.jit
+def _leave(sums, acc):
+    """Write one part's sums ``[rows, tokens]`` where the others find them, token by token."""
+    row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    gl.store(sums + token[None, :] * acc.shape[0] + row[:, None], acc.to(gl.float32))
+
+
+@gluon.jit
+def _add_up(
+    y, bias, scales, token_scales, sums, part, token, feature, tokens, out_features, y_stride,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, BITS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Store this part's slice of an output tile: what all parts left of it, scaled, and the bias.
+
+    Args:
+        sums: what `_leave` wrote, of the first part.
+        part: this one's number; at most as many as there are tokens.
+        token, feature: the tile's first, of ``y``.
+        ROWS, TOKENS: of the tile.
+        BITS: of the values that were multiplied: sums of 8 are scaled.
+    """
+    SLICE: gl.constexpr = TOKENS // PARTS
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
+    at = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(1, layout))
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    sums += at[:, None] * ROWS + row[None, :]
+    # Volatile: not from a cache that does not know what other multiprocessors wrote.
+    total = gl.load(sums, volatile=True)
+    for other in gl.static_range(1, PARTS):
+        total += gl.load(sums + other * (ROWS * TOKENS), volatile=True)
+    at += token
+    row += feature
+    if BITS == 8:
+        total *= gl.load(scales + row, mask=row < out_features, other=0.0)[None, :]
+        total *= gl.load(token_scales + at, mask=at < tokens, other=0.0)[:, None]
+    if HAS_BIAS:
+        total += gl.load(bias + row, mask=row < out_features, other=0.0).to(gl.float32)[None, :]
+    inside = (at < tokens)[:, None] & (row < out_features)[None, :]
+    gl.store(y + at.to(gl.int64)[:, None] * y_stride + row[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
 # Sizes are not specialised on: a binary for each of their divisibilities would gain nothing.
 @gluon.jit(do_not_specialize=["steps", "tokens", "out_features", "y_stride", "early"])
 def hopper_decode_linear(
     x_desc, y, words, bias, scales, token_scales, workspace, columns, order,
     steps, tokens, out_features, y_stride, early,
     ROWS: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr,
+    PROMOTE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """``y = x @ W^T + bias``, a cluster of thread blocks per ``ROWS`` features and the tokens of ``x_desc``'s block.
 
@@ -180,7 +226,7 @@ def hopper_decode_linear(
         workspace: float32, ``ROWS * TOKENS`` for each thread block, if ``BLOCKS`` is more than one.
         order: int32 ``[panels, 4]`` (with 128 ``ROWS``, of pairs of panels), most expensive first.
         early: whether the first records may be read before the kernel before on the stream is done.
-        ROWS to BLOCKS: as in ``HopperDecodeConfig``.
+        ROWS to BLOCKS, PROMOTE: as in ``HopperDecodeConfig``.
         PDL: whether it is launched with ``launch_pdl``.
     """
     dtype: gl.constexpr = x_desc.dtype
@@ -245,6 +291,7 @@ def hopper_decode_linear(
     found = _columns(columns, STAGES, turns_24, first_24, last_24, first_dense, last_dense, steps, TOGETHER)
 
     acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
+    total = acc
     for turn in range(turns_24):
         ahead = first_24 + (turn + 1) * TOGETHER
         c = _turn_24(record, ahead, last_24, words_24, metadata, dtype, TOGETHER)
@@ -252,6 +299,9 @@ def hopper_decode_linear(
         for number in gl.static_range(TOGETHER):
             acc = _multiply_24(acc, a[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
         acc = warpgroup_mma_wait(0, [acc])
+        if PROMOTE:
+            total += acc
+            acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)
@@ -265,6 +315,9 @@ def hopper_decode_linear(
         for number in gl.static_range(TOGETHER):
             acc = _multiply_dense(acc, b[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
         acc = warpgroup_mma_wait(0, [acc])
+        if PROMOTE:
+            total += acc
+            acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)
@@ -274,18 +327,20 @@ def hopper_decode_linear(
     if PDL:
         let_next_begin()
 
+    if not PROMOTE:
+        total = acc
     if BLOCKS > 1:
         SIZE: gl.constexpr = ROWS * TOKENS
         tile = (gl.program_id(1) * (gl.num_programs(0) // BLOCKS) + part) * BLOCKS
         sums = workspace + tile.to(gl.int64) * SIZE
-        leave(sums + block * SIZE, acc)
+        _leave(sums + block * SIZE, total)
         cluster_barrier(BLOCKS, WARPS * 32)
-        add_up(
+        _add_up(
             y, bias, scales, token_scales, sums, block, token, panel * 64, tokens, out_features, y_stride,
             ROWS, TOKENS, BLOCKS, WARPS, dtype.primitive_bitwidth, HAS_BIAS,
         )  # fmt: skip
     else:
-        total = acc.to(gl.float32)
+        total = total.to(gl.float32)
         feature = panel * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         at = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
         if dtype.primitive_bitwidth == 8:
@@ -345,6 +400,7 @@ def launch(
         STAGES=config.stages,
         BLOCKS=config.blocks,
         HAS_BIAS=bias is not None,
+        PROMOTE=config.promote,
         PDL=pdl,
         num_warps=config.rows // 16,
         launch_pdl=pdl,

@@ -1,5 +1,6 @@
 """The kernels on a GPU: as right as cuBLAS, for every shipped configuration, and always the same bits."""
 
+import copy
 import sys
 
 import pytest
@@ -107,6 +108,38 @@ def test_every_shipped_configuration_of_eight_bits_is_right(
         if configs.runs(config, CAPABILITY, hybrid.band, dtype):
             bias = torch.randn(n, device="cuda", dtype=torch.bfloat16) if number % 2 else None
             assert_right_of_eight(hybrid, max(1, tokens - 3), bias, config)
+
+
+@pytest.mark.skipif(CAPABILITY < (9, 0), reason="a GPU whose library multiplies with a scale for each token")
+@pytest.mark.parametrize("tokens", [1, 16, 64, 130, 1000, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0], ids=["dense", "mixed", "two-four"])
+def test_precise_sums_are_as_good_as_the_librarys_precise_mode(share: float, tokens: int) -> None:
+    n, k = 1152, 8192
+    hybrid = hybrid_of_eight(n, k, (128, 128), share, torch.float8_e4m3fn, uneven=True)
+    # Of one sign, so that sums grow, and what is cut off with them.
+    x = torch.rand(tokens, k, device="cuda", dtype=torch.bfloat16)
+    values, scales = quantise_tokens(x, hybrid.dtype)
+    exact = reference.exact(values, hybrid, None, scales)
+    by = {"scale_a": scales[:, None], "scale_b": hybrid.scales[None, :], "out_dtype": torch.bfloat16}
+    library = torch._scaled_mm(values, unpack(hybrid).T, use_fast_accum=False, **by)
+    error, allowed = ((y.double() - exact).norm() for y in (linear(x, hybrid, precise=True), library))
+    assert error <= 1.1 * allowed, f"{error / exact.norm():.2e} for {allowed / exact.norm():.2e}"
+
+
+@pytest.mark.skipif(CAPABILITY < (9, 0), reason="a GPU whose library multiplies with a scale for each token")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_slower_linears_of_eight_bits_are_left_dense(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By its module: the package exports a function of the same name.
+    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_: False)
+    masks = {name: random_mask(256, 256, (128, 128), 0.5, seed=int(name), device="cuda") for name in ("0", "1")}
+    layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in masks)).to("cuda", torch.bfloat16)
+    packed = copy.deepcopy(layers)
+    compile_model(packed, masks, dtype=torch.float8_e4m3fn)
+    report = compile_model(layers, masks, tokens=(1, 64), dtype=torch.float8_e4m3fn)
+    assert report.slower == ("0", "1") and not report.packed
+    x = torch.randn(3, 7, 256, device="cuda", dtype=torch.bfloat16)
+    y = (torch.compile(layers, fullgraph=True) if compiled else layers)(x)
+    assert (y - packed(x)).norm() <= 0.03 * y.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 63, 64, 65, 127, 300, 1000, 8192])

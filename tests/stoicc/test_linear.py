@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import stoicc
 from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.mask import HybridMask, TileShape
-from stoicc.linear import HybridLinear, HybridPart, packed_modules
+from patch.quantise.values import quantise_weight
+from stoicc.format import pack
+from stoicc.linear import DenseLinear8, HybridLinear, HybridPart, packed_modules
 from stoicc.matmul import product
 
 Masks = dict[str, HybridMask]
@@ -259,7 +262,7 @@ def test_parts_take_what_the_first_has_computed(attention: Any, monkeypatch: pyt
     q, k, v, expected = attention
     products = []
     module_of_linears = sys.modules[HybridLinear.__module__]
-    monkeypatch.setattr(module_of_linears, "product", lambda *a: products.append(a) or product(*a))
+    monkeypatch.setattr(module_of_linears, "product", lambda *a, **k: products.append(a) or product(*a, **k))
     x = some_activations(0)
     for index, module in enumerate((q, k, v)):
         assert_same(module(x), expected(x, index))
@@ -389,6 +392,23 @@ def test_a_model_of_eight_bits_survives_the_disk(dtype: torch.dtype, tmp_path: P
     without_hashes(tmp_path / "packed")
     with pytest.raises(UserError, match=rf"{QKV}\.q_proj: packed scales\[3\] is -1"):
         loaded(tmp_path / "packed")
+
+
+def test_what_is_left_dense_in_eight_bits_computes_the_same_and_is_not_saved() -> None:
+    mask = random_mask(320, 256, (64, 128), 0.5)
+    values, scales = quantise_weight(mask.apply(torch.randn(320, 256).bfloat16()), torch.float8_e4m3fn)
+    hybrid = pack(values, mask, scales)
+    bias = torch.randn(320).bfloat16()
+    left = DenseLinear8(hybrid, (("layer.k", 192), ("layer.v", 128)), bias)
+    layer = torch.nn.Sequential(OrderedDict(k=left, v=HybridPart(left, 1)))
+    x = torch.randn(2, 5, 256).bfloat16()
+    expected = stoicc.linear(x, hybrid, bias)
+    for found, part in zip((layer.k(x), layer.v(x)), expected.split([192, 128], dim=-1), strict=True):
+        assert found.dtype == x.dtype and (found - part).norm() <= 0.01 * part.norm()
+    assert torch.equal(layer.v.weight.float(), (values.float() * scales[:, None]).bfloat16()[192:].float())
+    assert left.nbytes == 320 * 256 + 4 * 320
+    with pytest.raises(UserError, match=r"layer\.k was left dense in FP8 and cannot be saved.*without `tokens`"):
+        layer.state_dict()
 
 
 def test_weights_are_quantised_to_eight_bits_only() -> None:

@@ -144,12 +144,12 @@ def test_four_bits_have_a_kernel_for_few_tokens_and_are_expanded_for_more(
 @pytest.mark.parametrize(
     ("capability", "tokens", "dtype", "said"),
     [
-        pytest.param((9, 0), 128, GROUPED, ["no GPU has run", "many tokens .* expanded to 16 bits"], id="many-tokens"),
-        pytest.param((7, 5), 8, GROUPED, ["no GPU has run", "GPU of .* expanded to 16 bits"], id="few-before-ampere"),
+        pytest.param((9, 0), 128, GROUPED, ["many tokens .* expanded to 16 bits"], id="many-tokens"),
+        pytest.param((7, 5), 8, GROUPED, ["GPU of .* expanded to 16 bits"], id="few-before-ampere"),
         pytest.param((8, 0), 8, torch.float8_e4m3fn, ["GPU of .* portable kernel"], id="eight-bits"),
     ],
 )
-def test_a_fallback_says_what_it_does_and_whether_a_gpu_has_run_it(
+def test_a_fallback_says_what_it_does(
     capability: tuple[int, int], tokens: int, dtype: torch.dtype, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: f"GPU of {capability}")
@@ -160,6 +160,18 @@ def test_a_fallback_says_what_it_does_and_whether_a_gpu_has_run_it(
     assert isinstance(config, ExpandConfig if dtype == GROUPED else PortableConfig)
     assert len(found) == len(said)
     assert all(re.search(part, str(each.message)) for part, each in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("tokens", configs.TOKENS)
+@pytest.mark.parametrize("band", [1, 2])
+def test_every_configuration_of_hopper_has_one_that_promotes(tokens: int, band: int) -> None:
+    for config in configs.candidates(tokens, (9, 0), band, torch.float8_e4m3fn):
+        found = configs.promoting(config)
+        assert found.promote and type(found) is type(config) and configs.runs(found, (9, 0), band, torch.float8_e4m3fn)
+        assert found.tokens <= (128 if isinstance(found, HopperConfig) else 64)
+        assert configs.promoting(found) == found
+    ada = DecodeConfig(16, 8, (1, 1, 1), 1, 0)
+    assert configs.promoting(ada) is ada
 
 
 def test_entries_serve_weights_of_their_dtype() -> None:

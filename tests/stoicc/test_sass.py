@@ -47,6 +47,7 @@ def hopper(config: HopperConfig, dtype: str = "bf16") -> Any:
         "CLUSTER": config.cluster,
         "TILES_TOGETHER": config.together,
         "HAS_BIAS": True,
+        "PROMOTE": config.promote,
     }
     return compile_for(90, hopper_linear, constants, types, 4)
 
@@ -64,6 +65,7 @@ def hopper_decode(config: HopperDecodeConfig, dtype: str = "bf16") -> Any:
         "STAGES": config.stages,
         "BLOCKS": config.blocks,
         "HAS_BIAS": True,
+        "PROMOTE": config.promote,
         "PDL": config.blocks < 8,
     }
     return compile_for(90, hopper_decode_linear, constants, types, config.rows // 16)
@@ -103,6 +105,7 @@ EIGHT_BITS = [
     pytest.param(HopperConfig(256, 5, 8, 2), "fp8e4nv", "QGMMA", "64x256", id="e4m3-256"),
     pytest.param(HopperConfig(64, 8, 8, 1), "fp8e4nv", "QGMMA", "64x64", id="e4m3-64"),
     pytest.param(HopperConfig(128, 6, 8, 2), "i8", "IGMMA", "64x128", id="int8-128"),
+    pytest.param(HopperConfig(128, 6, 8, 2, promote=True), "fp8e4nv", "QGMMA", "64x128", id="e4m3-128-promoted"),
 ]
 
 
@@ -119,6 +122,7 @@ HOPPER_DECODE = [
     (HopperDecodeConfig(64, 8, 4, 2, 4), "fp8e4nv", "QGMMA"),
     (HopperDecodeConfig(64, 128, 4, 2, 1), "fp8e4nv", "QGMMA"),
     (HopperDecodeConfig(128, 128, 2, 4, 2), "fp8e4nv", "QGMMA"),
+    (HopperDecodeConfig(64, 64, 4, 2, 1, promote=True), "fp8e4nv", "QGMMA"),
     (HopperDecodeConfig(64, 16, 2, 4, 8), "i8", "IGMMA"),
     (HopperDecodeConfig(64, 128, 4, 2, 1), "bf16", "HGMMA"),
     (HopperDecodeConfig(64, 16, 4, 2, 4), "fp16", "HGMMA"),

@@ -31,10 +31,8 @@ def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, GROUPED], ids=str)
 def test_dense_of_any_shape_can_be_measured_beside(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "capability_of", lambda device: (9, 0))
-    ways = tune._dense_calls(torch.randn(3, 344, dtype=torch.bfloat16), 200, dtype, copies=2)
-    assert len(ways) == (2 if dtype == torch.float8_e4m3fn else 1)
-    for calls in ways:
-        assert len(calls) == 2 and all(len(call()) >= 3 for call in calls)
+    calls = tune._dense_calls(torch.randn(3, 344, dtype=torch.bfloat16), 200, dtype, copies=2)
+    assert len(calls) == 2 and all(len(call()) >= 3 for call in calls)
 
 
 def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:

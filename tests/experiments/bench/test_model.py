@@ -87,17 +87,19 @@ def test_whole_models_are_compared_with_the_fused_dense_one(tiny: str, lab: Lab,
     assert model.BENCH.parts(wanted) == ["model:dense", "model:0%", "model:25%"]
     for part, facts, _ in harness.measure(model.BENCH, wanted, model.BENCH.parts(wanted), lab):
         timed = {fact.labels["implementation"] for fact in facts if fact.metric == "time"}
-        dense_ones = {"dense", "fused", "fp8_rowwise", "fp8_tensorwise"}
-        assert timed == (dense_ones if part == "model:dense" else dense_ones - {"dense"} | {"hybrid"})
+        beside = {"fused", "fp8_rowwise", "fp8_tensorwise"}
+        assert timed == beside | ({"dense", "autotuned"} if part == "model:dense" else {"hybrid"})
         rows.write(model.BENCH, wanted, part, facts, 0.0, path)
     frame = load_bench([path], "model")
     table = model_table(frame)
     assert [column.heading for column in table.columns] == [
-        "Workload", "0%", "25%", "Dense, separate projections", "Dense FP8",
+        "Workload", "0%", "25%", "Dense, separate projections", "Dense, max-autotune", "Dense FP8",
     ]  # fmt: skip
     # The made-up clock gives 1 us to what stands first, 2 us to what is next: beside packed models fused, FP8 by row
-    # and by tensor, packed, packed FP8; beside other dense ones "dense" is in front of them.
-    assert [line[1:] for line in shown_cells(table)[:2]] == [["0.25", "0.25", "2.00", "0.50"]] * 2
+    # and by tensor, packed, packed FP8; beside other dense ones "dense" is in front of them, and max-autotune, which is
+    # for decoding, behind fused.
+    decode, prefill = (line[1:] for line in shown_cells(table)[:2])
+    assert decode == ["0.25", "0.25", "2.00", "0.67", "0.50"] and prefill == ["0.25", "0.25", "2.00", "—", "0.50"]
     assert table.notes == ()
     assert float(shown_cells(table)[2][1]) == pytest.approx(1, abs=0.1)
     eight = model_table(frame, "fp8")
