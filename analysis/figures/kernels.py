@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +23,7 @@ from analysis.figures.style import (
     Width,
     add_legend,
     in_paper_style,
+    light_shades,
     new_figure,
     set_title,
 )
@@ -121,7 +121,7 @@ def _times(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _shades(count: int) -> Sequence[Any]:
     """From light to dark, all of them dark enough for a line on white, and none a method's."""
-    return sns.light_palette("#4a1486", count + 2)[2:]
+    return light_shades("#4a1486", count + 2)[2:]
 
 
 def _kinds() -> list[tuple[str, float | None]]:

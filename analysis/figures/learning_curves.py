@@ -1,5 +1,6 @@
 """How masks were learned: cross entropy and density against the optimizer step."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from analysis.figures.about import about
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.series import DASHES, MOST_CURVES
-from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink
+from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink, title_width
 from analysis.rows.points import trial_labels
 from patch.errors import UserError
 
@@ -38,8 +39,11 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     if rows.trial.nunique() > MOST_CURVES:
         raise UserError(f"{rows.trial.nunique()} trials are too many for one figure: plot at most {MOST_CURVES}")
     beside = width == "double"
-    figure = new_figure(WIDTHS[width], 2.4 if beside else 4.2)
-    axes = figure.subplots(1 if beside else 2, 2 if beside else 1, sharex=not beside, squeeze=False)
+    figure = new_figure(WIDTHS[width], 2.4 if beside else 4.2, constrained=False)
+    title = about(frame[frame.trial.isin(rows.trial)])
+    axes = figure.subplots(
+        1 if beside else 2, 2 if beside else 1, sharex=not beside, squeeze=False, gridspec_kw=_margins(figure, title)
+    )
     upper, lower = axes.flat
     shown = set(rows.trial)
     labels = {trial: label for trial, label in trial_labels(frame).items() if trial in shown}
@@ -78,9 +82,23 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     lower.set_xlabel("Step")
     if beside:
         upper.set_xlabel("Step")
-    set_title(figure, about(frame[frame.trial.isin(shown)]))
+    set_title(figure, title)
     write_labels(figure, panels)
     return figure
+
+
+def _margins(figure: Figure, title: str) -> dict[str, float]:
+    """Room around panels whose labels are all alike: to measure them takes as long as to draw them."""
+    width, height = figure.get_size_inches()
+    lines = len(textwrap.wrap(title, title_width(width)))
+    return {
+        "left": 0.46 / width,
+        "right": 1 - 0.03 / width,
+        "bottom": 0.38 / height,
+        "top": 1 - (0.1 + 0.125 * lines) / height,
+        "wspace": 0.18,
+        "hspace": 0.06,
+    }
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -5,12 +5,11 @@ are shades of one colour: colours of methods mean methods alone.
 """
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from analysis.figures.about import gpus
 from analysis.figures.labels import Label, Panel, write_labels
-from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, new_figure, set_title
+from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, set_title
 from analysis.names import workload_name
 from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical
 
@@ -28,7 +27,7 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
     hybrid = chosen[chosen.implementation == "hybrid"]
     works = sorted(set(zip(hybrid.kind, hybrid.batch, hybrid.length, strict=True)))
     shown = precisions(hybrid)
-    colors = dict(zip(PRECISIONS, sns.light_palette("#4a1486", len(PRECISIONS) + 2)[:1:-1], strict=True))
+    colors = dict(zip(PRECISIONS, light_shades("#4a1486", len(PRECISIONS) + 2)[:1:-1], strict=True))
     columns = 2 if width == "double" else 1
     lines = -(-len(works) // columns)
     figure = new_figure(WIDTHS[width], 0.4 + 2.1 * lines)

@@ -18,6 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -39,6 +40,8 @@ SMALL = 6.0
 """Points of labels inside of panels."""
 DPI = 200
 FORMATS = ("png", "pdf")
+
+_LIGHT = "0.944"
 
 # Characters of a title to an inch.
 _TITLE_PITCH = 17
@@ -104,7 +107,17 @@ def style_of(method: str) -> Style:
 
 def text_ink(method: str) -> Any:
     """The colour of a method, darker: for its name in small type."""
-    return tuple(0.7 * part for part in matplotlib.colors.to_rgb(style_of(method).color))
+    return tuple(0.7 * part for part in to_rgb(style_of(method).color))
+
+
+def light_map(color: str) -> LinearSegmentedColormap:
+    """From next to white to a colour, for quantities."""
+    return LinearSegmentedColormap.from_list(f"light {color}", [_LIGHT, color])
+
+
+def light_shades(color: str, count: int) -> list[tuple[float, ...]]:
+    """So many shades of `light_map`, evenly, the lightest first."""
+    return [tuple(shade) for shade in light_map(color)(np.linspace(0, 1, count))[:, :3]]
 
 
 def paper_style() -> AbstractContextManager[None]:
@@ -133,8 +146,13 @@ def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
 
 def set_title(figure: Figure, title: str) -> None:
     """What the figure is of, over all its panels, flush left, in as many lines as its width needs."""
-    text = textwrap.fill(title, round(_TITLE_PITCH * figure.get_figwidth()))
+    text = textwrap.fill(title, title_width(figure.get_figwidth()))
     figure.suptitle(text, x=0.005, ha="left", size=7.5, color="0.1")
+
+
+def title_width(inches: float) -> int:
+    """How many characters a line of a title has on a figure so wide."""
+    return round(_TITLE_PITCH * inches)
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:

@@ -6,10 +6,12 @@ command that makes each again; at its end every number's row and the definitions
 """
 
 import base64
+import gc
 import json
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -130,8 +132,19 @@ class _Content:
 
 
 def _content(study: Study) -> _Content:
-    asked = question(study.evaluated)
-    return _Content(asked, findings(study.evaluated, asked), _study(study))
+    with _rows_set_apart():
+        asked = question(study.evaluated)
+        return _Content(asked, findings(study.evaluated, asked), _study(study))
+
+
+@contextmanager
+def _rows_set_apart() -> Iterator[None]:
+    """No cycles are looked for among the rows that were read, only among figures, which have them by the thousand."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _contents(

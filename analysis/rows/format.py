@@ -204,7 +204,8 @@ def check_row(row: Any, where: str, above: Row | None = None) -> None:
 def _check_fields(part: Row, fields: Mapping[str, tuple[type, ...]], where: str, above: Row | None = None) -> None:
     for name, types in fields.items():
         value = part.get(name, fields)
-        if above is not None and value is above.get(name):
+        # Most are of just such a type.
+        if type(value) in types or (above is not None and value is above.get(name)):
             continue
         if value is fields:
             raise Damaged(f"{where}: no field '{name}'")

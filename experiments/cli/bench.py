@@ -167,7 +167,7 @@ def _run(
     from analysis.tables.render import markdown
     from experiments.bench import harness, rows
     from experiments.bench.registry import BENCHES
-    from experiments.publish.measured import bench_tables
+    from experiments.publish.measured import bench_frames, bench_tables
     from experiments.run.progress import shown
 
     _gpu()
@@ -188,7 +188,7 @@ def _run(
                     rows.write(bench, wanted, part, facts, seconds, rows.path_of(bench, wanted, part, results, gpu))
     paths = {rows.path_of(bench, wanted, part, results, gpu) for wanted in definitions for part in bench.parts(wanted)}
     measured = [row for path in sorted(paths) for row in measurements(path)] if first else []
-    for title, table in bench_tables(measured).items():
+    for title, table in bench_tables(measured, bench_frames(measured)).items():
         console.print(f"{title}\n\n{markdown(table)}\n", soft_wrap=True)
     for path in sorted(paths) if first else ():
         console.print(str(path), soft_wrap=True)

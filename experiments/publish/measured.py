@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pandas import DataFrame
 
@@ -79,8 +79,8 @@ def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside
     return table
 
 
-def bench_tables(rows: Sequence[Row]) -> dict[str, Table]:
-    """The tables of what benches of one GPU measured, by title.
+def bench_frames(rows: Sequence[Row]) -> dict[str, DataFrame]:
+    """What benches of one GPU timed, by kind.
 
     Args:
         rows: as from `analysis.tables.kernels.measurements`.
@@ -88,8 +88,17 @@ def bench_tables(rows: Sequence[Row]) -> dict[str, Table]:
     Raises:
         UserError: if a bench was cut off, or something is wrong.
     """
+    return {kind: bench_frame(rows, kind) for kind in KINDS}
+
+
+def bench_tables(rows: Sequence[Row], frames: Mapping[str, DataFrame]) -> dict[str, Table]:
+    """The tables of what benches of one GPU measured, by title.
+
+    Args:
+        rows: as from `analysis.tables.kernels.measurements`.
+        frames: of these rows, as from `bench_frames`.
+    """
     found: dict[str, Table] = {}
-    for kind in KINDS:
-        timed = bench_frame(rows, kind)
+    for timed in frames.values():
         found |= {} if timed.empty else {title(name): table for name, table in speed_tables(timed).items()}
     return found | learning_tables(rows)

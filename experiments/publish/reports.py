@@ -9,10 +9,10 @@ from analysis.figures.study import kernel_drawings, model_drawings, plot_study
 from analysis.figures.style import FORMATS
 from analysis.page import report
 from analysis.rows import layout
-from analysis.tables.kernels import bench_frame, measurements
+from analysis.tables.kernels import measurements
 from analysis.tables.render import render
 from analysis.tables.study import study_tables
-from experiments.publish.measured import bench_tables, frame, rows_of, some
+from experiments.publish.measured import bench_frames, bench_tables, frame, rows_of, some
 from experiments.run.provenance import revision
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
@@ -76,10 +76,11 @@ def speed(folder: Path) -> report.Speed:
         UserError: if nothing was timed there, or a file is damaged.
     """
     rows = measurements(folder)
-    tables = bench_tables(rows)
+    frames = bench_frames(rows)
+    tables = bench_tables(rows, frames)
     if not tables:
         raise UserError(f"{folder}: nothing was timed there: run `hts bench kernels`, or name another GPU")
-    figures = (*kernel_drawings(bench_frame(rows, "kernels")), *model_drawings(bench_frame(rows, "model")))
+    figures = (*kernel_drawings(frames["kernels"]), *model_drawings(frames["model"]))
     return report.Speed(folder.name, tuple(tables.items()), figures)
 
 

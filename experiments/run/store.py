@@ -50,28 +50,33 @@ class Store:
     def has_rows(self, trial: Trial, stage: str) -> bool:
         """Whether a stage is complete; a file that was cut off or changed is as good as none.
 
+        Of what is published the list of trials says so; its facts are checked where they are read.
+
         Raises:
             UserError: if it is of a newer schema.
         """
-        return self._whole(trial, stage) is not None
+        return self._written(trial, stage) is not None or stage in self._published.get(key(trial), ())
 
     def read_rows(self, trial: Trial, stage: str) -> list[Row]:
-        """The rows of a stage; none if it is not complete.
+        """The rows of a stage, from its own file or as they were published; none if it is not complete.
 
         Raises:
-            UserError: if they are of a newer schema.
+            UserError: if they are of a newer schema, or what is published is damaged.
         """
-        return self._whole(trial, stage) or []
-
-    def _whole(self, trial: Trial, stage: str) -> list[Row] | None:
-        """The rows of a complete stage, from its own file or as they were published."""
         found = self._written(trial, stage)
         if found is None and stage in self._published.get(key(trial), ()):
-            for _, rows in published.read(self.root, [key(trial)]):
+            found = [row for row in self._published_rows(key(trial)) if row["stage"] == stage]
+        return found or []
+
+    def _published_rows(self, trial: str) -> list[Row]:
+        """Those of one trial, kept until another is asked for: its stages are read one by one."""
+        if trial not in self._last_read:
+            self._last_read.clear()
+            for _, rows in published.read(self.root, [trial]):
                 if isinstance(rows, UserError):
                     raise rows
-                found = [row for _, row in rows if row["stage"] == stage]
-        return found
+                self._last_read[trial] = [row for _, row in rows]
+        return self._last_read.get(trial, [])
 
     def _written(self, trial: Trial, stage: str) -> list[Row] | None:
         path, name = self.rows_path(trial, stage), key(trial)
@@ -86,6 +91,10 @@ class Store:
         except (FileNotFoundError, Damaged):
             return None
         return rows if all(row["trial"] == name for row in rows) else None
+
+    @cached_property
+    def _last_read(self) -> dict[str, list[Row]]:
+        return {}
 
     @cached_property
     def _published(self) -> Mapping[str, Collection[str]]:

@@ -13,9 +13,11 @@ from forked import Python
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.rows import layout
 from analysis.rows.format import SCHEMA, Fact
 from analysis.rows.jsonl import from_lines, to_lines
 from experiments.publish import measured
+from experiments.publish.committed import consolidate_into
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Evaluation, Pruning, Trial, definition, key
 from patch.errors import UserError
@@ -177,3 +179,14 @@ def test_what_rows_share_is_written_once() -> None:
     shared = {"schema": SCHEMA, "definition": "d" * 1000, "labels": {}}
     text = to_lines([shared | {"value": value} for value in (1.0, 2.0, 2.0)])
     assert text.splitlines()[1:-1] == ['{"value": 2.0}', "{}"] and text.count("d" * 1000) == 1
+
+
+def test_what_is_published_is_complete_without_reading_its_facts(stored: Path, tmp_path: Path) -> None:
+    """A study's status would take seconds a trial, and one damaged table would stop the trials of others."""
+    consolidate_into(tmp_path, tmp_path / "results", True)
+    store = Store(tmp_path / "results")
+    assert store.has_rows(TRIAL, "prune") and not store.has_rows(TRIAL, "speed")
+    (tmp_path / "results" / layout.FACTS).write_text("cut off")
+    assert Store(tmp_path / "results").has_rows(TRIAL, "prune")
+    with pytest.raises(UserError, match=r"facts.csv: not a table"):
+        Store(tmp_path / "results").read_rows(TRIAL, "prune")
