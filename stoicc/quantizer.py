@@ -52,7 +52,12 @@ class StoiccQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        # The one look at the configuration before the files are found: what was there for those without us is done.
+        # The one look at the configuration before a model is made of it. A damaged one would be told by what does not
+        # fit the weights, if at all.
+        folder = Path(getattr(config, "_name_or_path", ""))
+        if self.quantization_config.digest is not None and (folder / CONFIG).is_file():
+            check_config(folder)
+        # What was there for those without us is done.
         if getattr(config, "transformers_weights", None) == NEEDED:
             del config.transformers_weights
         if getattr(config, "auto_map", None) == AUTO_MAP:
@@ -162,6 +167,22 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**config, "quantization_config": about}, sort_keys=True).encode()).hexdigest()
 
 
+def check_config(folder: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of a packed checkpoint whose configuration is what was saved; of before, as it is.
+
+    Raises:
+        UserError: if ``config.json`` says something else.
+    """
+    content = read_json(existing(folder, CONFIG))
+    about = content.get("quantization_config")
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / CONFIG}: has no quantization_config: changed or damaged, copy it again")
+    # Checkpoints of before have neither.
+    if ("digest" in about or "files" in about) and _digest(content) != about.get("digest"):
+        raise UserError(f"{folder / CONFIG}: its digest is not that of what it says: changed or damaged, copy it again")
+    return about
+
+
 def check_files(folder: Path, weights: Sequence[str] = ()) -> None:
     """Every file that is here is what was saved, and all weights are here; about a second per GiB.
 
@@ -173,11 +194,7 @@ def check_files(folder: Path, weights: Sequence[str] = ()) -> None:
     Raises:
         UserError: naming the file that is missing or another than it was.
     """
-    content = read_json(existing(folder, CONFIG))
-    about = content.get("quantization_config", {})
-    if _digest(content) != about.get("digest"):
-        raise UserError(f"{folder / CONFIG}: its digest is not that of what it says: changed or damaged, copy it again")
-    known = about.get("files") or {}
+    known = check_config(folder).get("files") or {}
     for name in weights:
         if name not in known:
             raise UserError(f"{folder / name}: {CONFIG} does not know this file: changed or damaged, copy it again")

@@ -167,8 +167,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = _directory_or_hub_id(name, data)
-    if not Path(source).is_dir():
-        _hub_commit(source)
+    # All files of one commit, whatever is pushed while they are fetched.
+    at = {} if Path(source).is_dir() else {"revision": _hub_commit(source)}
     stored = _check_quantisation(name, source, quantised)
     if (Path(source) / INFO_FILE).is_file():
         load_info(source, verify=True)
@@ -179,9 +179,11 @@ def load_model(
         else:
             # Which attention is transformers' choice: not every family has the fused one.
             as_stored = dtype is None or (dtype == torch.float32 and stored == "packed")
-            model, report = auto.from_pretrained(source, dtype="auto" if as_stored else dtype, output_loading_info=True)
+            model, report = auto.from_pretrained(
+                source, dtype="auto" if as_stored else dtype, output_loading_info=True, **at
+            )
             missing = sorted(report["missing_keys"])
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **at)
     except (torch.OutOfMemoryError, UserError):
         raise
     # What transformers makes of damaged files may be any error.
@@ -234,8 +236,11 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> Literal["packed
     if kind is None:
         return None
     # Importing it registers the quantizer that reads packed checkpoints.
+    from stoicc.quantizer import check_config
     from stoicc.spec import METHOD, StoiccConfig
 
+    if kind == METHOD and Path(source).is_dir():
+        check_config(Path(source))
     ours = (Path(source) / INFO_FILE).is_file() and precision_of(config) is not None
     if kind != METHOD and not ours:
         raise UserError(
@@ -330,6 +335,18 @@ def content(name: str, data: Path | None = None) -> str:
         return _hub_commit(str(source))
     # Older formats than safetensors are hashed as files.
     return content_hash(source) if any(source.glob("*.safetensors")) else fingerprint(str(source))
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a model that is loaded from the hub; None of any other, whose files a trial or a name pins.
+
+    Raises:
+        UserError: if the hub has no such model, or cannot be reached and the cache has none.
+    """
+    found = resolve(name)
+    if isinstance(found, ModelSpec):
+        return None if found.name in _LOCAL else _hub_commit(found.source)
+    return None if Path(found).is_dir() else _hub_commit(found)
 
 
 def linear_shapes(name: str) -> set[tuple[int, int]]:

@@ -136,6 +136,8 @@ _DEFINITIONS = (
 TASKS = {definition.name: definition for definition in _DEFINITIONS}
 EMBEDDED_TASK = "wiki_continuation"
 PRIMARY_METRIC = "acc"
+# What the fingerprints of tasks of the hub begin with; older ones are that alone.
+FROM_HUB = "hub"
 _ITEMS = "items"
 
 
@@ -213,23 +215,59 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
         raise UserError("tasks need lm-eval, which is not installed: pip install 'hybrid-tile-sparsity[eval]'")
 
 
-def fingerprint(task: str, data: Path | None) -> str:
-    """What tells the rows of one task from others under its name: SHA-256 of its local files; ``hub`` of the hub's.
+def fingerprint(task: str, data: Path | None, limit: int | None = None) -> str:
+    """What tells the rows of one task from others under its name: SHA-256 of its local files.
+
+    Of the hub's, which has them under names that move, ``hub``, the limit, and that of all that is asked of a model.
+
+    Args:
+        limit: only the first so many items are asked.
 
     Raises:
-        UserError: as `check_tasks`.
+        UserError: as `check_tasks`; also where the hub cannot be reached.
     """
+    return _local_fingerprint(task, data) or f"{FROM_HUB}:{limit or ''}:{_asked(task, limit)}"
+
+
+def fingerprint_as(told: str, task: str, data: Path | None) -> str:
+    """The fingerprint of now that compares with one of then: of as many items, read only if it tells of them."""
+    source, _, rest = told.partition(":")
+    if data is not None or task == EMBEDDED_TASK:
+        return fingerprint(task, data)
+    limit = rest.partition(":")[0]
+    return fingerprint(task, None, int(limit) if limit else None) if source == FROM_HUB and rest else FROM_HUB
+
+
+def require(task: str, data: Path | None, limit: int | None) -> Any:
+    """What a task asks of a model, read and built as it will be asked.
+
+    Raises:
+        UserError: if it cannot be had, or a row is not one.
+    """
+    if task == humaneval.NAME:
+        return humaneval.problems(data, limit)
+    return prepare_tasks((task,), data, limit).items
+
+
+def _local_fingerprint(task: str, data: Path | None) -> str | None:
+    """SHA-256 of a task's files; None of one that is taken from the hub."""
     check_tasks([task], data)
     if task == EMBEDDED_TASK:
         local = [embedded.TASKS / f"{EMBEDDED_TASK}.jsonl"]
     elif data is None:
-        return "hub"
+        return None
     elif task == humaneval.NAME:
         humaneval.check_file(data)
         local = [data / humaneval.LOCAL]
     else:
         local = [data / file for file in TASKS[task].local.values()]
     return hashlib.sha256(" ".join(map(sha256, local)).encode()).hexdigest()
+
+
+def _asked(task: str, limit: int | None) -> str:
+    """SHA-256 of all that a task of the hub asks of a model: its rows, and the requests that are made of them."""
+    asked = require(task, None, limit)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def evaluate_tasks(
@@ -268,7 +306,7 @@ def prepare_tasks(tasks: tuple[str, ...], data: Path | None, limit: int | None) 
         UserError: as `check_tasks`; also for rows that lack a field, and where the hub cannot be reached.
     """
     check_tasks(tasks, data)
-    return prepare_content(tasks, data, limit, tuple(fingerprint(task, data) for task in tasks))
+    return prepare_content(tasks, data, limit, tuple(_local_fingerprint(task, data) or FROM_HUB for task in tasks))
 
 
 @functools.lru_cache(maxsize=32)

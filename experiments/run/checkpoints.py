@@ -22,7 +22,7 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.sources import of_checkpoint
+from experiments.run.sources import of_checkpoint, of_model
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
@@ -206,7 +206,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
     )
     covered = check_coverage(model, pruning.partial)
-    job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store))
+    job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store) | of_model(pruning.model))
     if rounded:
         made = _quantise(job, Path(source), model)
     elif pruning.refit:
@@ -400,7 +400,7 @@ def _learn(job: _Job, model: nn.Module, spending: Spending) -> Learned:
             tile=pruning.tile,
             seed=pruning.seed,
             prior=prior,
-            texts={pruning.learning.source: job.sources[pruning.learning.source]},
+            texts={name: job.sources[name] for name in (pruning.learning.source, *of_model(pruning.model))},
             work=store.work_path(pruning),
             device=job.machine.device,
             on_step=on_step,

@@ -166,6 +166,7 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     if trial.evaluation.grid:
         grids.run_stages(trial, missing, store, machine)
         return
+    _require(trial, missing, machine.sources)
     pruning = trial.pruning
     ensure_checkpoint(pruning, store, machine)
     source = pruning.model if pruning.as_it_is else str(store.checkpoint_path(pruning))
@@ -177,6 +178,20 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     missing = [stage for stage in missing if not _take_over(trial, stage, content, store, machine.sources)]
     _evaluate(trial, missing, source, content, store, machine)
     packed.run_stages(trial, missing, source, content, store, machine)
+
+
+def _require(trial: Trial, missing: Collection[str], sources: Sources) -> None:
+    """Read what the missing stages will ask, before hours of work.
+
+    Raises:
+        UserError: naming the first text or task that cannot be had.
+    """
+    for item in trial.evaluation.perplexity:
+        if f"perplexity:{item}" in missing:
+            sources.require(item.source)
+    for task in trial.evaluation.tasks:
+        if TASK + task in missing:
+            sources.require(TASK + task, trial.evaluation.limit)
 
 
 def check_sources(trial: Trial, store: Store, sources: Sources) -> None:
@@ -277,7 +292,7 @@ def _task_stage(
     started = time.monotonic()
     label, name = f"{trial.label}: {task}", TASK + task
     # Before the items are read: of a file that is edited meanwhile, rows must not name what was not read.
-    read = {name: tasks.fingerprint(task, machine.data)}
+    read = {name: tasks.fingerprint(task, machine.data, trial.evaluation.limit)}
 
     def on_batch(done: int, total: int) -> None:
         machine.progress(label, done, total)

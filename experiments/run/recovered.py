@@ -16,6 +16,7 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
+from experiments.run.sources import of_model
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Recovery, definition
@@ -124,6 +125,7 @@ def recover_checkpoint(
     device = machine.device if recipe.steps else "cpu"
     model, tokenizer = models.load_model(source.model, device=device, dtype=machine.dtype, data=machine.data)
     documents = text.load_documents(recovery.source, machine.data)
+    own = {recovery.source: documents.sha256} | of_model(source.model)
     stream = text.token_stream(documents, tokenizer, recipe.length, recovery.seed, store.root / layout.TOKENS)
     windows = None
     if recipe.block_epochs:
@@ -160,7 +162,7 @@ def recover_checkpoint(
             stop=stop,
             ranks=machine.ranks,
             track=os.environ.get(TRACK),
-            texts={recovery.source: documents.sha256},
+            texts=own,
         )
     spent = spending.facts()
     if machine.ranks.rank:
@@ -198,7 +200,7 @@ def recover_checkpoint(
             "command": command_line(),
             "zeros": zeros,
             "facts": [vars(fact) for fact in facts],
-            "provenance": provenance(spending.seconds, {**(sources or {}), recovery.source: documents.sha256}),
+            "provenance": provenance(spending.seconds, {**(sources or {}), **own}),
         },
         load_tile_scores(source.path),
         beside=models.processor_files(str(source.path)),

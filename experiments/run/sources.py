@@ -1,7 +1,8 @@
 """Whether what results were made of still holds what it did when they were made.
 
 Rows and checkpoints are found by definitions, which say texts and tasks by name, and what a name stands for changes
-with an edited file or another data directory. The hash of each is in the provenance; before anything is taken for what
+with an edited file, another data directory or a newer commit on the hub. The hash of each text and task, and of a model
+of the hub its commit, is in the provenance; before anything is taken for what
 a definition asks for, these are compared with those of now. Where one differs the result is refused, not made anew
 beside: trials are named without the content of texts, so that published ones keep their names, and two results of one
 name would be drawn as one point. Nothing is replaced that its owner did not remove.
@@ -15,38 +16,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.data import text
+from experiments.data import models, text
 from experiments.eval import tasks
 from patch.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Before the name of a task; any other name is that of a text.
+# Before the name of a task, or of a model of the hub; any other name is that of a text.
 TASK = "task:"
+MODEL = "model:"
 _AS_IT_IS = "%s: what was made of it is taken as it is"
 
 
 class Sources:
-    """Texts and tasks as a data directory, or the hub, has them; each is read at most once."""
+    """Texts, tasks and models as a data directory, or the hub, has them; each is read at most once."""
 
     def __init__(self, data: Path | None) -> None:
         self._data = data
-        self._known: dict[str, str | None] = {}
+        self._known: dict[tuple[str, str], str | None] = {}
 
-    def digest(self, name: str) -> str | None:
-        """The hash of what a text, or a task (`TASK`), holds now; None if it is not there, or cannot be reached.
+    def digest(self, name: str, then: str = "") -> str | None:
+        """The hash of what a text, a task (`TASK`) or a model of the hub (`MODEL`) holds now; None if it is not there.
+
+        Args:
+            then: what it is to be compared with: of a task on the hub, which says how many items there are of it.
 
         Raises:
             UserError: if it is there and cannot be read.
         """
-        if name not in self._known:
-            self._known[name] = self._digest(name)
-        return self._known[name]
+        about = name, then if name.startswith(TASK) else ""
+        if about not in self._known:
+            self._known[about] = self._digest(name, then)
+        return self._known[about]
 
-    def _digest(self, name: str) -> str | None:
+    def _digest(self, name: str, then: str) -> str | None:
         try:
             if name.startswith(TASK):
-                return tasks.fingerprint(name.removeprefix(TASK), self._data)
+                return tasks.fingerprint_as(then, name.removeprefix(TASK), self._data)
+            if name.startswith(MODEL):
+                return models.hub_commit(name.removeprefix(MODEL))
             text.check_source(name, self._data)
         except UserError as error:
             logger.warning(_AS_IT_IS, error)
@@ -68,13 +76,35 @@ class Sources:
             UserError: naming the first text that holds something else.
         """
         for name, then in provenance.get("sources", {}).items():
-            now = self.digest(name)
+            now = self.digest(name, then)
             if now not in (None, then):
                 removed = f", or remove {place} to make it anew" if place.exists() else ""
-                raise UserError(
-                    f"{what} is of {name} with other content (SHA-256 {then[:12]}, now {now[:12]}): bring that back, "
-                    f"name another results directory{removed}"
-                )
+                differs = f"at another commit ({then[:12]}, now {now[:12]}): load that one from a copy"
+                if not name.startswith(MODEL):
+                    differs = f"with other content (SHA-256 {_short(then)}, now {_short(now)}): bring that back"
+                raise UserError(f"{what} is of {name} {differs}, name another results directory{removed}")
+
+    def require(self, name: str, limit: int | None = None) -> None:
+        """Read a text or a task that is needed later, or find it read.
+
+        Raises:
+            UserError: if it cannot be had.
+        """
+        if name.startswith(TASK):
+            tasks.require(name.removeprefix(TASK), self._data, limit)
+        elif self._known.get((name, "")) is None:
+            self._known[name, ""] = text.load_documents(name, self._data).sha256
+
+
+def of_model(name: str) -> dict[str, str]:
+    """What to keep of a model in the provenance of what is made of it: of one on the hub, its commit."""
+    commit = models.hub_commit(name)
+    return {MODEL + name: commit} if commit else {}
+
+
+def _short(told: str) -> str:
+    where, colon, digest = told.rpartition(":")
+    return where + colon + digest[:12]
 
 
 def of_checkpoint(info: Mapping[str, Any]) -> Mapping[str, Any]:

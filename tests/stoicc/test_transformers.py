@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import stoicc
+from experiments.data.models import load_model
 from patch.errors import UserError
 from patch.layers import prunable_linears
 from stoicc.spec import AUTO_MAP, CODE_FILE, NEEDED
@@ -87,6 +90,23 @@ def test_a_loaded_model_saves_nothing_that_only_the_checkpoint_has(checkpoint: A
         not {"auto_map", "transformers_weights"} & json.loads((tmp_path / "again" / "config.json").read_text()).keys()
     )
     assert torch.equal(text(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), checkpoint[2])
+
+
+@pytest.mark.parametrize(
+    "entry", ["hidden_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps", "a module"]
+)
+def test_a_damaged_configuration_is_told_as_damage(entry: str, checkpoint: Any, tmp_path: Path) -> None:
+    """Before a model is made of it: what does not fit then would be told instead, or nothing."""
+    path = shutil.copytree(checkpoint[0], tmp_path / "copy")
+    content = json.loads((path / "config.json").read_text())
+    if entry == "a module":
+        content["quantization_config"]["modules"][0]["band"] ^= 1
+    else:
+        content[entry] *= 2
+    (path / "config.json").write_text(json.dumps(content))
+    for load in (AutoModelForCausalLM.from_pretrained, partial(load_model, quantised=True)):
+        with pytest.raises(UserError, match=r"config\.json: its digest is not that of what it says"):
+            load(str(path))
 
 
 @pytest.mark.parametrize(

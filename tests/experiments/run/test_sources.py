@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tiny_study import tiny_trials
 
@@ -211,7 +212,7 @@ def test_items_that_are_edited_while_they_are_evaluated_are_not_recorded_as_meas
 ) -> None:
     items = tmp_path / "data" / "tasks" / "piqa_validation.jsonl"
     items.parent.mkdir(parents=True)
-    items.write_text('{"goal": "a"}\n')
+    items.write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n')
     before = tasks.fingerprint("piqa", tmp_path / "data")
 
     def evaluated(*_: Any, **__: Any) -> list[tasks.TaskResult]:
@@ -289,3 +290,93 @@ def test_recovering_another_checkpoint_of_the_same_definition_is_refused(
         assert code == 0, err
     code, _, err = hts("recover", paths[1], *given)
     assert code == 1 and "was recovered from checkpoint" in err.replace("\n", " ")
+
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the cache of the hub one that has the model ``some/model`` at a commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--some--model"
+
+    def at(commit: str) -> None:
+        shutil.copytree(tiny_model, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+
+    return at
+
+
+@pytest.mark.parametrize("kind", ["pruned", "learned", "recovered"])
+def test_a_checkpoint_of_a_hub_model_whose_commit_moved_is_refused(
+    kind: str, hub: Callable[[str], None], words: Path, tmp_path: Path
+) -> None:
+    magnitude = build.one_shot("some/model", "magnitude", "2:4", 0.5, (16, 16), Calibration(str(words), 8, 16))
+    pruning = {
+        "pruned": magnitude,
+        "learned": dataclasses.replace(tiny_trials(Path("some/model"), words, steps=2)[2].pruning, prior=magnitude),
+        "recovered": dataclasses.replace(magnitude, recovery=Recovery(str(words), RECOVERY)),
+    }[kind]
+    first, second, store = "a" * 40, "b" * 40, Store(tmp_path / "runs")
+    hub(first)
+    path = checkpoints.ensure_checkpoint(pruning, store, machine())
+    assert path is not None and checkpoints.ensure_checkpoint(pruning, store, machine()) == path
+    info = json.loads((path / INFO_FILE).read_text())
+    assert info["provenance"]["sources"]["model:some/model"] == first
+    hub(second)
+    with pytest.raises(UserError, match=f"is of model:some/model at another commit .{first[:12]}, now {second[:12]}"):
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    shutil.rmtree(tmp_path / "cache")
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path, "what is absent has not changed"
+
+
+PIQA = [
+    {"goal": "cut", "sol1": "knife", "sol2": "spoon", "label": 0},
+    {"goal": "a", "sol1": "b", "sol2": "c", "label": 1},
+]
+
+
+@pytest.fixture
+def rows_of_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[dict[str, Any]] | None], None]]:
+    """Makes these the rows of every task of the hub; None makes it unreachable."""
+
+    def have(rows: list[dict[str, Any]] | None) -> None:
+        def load(*_: Any, **__: Any) -> Any:
+            if rows is None:
+                raise ConnectionError("no route to the hub")
+            return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation")})
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        tasks.prepare_content.cache_clear()
+
+    yield have
+    tasks.prepare_content.cache_clear()
+
+
+def test_rows_of_a_task_of_the_hub_are_held_to_what_was_asked(
+    rows_of_hub: Callable[[list[dict[str, Any]] | None], None], tmp_path: Path
+) -> None:
+    rows_of_hub(PIQA)
+    whole, one = tasks.fingerprint("piqa", None), tasks.fingerprint("piqa", None, 1)
+    assert whole != one
+    same = [{"sources": {TASK + "piqa": told}} for told in (whole, one, "hub")]
+    for recorded in same:
+        Sources(None).check_same(recorded, "task:piqa", tmp_path)
+    rows_of_hub([PIQA[0], PIQA[1] | {"label": 0}])
+    Sources(None).check_same(same[1], "task:piqa", tmp_path)
+    Sources(None).check_same(same[2], "task:piqa", tmp_path)
+    with pytest.raises(UserError, match=r"is of task:piqa with other content .SHA-256 hub::\w{12}, now hub::\w{12}\)"):
+        Sources(None).check_same(same[0], "task:piqa", tmp_path)
+    rows_of_hub(None)
+    Sources(None).check_same(same[0], "task:piqa", tmp_path)
+
+
+def test_a_task_that_cannot_be_had_is_told_before_anything_is_measured(
+    rows_of_hub: Callable[[list[dict[str, Any]] | None], None], tiny_model: Path, words: Path, tmp_path: Path
+) -> None:
+    rows_of_hub(None)
+    trial, store = tiny_trials(tiny_model, words)[1], Store(tmp_path / "runs")
+    trial = dataclasses.replace(trial, evaluation=dataclasses.replace(trial.evaluation, tasks=("piqa",)))
+    with pytest.raises(UserError, match="tasks piqa cannot be fetched from the hub"):
+        pipeline.run_trial(trial, store, machine())
+    assert not store.checkpoint_path(trial.pruning).exists() and store.read_rows(trial, "prune") == []
