@@ -56,6 +56,11 @@ STUDIES = {
     "smollm2-recovered": Study(
         "what training the kept weights adds to masks of SmolLM2-135M, on equal tokens", smollm2.recovered_masks
     ),
+    "smollm2-recovered-mixture": Study(
+        "the same on a mixture with more of an encyclopedia, a mask that drops nothing beside it",
+        smollm2.recovered_on_mixture,
+    ),
+    "recovery-texts": Study("which text, loss and rate recover a mask best, on SmolLM2-135M", smollm2.recovery_texts),
     "recovery-ablation": Study("what each part of recovery does, on SmolLM2-135M", smollm2.recovery_ablation),
     "qwen-coder-0.5b": Study("masks of Qwen2.5-Coder-0.5B, for text and code", qwen_coder.half_billion),
     "qwen-coder-1.5b": Study("masks of Qwen2.5-Coder-1.5B, for text and code", qwen_coder.one_and_a_half_billion),
