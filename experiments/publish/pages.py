@@ -203,6 +203,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "paired": _paired,
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
     "bits": partial(_study_table, "frontier-embedded", "accuracy", (*_ABOUT, "perplexity")),
+    "bits-smollm2": partial(_study_table, "frontier-smollm2-bits", "accuracy", _PERPLEXITY),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
     "published-start": partial(
         _study_table,
@@ -215,6 +216,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
     "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
     "recovered": partial(_study_table, "smollm2-recovered", "accuracy", _ACCURACY),
+    "recovered-mixture": partial(_study_table, "smollm2-recovered-mixture", "accuracy", _PERPLEXITY),
+    "recovery-texts": partial(_study_table, "recovery-texts", "accuracy", ("variant", "perplexity")),
     "recovery-ablation": partial(_study_table, "recovery-ablation", "accuracy", ("variant", "perplexity")),
     "tiles": partial(
         _study_table, "smollm2-tiles", "accuracy", ("method", "variant", "tile", "achieved_sparsity", "perplexity")
