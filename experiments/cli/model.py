@@ -23,6 +23,7 @@ from experiments.cli.options import (
     console,
     listed,
     machine_on,
+    of_a_checkpoint,
     tile_shape,
     tracked,
 )
@@ -32,6 +33,7 @@ from patch.learn.recipe import CHANGES, PUBLISHED
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
 from patch.recover.recipe import RecoveryRecipe
+from patch.structures import TILED
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
@@ -75,6 +77,8 @@ def prune(
         structure = "shallow"
     elif structure == "unstructured":
         _check_not_given(context, "unstructured pruning has no tiles", "tile")
+    if method not in members("smaller"):
+        check_name("structure", structure, (*TILED, "unstructured"))
     if sparsity is None:
         sparsity = 0.5
         if structure != "2:4":
@@ -89,9 +93,19 @@ def prune(
         pruning = build.refitted(pruning, seen)
     if precision:
         pruning = build.quantised(pruning, precision, seen)
+    _check_seen(context, pruning, "calibration", "windows", "length", "seed")
     if partial:
         pruning = build.in_part(pruning)
     _checkpoint(pruning, out, results, data, device)
+
+
+def _check_seen(context: typer.Context, pruning: "Pruning", *options: str) -> None:
+    """Options of a text that nothing looks at are not passed over."""
+    from experiments.studies.trial import lineage
+
+    if not any(text for step in lineage(pruning) for text in step.texts):
+        what = pruning.quantisation.precision if pruning.quantisation else pruning.method
+        _check_not_given(context, f"{what} looks at no text", *options)
 
 
 def _check_not_given(context: typer.Context, why: str, *options: str) -> None:
@@ -147,6 +161,8 @@ def learn(
     from experiments.studies.trial import Calibration
 
     seen = Calibration(calibration, calibration_windows, calibration_length or _window(model, data))
+    if method in METHODS and method not in members("learned"):
+        raise UserError(f"{method} is not learned but {METHODS[method].family}: take `hts prune --method {method}`")
     check_name("recipe", recipe, [*CHANGES, *PUBLISHED])
     given = CHANGES.get(recipe, {}) | changes(set_ or [])
     if sparsity is None:
@@ -164,6 +180,7 @@ def learn(
 
 
 def quantise(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A hybrid checkpoint, or a dense model: a name, a path, or a Hugging Face hub id.")
     ],
@@ -184,11 +201,14 @@ def quantise(
 
     seen = Calibration(calibration, windows, length or _window(model, data), seed)
     pruning = dataclasses.replace(build.quantised(build.dense(model), precision, seen), partial=partial)
+    _check_seen(context, pruning, "calibration", "windows", "length", "seed")
     _checkpoint(pruning, out, results, data, device)
 
 
 def recover(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of any method, not packed.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(callback=of_a_checkpoint, help="A checkpoint of any method, not packed.")
+    ],
     text: Annotated[str, typer.Option(help="Text to train on.")] = "c4",
     base: Annotated[
         str | None, typer.Option(help="The dense model: name, path or hub id; by default what the checkpoint says.")
@@ -296,7 +316,12 @@ def evaluate(
 
 
 def audit(
-    path: Annotated[Path, typer.Argument(help="A hybrid checkpoint, or a foreign one whose zeros are its mask.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            callback=of_a_checkpoint, help="A hybrid checkpoint, or a foreign one whose zeros are its mask."
+        ),
+    ],
     tile: Annotated[str | None, typer.Option(help="Tile shape of a foreign checkpoint, rows x columns.")] = None,
 ) -> None:
     """Count each layer's tiles: dense, 2:4, violating. Exits with 1 if anything violates."""
@@ -332,7 +357,7 @@ def audit(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A hybrid checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(callback=of_a_checkpoint, help="A hybrid checkpoint.")],
     archive: Annotated[Path, typer.Argument(help="The archive to write (.tar.xz).")],
 ) -> None:
     """Write the masks of a checkpoint without its weights, to share them."""

@@ -72,6 +72,23 @@ RunsCode = Annotated[
 DEFAULT_RESULTS = Path("runs")
 
 
+def of_a_checkpoint(path: Path) -> Path:
+    """A path that must be a checkpoint's, not the name of a model.
+
+    Raises:
+        UserError: if it is such a name.
+    """
+    if not path.is_dir():
+        from experiments.data.models import REGISTRY
+
+        if str(path) in REGISTRY:
+            raise UserError(
+                f"{path} is a model, and this takes a checkpoint that was made of one: make it with "
+                f"`hts prune {path}` or `hts learn {path}`, which say where it lies"
+            )
+    return path
+
+
 def tracked(track: str | None) -> None:
     """Have this process, and those that it starts, send the curves of learning to a tracker.
 

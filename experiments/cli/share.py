@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.options import DEFAULT_RESULTS, Results, console
+from experiments.cli.options import DEFAULT_RESULTS, Results, console, of_a_checkpoint
 from patch.errors import UserError, one_line
 
-Checkpoint = Annotated[Path, typer.Argument(help="A hybrid checkpoint, or for push also a packed one.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(callback=of_a_checkpoint, help="A hybrid checkpoint, or for push also a packed one.")
+]
 
 
 def pack(

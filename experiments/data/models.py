@@ -192,8 +192,24 @@ def load_model(
     # transformers fills these with random numbers and goes on.
     if missing:
         raise UserError(f"{name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors: incomplete copy?")
+    _check_finite(name, model)
     model.requires_grad_(False)
     return model.eval().to(device), tokenizer
+
+
+def _check_finite(name: str, model: "PreTrainedModel") -> None:
+    """Raise if a weight is NaN or infinite: whatever is computed with it says something else, or blames the text."""
+    import torch
+
+    for tensor, values in model.named_parameters():
+        # A sum in one pass tells most: few weights add up to infinity.
+        if values.is_meta or not values.is_floating_point() or values.itemsize < 2:
+            continue
+        if not torch.isfinite(values.detach().sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+            raise UserError(
+                f"{name}: {tensor} holds values that are not finite, as {values.dtype}: the files are damaged, which a "
+                "new copy mends, or the dtype is too narrow for them"
+            )
 
 
 def load_packable(

@@ -580,3 +580,16 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed_before_it_is_evaluated(tmp_pa
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors: its SHA-256 is not the one"):
         load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_weights_that_are_not_finite_are_told_by_name_and_not_by_what_they_do(value: float, tmp_path: Path) -> None:
+    model, tokenizer = load_model("embedded")
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"model\.norm\.weight holds values that are not finite, as torch\.\w+: the files"
+    ):
+        load_model(str(tmp_path))
