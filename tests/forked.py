@@ -6,10 +6,12 @@ Importing them takes a process several seconds, and tests of what happens betwee
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -78,6 +80,49 @@ class Python:
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+class Torchrun:
+    """``python -m torch.distributed.run ... -m MODULE ARGUMENTS...`` on this machine, used as `subprocess.Popen` is.
+
+    Without torch's agent, where what is tested is what its processes do: each finds what the agent would tell it, and
+    when one fails the others are ended.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        (size,) = (int(each.partition("=")[2]) for each in command if each.startswith("--nproc-per-node="))
+        module, *arguments = command[command.index("-m", command.index("torch.distributed.run")) + 1 :]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        common |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), **(environment or {})}
+        source = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        self.processes = [
+            Python(source, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(size)
+        ]
+
+    def poll(self) -> int | None:
+        codes = [process.poll() for process in self.processes]
+        if any(codes):
+            self.kill()
+            return 1
+        return None if None in codes else 0
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("torchrun", timeout)
+            time.sleep(0.05)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 from experiments.run.runtime import Machine
@@ -20,14 +19,9 @@ def introduce(folder: Path, machine: Machine) -> None:
     (folder / f"{machine.ranks.rank}.json").write_text(json.dumps(about))
 
 
-def fail_on_the_second(machine: Machine) -> None:
+def introduce_and_fail_on_the_second(folder: Path, machine: Machine) -> None:
     """An error of rank 1, while rank 0 waits for it."""
+    introduce(folder, machine)
     if machine.ranks.rank == 1:
         raise ValueError("no such thing")
     machine.ranks.agree(True, machine.device)
-
-
-def hang(folder: Path, machine: Machine) -> None:
-    """Never end."""
-    introduce(folder, machine)
-    time.sleep(600)

@@ -30,12 +30,21 @@ def short(text: str) -> str:
 def digests(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[int, str]]:
     """How many facts there are of each trial and stage, and the digest of all that is known of them."""
     found: dict[tuple[str, str], list[str]] = {}
+    # Thousands of facts share one definition and one provenance; what is named by its address must stay alive.
+    common: dict[int, tuple[Any, str]] = {}
+
+    def text_of(shared: Any) -> str:
+        if id(shared) not in common:
+            common[id(shared)] = shared, canonical(shared)
+        return common[id(shared)][1]
+
     for row in rows:
         labels, spread = dict(row["labels"]), {name: row.get(name) for name in SPREAD}
         # They stood among the labels once.
         spread |= {name: labels.pop(name) for name in SPREAD if name in labels}
-        said = [row[name] for name in ("metric", "value", "unit", "stderr", "definition", "provenance")]
-        found.setdefault((row["trial"], row["stage"]), []).append(canonical([*said, labels, spread]))
+        said = canonical([row[name] for name in ("metric", "value", "unit", "stderr")])[1:-1]
+        said += f",{text_of(row['definition'])},{text_of(row['provenance'])},{canonical([labels, spread])[1:-1]}"
+        found.setdefault((row["trial"], row["stage"]), []).append(f"[{said}]")
     return {about: (len(facts), short("\n".join(sorted(facts)))) for about, facts in found.items()}
 
 

@@ -4,14 +4,16 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import rank_stubs
 from dev_cluster import REPOSITORY, wait_until
-from forked import Python
+from forked import Python, Torchrun
 from tiny_study import tiny_trials
 
 from experiments.run.store import Store
@@ -33,6 +35,12 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's launcher starts is forked, without the launcher."""
+    monkeypatch.setattr(torchrun, "subprocess", SimpleNamespace(**(vars(subprocess) | {"Popen": Torchrun})))
+
+
 def introductions(folder: Path) -> dict[str, dict[str, object]]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -41,8 +49,12 @@ def learning(tiny_model: Path, tiny_text: Path) -> Step:
     return next(step for step in plan.steps(tiny_trials(tiny_model, tiny_text)).values() if step.kind == "learn")
 
 
-def test_processes_meet_and_the_first_one_reports(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    torchrun.run(TWO, partial(rank_stubs.introduce, tmp_path), rank_stubs.cpu)
+def test_processes_meet_the_first_one_reports_and_an_error_is_told_with_its_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(torchrun.RankFailed, match="rank 1: ValueError: no such thing") as caught:
+        torchrun.run(TWO, partial(rank_stubs.introduce_and_fail_on_the_second, tmp_path), rank_stubs.cpu)
+    assert "fail_on_the_second" in caught.value.__notes__[0]
     met = introductions(tmp_path)
     assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "1")}
     assert capfd.readouterr().out.count("progress met 0 2") == 1
@@ -69,12 +81,7 @@ def test_two_nodes_meet_at_the_first(tmp_path: Path) -> None:
     assert {rank: (about["size"], about["local"]) for rank, about in met.items()} == {"0": (2, "0"), "1": (2, "0")}
 
 
-def test_the_first_error_is_told_with_its_traceback() -> None:
-    with pytest.raises(torchrun.RankFailed, match="rank 1: ValueError: no such thing") as caught:
-        torchrun.run(TWO, rank_stubs.fail_on_the_second, rank_stubs.cpu)
-    assert "fail_on_the_second" in caught.value.__notes__[0]
-
-
+@pytest.mark.usefixtures("forked")
 def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(tiny_text.read_text(encoding="utf-8"))
@@ -89,23 +96,20 @@ def test_a_failed_learning_is_a_row(tiny_model: Path, tiny_text: Path, tmp_path:
     assert store.leased() == {}
 
 
-def test_two_processes_make_the_checkpoint_that_one_makes(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    step = learning(tiny_model, tiny_text)
-    for name, launch in (("one", Launch()), ("two", TWO)):
-        known = plan.steps(step.trials)
-        for each in (*(known[id] for id in step.needs), step):
-            RunStep(Work(tmp_path / name, device="cpu"), launch)(each)
-        assert list((tmp_path / name / "locks").iterdir()) == []
-    alone, together = (load_masks(Store(tmp_path / name).checkpoint_path(step.pruning)) for name in ("one", "two"))
-    assert all((alone[name].dense == together[name].dense).all() for name in alone)
-
-
-def test_local_processes_learn_together_and_evaluate_alone(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    trials = tiny_trials(tiny_model, tiny_text)
-    RunTrials(Work(tmp_path, device="cpu"), TWO)(trials)
-    store = Store(tmp_path)
-    assert all(plan.is_done(step, store) for step in plan.steps(trials).values())
-    assert store.leased() == {}
+@pytest.mark.usefixtures("forked")
+def test_local_processes_learn_what_one_learns_and_evaluate_alone(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    trials, step = tiny_trials(tiny_model, tiny_text), learning(tiny_model, tiny_text)
+    RunTrials(Work(tmp_path / "two", device="cpu"), TWO)(trials)
+    known = plan.steps(step.trials)
+    for each in (*(known[id] for id in step.needs), step):
+        RunStep(Work(tmp_path / "one", device="cpu"), Launch())(each)
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    assert all(plan.is_done(step, two) for step in plan.steps(trials).values())
+    assert all(store.leased() == {} and not list((store.root / "locks").iterdir()) for store in (one, two))
+    alone, together = (load_masks(store.checkpoint_path(step.pruning)) for store in (one, two))
+    assert alone and all((alone[name].dense == together[name].dense).all() for name in alone)
 
 
 SCRIPT = """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from decoder_families import make
+from forked import Torchrun
 from transformers import AutoTokenizer
 
 from analysis.rows.format import SCHEMA
@@ -339,19 +340,14 @@ def test_the_installed_command_answers() -> None:
 
 def test_several_processes_learn_one_mask(tmp_path: Path) -> None:
     """Under torchrun: the prior is made once, the mask by all, the checkpoint and the last line come from one."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "experiments", "learn"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "experiments", "learn"]
     model = ["embedded", "--sparsity", "0.35", "--tile", "64x64", "--text", "embedded/train"]
     prior = ["--calibration", "embedded/train", "--calibration-windows", "4", "--calibration-length", "64"]
     size = ["--set=steps=2", "--set=batch=4", "--set=microbatch=2", "--set=length=32", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, *command, *model, *prior, *size, "--results", str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("sparsity 0.35") == 1
+    learning = [*command, *model, *prior, *size, "--results", str(tmp_path)]
+    started = Torchrun(learning, {"OMP_NUM_THREADS": "1"})
+    assert started.wait(240) == 0, [process.stderr[-3000:] for process in started.processes]
+    assert "".join(process.stdout for process in started.processes).count("sparsity 0.35") == 1
     checkpoints = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
     assert len(checkpoints) == 3, "a SparseGPT prior, the unstructured mask that ranks tiles, and the learned mask"
     assert not list(tmp_path.glob("work/*/learner.pt"))
