@@ -4,14 +4,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import KINDS, compile_for, decode
-from triton.backends.nvidia.compiler import get_ptxas
+from compiled import KINDS, compile_for, decode, said_by_ptxas, sass
 from triton.experimental.gluon import language as gl
 
 from stoicc import configs
@@ -71,22 +69,12 @@ def hopper_decode(config: HopperDecodeConfig, dtype: str = "bf16") -> Any:
     return compile_for(90, hopper_decode_linear, constants, types, config.rows // 16)
 
 
-def whole_sass(kernel: Any) -> str:
-    """All of the machine code: what Triton keeps as ``sass`` ends after 64 KiB."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(Path(get_ptxas(90).path).with_name("cuobjdump")), "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def assert_sound(kernel: Any, arch: int) -> None:
     """No local memory, no serialised wgmma, and shared memory within the chip's limit."""
-    assert not re.search(r"\b(LDL|STL)\b", kernel.asm["sass"]), "registers spill to local memory"
+    assert not re.search(r"\b(LDL|STL)\b", sass(kernel)), "registers spill to local memory"
     assert kernel.metadata.shared <= SHARED_LIMIT[arch]
     if arch == 90:
-        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
-        said = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+        said = said_by_ptxas(kernel, arch)
         assert "bytes spill stores" in said and " 0 bytes spill stores" in said
         assert not re.search(r"C75\d\d", said), said
 
@@ -95,8 +83,8 @@ def assert_sound(kernel: Any, arch: int) -> None:
 def test_hopper_configurations(config: HopperConfig) -> None:
     kernel = hopper(config)
     # Two consumers, each with two 2:4 walks (four steps, and single ones) and a dense one (two steps, and single ones).
-    assert kernel.asm["sass"].count("HGMMA.SP.") == 2 * 2 * (4 + 1) * 2
-    assert kernel.asm["sass"].count("HGMMA.64x") == 2 * (2 + 1) * 4
+    assert sass(kernel).count("HGMMA.SP.") == 2 * 2 * (4 + 1) * 2
+    assert sass(kernel).count("HGMMA.64x") == 2 * (2 + 1) * 4
     assert_sound(kernel, 90)
 
 
@@ -112,9 +100,9 @@ EIGHT_BITS = [
 @pytest.mark.parametrize(("config", "dtype", "name", "shape"), EIGHT_BITS)
 def test_hopper_instructions_of_eight_bits(config: HopperConfig, dtype: str, name: str, shape: str) -> None:
     kernel = hopper(config, dtype)
-    sass = whole_sass(kernel)
-    assert sass.count(f"{name}.SP.{shape}x64.") == 2 * 2 * (4 + 1) * 2
-    assert sass.count(f"{name}.{shape}x32.") == 2 * (2 + 1) * 4
+    code = sass(kernel)
+    assert code.count(f"{name}.SP.{shape}x64.") == 2 * 2 * (4 + 1) * 2
+    assert code.count(f"{name}.{shape}x32.") == 2 * (2 + 1) * 4
     assert_sound(kernel, 90)
 
 
@@ -132,17 +120,17 @@ HOPPER_DECODE = [
 @pytest.mark.parametrize(("config", "dtype", "name"), HOPPER_DECODE, ids=str)
 def test_hopper_decode_configurations(config: HopperDecodeConfig, dtype: str, name: str) -> None:
     kernel = hopper_decode(config, dtype)
-    sass = whole_sass(kernel)
+    code = sass(kernel)
     depth = 256 // KINDS[dtype].primitive_bitwidth
-    assert sass.count(f"{name}.SP.64x{config.tokens}x{2 * depth}.") == 2 * config.together
-    assert sass.count(f"{name}.64x{config.tokens}x{depth}.") == 4 * config.together
+    assert code.count(f"{name}.SP.64x{config.tokens}x{2 * depth}.") == 2 * config.together
+    assert code.count(f"{name}.64x{config.tokens}x{depth}.") == 4 * config.together
     # The first records of every kind are asked for before the kernel waits for the one before it.
     if config.blocks < 8:
-        _, before, after = sass.split("ACQBULK")
+        _, before, after = code.split("ACQBULK")
         assert before.count("LDG.E.EF.128") == 6 * config.together
         assert "PREEXIT" in after
     else:
-        assert "ACQBULK" not in sass
+        assert "ACQBULK" not in code
     assert_sound(kernel, 90)
 
 
@@ -159,9 +147,9 @@ def test_decode_instructions_of_eight_bits(arch: int, config: DecodeConfig, dtyp
     kernel = decode(config, arch, dtype)
     _, row_warps, token_warps = config.warps
     products = config.records * (config.rows // 16 // row_warps) * (config.tokens // 8 // token_warps)
-    sass = whole_sass(kernel)
-    assert sass.count(f"{name}.SP.16864.") == 2 * 2 * products
-    assert sass.count(f"{name}.16832.") == 2 * 4 * products
+    code = sass(kernel)
+    assert code.count(f"{name}.SP.16864.") == 2 * 2 * products
+    assert code.count(f"{name}.16832.") == 2 * 4 * products
     assert_sound(kernel, arch)
 
 
@@ -187,13 +175,13 @@ def test_decode_widens_four_bits(arch: int, config: DecodeConfig, dtype: str) ->
     kernel = decode(config, arch, dtype, bits=4)
     _, row_warps, token_warps = config.warps
     rows, tokens = config.rows // 16 // row_warps, config.tokens // 8 // token_warps
-    sass = whole_sass(kernel)
+    code = sass(kernel)
     # Of each set four k-steps of a 2:4 record, eight of a dense one; each word is widened once, into four registers.
-    assert sass.count("HMMA.SP.") == 2 * 4 * config.records * rows * tokens
-    assert sass.count("HMMA.16816.") == 2 * 8 * config.records * rows * tokens
-    widened = len(re.findall(r"HFMA2(\.BF16_V2|\.BF16|\.MMA)?\b", sass))
+    assert code.count("HMMA.SP.") == 2 * 4 * config.records * rows * tokens
+    assert code.count("HMMA.16816.") == 2 * 8 * config.records * rows * tokens
+    widened = len(re.findall(r"HFMA2(\.BF16_V2|\.BF16|\.MMA)?\b", code))
     assert widened >= 2 * (4 + 8) * 4 * config.records * rows
-    assert "LDG.E.EF.128" in sass and not re.search(r"\b(LDL|STL)\b", sass)
+    assert "LDG.E.EF.128" in code and not re.search(r"\b(LDL|STL)\b", code)
     assert_sound(kernel, arch)
 
 
@@ -210,12 +198,12 @@ def test_decode_configurations(arch: int, config: DecodeConfig) -> None:
     kernel = decode(config, arch)
     _, row_warps, token_warps = config.warps
     products = config.records * (config.rows // 16 // row_warps) * (config.tokens // 8 // token_warps)
-    sass = kernel.asm["sass"]
-    assert sass.count("HMMA.SP.") == 2 * 2 * products  # two sets, two k-steps
-    assert sass.count("HMMA.16816.") == 2 * 4 * products
+    code = sass(kernel)
+    assert code.count("HMMA.SP.") == 2 * 2 * products  # two sets, two k-steps
+    assert code.count("HMMA.16816.") == 2 * 4 * products
     # The first records of every set are asked for before the kernel waits for the one before it.
     if arch == 90 and config.blocks < 8:
-        _, before, after = sass.split("ACQBULK")
+        _, before, after = code.split("ACQBULK")
         assert before.count("LDG.E.EF.128") >= 8
         # The next kernel begins once this one has waited, or read its last records.
         assert "PREEXIT" not in before
@@ -223,13 +211,13 @@ def test_decode_configurations(arch: int, config: DecodeConfig) -> None:
         assert late
         assert ("HMMA" in rest) == (config.stages == 0)
     else:
-        assert "ACQBULK" not in sass
-        assert "PREEXIT" not in sass
+        assert "ACQBULK" not in code
+        assert "PREEXIT" not in code
     assert_sound(kernel, arch)
 
 
 def test_float16_has_its_own_instructions() -> None:
-    assert ".F16" not in decode(DecodeConfig(16, 8, (2, 1, 1), 1, 0, 1), 90).asm["sass"].split("HMMA.SP")[1][:20]
+    assert ".F16" not in sass(decode(DecodeConfig(16, 8, (2, 1, 1), 1, 0, 1), 90)).split("HMMA.SP")[1][:20]
     assert "m16n8k32.row.col.f32.f16.f16.f32" in decode(DecodeConfig(16, 8, (2, 1, 1), 1, 0, 1), 90, "fp16").asm["ptx"]
     assert (
         "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16" in hopper(HopperConfig(64, 8, 8, 1), "fp16").asm["ptx"]

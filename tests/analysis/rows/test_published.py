@@ -63,7 +63,9 @@ def test_publishing_what_is_published_changes_nothing(committed: list[Row], tmp_
     shutil.copytree(RESULTS / DETAILS, tmp_path / DETAILS)
     known = stages(RESULTS)
     published = consolidate.stages_of(row for row in committed if row["trial"] in known)
-    assert {trial: set(mine) for trial, mine in published.items()} == {trial: set(told) for trial, told in known.items()}
+    assert {trial: set(mine) for trial, mine in published.items()} == {
+        trial: set(told) for trial, told in known.items()
+    }
     assert consolidate.write(tmp_path, consolidate.merged(published, published)) == []
 
 

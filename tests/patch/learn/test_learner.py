@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import functools
 import io
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +36,7 @@ from patch.learn import cuda_graph, saved, soft_mask
 from patch.learn import prior as prior_of_learning
 from patch.learn.descent import LearningDiverged, Stopped
 from patch.learn.learner import Implementation, Learned, learn
-from patch.learn.prior import RANKED_BY, Prior
+from patch.learn.prior import Prior
 from patch.learn.recipe import Recipe, Temperatures
 from patch.learn.saved import CHECKPOINT
 from patch.learn.sensitivity import tile_sensitivity
@@ -90,6 +92,24 @@ def run(
     )
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Learned, Path]]:
+    """The outcome of the short recipe of a mode, run once, and the folder that it worked in."""
+
+    @functools.cache
+    def of(mode: str) -> tuple[Learned, Path]:
+        work = tmp_path_factory.mktemp(mode)
+        return run(tiny_model(), SHORT[mode], work), work
+
+    return of
+
+
+@pytest.fixture
+def worked(finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path) -> Path:
+    """A folder in which the short recipe of the joint mode has been run."""
+    return shutil.copytree(finished("joint")[1], tmp_path / "worked")
+
+
 def learned_logits(state: dict[str, Any]) -> dict[str, Tensor]:
     """The logits in a learner's checkpoint, by weight and kind."""
     return {name: learned["logits"] for name, learned in state["learned"].items()}
@@ -140,6 +160,13 @@ def naive_mask(
     row_of, col_of = torch.arange(two_four.shape[0]) // RAGGED[0], torch.arange(two_four.shape[1]) // RAGGED[1]
     dense = t[row_of][:, col_of]
     return dense + (1 - dense) * two_four
+
+
+@pytest.fixture
+def ranked_by(monkeypatch: pytest.MonkeyPatch) -> int:
+    """So few sequences rank tiles."""
+    monkeypatch.setattr(prior_of_learning, "RANKED_BY", 32)
+    return 32
 
 
 @every_mode
@@ -229,13 +256,12 @@ def test_logits_move_as_the_recipe_says(tmp_path: Path) -> None:
 
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_activation_checkpointing_changes_nothing(mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    recipe = SHORT[mode]
-    outcomes = [
-        run(tiny_model(dtype), dataclasses.replace(recipe, activation_checkpointing=on), tmp_path / str(on))
-        for on in (False, True)
-    ]
-    assert same(*outcomes)
+def test_activation_checkpointing_changes_nothing(
+    mode: str, dtype: torch.dtype, finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(SHORT[mode], activation_checkpointing=True)
+    plain = finished(mode)[0] if dtype == torch.float32 else run(tiny_model(dtype), SHORT[mode], tmp_path / "plain")
+    assert same(run(tiny_model(dtype), recipe, tmp_path / "checkpointing"), plain)
 
 
 @every_mode
@@ -274,13 +300,13 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("mode", MODES)
-def test_masks_that_are_drawn_ahead_are_the_same(mode: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_masks_that_are_drawn_ahead_are_the_same(
+    mode: str, checkpointing: bool, finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
+) -> None:
+    assert not Implementation.of(torch.device("cpu")).ahead
     recipe = dataclasses.replace(SHORT[mode], activation_checkpointing=checkpointing)
-    outcomes = [
-        run(tiny_model(), recipe, tmp_path / str(on), implementation=Implementation(soft_mask.sampled_weight, ahead=on))
-        for on in (False, True)
-    ]
-    assert same(*outcomes)
+    ahead = Implementation(soft_mask.sampled_weight, ahead=True)
+    assert same(run(tiny_model(), recipe, tmp_path, implementation=ahead), finished(mode)[0])
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -430,7 +456,7 @@ def test_a_bad_prior_is_mended(mode: str, trained: LlamaForCausalLM, tmp_path: P
         {name: best_patterns(-weight.abs()) for name, weight in weights.items()},
         {name: -tile_sums(weight.square(), RAGGED) for name, weight in weights.items()},
     )
-    recipe = dataclasses.replace(SHORT[mode], steps=60, batch=8, microbatch=8, length=24, weight_penalty=0)
+    recipe = dataclasses.replace(SHORT[mode], steps=30, lr=0.02, batch=8, microbatch=8, length=24, weight_penalty=0)
     before = run(trained, dataclasses.replace(recipe, steps=0), tmp_path, prior=worst).masks
     after = run(trained, recipe, tmp_path, prior=worst).masks
     dense = {name: HybridMask(m.shape, m.tile, torch.ones_like(m.dense), m.patterns) for name, m in before.items()}
@@ -447,7 +473,7 @@ def test_tiles_compete_across_weights(tmp_path: Path) -> None:
     with torch.no_grad():
         for name in idle:
             prunable_linears(model)[name].weight.zero_()
-    recipe = dataclasses.replace(SHORT["joint"], steps=60, lr=0.02, sparsity_penalty=7, weight_penalty=10)
+    recipe = dataclasses.replace(SHORT["joint"], steps=30, lr=0.04, sparsity_penalty=7, weight_penalty=10)
     learned = run(model, recipe, tmp_path, prior=Prior(), sparsity=0.2)
     shares = {name: mask.dense.float().mean().item() for name, mask in learned.masks.items()}
     assert sum(shares[name] for name in idle) / len(idle) < 0.3
@@ -498,11 +524,11 @@ def test_without_steps_the_prior_is_hardened(mode: str, tmp_path: Path) -> None:
     [("joint", "magnitude"), ("tile", "magnitude"), ("joint", None)],
     ids=["joint", "tile", "joint-without-prior"],
 )
-def test_the_most_sensitive_tiles_start_as_dense(mode: str, prior: str | None, tmp_path: Path) -> None:
+def test_the_most_sensitive_tiles_start_as_dense(mode: str, prior: str | None, ranked_by: int, tmp_path: Path) -> None:
     model = tiny_model()
     recipe = dataclasses.replace(SHORT[mode], steps=0, tile_prior=100, tile_ranking="model")
     learned = run(model, recipe, tmp_path, prior=magnitude_prior(model) if prior else Prior(), seed=2)
-    tokens = torch.cat([words(step) for step in range(RANKED_BY // recipe.batch)])
+    tokens = torch.cat([words(step) for step in range(ranked_by // recipe.batch)])
     cost = tile_sensitivity(model, magnitude_prior(model).patterns or {}, RAGGED, tokens, 2)
     dense = cut_globally(cost, {name: tile_sizes(mask.shape, RAGGED) for name, mask in learned.masks.items()}, 0.35)
     shares = {round(float(tiles.float().mean()), 3) for tiles in dense.values()}
@@ -511,6 +537,7 @@ def test_the_most_sensitive_tiles_start_as_dense(mode: str, prior: str | None, t
         assert torch.equal(mask.dense, dense[name])
 
 
+@pytest.mark.usefixtures("ranked_by")
 def test_tiles_are_ranked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(SHORT["joint"], tile_ranking="model")
     whole = run(tiny_model(), recipe, tmp_path / "whole")
@@ -650,8 +677,8 @@ def test_dropout_and_global_random_numbers_play_no_part(tmp_path: Path) -> None:
     assert same(run(tiny_model(attention_dropout=0.5).train(), SHORT["joint"], tmp_path / "dropout"), plain)
 
 
-def test_seeds_matter(tmp_path: Path) -> None:
-    assert not same(*(run(tiny_model(), SHORT["joint"], tmp_path / str(seed), seed=seed) for seed in (0, 1)))
+def test_seeds_matter(finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path) -> None:
+    assert not same(run(tiny_model(), SHORT["joint"], tmp_path, seed=1), finished("joint")[0])
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -710,7 +737,9 @@ t.run(t.tiny_model(), t.SHORT["joint"], Path(sys.argv[2]), on_step=on_step)
 
 
 @pytest.mark.parametrize("moment", ["between-checkpoints", "while-writing"])
-def test_a_killed_process_is_continued_bit_by_bit(moment: str, tmp_path: Path) -> None:
+def test_a_killed_process_is_continued_bit_by_bit(
+    moment: str, finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
+) -> None:
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
     arguments = [folders, str(tmp_path / "killed"), str(torch.get_num_threads()), moment]
     child = Python(CHILD, *arguments)
@@ -718,26 +747,25 @@ def test_a_killed_process_is_continued_bit_by_bit(moment: str, tmp_path: Path) -
     state = torch.load(tmp_path / "killed" / CHECKPOINT)
     assert state["step"] == (4 if moment == "between-checkpoints" else 2)
     resumed = run(tiny_model(), SHORT["joint"], tmp_path / "killed")
-    assert same(resumed, run(tiny_model(), SHORT["joint"], tmp_path / "undisturbed"))
+    assert same(resumed, finished("joint")[0])
     assert sorted(os.listdir(tmp_path / "killed")) == [CHECKPOINT, "tensorboard"]
 
 
-def test_a_run_is_continued_whatever_changes_in_how_it_runs(tmp_path: Path) -> None:
-    whole = run(tiny_model(), SHORT["joint"], tmp_path / "whole")
+def test_a_run_is_continued_whatever_changes_in_how_it_runs(
+    finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
+) -> None:
     seen: list[Any] = []
     with pytest.raises(Stopped):
         run(tiny_model(), SHORT["joint"], tmp_path / "part", on_step=seen.append, stop=lambda: len(seen) == 4)
     other = dataclasses.replace(SHORT["joint"], checkpoint_every=1, activation_checkpointing=True)
-    assert same(run(tiny_model(), other, tmp_path / "part"), whole)
+    assert same(run(tiny_model(), other, tmp_path / "part"), finished("joint")[0])
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    finished = run(tiny_model(), SHORT["joint"], tmp_path)
-
+def test_a_finished_run_is_not_run_again(finished: Callable[[str], tuple[Learned, Path]], worked: Path) -> None:
     def no_tokens(step: int) -> Tensor:
         raise AssertionError("asked for tokens")
 
-    assert same(run(tiny_model(), SHORT["joint"], tmp_path, batches=no_tokens), finished)
+    assert same(run(tiny_model(), SHORT["joint"], worked, batches=no_tokens), finished("joint")[0])
 
 
 @pytest.mark.parametrize(
@@ -752,12 +780,11 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         pytest.param({"model": tiny_model(intermediate_size=104)}, "weights", id="model"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    started = {"model": tiny_model(), "recipe": SHORT["joint"], "work": tmp_path}
-    run(**started)
+def test_a_checkpoint_of_another_run_is_refused(changes: dict[str, Any], named: str, worked: Path) -> None:
+    started = {"model": tiny_model(), "recipe": SHORT["joint"], "work": worked}
     with pytest.raises(UserError, match="belongs to another run") as error:
         run(**(started | changes))
-    assert named in str(error.value) and str(tmp_path / CHECKPOINT) in str(error.value)
+    assert named in str(error.value) and str(worked / CHECKPOINT) in str(error.value)
 
 
 def damage(path: Path, how: str) -> None:
@@ -779,12 +806,11 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "foreign", "code", "incomplete"])
-def test_a_damaged_checkpoint_is_named(how: str, tmp_path: Path) -> None:
-    run(tiny_model(), SHORT["joint"], tmp_path)
-    damage(tmp_path / CHECKPOINT, how)
+def test_a_damaged_checkpoint_is_named(how: str, worked: Path) -> None:
+    damage(worked / CHECKPOINT, how)
     with pytest.raises(UserError, match="not a whole checkpoint") as error:
-        run(tiny_model(), SHORT["joint"], tmp_path)
-    assert str(tmp_path / CHECKPOINT) in str(error.value) and "\n" not in str(error.value)
+        run(tiny_model(), SHORT["joint"], worked)
+    assert str(worked / CHECKPOINT) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_torch_reports_as_the_systems_error_is_the_files(tmp_path: Path) -> None:
@@ -797,21 +823,19 @@ def test_what_torch_reports_as_the_systems_error_is_the_files(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", [0.02, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
-def test_a_flipped_bit_of_a_checkpoint_is_noticed(place: float, tmp_path: Path) -> None:
-    run(tiny_model(), SHORT["joint"], tmp_path)
-    content = bytearray((tmp_path / CHECKPOINT).read_bytes())
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(place: float, worked: Path) -> None:
+    content = bytearray((worked / CHECKPOINT).read_bytes())
     content[int(place * len(content))] ^= 4
-    (tmp_path / CHECKPOINT).write_bytes(content)
+    (worked / CHECKPOINT).write_bytes(content)
     with pytest.raises(UserError, match=r"not a whole checkpoint.*SHA-256"):
-        run(tiny_model(), SHORT["joint"], tmp_path)
+        run(tiny_model(), SHORT["joint"], worked)
 
 
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    run(tiny_model(), SHORT["joint"], tmp_path)
-    state = torch.load(tmp_path / CHECKPOINT)
-    torch.save(state | {"format": 99}, tmp_path / CHECKPOINT)
+def test_a_checkpoint_of_another_format_is_refused(worked: Path) -> None:
+    state = torch.load(worked / CHECKPOINT)
+    torch.save(state | {"format": 99}, worked / CHECKPOINT)
     with pytest.raises(UserError, match="format 99"):
-        run(tiny_model(), SHORT["joint"], tmp_path)
+        run(tiny_model(), SHORT["joint"], worked)
 
 
 @pytest.mark.parametrize(
