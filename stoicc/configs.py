@@ -277,7 +277,11 @@ def read_table(path: Path) -> tuple[Entry, ...]:
 
 
 def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
-    """Write a table atomically, sorted, one entry a line."""
+    """Write a table atomically, sorted, one entry a line.
+
+    Args:
+        provenance: where the entries are from, by their ``dtype``.
+    """
     ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.band, e.tokens))
     lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
     text = f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
@@ -293,10 +297,21 @@ def tables(device_name: str) -> tuple[Entry, ...]:
 
 
 def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
-    """Add entries to a table, replacing those of the same shapes."""
-    kept = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *entries)}
-    write_table(path, kept.values(), provenance)
+    """Add entries of one provenance to a table, replacing those of the same shapes."""
+    added = tuple(entries)
+    kept = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *added)}
+    write_table(path, kept.values(), _provenance(path) | {entry.dtype: provenance for entry in added})
     tables.cache_clear()
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """Where a table's entries are from, by their dtype; earlier tables have one for all."""
+    if not path.exists():
+        return {}
+    table = from_json(path.read_text(encoding="utf-8"))
+    dtypes = {entry.get("dtype", Entry.dtype) for entry in table["entries"]}
+    found: dict[str, Any] = table["provenance"]
+    return found if found.keys() <= dtypes else dict.fromkeys(dtypes, found)
 
 
 def token_bucket(tokens: int) -> int:

@@ -283,8 +283,9 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "b
     if precision == "int4":
         dense = f"Over torch's dense {name} product in the same process; activations stay as they are."
     notes = [dense]
-    if fallen := int(chosen.fallback.notna().sum()):
-        notes.append(f"{fallen} of {len(chosen)} packed products ran dense, since packed was expected to be slower.")
+    for why, fallen in chosen.fallback.value_counts().items():
+        how = "ran dense, since packed was expected to be slower" if str(why).startswith("predicted") else f"were {why}"
+        notes.append(f"{fallen} of {len(chosen)} packed products {how}.")
     return _plain(columns, rows, notes)
 
 

@@ -35,7 +35,7 @@ from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
 from patch.mask import TileShape
 from stoicc.format import unpack
-from stoicc.linear import Report, compile_model, install, packed_modules
+from stoicc.linear import Fused, HybridLinear, Report, compile_model, install, packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -388,11 +388,24 @@ def workloads(trial: Trial, part: str, make: Callable[[], Side], lab: Lab) -> It
         del entries
 
 
+class Unpacked(Fused):
+    """A packed module that computes dense, of the weight that it stands for, made anew each time: it has no bytes."""
+
+    def __init__(self, packed: HybridLinear) -> None:
+        super().__init__(packed.parts, packed.in_features)
+        # In a tuple, so that it is not a module of this one.
+        self._packed = (packed,)
+
+    def product(self, x: Tensor) -> Tensor:
+        packed = self._packed[0]
+        return torch.nn.functional.linear(x, unpack(packed.checked()), packed.bias)
+
+
 def unpacked(model: "PreTrainedModel") -> "PreTrainedModel":
     """A copy of a packed model that computes dense, with the weights that the packed ones stand for."""
     copied = baselines.sharing(model)
     for module in packed_modules(copied):
-        install(copied, baselines.DenseLinear(module.parts, unpack(module.checked()), module.bias))
+        install(copied, Unpacked(module))
     return copied
 
 
