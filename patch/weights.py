@@ -55,7 +55,7 @@ def without_weights(folder: Path) -> "PreTrainedModel":
 
     existing(folder, "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     # What transformers makes of a damaged configuration may be any error.
@@ -145,7 +145,9 @@ def _whole(folder: Path, needed: Sequence[str]) -> "PreTrainedModel":
 
     auto: Any = AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:
         raise UserError(f"{folder}: its weights cannot be loaded: {one_line(error)}") from error
     if lost := set(report["missing_keys"]):

@@ -168,7 +168,9 @@ def load_model(
 
     source = _directory_or_hub_id(name, data)
     # All files of one commit, whatever is pushed while they are fetched.
-    at = {} if Path(source).is_dir() else {"revision": _hub_commit(source)}
+    at: dict[str, Any] = {} if Path(source).is_dir() else {"revision": _hub_commit(source)}
+    # Without, whoever sits at a terminal is asked whether to run what the model brings.
+    at["trust_remote_code"] = False
     stored = _check_quantisation(name, source, quantised)
     if (Path(source) / INFO_FILE).is_file():
         load_info(source, verify=True)
@@ -311,7 +313,9 @@ def longest_text(name: str, data: Path | None = None) -> int | None:
     if name in _LOCAL and name != "embedded":
         return None  # converting it takes minutes
     try:
-        return longest(AutoConfig.from_pretrained(_directory_or_hub_id(name, data), local_files_only=True))
+        return longest(
+            AutoConfig.from_pretrained(_directory_or_hub_id(name, data), local_files_only=True, trust_remote_code=False)
+        )
     except UserError:
         raise
     # What transformers makes of a damaged configuration may be any error, and loading the model says what is wrong.

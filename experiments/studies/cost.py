@@ -266,7 +266,7 @@ def _described(folder: Path) -> ModelSpec | None:
     """A model by its configuration, where that says its widths as those of most decoders do."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     widths = [width for name in names if isinstance(width := getattr(config, name, None), int)]
     if len(widths) < len(names):

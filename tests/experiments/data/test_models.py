@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -593,3 +594,20 @@ def test_weights_that_are_not_finite_are_told_by_name_and_not_by_what_they_do(va
         UserError, match=r"model\.norm\.weight holds values that are not finite, as torch\.\w+: the files"
     ):
         load_model(str(tmp_path))
+
+
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    brought = {"AutoConfig": "brought.Config", "AutoModelForCausalLM": "brought.Model"}
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "brought", "auto_map": brought}))
+    (path / "brought.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError):
+        load_model(str(path))
+    with pytest.raises(UserError):
+        models.linear_shapes(str(path))
+    models.longest_text(str(path))
+    assert not (tmp_path / "ran").exists()
