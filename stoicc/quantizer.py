@@ -194,7 +194,12 @@ def check_files(folder: Path, weights: Sequence[str] = ()) -> None:
     Raises:
         UserError: naming the file that is missing or another than it was.
     """
-    known = check_config(folder).get("files") or {}
+    known = check_config(folder).get("files")
+    if not isinstance(known, dict):
+        raise UserError(f"{folder / CONFIG}: names no files in its quantization_config: damaged, copy it again")
+    for name in known:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / CONFIG}: names {name!r} among its files, which is elsewhere: do not trust it")
     for name in weights:
         if name not in known:
             raise UserError(f"{folder / name}: {CONFIG} does not know this file: changed or damaged, copy it again")

@@ -105,7 +105,10 @@ class StoiccConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # the mixin names its own methods only
         self.format = format
-        self.modules = [dict(module) for module in modules]
+        try:
+            self.modules = [dict(module) for module in modules]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"packed checkpoint: quantization_config is damaged (modules: {error})") from None
         self.files = files
         self.digest = digest
 

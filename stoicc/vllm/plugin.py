@@ -1,6 +1,6 @@
 """What vLLM asks a quantization method for: which layers are packed, how their tensors load, how they are applied."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,11 @@ class MaskedConfig(_Layers):
     def from_config(cls, config: dict[str, Any]) -> _Layers:
         # One name serves both kinds: what is packed says so in its config.json.
         if "modules" in config:
-            return PackedConfig(config)
+            return PackedConfig.from_config(config)
         if not config.get("weights"):
             raise UserError(f"{INFO_FILE} names no masks: an unstructured checkpoint is served without --quantization")
+        if not isinstance(config["weights"], dict):
+            raise UserError(f"{INFO_FILE}: 'weights' is no object: damaged, copy the checkpoint again")
         return cls(list(config["weights"]))
 
     def _method(self, names: Sequence[str]) -> LinearMethodBase:
@@ -124,20 +126,31 @@ class Int8Config(MaskedConfig):
 class PackedConfig(_Layers):
     """A packed checkpoint; its specs tell which tensors stand for which linears."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.about = StoiccConfig(**{name: value for name, value in config.items() if name != "quant_method"})
-        specs = self.about.specs()
+    def __init__(self, hashed: bool, specs: Sequence[Spec]) -> None:
         super().__init__([name for spec in specs for name, _ in spec.parts])
-        self.specs = {name: spec for spec in specs for name, _ in spec.parts}
+        self._hashed = hashed
+        self._specs = {name: spec for spec in specs for name, _ in spec.parts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> _Layers:
-        return cls(config)
+        names = ("format", "modules", "files", "digest")
+        about = StoiccConfig(**{name: config[name] for name in names if name in config})
+        specs = about.specs()
+        kind = PackedFloat8Config if any(spec.values == torch.float8_e4m3fn for spec in specs) else PackedConfig
+        return kind(about.files is not None, specs)
 
     def _method(self, names: Sequence[str]) -> LinearMethodBase:
-        if self.about.files is not None and Path(str(self.folder)).is_dir():
+        if self._hashed and Path(str(self.folder)).is_dir():
             _checked(str(self.folder))
-        return PackedLinearMethod(names, self.specs)
+        return PackedLinearMethod(names, self._specs)
+
+
+class PackedFloat8Config(PackedConfig):
+    """The same, where some weights are ``float8_e4m3fn``."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return Float8Config.get_min_capability()
 
 
 for _name, _config in (("", MaskedConfig), ("-fp8", Float8Config), ("-int8", Int8Config)):
@@ -154,7 +167,8 @@ def _read_masks(folder: str, revision: str | None) -> dict[str, HybridMask]:
 
 @cache
 def _checked(folder: str) -> None:
-    check_files(Path(folder))
+    # vLLM loads whatever lies beside the configuration.
+    check_files(Path(folder), [file.name for file in Path(folder).glob("*.safetensors")])
 
 
 def _refuse_adapters() -> None:
@@ -165,15 +179,27 @@ def _refuse_adapters() -> None:
         )
 
 
+def _copies(layer: Any, sizes: Sequence[int]) -> list[int]:
+    """How many processes hold the same rows, of each part of a layer."""
+    return [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (len(sizes) - 1)]
+
+
 class _HybridLinearMethod(LinearMethodBase):
     """A layer on packed weights, once they are there."""
 
     def _held(self, layer: Any, names: Sequence[str], sizes: Sequence[int]) -> list[Slice]:
         """What this process has of the layer's linears."""
-        replicas = getattr(layer, "num_kv_head_replicas", 1)
-        copies = [1, *[replicas] * (len(sizes) - 1)]
-        inputs = layer.hybrid_inputs
+        inputs, copies = layer.hybrid_inputs, _copies(layer, sizes)
         return shards.slices(names, sizes, layer.output_size, inputs, layer.input_size, layer.tp_rank, copies)
+
+    def _agree(self, layer: Any, names: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
+        """What the checkpoint says of the layer's linears is what the model's configuration makes of them."""
+        sizes = layer.hybrid_sizes
+        for name, rows in shards.whole_rows(names, sizes, layer.output_size, _copies(layer, sizes)).items():
+            wanted = [rows, layer.input_size]
+            if name in shapes and list(shapes[name]) != wanted:
+                said = "x".join(map(str, shapes[name]))
+                raise UserError(f"{name} is {said}, the model's configuration says {'x'.join(map(str, wanted))}")
 
     def _install(self, layer: Any, hybrid: HybridWeight) -> None:
         for name in _TENSORS:
@@ -225,6 +251,7 @@ class MaskedLinearMethod(_HybridLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         held = self._held(layer, self._names, layer.hybrid_sizes)
         masks = self._config.masks()
+        self._agree(layer, self._names, {name: masks[name].shape for name in self._names if name in masks})
         try:
             mask = shards.layer_mask(held, masks) if shards.packable(held) else None
             if mask is None:
@@ -265,6 +292,8 @@ class PackedLinearMethod(_HybridLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         layer.hybrid_inputs, layer.hybrid_sizes = input_size_per_partition, output_partition_sizes
+        shapes = {name: (rows, spec.in_features) for spec in self._specs.values() for name, rows in spec.parts}
+        self._agree(layer, self._names, shapes)
         loaded: dict[tuple[str, str], Tensor] = {}
         layer.hybrid_loaded = loaded
         for tensor in _TENSORS:
@@ -307,6 +336,8 @@ class PackedLinearMethod(_HybridLinearMethod):
                 "the masked checkpoint, or with fewer processes"
             )
         device, loaded = layer.records.device, layer.hybrid_loaded
+        dense = {name: loaded[name, "weight"].shape for name, kind in loaded if kind == "weight"}
+        self._agree(layer, self._names, dense)
         packed = {spec.parts[0][0]: spec for spec in self._specs.values()}
         weights = {name: _load(spec, name, loaded, device) for name, spec in packed.items()}
         del layer.hybrid_loaded

@@ -75,6 +75,15 @@ def slices(
     return held
 
 
+def whole_rows(
+    names: Sequence[str], sizes: Sequence[int], output_size: int, copies: Sequence[int] = ()
+) -> dict[str, int]:
+    """The rows of each linear of a layer, in all processes together; arguments as `slices` takes them."""
+    processes = output_size // sum(sizes)
+    rows = [size * processes // (copies[index] if copies else 1) for index, size in enumerate(sizes)]
+    return dict(zip(names, rows, strict=True)) if len(names) > 1 else {names[0]: sum(rows)}
+
+
 def packable(held: Sequence[Slice]) -> bool:
     """Whether the columns that a process holds can be packed: whole groups of four, and rows of 16 bytes."""
     return all(each.columns.start % GROUP == 0 and len(each.columns) % 8 == 0 for each in held)

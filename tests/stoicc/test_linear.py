@@ -21,6 +21,7 @@ from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.mask import HybridMask, TileShape
 from patch.quantise.values import quantise_weight
+from stoicc import quantizer
 from stoicc.format import pack
 from stoicc.linear import DenseLinear8, HybridLinear, HybridPart, packed_modules
 from stoicc.matmul import product
@@ -524,12 +525,51 @@ def test_missing_tensors_are_refused(packed: Any, tmp_path: Path, part: str) -> 
         pytest.param(lambda c: c["modules"][0].update(speed=9), "quantization_config is damaged", id="field-unknown"),
         pytest.param(lambda c: c["modules"][0].update(units="many"), "quantization_config is damaged", id="wrong-type"),
         pytest.param(lambda c: c["modules"][0].update(band=3), "bands have 3", id="band"),
+        *(
+            pytest.param(
+                lambda c, modules=modules: c.update(modules=modules),
+                "quantization_config is damaged",
+                id=f"modules-{name}",
+            )
+            for name, modules in (("number", 5), ("numbers", [1, 2]), ("null", None), ("nested", [[["a"]]]))
+        ),
+        pytest.param(
+            lambda c: c["modules"][0]["parts"][0].__setitem__(1, 2**40),
+            "quantization_config is damaged",
+            id="too-large",
+        ),
+        pytest.param(
+            lambda c: c["modules"][0].update(in_features=2**30), r"is said to be \d+x1073741824", id="huge-inputs"
+        ),
     ],
 )
 def test_damaged_config_is_refused(
     packed: Any, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     path = with_config(packed, tmp_path / "changed", change)
+    with pytest.raises(UserError, match=message):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"../elsewhere.safetensors": "0"}, "'../elsewhere.safetensors' among its files, which is elsewhere"),
+        ({"/etc/hostname": "0"}, "'/etc/hostname' among its files, which is elsewhere"),
+        ({"a/../../b": "0"}, "which is elsewhere"),
+        ([], "names no files"),
+        ("all", "names no files"),
+    ],
+    ids=["above", "root", "through a folder", "list", "text"],
+)
+def test_files_that_are_none_of_the_checkpoint_are_not_read(
+    packed: Any, tmp_path: Path, files: Any, message: str
+) -> None:
+    """Also where the digest, which anyone can compute, is right."""
+    path = with_config(packed, tmp_path / "hostile", lambda c: c.update(files=files))
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["digest"] = quantizer._digest(config)
+    (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         loaded(path)
 
