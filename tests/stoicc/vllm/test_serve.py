@@ -1,7 +1,9 @@
 """Masked and packed checkpoints in vLLM itself, on a CPU: `make test-vllm` has it in an environment of its own."""
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,24 @@ from stoicc_hybrids import random_mask, random_weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 
 import stoicc
-from patch.checkpoint import load_masks
+from patch.checkpoint import load_masks, save_checkpoint
 from patch.errors import UserError
 from patch.mask import HybridMask
+from patch.oneshot.gptq import quantise_model
+from patch.quantise.precisions import PRECISIONS
+from patch.simulate import load_quantised
+from stoicc import quantizer
 from stoicc.linear import packed_modules
-from stoicc.spec import StoiccConfig
+from stoicc.spec import Spec, StoiccConfig
 
 PROMPTS = [list(range(5, 21)), [7, 3, 99, 12]]
 TOKENS = 12
@@ -93,10 +102,108 @@ def test_compiled_graphs_take_the_packed_layers(tmp_path: Path) -> None:
     assert generated(packed, enforce_eager=False)[1:] == generated(masked, enforce_eager=False)[1:]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_quantised_checkpoints_are_served_without_the_plugin(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM reads compressed-tensors; what it reads is what was written."""
+    masked, _ = checkpoints("llama", tmp_path)
+    quantised = quantise(masked, precision, tmp_path / "quantised")
+    # Kernels of vLLM for 4 bits need AVX-512; how it loads them does not.
+    monkeypatch.setattr(CPUWNA16LinearKernel, "process_weights_after_loading", widen)
+    monkeypatch.setattr(CPUWNA16LinearKernel, "apply_weights", multiply_widened)
+    served = generated(quantised)
+    model, _ = load_quantised(quantised, torch.bfloat16)
+    if precision == "int4":
+        model.save_pretrained(tmp_path / "dequantised")
+        assert served == generated(tmp_path / "dequantised")
+        return
+    # Its own product of 8 bits beside ours, of the same values.
+    stoicc.compile_model(model, load_masks(quantised))
+    stoicc.save_packed(tmp_path / "eight", model)
+    layers, *tokens = generated(tmp_path / "eight")
+    assert layers > 0 and served == [0, *tokens]
+
+
+def quantise(masked: Path, precision: str, to: Path) -> Path:
+    """A masked checkpoint as `hts quantise` writes it."""
+    model, masks = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16), load_masks(masked)
+    weights = quantise_model(model, PRECISIONS[precision], torch.tensor([PROMPTS[0]]), "cpu", masks).weights
+    info = {"structure": "hybrid", "precision": precision}
+    save_checkpoint(to, model, None, masks, info, quantised=weights)
+    return to
+
+
+def widen(kernel: Any, layer: Any) -> None:
+    """Instead of what vLLM does with weights of 4 bits: as it has loaded them, each times its scale."""
+    words, scales = getattr(layer, kernel.w_q_name).data, getattr(layer, kernel.w_s_name).data.float()
+    values = (words[..., None] >> 4 * torch.arange(8) & 15).flatten(1) - 8
+    layer.widened = (values * scales.repeat_interleave(values.shape[1] // scales.shape[1], 1)).bfloat16()
+
+
+def multiply_widened(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return nn.functional.linear(x, layer.widened, bias)
+
+
 def test_adapters_are_refused(tmp_path: Path) -> None:
     masked, _ = checkpoints("llama", tmp_path)
     with pytest.raises(UserError, match="packed weights take no LoRA adapters"):
         generated(masked, quantization="stoicc", enable_lora=True)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6)], ids=["no sparse cores", "no FP8"])
+def test_gpus_that_cannot_run_it_are_refused(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_general_plugins()
+    masked, _ = checkpoints("llama", tmp_path)
+    method, needed = ("stoicc", 80) if capability < (8, 0) else ("stoicc-fp8", 89)
+    about = ModelConfig(str(masked), quantization=method, skip_tokenizer_init=True, dtype="bfloat16")
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda *_: DeviceCapability(*capability))
+    with pytest.raises(
+        ValueError, match=f"Minimum capability: {needed}. Current capability: {''.join(map(str, capability))}"
+    ):
+        VllmConfig._get_quantization_config(about, LoadConfig())
+
+
+def test_packed_eight_bit_floats_need_the_same_gpu() -> None:
+    spec = Spec((("o", 64),), 128, (64, 128), 1, 16, False, "float8_e4m3fn")
+    load_general_plugins()
+    for dtype, needed in (("float8_e4m3fn", 89), ("int8", 80), ("bfloat16", 80)):
+        about = StoiccConfig.of([replace(spec, dtype=dtype)]).to_dict()
+        assert get_quantization_config("stoicc").from_config(about).get_min_capability() == needed
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modules": [], "format": 9}, "format 9, this version reads up to"),
+        ({"modules": 5}, "quantization_config is damaged"),
+        ({"modules": [{"parts": "o"}], "self": 1}, "quantization_config is damaged"),
+        ({"weights": {}}, "names no masks: an unstructured checkpoint is served without --quantization"),
+        ({"weights": 5}, "'weights' is no object"),
+    ],
+    ids=["newer", "modules", "parts", "unstructured", "weights"],
+)
+def test_configurations_are_refused_in_one_line(config: dict[str, Any], message: str) -> None:
+    load_general_plugins()
+    with pytest.raises(UserError, match=message) as refused:
+        get_quantization_config("stoicc").from_config(config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("spoil", ["elsewhere", "beside"])
+def test_files_that_are_none_of_the_checkpoint_are_refused(spoil: str, tmp_path: Path) -> None:
+    _, packed = checkpoints("llama", tmp_path)
+    if spoil == "beside":
+        (packed / "more.safetensors").write_bytes((packed / "model.safetensors").read_bytes())
+    else:
+        config = json.loads((packed / "config.json").read_text())
+        config["quantization_config"]["files"]["../masked/model.safetensors"] = "0"
+        config["quantization_config"]["digest"] = quantizer._digest(config)
+        (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"does not know this file|which is elsewhere: do not trust it"):
+        generated(packed)
 
 
 # Layers as one of several processes has them
@@ -207,6 +314,43 @@ def test_down(process: tuple[int, int], columns: int) -> None:
         load(layer, loaded, {"down_proj": None})
         wanted = nn.functional.linear(x, weights["m.down_proj"][:, part])
         torch.testing.assert_close(layer.quant_method.apply(layer, x), wanted, rtol=0.02, atol=0.02)
+
+
+def test_slices_that_do_not_divide(process: tuple[int, int]) -> None:
+    """A quarter of 528 columns is no multiple of 8: dense where the weights are, refused where they are packed."""
+    size, rank = process
+    columns = 528
+    masks, weights = tensors({"down_proj": HIDDEN}, columns)
+    masked, packed = model_of(weights, {}), model_of(weights, {})
+    stoicc.compile_model(packed, masks)
+    part = slice(rank * columns // size, (rank + 1) * columns // size)
+    x = torch.randn(3, columns // size, dtype=torch.bfloat16)
+
+    def layer(config: Any) -> Any:
+        return vllm_linear.RowParallelLinear(columns, HIDDEN, bias=False, quant_config=config, prefix="m.down_proj")
+
+    dense = layer(masked_config(masks))
+    load(dense, masked, {"down_proj": None})
+    assert hasattr(dense, "hybrid_kinds") is (size < 4)
+    wanted = nn.functional.linear(x, weights["m.down_proj"][:, part])
+    torch.testing.assert_close(dense.quant_method.apply(dense, x), wanted, rtol=0.02, atol=0.02)
+    if size == 4:
+        with pytest.raises(
+            UserError, match="132 of its inputs fall to a process, not a multiple of 8: serve the masked"
+        ):
+            load(layer(packed_config(packed)), packed, {"down_proj": None})
+
+
+def test_shapes_that_contradict_the_configuration(process: tuple[int, int]) -> None:
+    masks, weights = tensors({"down_proj": HIDDEN}, 384)
+    packed = model_of(weights, {})
+    stoicc.compile_model(packed, masks)
+    arguments = {"bias": False, "prefix": "m.down_proj"}
+    with pytest.raises(UserError, match="down_proj is 256x384, the model's configuration says 256x512"):
+        vllm_linear.RowParallelLinear(512, HIDDEN, quant_config=packed_config(packed), **arguments)
+    layer = vllm_linear.RowParallelLinear(512, HIDDEN, quant_config=masked_config(masks), **arguments)
+    with pytest.raises(UserError, match="down_proj is 256x384, the model's configuration says 256x512"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def load(layer: Any, model: nn.Module, shards: dict[str, Any]) -> None:

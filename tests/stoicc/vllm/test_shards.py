@@ -1,11 +1,14 @@
 """What each process of a server holds of a masked model, without a server."""
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 import torch
 from stoicc_hybrids import random_mask, random_weight
 
+import stoicc.vllm
 from patch.errors import UserError
 from patch.mask import HybridMask, TileShape
 from patch.quantise.values import quantise_groups, quantise_weight
@@ -22,6 +25,7 @@ from stoicc.vllm.shards import (
     sliced,
     slices,
     stacked,
+    whole_rows,
 )
 
 TILES = [(128, 128), (64, 64), (48, 20), (32, 128)]
@@ -68,6 +72,32 @@ def test_parts_that_the_checkpoint_has_in_one_weight() -> None:
 )
 def test_slices_that_cut_groups_cannot_be_packed(columns: range, fits: bool) -> None:
     assert packable([Slice("down", range(64), columns)]) is fits
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_rows_of_whole_linears(processes: int) -> None:
+    sizes, copies = (
+        [256 // processes, max(64 // processes, 32), max(64 // processes, 32)],
+        [1, *[max(1, processes // 2)] * 2],
+    )
+    held = sum(sizes) * processes
+    assert whole_rows(list("qkv"), sizes, held, copies) == {"q": 256, "k": 64, "v": 64}
+    assert whole_rows(["qkv"], sizes, held, copies) == {"qkv": 384}
+    assert whole_rows(["down"], [96], 96) == {"down": 96}
+
+
+@pytest.mark.parametrize(("version", "registered"), [("0.19.2", False), ("0.20.0", True), ("dev", True)])
+def test_a_server_that_is_too_old_is_told_in_one_line(
+    version: str, registered: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version, raising=False)
+    monkeypatch.setitem(sys.modules, "stoicc.vllm.plugin", ModuleType("plugin"))
+    monkeypatch.setattr(stoicc.vllm, "version", lambda _: "1")
+    stoicc.vllm.register()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [] if registered else f"0.20 and newer, this is {version}: update vLLM" in "".join(said)
+    assert len(said) == (0 if registered else 1) and not any("\n" in line for line in said)
 
 
 # Masks
