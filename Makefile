@@ -64,8 +64,9 @@ dist: $(INSTALLED) ## a wheel and a source archive in dist/, and whether what th
 # Lowest and newest of what pyproject.toml allows, each in an environment of its own; what passes is in the docs.
 LOWEST := torch==2.11.* triton==3.6.* transformers==5.16.1
 NEWEST := torch triton transformers
+SETS := lowest newest
 versions: ## the tests of packing and checkpoints with the lowest and the newest versions; two environments of 3 GB
-	@for set in lowest newest; do \
+	@for set in $(SETS); do \
 		folder=.venv-$$set; \
 		if [ $$set = lowest ]; then wanted="$(LOWEST)"; else wanted="$(NEWEST)"; fi; \
 		test -f $$folder/.installed || { $(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install --quiet \

@@ -26,6 +26,7 @@ from vllm import LLM, SamplingParams
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -109,16 +110,18 @@ def test_quantised_checkpoints_are_served_without_the_plugin(
     """As vLLM reads compressed-tensors; what it reads is what was written."""
     masked, _ = checkpoints("llama", tmp_path)
     quantised = quantise(masked, precision, tmp_path / "quantised")
-    # Kernels of vLLM for 4 bits need AVX-512; how it loads them does not.
+    # vLLM's kernels of 4 bits need AVX-512, and those of int8 saturate without it. How it loads them does not.
     monkeypatch.setattr(CPUWNA16LinearKernel, "process_weights_after_loading", widen)
     monkeypatch.setattr(CPUWNA16LinearKernel, "apply_weights", multiply_widened)
+    monkeypatch.setattr(CPUInt8ScaledMMLinearKernel, "process_weights_after_loading", lambda *_: None)
+    monkeypatch.setattr(CPUInt8ScaledMMLinearKernel, "apply_weights", multiply_int8)
     served = generated(quantised)
     model, _ = load_quantised(quantised, torch.bfloat16)
     if precision == "int4":
         model.save_pretrained(tmp_path / "dequantised")
         assert served == generated(tmp_path / "dequantised")
         return
-    # Its own product of 8 bits beside ours, of the same values.
+    # Its own product of float8 beside ours, of the same values.
     stoicc.compile_model(model, load_masks(quantised))
     stoicc.save_packed(tmp_path / "eight", model)
     layers, *tokens = generated(tmp_path / "eight")
@@ -143,6 +146,14 @@ def widen(kernel: Any, layer: Any) -> None:
 
 def multiply_widened(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, layer.widened, bias)
+
+
+def multiply_int8(kernel: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Instead of what vLLM does with int8: as it has loaded the weights, exactly."""
+    values, scales = (getattr(layer, name) for name in kernel.layer_param_names[:2])
+    of_tokens = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    product = (x.float() / of_tokens).round() @ values.float().t() * of_tokens * scales.float().t()
+    return (product if bias is None else product + bias).to(x.dtype)
 
 
 def test_adapters_are_refused(tmp_path: Path) -> None:
