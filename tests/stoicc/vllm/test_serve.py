@@ -115,17 +115,26 @@ def test_quantised_checkpoints_are_served_without_the_plugin(
     monkeypatch.setattr(CPUWNA16LinearKernel, "apply_weights", multiply_widened)
     monkeypatch.setattr(CPUInt8ScaledMMLinearKernel, "process_weights_after_loading", lambda *_: None)
     monkeypatch.setattr(CPUInt8ScaledMMLinearKernel, "apply_weights", multiply_int8)
-    served = generated(quantised)
     model, _ = load_quantised(quantised, torch.bfloat16)
     if precision == "int4":
-        model.save_pretrained(tmp_path / "dequantised")
-        assert served == generated(tmp_path / "dequantised")
-        return
-    # Its own product of float8 beside ours, of the same values.
-    stoicc.compile_model(model, load_masks(quantised))
-    stoicc.save_packed(tmp_path / "eight", model)
-    layers, *tokens = generated(tmp_path / "eight")
-    assert layers > 0 and served == [0, *tokens]
+        model.save_pretrained(tmp_path / "same")
+    else:
+        # Its own product of float8 beside ours, of the same values.
+        stoicc.compile_model(model, load_masks(quantised))
+        stoicc.save_packed(tmp_path / "same", model)
+    torch.testing.assert_close(first_step(quantised), first_step(tmp_path / "same"), rtol=0, atol=0.2)
+
+
+def first_step(path: Path) -> Tensor:
+    """Log-probabilities of the whole vocabulary after each prompt: tokens would hang on ties of what is rounded."""
+    options = {"enforce_eager": True, "max_model_len": 64, "dtype": "bfloat16", "max_logprobs": 256}
+    model = LLM(str(path), skip_tokenizer_init=True, **options)
+    one = SamplingParams(temperature=0, max_tokens=1, logprobs=256, detokenize=False)
+    outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], one, use_tqdm=False)
+    del model
+    cleanup_dist_env_and_memory()
+    steps = [output.outputs[0].logprobs[0] for output in outputs]
+    return torch.tensor([[step[token].logprob for token in range(256)] for step in steps])
 
 
 def quantise(masked: Path, precision: str, to: Path) -> Path:
