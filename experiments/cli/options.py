@@ -29,7 +29,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 Study = Annotated[str, typer.Argument(help="A study; [bold]hts studies[/bold] lists them.")]
-Results = Annotated[Path, typer.Option(envvar="HTS_RESULTS", help="Results directory.")]
+
+
+def _of_a_directory(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"results directory {path}: is a file: name another with --results")
+    return path
+
+
+Results = Annotated[Path, typer.Option(envvar="HTS_RESULTS", callback=_of_a_directory, help="Results directory.")]
 Data = Annotated[
     Path | None,
     typer.Option(envvar="HTS_DATA", help="Directory with local texts and tasks; without it they come from the hub."),

@@ -96,7 +96,18 @@ def _json_texts(file: IO[str]) -> Iterator[str]:
             raise ValueError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f'line {number} is not an object with a string field "text"')
+        if not _is_text(row["text"]):
+            raise ValueError(f"line {number} has half of a surrogate pair, which is no character")
         yield row["text"]
+
+
+def _is_text(said: str) -> bool:
+    """Whether it can be written: JSON can say halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _whole(file: IO[str]) -> Iterator[str]:
@@ -196,7 +207,7 @@ def _text_of(path: Path) -> str | None:
 
 def _locate(name: str, data: Path | None) -> Callable[[], Iterable[str]]:
     """How to read one source, once it is known to be there."""
-    if match := _FILE.search(name):
+    if (match := _FILE.search(name)) and not Path(name).expanduser().is_dir():
         read = _json_texts if match[1] == "jsonl" else _whole
         return _reader(Path(name), read, f"text source {name}: no such file")
     if files := _directory(name):

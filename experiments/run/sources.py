@@ -92,7 +92,7 @@ class Sources:
         """
         if name.startswith(TASK):
             tasks.require(name.removeprefix(TASK), self._data, limit)
-        elif self._known.get((name, "")) is None and not Path(name).is_fifo():  # which can be read once
+        elif self._known.get((name, "")) is None:
             self._known[name, ""] = text.load_documents(name, self._data).sha256
 
 

@@ -82,6 +82,7 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["export", "embedded", "out"], "embedded is a model, and this takes a checkpoint"),
         (["audit", "embedded"], "embedded is a model, and this takes a checkpoint"),
         (["recover", "embedded"], "embedded is a model, and this takes a checkpoint"),
+        (["table", "demo", "--results", "/dev/null"], "results directory /dev/null: is a file"),
         (["restore", "/nowhere"], "/nowhere: no such file"),
         (["eval", "[/x]"], "[/x]"),
         (["audit", "/nowhere"], "/nowhere"),

@@ -229,6 +229,7 @@ def test_missing_file_of_the_data_directory_is_named(source: str, tmp_path: Path
     [
         ("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n', "line 2 .*text"),
         ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y \\ud800"}\n', "line 2 has half of a surrogate pair"),
         ("a.jsonl", b"", "holds no text"),
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\xff\xfe\xff", "cannot read text from .*a.txt"),
@@ -571,3 +572,9 @@ def test_python_source_is_collected_once_with_whole_packages_held_out(tmp_path: 
         python_source.collect(tmp_path / "root" / "one", tmp_path / "other")
     with pytest.raises(UserError, match="no such directory"):
         python_source.collect(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_a_directory_may_be_called_like_a_file(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").mkdir()
+    (tmp_path / "corpus.txt" / "a.txt").write_text("some words")
+    assert load_documents(str(tmp_path / "corpus.txt"), None).texts == ("some words",)
