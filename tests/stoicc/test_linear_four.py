@@ -149,9 +149,7 @@ def test_the_command_packs_an_int4_checkpoint(hts: Any, tiny_model: Path, tiny_t
     seen = ["--calibration", tiny_text, "--windows", 2, "--length", 16]
     tiles = ["--structure", "hybrid", "--sparsity", 0.25, "--tile", "64x128"]
     four, packed = tmp_path / "four", tmp_path / "packed"
-    code, _, err = hts(
-        "prune", tmp_path / "model", "--method", "magnitude", *tiles, *seen, "--out", tmp_path / "masked"
-    )
+    code, _, err = hts("prune", tmp_path / "model", "--method", "magnitude", *tiles, "--out", tmp_path / "masked")
     assert code == 0, err
     code, _, err = hts("quantise", tmp_path / "masked", "--precision", "int4", *seen, "--out", four)
     assert code == 0, err
