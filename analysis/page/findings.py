@@ -153,7 +153,7 @@ def _refit(frame: pd.DataFrame, points: Sequence[Point], text: Text) -> Iterator
             worst = max(hurt, key=lambda each: each[1].value)
             parts.append(f"it raises that of {len(hurt)}, most of {name(worst[0])} by {difference(worst[1])}")
         if rest := len(changes) - len(helped) - len(hurt):
-            parts.append(f"the change of {rest} is within the error")
+            parts.append(f"the change of {rest} is within two standard errors")
         said = f"of {len(changes)} masks, " + "; ".join(parts)
         yield Finding(model, f"{said} ({_text(text)}).", tuple(change for _, change in changes))
 
@@ -204,7 +204,11 @@ def difference(between: Gap) -> str:
 def _doubt(between: Gap) -> str:
     if between.exceeds:
         return ""
-    return " The difference is within its error." if between.error is not None else " Its error is unknown."
+    return (
+        " The difference is within two of its standard errors."
+        if between.error is not None
+        else " Its error is unknown."
+    )
 
 
 def errors_said(found: Sequence[Finding]) -> str:

@@ -26,8 +26,8 @@ class Gap:
 
     @property
     def exceeds(self) -> bool:
-        """Whether the difference is larger than its standard error."""
-        return self.error is not None and math.isfinite(self.value) and abs(self.value) > self.error
+        """Whether the difference is beyond noise: larger than two of its standard errors."""
+        return self.error is not None and math.isfinite(self.value) and abs(self.value) > 2 * self.error
 
 
 def gap(left: Measured, right: Measured) -> Gap:

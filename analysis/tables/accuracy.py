@@ -186,7 +186,7 @@ def _notes(points: Sequence[Point], found: Sequence[Task], over: Sequence[Task])
     notes = ["Perplexity (PPL): lower is better; @ is the window in tokens.", "Numbers ± standard error."]
     if seeds:
         notes.append("Where there are several seeds: mean ± standard deviation over seeds.")
-    notes.append("Bold: best at its sparsity by more than the standard error of each difference, " + _paired(points))
+    notes.append("Bold: best at its sparsity by more than two standard errors of each difference, " + _paired(points))
     if any(point.trained for point in points):
         notes.append("Kept weights that were trained are compared with one another alone; all others are frozen.")
     if 1 < len(over) < len(found):
@@ -210,7 +210,7 @@ def _best(
 ) -> frozenset[tuple[int, int]]:
     """The best value of each column among rows of one model at one sparsity, unstructured and trained ones apart.
 
-    It is none where another is so near that the standard error of their difference is larger.
+    It is none where another is so near that their difference is within noise.
     """
     groups: dict[tuple[str, float, bool, bool], list[int]] = {}
     for row, point in enumerate(points):
@@ -229,7 +229,7 @@ def _best(
 
 
 def leader(found: Mapping[T, Measured], lower_is_better: bool) -> T | None:
-    """The one of several numbers that is better than every other by more than the error of their difference."""
+    """The one of several numbers that is better than every other beyond noise (`analysis.rows.paired.Gap.exceeds`)."""
     finite = {name: measured for name, measured in found.items() if math.isfinite(measured.value)}
     if len(finite) < 2:
         return None

@@ -45,10 +45,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the difference is more than two standard errors."""
+        """Whether the difference is beyond noise, as in all tables (`analysis.rows.paired.Gap.exceeds`)."""
         if self.error is None or not math.isfinite(self.value):
             return "unknown"
-        return "yes" if abs(self.value) > 2 * self.error else "no"
+        return "yes" if gap(self.left, self.right).exceeds else "no"
 
 
 def select(points: Iterable[Point], selector: str) -> Point:

@@ -13,6 +13,8 @@ from analysis.tables.render import Table
 from analysis.tables.spent import cost_table
 
 GRID_STAGES = ("kernels:", "model:")
+# How a note begins that stays with a table wherever it is shown.
+WARNING = "Warning:"
 
 
 def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[str, Table]:
@@ -35,7 +37,7 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
             found |= speed_tables(timed)
     if frame.stage.str.startswith(GRID_STAGES).all():
         # Where nothing could be timed there is nothing to show either.
-        return _warned(found, frame)
+        return warned(found, frame)
     found["accuracy"] = accuracy_table(frame, beside_published)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
@@ -43,17 +45,17 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
         found["cost"] = cost_table(frame)
     for shape in projected_shapes(frame):
         found[f"carried-{shape}"] = projected_table(frame, shape)
-    return _warned(found, frame)
+    return warned(found, frame)
 
 
-def _warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
+def warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
     """The tables with a note, if some of what they are made of cannot be traced to a revision."""
     dirty = frame[frame.dirty.eq(True)]
     if dirty.empty:
         return tables
     names = trial_labels(frame) if "pruning" in dirty.definition.iloc[0] else {}
     told = ", ".join(sorted({names.get(trial, trial) for trial in dirty.trial}))
-    note = f"Warning: measured with changes that no revision has: {told}."
+    note = f"{WARNING} measured with changes that no revision has: {told}."
     return {name: dataclasses.replace(table, notes=(*table.notes, note)) for name, table in tables.items()}
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What users and files bring is printed as it is: `[bold]` in a path is no markup.
 console = Console(markup=False, highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    # A pipe has no width: lines there are as long as what they say, so that names are found by `grep`.
+    console.width = 10_000
 
 
 def listed(names: Iterable[str]) -> str:

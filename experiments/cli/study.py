@@ -133,17 +133,20 @@ def compare(
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Compare two pruned models of a study: differences, and whether they exceed the noise."""
+    import pandas as pd
+
     from analysis.rows.points import gather
     from analysis.tables.compare import comparison, select
+    from analysis.tables.study import warned
     from experiments.publish.measured import frame
     from experiments.run.store import Store
 
     trials = trials_of(study, None)
-    chosen = [
-        select(gather(frame(trials, Store(root))), selector)
-        for root, selector in ((results, left), (against or results, right))
-    ]
-    _print(comparison(*chosen), format)
+    frames = [frame(trials, Store(root)) for root in (results, against or results)]
+    chosen = [select(gather(rows), selector) for rows, selector in zip(frames, (left, right), strict=True)]
+    shown = [rows[rows.trial.isin(point.trials)] for rows, point in zip(frames, chosen, strict=True)]
+    (table,) = warned({"": comparison(*chosen)}, pd.concat(shown)).values()
+    _print(table, format)
 
 
 def _print(table: "render.Table", format: str | None) -> None:

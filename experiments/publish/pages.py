@@ -27,7 +27,7 @@ from analysis.tables.compare import select
 from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
-from analysis.tables.study import study_tables
+from analysis.tables.study import WARNING, study_tables
 from experiments.publish import measured, reproduction
 from experiments.run.store import Store
 from experiments.studies.build import TARGETS
@@ -332,9 +332,12 @@ VALUES: Mapping[str, Callable[[], str]] = {
 
 @cache
 def table(name: str) -> str:
-    """A table by name, as Markdown without notes."""
+    """A table by name, as Markdown without notes, but for warnings."""
     made = TABLES[check_name("table of pages", name, TABLES)]()
-    return made if isinstance(made, str) else markdown(made, notes=False)
+    if isinstance(made, str):
+        return made
+    warnings = (f"\n{note}" for note in made.notes if note.startswith(WARNING))
+    return "\n".join([markdown(made, notes=False), *warnings])
 
 
 @cache

@@ -36,6 +36,11 @@ def test_without_items_of_both_it_is_that_of_two_samples(items: np.ndarray | Non
     assert not found.paired and found.error == pytest.approx(0.5) and not found.exceeds
 
 
+@pytest.mark.parametrize(("value", "exceeds"), [(5.0, False), (5.1, True), (2.9, True)])
+def test_noise_is_two_standard_errors(value: float, exceeds: bool) -> None:
+    assert gap(Measured(4.0, 0.3), Measured(value, 0.4)).exceeds == exceeds
+
+
 def test_unknown_errors_claim_nothing() -> None:
     assert not gap(Measured(1.0), Measured(9.0, 0.1)).exceeds
     assert not gap(Measured(1.0, 0.1), Measured(math.inf, 0.1)).exceeds

@@ -1,12 +1,13 @@
 """README and docs: tables, numbers, links and figures; and the committed reports are what the committed rows say."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from analysis.tables.render import render
-from analysis.tables.study import study_tables
+from analysis.tables.render import Table, render
+from analysis.tables.study import WARNING, study_tables
 from experiments.publish import figures, measured, pages
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
@@ -42,6 +43,15 @@ def test_pages_show_what_was_measured(page: Path) -> None:
 def test_no_number_begins_a_line(page: Path) -> None:
     # A comment that begins a line is a block of its own, and ends the paragraph.
     assert not re.findall(r"^ *<!-- (?:value|cell) .*", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_warnings_stay_with_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes are left to the text of a page, but not that rows cannot be traced to a revision."""
+    made = pages.TABLES["demo"]()
+    assert isinstance(made, Table) and made.notes
+    warning = f"{WARNING} measured with changes that no revision has: one."
+    monkeypatch.setitem(pages.TABLES, "changed", lambda: dataclasses.replace(made, notes=(*made.notes, warning)))
+    assert pages.table("changed") == f"{pages.table('demo')}\n\n{warning}"
 
 
 def test_what_can_be_shown_is_shown() -> None:

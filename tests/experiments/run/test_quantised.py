@@ -227,6 +227,8 @@ def test_the_command_quantises_a_checkpoint_within_its_masks(hts: Any, tiny_mode
     code, out, err = hts("audit", "rounded")
     assert code == 0 and "4 bits, a scale for each 32 inputs" in out, err
     assert "sparsity 0.25" in out and "0 violating tiles" in out
+    layers = [line.split() for line in out.splitlines() if "model.layers." in line]
+    assert layers and all(len(line) == 9 for line in layers), "where no terminal is, nothing is folded"
     assert load_info("rounded")["structure"] == "hybrid" and load_info("rounded")["method"] == "magnitude"
     code, out, err = hts("quantise", "rounded")
     assert code == 1 and "not pruned or quantised again" in err
