@@ -8,7 +8,7 @@
 
 from patch.quantise.values import quantise_weight
 from stoicc.format import HybridWeight, pack, pack_masked, unpack
-from stoicc.linear import HybridLinear, compile_model
+from stoicc.linear import HybridLinear, add_up_precisely, compile_model
 from stoicc.matmul import linear
 from stoicc.quantise import quantise_tokens
 from stoicc.quantizer import save_packed
@@ -18,6 +18,7 @@ __all__ = [
     "HybridLinear",
     "HybridWeight",
     "StoiccConfig",
+    "add_up_precisely",
     "compile_model",
     "linear",
     "pack",

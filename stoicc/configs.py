@@ -280,7 +280,7 @@ def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]
     """Write a table atomically, sorted, one entry a line.
 
     Args:
-        provenance: where the entries are from, by their ``dtype``.
+        provenance: where the entries are from, by their ``dtype``, the latest first.
     """
     ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.band, e.tokens))
     lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
@@ -298,20 +298,25 @@ def tables(device_name: str) -> tuple[Entry, ...]:
 
 def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
     """Add entries of one provenance to a table, replacing those of the same shapes."""
-    added = tuple(entries)
-    kept = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in (*read_table(path), *added)}
-    write_table(path, kept.values(), _provenance(path) | {entry.dtype: provenance for entry in added})
+    added = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in entries}
+    before = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in read_table(path)}
+    left = {dtype for dtype, *_ in before.keys() - added.keys()}
+    known = _provenance(path)
+    for dtype in {dtype for dtype, *_ in added}:
+        known[dtype] = [provenance, *(known.get(dtype, []) if dtype in left else [])]
+    write_table(path, (before | added).values(), known)
     tables.cache_clear()
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    """Where a table's entries are from, by their dtype; earlier tables have one for all."""
+def _provenance(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Where a table's entries are from, by their dtype, the latest first; earlier tables have one for all."""
     if not path.exists():
         return {}
     table = from_json(path.read_text(encoding="utf-8"))
-    dtypes = {entry.get("dtype", Entry.dtype) for entry in table["entries"]}
     found: dict[str, Any] = table["provenance"]
-    return found if found.keys() <= dtypes else dict.fromkeys(dtypes, found)
+    if all(isinstance(each, list) for each in found.values()):
+        return found
+    return {dtype: [found] for dtype in {entry.get("dtype", Entry.dtype) for entry in table["entries"]}}
 
 
 def token_bucket(tokens: int) -> int:

@@ -219,11 +219,11 @@ class DenseLinear8(Fused):
         self.values: Tensor
         self.scales: Tensor
         self.bias: Tensor | None
-        self.register_state_dict_pre_hook(self._refuse)
+        self.register_state_dict_pre_hook(DenseLinear8.refuse_to_be_saved)
 
-    @staticmethod
-    def _refuse(module: "nn.Module", *_: Any) -> None:
-        name = module.parts[0][0] if isinstance(module, DenseLinear8) else module
+    def refuse_to_be_saved(self, *_: Any) -> None:
+        """Raises UserError: it has no place in a checkpoint."""
+        name = self.parts[0][0]
         raise UserError(f"{name} was left dense in FP8 and cannot be saved: pack the model without `tokens` to save it")
 
     @property
@@ -405,6 +405,13 @@ def install(model: nn.Module, module: Fused) -> None:
 def packed_modules(model: nn.Module) -> list[HybridLinear]:
     """The packed modules of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, HybridLinear)]
+
+
+def add_up_precisely(model: nn.Module, precise: bool = True) -> None:
+    """Let the linears of ``float8_e4m3fn`` that `compile_model` made add up as `stoicc.linear` does if ``precise``."""
+    for module in model.modules():
+        if isinstance(module, HybridLinear | DenseLinear8):
+            module.precise = precise
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

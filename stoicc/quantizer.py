@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from patch.errors import UserError
 from patch.files import existing, new_directory, read_json, sha256
 from stoicc.format import DTYPES
-from stoicc.linear import HybridLinear, install, packed_modules
+from stoicc.linear import DenseLinear8, HybridLinear, install, packed_modules
 from stoicc.spec import AUTO_MAP, CODE, CODE_FILE, METHOD, NEEDED, Spec, StoiccConfig
 
 if TYPE_CHECKING:
@@ -133,9 +133,12 @@ def save_packed(
         beside: files that are copied as they are, such as those of a processor.
 
     Raises:
-        UserError: if the model has no packed modules, or ``path`` exists.
+        UserError: if the model has no packed modules, some that were left dense in FP8, or ``path`` exists.
     """
     modules = packed_modules(model)
+    for module in model.modules():
+        if isinstance(module, DenseLinear8):
+            module.refuse_to_be_saved()
     if not modules:
         raise UserError("the model has no packed weights: call stoicc.compile_model first")
     model.config.quantization_config = StoiccConfig.of([module.spec for module in modules])

@@ -203,12 +203,12 @@ def check_row(row: Any, where: str, above: Row | None = None) -> None:
 
 def _check_fields(part: Row, fields: Mapping[str, tuple[type, ...]], where: str, above: Row | None = None) -> None:
     for name, types in fields.items():
-        value = part.get(name, fields)
+        if name not in part:
+            raise Damaged(f"{where}: no field '{name}'")
+        value = part[name]
         # Most are of just such a type.
         if type(value) in types or (above is not None and value is above.get(name)):
             continue
-        if value is fields:
-            raise Damaged(f"{where}: no field '{name}'")
         if not isinstance(value, types) or isinstance(value, bool):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             raise Damaged(f"{where}: field '{name}' is {value!r}, not {wanted}")

@@ -4,6 +4,7 @@ A bench has rows as a study's stage does. Of older ones a whole model's dense ba
 is superseded. No torch.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ SUPERSEDED = (
 def measurements(path: Path) -> list[Row]:
     """The rows of a GPU's bench folder, as benches wrote them and as they were published, or of one file.
 
-    Where a part of a whole model was timed in several benches, the newest counts: what is compared was timed together.
+    Where a workload of a part of a whole model was timed in several benches, that in which least failed counts, and of
+    those the newest: what is compared was timed together.
 
     Raises:
         UserError: if it is missing or is not a bench file, naming it and the line.
@@ -44,25 +46,31 @@ def measurements(path: Path) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path}: no such bench file: run `hts bench`")
     rows = list(stored_rows(path))
-    newest: dict[Any, tuple[str, str]] = {}
+    failed = Counter(
+        (_timed(row), row["trial"]) for row in rows if str(row["labels"].get("status")).startswith("failed")
+    )
+    chosen: dict[Any, tuple[int, str, str]] = {}
     for row in rows:
-        about, when = _timed(row), (row["provenance"].get("time") or "", row["trial"])
-        newest[about] = max(when, newest.get(about, when)) if about else when
-    in_parts = {about[0] for about in newest if about and about[1]}
+        about, trial = _timed(row), row["trial"]
+        when = (-failed[about, trial], row["provenance"].get("time") or "", trial)
+        chosen[about] = max(when, chosen.get(about, when)) if about else when
+    in_parts = {about[0] for about in chosen if about and about[1]}
     return [
         row
         for row in rows
         if (about := _timed(row)) is None
-        or (newest[about][1] == row["trial"] and (about[1] != "" or about[0] not in in_parts))
+        or (chosen[about][2] == row["trial"] and (about[1] != "" or about[0] not in in_parts))
     ]
 
 
-def _timed(row: Row) -> tuple[str, str] | None:
-    """The model and the part of it that a row says something about, older rows of no part; None of other benches."""
+def _timed(row: Row) -> tuple[str, str, Any] | None:
+    """The model, the part of it that a row says something about, none in older rows, and the workload; None of other
+    benches."""
     kind, _, part = row["stage"].partition(":")
     if kind != "model":
         return None
-    return (row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", ""), part)
+    model = row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", "")
+    return model, part, tuple(row["labels"].get(name) for name in ("kind", "batch", "length"))
 
 
 def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 Any model of LLaMA's form can be timed (`measure`), as it was loaded; ``hts bench model`` makes its own, of a model of
 the registry with random weights, which time does not mind, and random uneven tile maps. All models run the same way,
-the strongest that a user has: every decoder block through ``torch.compile``, whose kernels begin while the one before
+as servers run them: every decoder block through ``torch.compile``, whose kernels begin while the one before
 them ends (``TORCHINDUCTOR_ENABLE_PDL=1`` sets the same), the whole pass replayed as a CUDA graph, the cache of keys and
 values preallocated, logits of the last token only. The dense model that others are compared with computes query, key
 and value as one product, and gate and up, as servers do and as packed weights are.

@@ -115,12 +115,15 @@ def test_every_shipped_configuration_of_eight_bits_is_right(
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0], ids=["dense", "mixed", "two-four"])
 def test_precise_sums_are_as_good_as_the_librarys_precise_mode(share: float, tokens: int) -> None:
     n, k = 1152, 8192
-    hybrid = hybrid_of_eight(n, k, (128, 128), share, torch.float8_e4m3fn, uneven=True)
-    # Of one sign, so that sums grow, and what is cut off with them.
+    mask = random_mask(n, k, (128, 128), share, uneven=True, device="cuda")
+    # All of one sign, so that sums grow, and what is cut off with them.
+    weight = mask.apply(random_weight(n, k, device="cuda")).abs()
+    quantised, weight_scales = quantise_weight(weight, torch.float8_e4m3fn)
+    hybrid = pack(quantised, mask, weight_scales)
     x = torch.rand(tokens, k, device="cuda", dtype=torch.bfloat16)
     values, scales = quantise_tokens(x, hybrid.dtype)
     exact = reference.exact(values, hybrid, None, scales)
-    by = {"scale_a": scales[:, None], "scale_b": hybrid.scales[None, :], "out_dtype": torch.bfloat16}
+    by = {"scale_a": scales[:, None], "scale_b": weight_scales[None, :], "out_dtype": torch.bfloat16}
     library = torch._scaled_mm(values, unpack(hybrid).T, use_fast_accum=False, **by)
     error, allowed = ((y.double() - exact).norm() for y in (linear(x, hybrid, precise=True), library))
     assert error <= 1.1 * allowed, f"{error / exact.norm():.2e} for {allowed / exact.norm():.2e}"

@@ -25,6 +25,7 @@ from stoicc import quantizer
 from stoicc.format import pack
 from stoicc.linear import DenseLinear8, HybridLinear, HybridPart, packed_modules
 from stoicc.matmul import product
+from stoicc.spec import Spec
 
 Masks = dict[str, HybridMask]
 SIZES = {
@@ -409,8 +410,15 @@ def test_what_is_left_dense_in_eight_bits_computes_the_same_and_is_not_saved() -
         assert found.dtype == x.dtype and (found - part).norm() <= 0.01 * part.norm()
     assert torch.equal(layer.v.weight.float(), (values.float() * scales[:, None]).bfloat16()[192:].float())
     assert left.nbytes == 320 * 256 + 4 * 320
-    with pytest.raises(UserError, match=r"layer\.k was left dense in FP8 and cannot be saved.*without `tokens`"):
-        layer.state_dict()
+    for save in (layer.state_dict, lambda: stoicc.save_packed("nowhere", layer)):
+        with pytest.raises(UserError, match=r"layer\.k was left dense in FP8 and cannot be saved.*without `tokens`"):
+            save()
+    packed = HybridLinear(
+        Spec((("other", 320),), 256, (64, 128), 1, len(hybrid.records), False, "float8_e4m3fn"), hybrid, None
+    )
+    for precise in (True, False):
+        stoicc.add_up_precisely(torch.nn.Sequential(layer, packed), precise)
+        assert left.precise == packed.precise == precise
 
 
 def test_weights_are_quantised_to_eight_bits_only() -> None:

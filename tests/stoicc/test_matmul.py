@@ -1,5 +1,6 @@
 """The operator without a GPU, and the choice of configurations."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -204,11 +205,17 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
         Entry(128, 128, 2, 128, ExpandConfig(), 20.25, 1.0, "int4"),
     )
     path = tmp_path / "tables" / "gpu.json"
+    # As earlier versions wrote it, one provenance for all.
     configs.write_table(path, entries, {"gpu": "one"})
     assert set(configs.read_table(path)) == set(entries)
     changed = Entry(64, 128, 1, 8, DecodeConfig(32, 8, (1, 1, 1), 1, 0, 1), 3.0, 4.0)
-    configs.remember(path, [changed], {})
-    assert set(configs.read_table(path)) == {changed, *entries[1:]}
+    another = Entry(128, 128, 2, 128, ExpandConfig(), 10.0, 1.0, "int4")
+    configs.remember(path, [changed, another], {"gpu": "two"})
+    assert set(configs.read_table(path)) == {changed, *entries[1:-1], another}
+    # Some of bfloat16's entries are of the first, none of int4's.
+    assert json.loads(path.read_text())["provenance"] == {
+        "bfloat16": [{"gpu": "two"}, {"gpu": "one"}], "float8_e4m3fn": [{"gpu": "one"}], "int4": [{"gpu": "two"}],
+    }  # fmt: skip
 
 
 def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:

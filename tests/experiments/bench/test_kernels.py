@@ -90,3 +90,11 @@ def test_definitions_of_grids_name_their_rows() -> None:
     assert kernels.BENCH.identity(one) != kernels.BENCH.identity(other)
     name = kernels.BENCH.file(dataclasses.replace(one), "kernels:o")
     assert name == f"kernels/llama-2-7b-o-{key(one)}.jsonl"
+
+
+def test_weights_are_taken_in_turns_until_none_is_left_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CACHE_BYTES", 60)
+    few, many = torch.empty(8, 1), torch.empty(kernels.LONG, 1)
+    for nbytes in (1, 7, 50, 89, 90):
+        assert kernels.copies(few, nbytes) * nbytes >= 1.5 * 60
+    assert kernels.copies(few, 1000) == 2 and kernels.copies(many, 1) == 1
