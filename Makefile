@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 
 # What pytest makes of the tests, and Python of the package, is kept: workers and the processes they start would do it again.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: $(INSTALLED) ## ruff, mypy and the tests; needs no GPU (nine to twelve minutes on two cores)
+test: $(INSTALLED) ## ruff, mypy and the tests; needs no GPU (seven to ten minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "mypy beside the tests"; $(BIN)/mypy & types=$$!; \

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 # torch and transformers take seconds to import: commands import what they need, so that --help answers at once.
 
-# What users and files bring is printed as it is: `[bold]` in a path is no markup.
-console = Console(markup=False, highlight=False)
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    # A pipe has no width: lines there are as long as what they say, so that names are found by `grep`.
-    console.width = 10_000
+
+def new_console() -> Console:
+    """Where commands print. A pipe has no width: lines there are as long as what they say, so that `grep` finds names.
+
+    What users and files bring is printed as it is: `[bold]` in a path is no markup.
+    """
+    made = Console(markup=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = 10_000
+    return made
+
+
+console = new_console()
 
 
 def listed(names: Iterable[str]) -> str:

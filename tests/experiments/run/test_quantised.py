@@ -9,6 +9,7 @@ import torch
 
 from analysis.rows.load import load_rows
 from analysis.rows.points import gather
+from experiments.cli.options import new_console
 from experiments.data import models
 from experiments.run import mask_archive, pipeline
 from experiments.run.runtime import Machine
@@ -217,13 +218,17 @@ def test_a_quantised_checkpoint_is_evaluated_but_not_quantised_again(ran: tuple[
         mask_archive.export(path, path.parent / "masks.tar.xz")
 
 
-def test_the_command_quantises_a_checkpoint_within_its_masks(hts: Any, tiny_model: Path, tiny_text: Path) -> None:
+def test_the_command_quantises_a_checkpoint_within_its_masks(
+    hts: Any, tiny_model: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = ["--calibration", tiny_text, "--windows", 8, "--length", 16]
     tiles = ["--structure", "hybrid", "--sparsity", 0.25, "--tile", "16x16"]
     code, out, err = hts("prune", tiny_model, "--method", "magnitude", *tiles, "--out", "masked")
     assert code == 0, err
     code, out, err = hts("quantise", "masked", "--precision", "int4", *seen, "--out", "rounded")
     assert code == 0 and "sparsity 0.25" in out and "INT4" in out, err
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("experiments.cli.model.console", new_console())
     code, out, err = hts("audit", "rounded")
     assert code == 0 and "4 bits, a scale for each 32 inputs" in out, err
     assert "sparsity 0.25" in out and "0 violating tiles" in out
