@@ -54,9 +54,10 @@ class StoiccQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         # The one look at the configuration before a model is made of it. A damaged one would be told by what does not
         # fit the weights, if at all.
-        folder = Path(getattr(config, "_name_or_path", ""))
-        if self.quantization_config.digest is not None and (folder / CONFIG).is_file():
-            check_config(folder)
+        # One without a name was made by the caller, of no directory.
+        name = getattr(config, "_name_or_path", "")
+        if self.quantization_config.digest is not None and name and (Path(name) / CONFIG).is_file():
+            check_config(Path(name))
         # What was there for those without us is done.
         if getattr(config, "transformers_weights", None) == NEEDED:
             del config.transformers_weights

@@ -8,6 +8,7 @@ A model is named by a name of the `REGISTRY`, by the path of a model directory, 
     >>> model, tokenizer = load_model("embedded", device="cuda")
 """
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -148,6 +149,7 @@ def load_model(
     dtype: "torch.dtype | None" = None,
     data: Path | None = None,
     quantised: bool = False,
+    commit: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal language model and its tokenizer, ready to be pruned or evaluated: eval mode, weights frozen.
 
@@ -158,6 +160,7 @@ def load_model(
         data: data directory that may hold the file of a model that is converted (see `experiments.data.packaged`).
         quantised: weights of few bits will do, a packed checkpoint of `stoicc` too; to be pruned they must not be. What
             a quantised one computes is simulated.
+        commit: of a model on the hub, that of `hub_commit`, where it is noted what is loaded; None takes the newest.
 
     Raises:
         UserError: if the model cannot be had (unknown, gated, no network), its weights are quantised, or its files are
@@ -168,10 +171,10 @@ def load_model(
 
     source = _directory_or_hub_id(name, data)
     # All files of one commit, whatever is pushed while they are fetched.
-    at: dict[str, Any] = {} if Path(source).is_dir() else {"revision": _hub_commit(source)}
+    at: dict[str, Any] = {} if Path(source).is_dir() else {"revision": commit or _hub_commit(source)}
     # Without, whoever sits at a terminal is asked whether to run what the model brings.
     at["trust_remote_code"] = False
-    stored = _check_quantisation(name, source, quantised)
+    stored = _check_quantisation(name, source, quantised, at.get("revision"))
     if (Path(source) / INFO_FILE).is_file():
         load_info(source, verify=True)
     auto: Any = AutoModelForCausalLM
@@ -215,7 +218,7 @@ def _check_finite(name: str, model: "PreTrainedModel") -> None:
 
 
 def load_packable(
-    name: str, *, device: str = "cpu", data: Path | None = None
+    name: str, *, device: str = "cpu", data: Path | None = None, commit: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """`load_model` of a checkpoint, quantised or not, in the dtype that it is packed in: its own 16 bits, or bfloat16.
 
@@ -224,23 +227,25 @@ def load_packable(
     """
     import torch
 
-    model, tokenizer = load_model(name, device=device, data=data, quantised=True)
+    model, tokenizer = load_model(name, device=device, data=data, quantised=True, commit=commit)
     if model.dtype in (torch.bfloat16, torch.float16):
         return model, tokenizer
-    return load_model(name, device=device, dtype=torch.bfloat16, data=data, quantised=True)
+    return load_model(name, device=device, dtype=torch.bfloat16, data=data, quantised=True, commit=commit)
 
 
-def _config(source: str) -> dict[str, Any]:
+def _config(source: str, commit: str | None) -> dict[str, Any]:
     """The configuration of a model directory, or of a hub model of which it is in the cache already; {} without one."""
     from transformers import PretrainedConfig
 
     try:
-        return PretrainedConfig.get_config_dict(source, local_files_only=True)[0]
+        return PretrainedConfig.get_config_dict(source, local_files_only=True, revision=commit)[0]
     except (OSError, ValueError, RecursionError):
         return {}  # loading it says what is wrong
 
 
-def _check_quantisation(name: str, source: str, wanted: bool) -> Literal["packed", "simulated"] | None:
+def _check_quantisation(
+    name: str, source: str, wanted: bool, commit: str | None
+) -> Literal["packed", "simulated"] | None:
     """Refuse weights that are codes: without their scales they are other weights, and no zeros can be told in them.
 
     Args:
@@ -249,7 +254,7 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> Literal["packed
     Returns:
         How weights of few bits are computed with; None for any other.
     """
-    config = _config(source)
+    config = _config(source, commit)
     kind = quantisation(config)
     if kind is None:
         return None
@@ -279,10 +284,13 @@ def _check_quantisation(name: str, source: str, wanted: bool) -> Literal["packed
     return "simulated" if ours else "packed"
 
 
-def processor_files(name: str, data: Path | None = None) -> list[Path]:
+def processor_files(name: str, data: Path | None = None, commit: str | None = None) -> list[Path]:
     """The files by which a model of several parts, such as text and images, turns these into its inputs.
 
     They go with every checkpoint that is made of the model, as they are. A model of text alone has none.
+
+    Args:
+        commit: of a model on the hub, the one that was loaded.
 
     Raises:
         UserError: if the hub has them and they cannot be fetched.
@@ -290,19 +298,24 @@ def processor_files(name: str, data: Path | None = None) -> list[Path]:
     source = _directory_or_hub_id(name, data)
     folder = Path(source)
     if not folder.is_dir():
-        if not any(isinstance(part, dict) and "model_type" in part for part in _config(source).values()):
+        if not any(isinstance(part, dict) and "model_type" in part for part in _config(source, commit).values()):
             return []
-        folder = _fetched(source, _PROCESSORS)
+        folder = _fetched(source, _PROCESSORS, commit)
     return sorted({file for pattern in _PROCESSORS for file in folder.glob(pattern)})
 
 
-def _fetched(repository: str, patterns: Sequence[str]) -> Path:
+def _fetched(repository: str, patterns: Sequence[str], commit: str | None) -> Path:
     """The folder of some files of a hub model, fetched or in the cache."""
     from huggingface_hub import snapshot_download
 
+    fetched = functools.partial(snapshot_download, repository, revision=commit, allow_patterns=list(patterns))
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:
+        return Path(fetched())
+    # Without a network its clients raise errors of their own.
+    except Exception as error:
+        # What files a commit has is asked of the hub, even if the cache has them all.
+        with contextlib.suppress(OSError, ValueError):
+            return Path(fetched(local_files_only=True))
         raise UserError(f"{repository}: cannot be fetched from the hub: {_first_line(error)}") from error
 
 
@@ -344,15 +357,18 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def content(name: str, data: Path | None = None) -> str:
+def content(name: str, data: Path | None = None, commit: str | None = None) -> str:
     """The content hash of a model's weights (`patch.checkpoint.content_hash`); of a model on the hub, its commit.
+
+    Args:
+        commit: that one, where it is known.
 
     Raises:
         UserError: if the model cannot be had or its files are damaged.
     """
     source = Path(_directory_or_hub_id(name, data))
     if not source.is_dir():
-        return _hub_commit(str(source))
+        return commit or _hub_commit(str(source))
     # Older formats than safetensors are hashed as files.
     return content_hash(source) if any(source.glob("*.safetensors")) else fingerprint(str(source))
 

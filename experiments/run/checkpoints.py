@@ -22,7 +22,7 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.sources import of_checkpoint, of_model
+from experiments.run.sources import of_checkpoint
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
@@ -202,11 +202,10 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     if not rounded:
         _check_unpruned(pruning.model)
     # All but learning brings one block at a time to the device, whatever the depth of the model.
-    model, tokenizer = models.load_model(
-        source, device=machine.device if pruning.learns else "cpu", dtype=machine.dtype, data=machine.data
-    )
+    device, commit = machine.device if pruning.learns else "cpu", machine.sources.commit(source)
+    model, tokenizer = models.load_model(source, device=device, dtype=machine.dtype, data=machine.data, commit=commit)
     covered = check_coverage(model, pruning.partial)
-    job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store) | of_model(pruning.model))
+    job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store) | machine.sources.of_model(source))
     if rounded:
         made = _quantise(job, Path(source), model)
     elif pruning.refit:
@@ -244,7 +243,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     if pruning.quantisation:
         info["precision"] = pruning.quantisation.precision
     path = store.checkpoint_path(pruning)
-    beside = models.processor_files(pruning.model, machine.data)
+    beside = models.processor_files(source, machine.data, commit)
     save_checkpoint(path, model, tokenizer, made.masks, info, made.tile_scores, made.quantised, beside)
     # The learner's state has served; its TensorBoard log stays.
     (store.work_path(pruning) / LEARNER_STATE).unlink(missing_ok=True)
@@ -378,6 +377,7 @@ def _learn(job: _Job, model: nn.Module, spending: Spending) -> Learned:
     assert pruning.learning is not None and pruning.tile is not None
     recipe = pruning.learning.recipe
     stream = job.stream(job.documents(pruning.learning.source), recipe.length, pruning.seed)
+    seen = (pruning.learning.source, *job.machine.sources.of_model(pruning.model))
     prior = Prior()
     if pruning.prior:
         path = store.checkpoint_path(pruning.prior)
@@ -400,7 +400,7 @@ def _learn(job: _Job, model: nn.Module, spending: Spending) -> Learned:
             tile=pruning.tile,
             seed=pruning.seed,
             prior=prior,
-            texts={name: job.sources[name] for name in (pruning.learning.source, *of_model(pruning.model))},
+            texts={name: job.sources[name] for name in seen},
             work=store.work_path(pruning),
             device=job.machine.device,
             on_step=on_step,

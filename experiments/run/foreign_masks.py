@@ -53,7 +53,8 @@ def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: 
         UserError: if the archive is damaged, its masks are of another model, or one is not made of such tiles.
     """
     meta, in_archive = _contents(archive)
-    model, tokenizer = models.load_model(base, device="cpu", data=machine.data)
+    commit = machine.sources.commit(base)
+    model, tokenizer = models.load_model(base, device="cpu", data=machine.data, commit=commit)
     linears = require_linears(model, "importing masks")
     if (covered := coverage(model)).left:
         raise UserError(f"{base}: masks would cover {covered.share:.1%} of its matrix elements, not {covered.left[0]}")
@@ -78,7 +79,7 @@ def import_masks(archive: Path, base: str, tile: TileShape, out: Path, machine: 
         "zeros": zeros,
         "imported": {"archive": archive.name, "base": base, "meta": meta},
     }
-    save_checkpoint(out, model, tokenizer, masks, info, beside=models.processor_files(base, machine.data))
+    save_checkpoint(out, model, tokenizer, masks, info, beside=models.processor_files(base, machine.data, commit))
     return out, sparsity
 
 

@@ -99,11 +99,13 @@ def restore(archive: Path, store: Store, machine: Machine) -> Path:
                 _check_same_masks(archive, folder, path)
             else:
                 dtype = _dtype(existing(folder, CONFIG_FILE))
-                model, tokenizer = models.load_model(definition["model"], device="cpu", dtype=dtype, data=machine.data)
+                name, data = definition["model"], machine.data
+                commit = machine.sources.commit(name)
+                model, tokenizer = models.load_model(name, device="cpu", dtype=dtype, data=data, commit=commit)
                 most = sum(most_mask_bytes(*matrix.weight.shape) for matrix in prunable_matrices(model).values())
                 _unpack(archive, folder, (MASKS_FILE, FORMER_MASKS_FILE), most)
                 _check_definition(archive, definition, load_masks(folder, alone=True))
-                beside = models.processor_files(definition["model"], machine.data)
+                beside = models.processor_files(name, data, commit)
                 restore_checkpoint(folder, model, tokenizer, path, beside)
     return path
 

@@ -78,16 +78,24 @@ class Artefact:
     def __init__(self, pruning: Pruning, source: str, content: str, store: Store, machine: Machine) -> None:
         self.pruning, self.source, self.content = pruning, source, content
         self.store, self.machine = store, machine
+        self._commit = machine.sources.commit(source)
 
     def load(self, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """The unpacked model, in a dtype."""
         return models.load_model(
-            self.source, device=self.machine.device, dtype=dtype, data=self.machine.data, quantised=True
+            self.source,
+            device=self.machine.device,
+            dtype=dtype,
+            data=self.machine.data,
+            quantised=True,
+            commit=self._commit,
         )
 
     @cached_property
     def _unpacked(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        return models.load_packable(self.source, device=self.machine.device, data=self.machine.data)
+        return models.load_packable(
+            self.source, device=self.machine.device, data=self.machine.data, commit=self._commit
+        )
 
     @property
     def unpacked(self) -> "PreTrainedModel":
@@ -104,7 +112,11 @@ class Artefact:
         if self.pruning.as_it_is:
             return self.unpacked
         return models.load_model(
-            self.pruning.model, device=self.machine.device, dtype=self.unpacked.dtype, data=self.machine.data
+            self.pruning.model,
+            device=self.machine.device,
+            dtype=self.unpacked.dtype,
+            data=self.machine.data,
+            commit=self.machine.sources.commit(self.pruning.model),
         )[0]
 
     @torch.no_grad()

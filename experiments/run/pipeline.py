@@ -23,7 +23,7 @@ from experiments.run import grids, packed
 from experiments.run.checkpoints import ensure_checkpoint, facts_of
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
-from experiments.run.sources import TASK, Sources
+from experiments.run.sources import MODEL, TASK, Sources
 from experiments.run.store import Store
 from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError
@@ -170,7 +170,7 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     pruning = trial.pruning
     ensure_checkpoint(pruning, store, machine)
     source = pruning.model if pruning.as_it_is else str(store.checkpoint_path(pruning))
-    content = models.content(source, machine.data)
+    content = models.content(source, machine.data, machine.sources.commit(source))
     _check_content(trial, content, store)
     if "prune" in missing:
         facts, origin = facts_of(pruning, store)
@@ -202,7 +202,11 @@ def check_sources(trial: Trial, store: Store, sources: Sources) -> None:
     """
     for stage in stages(trial):
         for row in store.read_rows(trial, stage)[:1]:
-            sources.check_same(row["provenance"], f"{trial.label}: {stage}", store.rows_path(trial, stage).parent)
+            made, what, place = row["provenance"], f"{trial.label}: {stage}", store.rows_path(trial, stage).parent
+            sources.check_same(made, what, place)
+            # A model as it is was measured itself: its commit is what its rows name as the checkpoint.
+            if trial.pruning.as_it_is and made.get("checkpoint"):
+                sources.check_same({"sources": {MODEL + trial.pruning.model: made["checkpoint"]}}, what, place)
 
 
 def _check_content(trial: Trial, content: str, store: Store) -> None:
@@ -242,7 +246,12 @@ def _evaluate(
     if not any(stage in missing for stage in (*perplexities, *tasks_)):
         return
     model, tokenizer = models.load_model(
-        source, device=machine.device, dtype=machine.dtype, data=machine.data, quantised=True
+        source,
+        device=machine.device,
+        dtype=machine.dtype,
+        data=machine.data,
+        quantised=True,
+        commit=machine.sources.commit(source),
     )
     for stage, item in perplexities.items():
         if stage in missing:

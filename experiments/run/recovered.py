@@ -16,7 +16,6 @@ from experiments.run.mask_facts import mask_facts
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
-from experiments.run.sources import of_model
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Recovery, definition
@@ -123,9 +122,15 @@ def recover_checkpoint(
     spending = Spending(machine, together=True, work=work)
     # Block by block, the model need not be on the device.
     device = machine.device if recipe.steps else "cpu"
-    model, tokenizer = models.load_model(source.model, device=device, dtype=machine.dtype, data=machine.data)
+    model, tokenizer = models.load_model(
+        source.model,
+        device=device,
+        dtype=machine.dtype,
+        data=machine.data,
+        commit=machine.sources.commit(source.model),
+    )
     documents = text.load_documents(recovery.source, machine.data)
-    own = {recovery.source: documents.sha256} | of_model(source.model)
+    own = {recovery.source: documents.sha256} | machine.sources.of_model(source.model)
     stream = text.token_stream(documents, tokenizer, recipe.length, recovery.seed, store.root / layout.TOKENS)
     windows = None
     if recipe.block_epochs:

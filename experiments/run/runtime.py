@@ -35,7 +35,7 @@ class Machine:
 
     @cached_property
     def sources(self) -> Sources:
-        """What texts and tasks hold here."""
+        """What texts, tasks and models of the hub hold here."""
         return Sources(self.data)
 
     @property

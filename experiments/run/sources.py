@@ -2,10 +2,10 @@
 
 Rows and checkpoints are found by definitions, which say texts and tasks by name, and what a name stands for changes
 with an edited file, another data directory or a newer commit on the hub. The hash of each text and task, and of a model
-of the hub its commit, is in the provenance; before anything is taken for what
-a definition asks for, these are compared with those of now. Where one differs the result is refused, not made anew
-beside: trials are named without the content of texts, so that published ones keep their names, and two results of one
-name would be drawn as one point. Nothing is replaced that its owner did not remove.
+of the hub its commit, is in the provenance; before anything is taken for what a definition asks for, these are compared
+with those of now. Where one differs the result is refused, not made anew beside: trials are named without the content
+of texts, so that published ones keep their names, and two results of one name would be drawn as one point. Nothing is
+replaced that its owner did not remove.
 
 What is older than these hashes is taken as it is, and so is what was made of a text or task that is not here now: what
 is absent has not changed.
@@ -29,11 +29,16 @@ _AS_IT_IS = "%s: what was made of it is taken as it is"
 
 
 class Sources:
-    """Texts, tasks and models as a data directory, or the hub, has them; each is read at most once."""
+    """Texts, tasks and models as a data directory, or the hub, has them; each is read at most once.
+
+    A model of the hub stays at the commit that it had when it was first asked for: what is loaded with it is what is
+    noted, whatever is pushed meanwhile.
+    """
 
     def __init__(self, data: Path | None) -> None:
         self._data = data
         self._known: dict[tuple[str, str], str | None] = {}
+        self._commits: dict[str, str | None] = {}
 
     def digest(self, name: str, then: str = "") -> str | None:
         """The hash of what a text, a task (`TASK`) or a model of the hub (`MODEL`) holds now; None if it is not there.
@@ -54,7 +59,7 @@ class Sources:
             if name.startswith(TASK):
                 return tasks.fingerprint_as(then, name.removeprefix(TASK), self._data)
             if name.startswith(MODEL):
-                return models.hub_commit(name.removeprefix(MODEL))
+                return self.commit(name.removeprefix(MODEL))
             text.check_source(name, self._data)
         except UserError as error:
             logger.warning(_AS_IT_IS, error)
@@ -64,6 +69,21 @@ class Sources:
         except text.Unreachable as error:
             logger.warning(_AS_IT_IS, error)
             return None
+
+    def commit(self, model: str) -> str | None:
+        """The commit at which a model of the hub is loaded; None of any other.
+
+        Raises:
+            UserError: if the model cannot be had.
+        """
+        if model not in self._commits:
+            self._commits[model] = models.hub_commit(model)
+        return self._commits[model]
+
+    def of_model(self, name: str) -> dict[str, str]:
+        """What to keep of a model in the provenance of what is made of it: of one on the hub, its commit."""
+        commit = self.commit(name)
+        return {MODEL + name: commit} if commit else {}
 
     def check_same(self, provenance: Mapping[str, Any], what: str, place: Path) -> None:
         """Compare what something was made of with what is there now.
@@ -94,12 +114,6 @@ class Sources:
             tasks.require(name.removeprefix(TASK), self._data, limit)
         elif self._known.get((name, "")) is None:
             self._known[name, ""] = text.load_documents(name, self._data).sha256
-
-
-def of_model(name: str) -> dict[str, str]:
-    """What to keep of a model in the provenance of what is made of it: of one on the hub, its commit."""
-    commit = models.hub_commit(name)
-    return {MODEL + name: commit} if commit else {}
 
 
 def _short(told: str) -> str:

@@ -109,6 +109,16 @@ def test_a_damaged_configuration_is_told_as_damage(entry: str, checkpoint: Any, 
             load(str(path))
 
 
+def test_the_configuration_of_another_directory_is_not_looked_at(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig.from_dict(json.loads((checkpoint[0] / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], config=config)
+    assert torch.equal(text(model), checkpoint[2])
+
+
 @pytest.mark.parametrize(
     "options",
     [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": True}],

@@ -171,5 +171,5 @@ def test_a_base_that_masks_would_cover_in_part_is_refused(
         arrays[name] = np.full(rows * cols // 8, 0b11001100, np.uint8)
         arrays[f"{name}.__shape__"] = np.array([rows, cols])
     with pytest.raises(UserError, match=said):
-        import_masks(archive_of({}, tmp_path / "m.npz", **arrays), family, (4, 4), tmp_path / "out", MACHINE)
+        import_masks(archive_of({}, tmp_path / "m.npz", **arrays), str(base), (4, 4), tmp_path / "out", MACHINE)
     assert not (tmp_path / "out").exists()

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from tiny_study import tiny_trials
+from transformers import AutoModelForCausalLM
 
 from analysis.rows.jsonl import from_lines, to_lines
-from experiments.data import text
+from experiments.data import models, text
 from experiments.eval import tasks
 from experiments.run import checkpoints, pipeline, recovered
 from experiments.run.runtime import Machine
@@ -307,27 +309,79 @@ def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return at
 
 
-@pytest.mark.parametrize("kind", ["pruned", "learned", "recovered"])
-def test_a_checkpoint_of_a_hub_model_whose_commit_moved_is_refused(
-    kind: str, hub: Callable[[str], None], words: Path, tmp_path: Path
-) -> None:
+def of_hub(kind: str, words: Path) -> Pruning:
+    """A pruning of ``some/model``, or that model as it is."""
     magnitude = build.one_shot("some/model", "magnitude", "2:4", 0.5, (16, 16), Calibration(str(words), 8, 16))
-    pruning = {
+    return {
+        "dense": build.dense("some/model"),
         "pruned": magnitude,
         "learned": dataclasses.replace(tiny_trials(Path("some/model"), words, steps=2)[2].pruning, prior=magnitude),
         "recovered": dataclasses.replace(magnitude, recovery=Recovery(str(words), RECOVERY)),
     }[kind]
-    first, second, store = "a" * 40, "b" * 40, Store(tmp_path / "runs")
+
+
+def commit_of(pruning: Pruning, words: Path, store: Store) -> str:
+    """The commit that is noted of ``some/model`` where it is pruned, or measured as it is."""
+    path = checkpoints.ensure_checkpoint(pruning, store, here := machine())
+    if path is not None:
+        return json.loads((path / INFO_FILE).read_text())["provenance"]["sources"]["model:some/model"]
+    trial = Trial(pruning, Evaluation((Perplexity(str(words), 16),)))
+    pipeline.run_trial(trial, store, here)
+    (commit,) = {store.read_rows(trial, each)[0]["provenance"]["checkpoint"] for each in pipeline.stages(trial)}
+    return commit
+
+
+KINDS = pytest.mark.parametrize("kind", ["dense", "pruned", "learned", "recovered"])
+
+
+@KINDS
+def test_what_is_of_a_hub_model_whose_commit_moved_is_refused(
+    kind: str, hub: Callable[[str], None], words: Path, tmp_path: Path
+) -> None:
+    pruning, store = of_hub(kind, words), Store(tmp_path / "runs")
+    first, second = "a" * 40, "b" * 40
     hub(first)
-    path = checkpoints.ensure_checkpoint(pruning, store, machine())
-    assert path is not None and checkpoints.ensure_checkpoint(pruning, store, machine()) == path
-    info = json.loads((path / INFO_FILE).read_text())
-    assert info["provenance"]["sources"]["model:some/model"] == first
+    assert commit_of(pruning, words, store) == commit_of(pruning, words, store) == first
     hub(second)
     with pytest.raises(UserError, match=f"is of model:some/model at another commit .{first[:12]}, now {second[:12]}"):
-        checkpoints.ensure_checkpoint(pruning, store, machine())
+        commit_of(pruning, words, store)
     shutil.rmtree(tmp_path / "cache")
-    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path, "what is absent has not changed"
+    assert commit_of(pruning, words, store) == first, "what is absent has not changed"
+
+
+@KINDS
+def test_the_commit_that_is_noted_is_the_one_that_was_loaded(
+    kind: str, hub: Callable[[str], None], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the model's commit moves whenever the hub is asked for it."""
+    commits = (each * 40 for each in "abcdefghijklmnop")
+    hub(next(commits))
+    download, load, loaded = huggingface_hub.hf_hub_download, AutoModelForCausalLM.from_pretrained, set()
+
+    def moves(*given: Any, **options: Any) -> Any:
+        found = download(*given, **options)
+        hub(next(commits))
+        return found
+
+    def noted(path: str, **options: Any) -> Any:
+        if path == "some/model":
+            loaded.add(options["revision"])
+        return load(path, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", moves)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    assert {commit_of(of_hub(kind, words), words, Store(tmp_path / "runs"))} == loaded == {"a" * 40}
+
+
+def test_processors_are_those_of_the_commit_that_was_loaded(hub: Callable[[str], None], tmp_path: Path) -> None:
+    for commit in ("a" * 40, "b" * 40):
+        hub(commit)
+        folder = tmp_path / "cache" / "models--some--model" / "snapshots" / commit
+        (folder / "config.json").write_text('{"text_config": {"model_type": "llama"}}')
+        (folder / "preprocessor_config.json").write_text("{}")
+    assert models.processor_files("some/model", None, "a" * 40) == [
+        tmp_path / "cache" / "models--some--model" / "snapshots" / ("a" * 40) / "preprocessor_config.json"
+    ]
 
 
 PIQA = [
