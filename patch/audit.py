@@ -67,7 +67,7 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
             raise UserError(f"{folder}: its tiles are {found}, not {tile[0]}x{tile[1]}: leave the tile shape out")
         tile = tile or info["tile"]
     elif tile is None:
-        raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as 128x128")
+        raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as `--tile 128x128`")
     precision = stored_precision(folder)
     if precision is None:
         rows = [_audit_weight(name, weight, masks.get(name), tile) for name, weight in prunable_weights(folder)]

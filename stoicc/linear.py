@@ -408,10 +408,19 @@ def packed_modules(model: nn.Module) -> list[HybridLinear]:
 
 
 def add_up_precisely(model: nn.Module, precise: bool = True) -> None:
-    """Let the linears of ``float8_e4m3fn`` that `compile_model` made add up as `stoicc.linear` does if ``precise``."""
-    for module in model.modules():
-        if isinstance(module, HybridLinear | DenseLinear8):
-            module.precise = precise
+    """Let the linears of ``float8_e4m3fn`` of a model that runs packed add up as `stoicc.linear` does if ``precise``.
+
+    Raises:
+        UserError: if it has none.
+    """
+    made = [module for module in model.modules() if isinstance(module, HybridLinear | DenseLinear8)]
+    eight = [each for each in made if isinstance(each, DenseLinear8) or each.spec.values == torch.float8_e4m3fn]
+    if not eight:
+        raise UserError(
+            "the model has no packed FP8 linears: call stoicc.compile_model(..., dtype=float8_e4m3fn) first"
+        )
+    for module in eight:
+        module.precise = precise
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

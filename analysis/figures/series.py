@@ -101,15 +101,22 @@ def names(series: Sequence[Series]) -> dict[Series, str]:
     }
 
 
+# Those of the variants that most figures have; others follow.
+_OWN_DASHES = {"": 0, "guided": 1}
+
+
 def looks(series: Sequence[Series]) -> dict[Series, Mapping[str, Any]]:
     """How each series of a panel is drawn: `marking`, and for variants of a method another kind of dashes each."""
     result: dict[Series, Mapping[str, Any]] = {}
-    counted: dict[str, int] = {}
+    taken: dict[str, list[int]] = {}
     for each in series:
         look = marking(each.method, each.structure)
         if each.is_curve:
-            place = counted.setdefault(each.method, 0)
-            counted[each.method] += 1
+            used = taken.setdefault(each.method, [])
+            place = _OWN_DASHES.get(each.variant, len(_OWN_DASHES))
+            while place in used:
+                place = max(place + 1, len(_OWN_DASHES))
+            used.append(place)
             look["linestyle"] = DASHES[place % len(DASHES)]
         result[each] = look
     return result

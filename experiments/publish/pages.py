@@ -93,7 +93,7 @@ def _front() -> Table:
         (*shown.rows[shown.trials.index(point.trials)], Measured(speedups[point.sparsity] if point.sparsity else 1.0))
         for point in points
     )
-    speed = Column("decoding", "LLaMA-2-7B decoding (x)", "ratio")
+    speed = Column("decoding", "LLaMA-2-7B decoding, batch 1 (x)", "ratio")
     return Table((*shown.columns, speed), rows, tuple("" for _ in rows), frozenset(), ())
 
 

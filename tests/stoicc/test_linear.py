@@ -419,6 +419,8 @@ def test_what_is_left_dense_in_eight_bits_computes_the_same_and_is_not_saved() -
     for precise in (True, False):
         stoicc.add_up_precisely(torch.nn.Sequential(layer, packed), precise)
         assert left.precise == packed.precise == precise
+    with pytest.raises(UserError, match="no packed FP8 linears"):
+        stoicc.add_up_precisely(torch.nn.Linear(2, 2))
 
 
 def test_weights_are_quantised_to_eight_bits_only() -> None:
