@@ -82,7 +82,7 @@ def test_audit_reads_foreign_zeros(tmp_path: Path, shards: int, tied: bool) -> N
 @pytest.mark.parametrize(
     ("spoil", "tile", "message"),
     [
-        pytest.param(lambda p: None, None, "give one, such as 128x128", id="no-tile"),
+        pytest.param(lambda p: None, None, "give one, such as `--tile 128x128`", id="no-tile"),
         pytest.param(
             lambda p: None, (64, 64), "self_attn.q_proj: tile 64x64 is larger than the weight", id="large-tile"
         ),
