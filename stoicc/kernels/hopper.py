@@ -38,6 +38,7 @@ from stoicc.language import (
     dot_24,
     dot_dense,
     multicast_next,
+    promoted,
     quiet,
     record_24,
     remote_next,
@@ -141,15 +142,6 @@ def _step_24(acc, a, count, x_ring, full):
 
 
 @gluon.jit
-def _promoted(acc, total, PROMOTE: gl.constexpr):
-    """Sums and promoted sums, the former added to the latter where they are to be."""
-    if PROMOTE:
-        total += acc
-        acc = acc * 0
-    return acc, total
-
-
-@gluon.jit
 def _walk_24(
     acc, total, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata,
     CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
@@ -162,7 +154,7 @@ def _walk_24(
         record += RECORD
         acc = warpgroup_mma_wait(0, [_step_24(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
-        acc, total = _promoted(acc, total, PROMOTE)
+        acc, total = promoted(acc, total, PROMOTE)
         count += 1
     if length >= 4:
         a = _load_24(record, lane_words, lane_metadata, BITS)
@@ -186,7 +178,7 @@ def _walk_24(
             _release(empty, count + 2, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 3, peer, CLUSTER)
-            acc, total = _promoted(acc, total, PROMOTE)
+            acc, total = promoted(acc, total, PROMOTE)
             a, b, c, d = e, f, g, h
             count += 4
     return acc, total, count
@@ -218,7 +210,7 @@ def _walk_dense(
         record += RECORD_DENSE
         acc = warpgroup_mma_wait(0, [_step_dense(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
-        acc, total = _promoted(acc, total, PROMOTE)
+        acc, total = promoted(acc, total, PROMOTE)
         count += 1
     if length >= 2:
         a = _load_dense(record, lane_words)
@@ -233,7 +225,7 @@ def _walk_dense(
             _release(empty, count, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 1, peer, CLUSTER)
-            acc, total = _promoted(acc, total, PROMOTE)
+            acc, total = promoted(acc, total, PROMOTE)
             a, b = e, f
             count += 2
     return acc, total, count

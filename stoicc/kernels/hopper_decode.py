@@ -36,6 +36,7 @@ from stoicc.language import (
     dot_24,
     dot_dense,
     let_next_begin,
+    promoted,
     record_24,
     wait_for_previous,
 )
@@ -299,9 +300,7 @@ def hopper_decode_linear(
         for number in gl.static_range(TOGETHER):
             acc = _multiply_24(acc, a[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
         acc = warpgroup_mma_wait(0, [acc])
-        if PROMOTE:
-            total += acc
-            acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
+        acc, total = promoted(acc, total, PROMOTE)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)
@@ -315,9 +314,7 @@ def hopper_decode_linear(
         for number in gl.static_range(TOGETHER):
             acc = _multiply_dense(acc, b[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
         acc = warpgroup_mma_wait(0, [acc])
-        if PROMOTE:
-            total += acc
-            acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
+        acc, total = promoted(acc, total, PROMOTE)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)
