@@ -2,6 +2,8 @@
 
 import copy
 import sys
+from collections.abc import Callable
+from functools import reduce
 
 import pytest
 import torch
@@ -157,14 +159,8 @@ def test_chosen_kernel_of_eight_bits_at_any_number_of_tokens(dtype: torch.dtype,
         assert (linear(x, hybrid, bias).double() - exact).norm() <= 0.003 * exact.norm()
 
 
-def assert_replayed_as_run(hybrids: list[HybridWeight], x: Tensor) -> None:
+def assert_replayed_as_run(chain: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """A captured chain of products gives the bits of the same chain run one by one, whatever was in its output."""
-
-    def chain(x: Tensor) -> Tensor:
-        for hybrid in hybrids:
-            x = linear(x, hybrid)
-        return x
-
     chain(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,12 +173,17 @@ def assert_replayed_as_run(hybrids: list[HybridWeight], x: Tensor) -> None:
         assert torch.equal(y, expected)
 
 
+def chained(hybrids: list[HybridWeight]) -> Callable[[Tensor], Tensor]:
+    """One product after the other, each with the kernel that the tables choose."""
+    return lambda x: reduce(linear, hybrids, x)
+
+
 @pytest.mark.parametrize("dtype", EIGHT, ids=str)
 def test_eight_bits_in_a_captured_chain(dtype: torch.dtype) -> None:
     hybrids = [hybrid_of_eight(1024, 1024, (128, 128), 0.6, dtype, uneven=True, seed=seed) for seed in range(4)]
 
     for tokens in (1, 16, 300):
-        assert_replayed_as_run(hybrids, torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16))
+        assert_replayed_as_run(chained(hybrids), torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", EIGHT, ids=str)
@@ -298,16 +299,7 @@ def test_a_captured_chain_of_products_waits_for_each(config: Config) -> None:
             x = x.relu() if number % 3 == 2 else x
         return x
 
-    x = torch.randn(24, 1024, device="cuda", dtype=torch.bfloat16)
-    chain(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(x)
-    for _ in range(20):
-        x.copy_(torch.randn_like(x))
-        expected = chain(x)
-        graph.replay()
-        assert torch.equal(y, expected)
+    assert_replayed_as_run(chain, torch.randn(24, 1024, device="cuda", dtype=torch.bfloat16))
 
 
 def test_many_streams_at_once() -> None:
@@ -480,7 +472,7 @@ def test_rows_of_four_bits_that_are_all_dense_or_all_two_four() -> None:
 def test_four_bits_in_a_captured_chain(tokens: int) -> None:
     hybrids = [hybrid_of_four(1024, 1024, (128, 128), 0.6, uneven=True, seed=seed) for seed in range(4)]
 
-    assert_replayed_as_run(hybrids, torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16))
+    assert_replayed_as_run(chained(hybrids), torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16))
 
 
 def test_four_bits_expand_on_the_gpu_as_on_the_cpu() -> None:
