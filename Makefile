@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_VLLM := .venv-vllm/.installed
 
-.PHONY: help demo report test lint fuzz docs test-thorough test-gpu test-slurm test-vllm dist triton-versions versions clean
+.PHONY: help demo report test lint style fuzz docs test-thorough test-gpu test-slurm test-vllm dist triton-versions versions clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -21,9 +21,7 @@ demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures an
 
 # What pytest makes of the tests, and Python of the package, is kept: workers and the processes they start would do it again.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: $(INSTALLED) ## ruff, mypy and the tests; needs no GPU (seven to ten minutes on two cores)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: style ## ruff, mypy and the tests; needs no GPU (seven to ten minutes on two cores)
 	@echo "mypy beside the tests"; $(BIN)/mypy & types=$$!; \
 		$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal; tests=$$?; \
 		wait $$types || { echo "mypy: see above"; exit 1; }; exit $$tests
@@ -31,10 +29,12 @@ test: $(INSTALLED) ## ruff, mypy and the tests; needs no GPU (seven to ten minut
 fuzz: $(INSTALLED) ## damage files in a thousand ways each: refused in one line, or a fault (half an hour)
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
 
-lint: $(INSTALLED) ## ruff and mypy alone
+lint: style ## ruff and mypy alone
+	$(BIN)/mypy
+
+style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 report: $(INSTALLED) ## the committed results as one page, results/report.html
 	$(BIN)/hts report --results results --out results/report.html

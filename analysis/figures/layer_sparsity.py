@@ -1,6 +1,5 @@
 """How sparse each linear is across the depth of a model, a map for each trial."""
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from analysis.figures.style import (
     light_map,
     new_figure,
     set_title,
-    title_width,
+    title_lines,
 )
 from analysis.rows.points import trial_labels
 from patch.errors import UserError
@@ -60,7 +59,7 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
     title = about(chosen)
     left = 0.11 + _LETTER * max(map(len, kinds))
     right = WIDTHS[width] - _RIGHT
-    head = 0.08 + _LINE * len(textwrap.wrap(title, title_width(WIDTHS[width])))
+    head = 0.08 + _LINE * len(title_lines(title, WIDTHS[width]))
     tall = _HEAD + _ROW * len(kinds)
     height = head + tall * len(labels) + _FOOT
     figure = new_figure(WIDTHS[width], height, constrained=False)

@@ -1,6 +1,5 @@
 """How masks were learned: cross entropy and density against the optimizer step."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from analysis.figures.about import about
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.series import DASHES, MOST_CURVES
-from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink, title_width
+from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink, title_lines
 from analysis.rows.points import trial_labels
 from patch.errors import UserError
 
@@ -90,7 +89,7 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
 def _margins(figure: Figure, title: str) -> dict[str, float]:
     """Room around panels whose labels are all alike: to measure them takes as long as to draw them."""
     width, height = figure.get_size_inches()
-    lines = len(textwrap.wrap(title, title_width(width)))
+    lines = len(title_lines(title, width))
     return {
         "left": 0.46 / width,
         "right": 1 - 0.03 / width,

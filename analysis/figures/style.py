@@ -146,8 +146,13 @@ def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
 
 def set_title(figure: Figure, title: str) -> None:
     """What the figure is of, over all its panels, flush left, in as many lines as its width needs."""
-    text = textwrap.fill(title, title_width(figure.get_figwidth()))
+    text = "\n".join(title_lines(title, figure.get_figwidth()))
     figure.suptitle(text, x=0.005, ha="left", size=7.5, color="0.1")
+
+
+def title_lines(title: str, inches: float) -> list[str]:
+    """The lines of a title on a figure so wide."""
+    return textwrap.wrap(title, title_width(inches))
 
 
 def title_width(inches: float) -> int:

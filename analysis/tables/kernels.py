@@ -375,7 +375,7 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
     kinds |= {
         heading: energy[energy.implementation.isin(names)]
         for heading, names in _BESIDE.items()
-        if names not in (("dense",), ("autotuned",)) and energy.implementation.isin(names).any()
+        if names in DENSE.values() and energy.implementation.isin(names).any()
     }
     for precision in precisions(energy):
         hybrid = energy[(energy.implementation == "hybrid") & (energy.precision == precision)]
