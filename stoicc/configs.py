@@ -114,7 +114,11 @@ def promoting(config: Config) -> Config:
     if isinstance(config, HopperConfig):
         return replace(config, tokens=min(config.tokens, 128), promote=True)
     if isinstance(config, HopperDecodeConfig):
-        return replace(config, tokens=min(config.tokens, 64), promote=True)
+        config = replace(config, tokens=min(config.tokens, 64), promote=True)
+        if config.tokens == 64:
+            # There are registers for both sums and the records of two blocks, not four.
+            config = replace(config, together=2, stages=config.stages * config.together // 2)
+        return config
     return config
 
 

@@ -222,16 +222,6 @@ def accumulator(dtype):
 
 
 @gluon.jit
-def promoted(acc, total, PROMOTE: gl.constexpr):
-    """Sums and promoted sums, the former added to the latter and begun anew where they are to be."""
-    if PROMOTE:
-        layout: gl.constexpr = acc.type.layout
-        total += acc
-        acc = gl.zeros(acc.shape, acc.dtype, layout)
-    return acc, total
-
-
-@gluon.jit
 def mma_24(values, x, metadata, acc, selector: gl.constexpr, dtype: gl.constexpr):
     """``acc + W @ x^T`` for 16 x 32 elements of a 2:4 weight against 8 tokens, by one warp; of 8 bits 16 x 64.
 

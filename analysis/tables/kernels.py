@@ -23,11 +23,12 @@ from patch.errors import UserError
 DENSE = {
     "bf16": ("cublas", "compiled", "fused", "dense"),
     "fp8": ("fp8_rowwise", "fp8_tensorwise"),
+    "fp8_precise": ("fp8_precise",),
     "int4": ("int4",),
 }
 KINDS = ("kernels", "model")
 LIBRARIES = ("cusparselt", "cusparselt_fp8", "semi_structured")
-PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "int4": "INT4"}
+PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "fp8_precise": "FP8 with float32 sums", "int4": "INT4"}
 SUPERSEDED = (
     "Superseded: over a dense model with separate projections; with query, key and value, and gate and up, computed as "
     "one it is faster (LLaMA-2-7B on an H100: 1 to 6%)."
@@ -256,7 +257,8 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "b
     chosen = own[(own.implementation == "hybrid") & (own.tile == tile)]
     means = chosen.groupby(["tokens", "sparsity"]).own_speedup.apply(geometric_mean).unstack()
     sparsities = [float(str(sparsity)) for sparsity in means.columns]
-    more = {"Best 2:4 library, 50%": _best(own[own.implementation.isin(LIBRARIES)], "own_speedup")}
+    libraries = _best(own[own.implementation.isin(LIBRARIES)], "own_speedup")
+    more = {"Best 2:4 library, 50%": libraries} if libraries else {}
     name = PRECISIONS[precision]
     if precision == "bf16":
         eight = _best(timed[timed.implementation.isin(DENSE["fp8"])], "speedup")

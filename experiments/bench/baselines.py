@@ -38,11 +38,11 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-def fp8_rowwise(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """``x`` ``[T, K]`` times an e4m3 weight ``[N, K]`` with scales ``[N, 1]``."""
+def fp8_rowwise(x: Tensor, weight: Tensor, scale: Tensor, fast: bool = True) -> Tensor:
+    """``x`` ``[T, K]`` times an e4m3 weight ``[N, K]`` with scales ``[N, 1]``, with fast accumulation or without."""
     scales = fp8_scale(x, dim=1)
     return torch._scaled_mm(
-        to_fp8(x, scales), weight.t(), scale_a=scales, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=True
+        to_fp8(x, scales), weight.t(), scale_a=scales, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=fast
     )
 
 

@@ -31,6 +31,8 @@ LONG = 512
 CHECKED_TOKENS = 256
 # Kernels of 4-bit weights are for decoding.
 INT4_TOKENS = 128
+# The precision, in rows, of FP8 with sums in float32, and its dense implementation.
+PRECISE = "fp8_precise"
 # Relative errors: of a float32 sum of bfloat16 products, rounded to bfloat16; and of FP8's fast accumulation.
 BOUND, FP8_BOUND = 5e-3, 1e-2
 # How much further from float64 than cuBLAS a hybrid product may be.
@@ -195,13 +197,13 @@ def compiled(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
 
 def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
-    """Both ways to scale, activations quantised by a compiled kernel."""
+    """Both ways to scale, activations quantised by a compiled kernel; a scale a row also without fast accumulation."""
     by_row, whole = baselines.fp8_scale(given.weight, dim=1), baselines.fp8_scale(given.weight)
     quantised = {"rowwise": (by_row, baselines.to_fp8(given.weight, by_row))}
     quantised["tensorwise"] = (whole, baselines.to_fp8(given.weight, whole))
 
     def entries(x: Tensor) -> Iterator[Entry]:
-        def prepare(way: str) -> Ready:
+        def prepare(way: str, fast: bool = True) -> Ready:
             scale, weight = quantised[way]
             weights = [weight, *(weight.clone() for _ in range(copies(x, weight.nbytes) - 1))]
             torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -209,7 +211,7 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             if way == "rowwise":
                 x_scale = baselines.fp8_scale(x, dim=1)
                 rowwise = torch.compile(baselines.fp8_rowwise)
-                calls = [partial(rowwise, x, one, scale) for one in weights]
+                calls = [partial(rowwise, x, one, scale, fast) for one in weights]
             else:
                 x_scale = baselines.fp8_scale(x)
                 tensorwise = torch.compile(baselines.fp8_tensorwise)
@@ -223,6 +225,7 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
         for way in quantised:
             yield Entry({"implementation": f"fp8_{way}", "precision": "fp8"}, partial(prepare, way))
+        yield Entry({"implementation": PRECISE, "precision": PRECISE}, partial(prepare, "rowwise", fast=False))
 
     return entries
 
@@ -329,7 +332,7 @@ def hybrid(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     """Every variant in FP8, a scale for each feature and each token, which are quantised within what is timed.
 
-    Dense, with the same scales, where the tables say that packed would be slower.
+    Dense, with the same scales, where the tables say that packed would be slower. Also with sums in float32.
     """
     n, k = given.linear.n, given.linear.k
     packed, masked = {}, {}
@@ -339,7 +342,7 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
         packed[variant] = pack(values, mask, scales)
 
     def entries(x: Tensor) -> Iterator[Entry]:
-        def prepare(variant: Variant) -> Ready:
+        def prepare(variant: Variant, precise: bool) -> Ready:
             weight = packed[variant]
             values, scales = masked[variant]
 
@@ -350,19 +353,21 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             about: Labels = {"bytes": weight.nbytes}
             if x.device.type == "cuda":
                 config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), baselines.FP8)
+                config = configs.promoting(config) if precise else config
                 about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
                 can = matmul.runs_dense_of_eight(x.device, n, k, baselines.FP8, x.dtype)
                 if can and not faster_packed(x.device, weight, [len(x)]):
                     about["fallback"] = "predicted slower than dense"
                     dense = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
                     product = torch.compile(matmul.dense_linear_of_eight)
-                    return Ready([partial(product, x, one, scales, None, False) for one in dense], check, about)
+                    return Ready([partial(product, x, one, scales, None, precise) for one in dense], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
-            return Ready([partial(matmul.linear, x, one) for one in held], check, about)
+            return Ready([partial(matmul.linear, x, one, precise=precise) for one in held], check, about)
 
         for variant in packed:
-            labels = {"implementation": "hybrid", "precision": "fp8"} | variant.labels
-            yield Entry(labels, partial(prepare, variant))
+            for precise in (False, True):
+                labels = {"implementation": "hybrid", "precision": PRECISE if precise else "fp8"} | variant.labels
+                yield Entry(labels, partial(prepare, variant, precise))
 
     return entries
 

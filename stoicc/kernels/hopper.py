@@ -38,7 +38,6 @@ from stoicc.language import (
     dot_24,
     dot_dense,
     multicast_next,
-    promoted,
     quiet,
     record_24,
     remote_next,
@@ -56,8 +55,8 @@ class HopperConfig:
         stages: tiles of activations in the ring.
         together: token tiles that are walked together.
         cluster: thread blocks that share activations: 1, or 2 for weights whose band is 2.
-        promote: add the sums of every few steps to others in float32, for ``float8_e4m3fn``: within a sum of its
-            products the tensor cores keep fewer bits. Not with 256 tokens, for want of registers.
+        promote: add the sums of every step, 128 columns, to others in float32, for ``float8_e4m3fn``: within a sum of
+            its products the tensor cores keep fewer bits. Not with 256 tokens, for want of registers.
     """
 
     tokens: int
@@ -142,10 +141,7 @@ def _step_24(acc, a, count, x_ring, full):
 
 
 @gluon.jit
-def _walk_24(
-    acc, total, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata,
-    CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
-):  # fmt: skip
+def _walk_24(acc, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER: gl.constexpr):
     """``length`` steps over 2:4 blocks: those that four do not divide first, then four at a time."""
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
     RECORD: gl.constexpr = record_24(x_ring.dtype)
@@ -154,7 +150,6 @@ def _walk_24(
         record += RECORD
         acc = warpgroup_mma_wait(0, [_step_24(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
-        acc, total = promoted(acc, total, PROMOTE)
         count += 1
     if length >= 4:
         a = _load_24(record, lane_words, lane_metadata, BITS)
@@ -178,10 +173,9 @@ def _walk_24(
             _release(empty, count + 2, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 3, peer, CLUSTER)
-            acc, total = promoted(acc, total, PROMOTE)
             a, b, c, d = e, f, g, h
             count += 4
-    return acc, total, count
+    return acc, count
 
 
 @gluon.jit
@@ -200,17 +194,13 @@ def _step_dense(acc, a, count, x_ring, full):
 
 
 @gluon.jit
-def _walk_dense(
-    acc, total, record, length, count, x_ring, full, empty, peer, lane_words,
-    CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
-):  # fmt: skip
+def _walk_dense(acc, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER: gl.constexpr):
     """``length`` steps over dense blocks: an odd one first, then two at a time."""
     if length % 2 == 1:
         a = _load_dense(record, lane_words)
         record += RECORD_DENSE
         acc = warpgroup_mma_wait(0, [_step_dense(acc, a, count, x_ring, full)])
         _release(empty, count, peer, CLUSTER)
-        acc, total = promoted(acc, total, PROMOTE)
         count += 1
     if length >= 2:
         a = _load_dense(record, lane_words)
@@ -225,10 +215,41 @@ def _walk_dense(
             _release(empty, count, peer, CLUSTER)
             acc = warpgroup_mma_wait(0, [acc])
             _release(empty, count + 1, peer, CLUSTER)
-            acc, total = promoted(acc, total, PROMOTE)
             a, b = e, f
             count += 2
-    return acc, total, count
+    return acc, count
+
+
+@gluon.jit
+def _walk(
+    total, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata,
+    DENSE: gl.constexpr, CLUSTER: gl.constexpr, PROMOTE: gl.constexpr,
+):  # fmt: skip
+    """At least one step over blocks of one kind, added to ``total``; if ``PROMOTE`` each is a sum of its own first."""
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    if PROMOTE:
+        RECORD: gl.constexpr = RECORD_DENSE if DENSE else record_24(x_ring.dtype)
+        layout: gl.constexpr = total.type.layout
+        # Records are on their way for two steps.
+        b = _load_dense(record, lane_words) if DENSE else _load_24(record, lane_words, lane_metadata, BITS)
+        record += gl.where(length > 1, RECORD, 0)
+        c = _load_dense(record, lane_words) if DENSE else _load_24(record, lane_words, lane_metadata, BITS)
+        for left in range(length, 0, -1):
+            a, b = b, c
+            record += gl.where(left > 2, RECORD, 0)
+            c = _load_dense(record, lane_words) if DENSE else _load_24(record, lane_words, lane_metadata, BITS)
+            acc = gl.zeros(total.shape, total.dtype, layout)
+            acc = _step_dense(acc, a, count, x_ring, full) if DENSE else _step_24(acc, a, count, x_ring, full)
+            total += warpgroup_mma_wait(0, [acc])
+            _release(empty, count, peer, CLUSTER)
+            count += 1
+    elif DENSE:
+        total, count = _walk_dense(total, record, length, count, x_ring, full, empty, peer, lane_words, CLUSTER)
+    else:
+        total, count = _walk_24(
+            total, record, length, count, x_ring, full, empty, peer, lane_words, lane_metadata, CLUSTER
+        )
+    return total, count
 
 
 @gluon.jit
@@ -269,25 +290,23 @@ def _consume(
             factor = gl.load(scales + feature, mask=feature < out_features, other=0.0)
             token = token_tile * TOKENS + gl.arange(0, TOKENS, spread)
             factors.index(CONSUMER).store(gl.load(token_scales + token, mask=token < tokens, other=0.0))
-        acc = gl.zeros([64, TOKENS], accumulator(x_ring.dtype), layout)
-        total = acc
+        total = gl.zeros([64, TOKENS], accumulator(x_ring.dtype), layout)
         if lead > 0:
-            acc, total, count = _walk_24(
-                acc, total, record, lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER, PROMOTE
+            total, count = _walk(
+                total, record, lead, count, x_ring, full, empty, peer, words_24, metadata, False, CLUSTER, PROMOTE
             )
         if steps > sparse:
             dense = record + sparse * record_24(x_ring.dtype)
-            acc, total, count = _walk_dense(
-                acc, total, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, CLUSTER, PROMOTE
-            )
-        if sparse > lead:
-            record += lead * record_24(x_ring.dtype)
-            acc, total, count = _walk_24(
-                acc, total, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, CLUSTER,
+            total, count = _walk(
+                total, dense, steps - sparse, count, x_ring, full, empty, peer, words_dense, metadata, True, CLUSTER,
                 PROMOTE,
             )  # fmt: skip
-        if not PROMOTE:
-            total = acc
+        if sparse > lead:
+            record += lead * record_24(x_ring.dtype)
+            total, count = _walk(
+                total, record, sparse - lead, count, x_ring, full, empty, peer, words_24, metadata, False, CLUSTER,
+                PROMOTE,
+            )  # fmt: skip
         # The previous tile's store has had this tile's whole walk to read the stage.
         tma.store_wait(0)
         barrier()

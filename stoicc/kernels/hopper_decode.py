@@ -36,7 +36,6 @@ from stoicc.language import (
     dot_24,
     dot_dense,
     let_next_begin,
-    promoted,
     record_24,
     wait_for_previous,
 )
@@ -55,8 +54,8 @@ class HopperDecodeConfig:
         stages: turns whose activations the ring holds, at least 2; with 8 tokens ``stages * together`` is at least 16
             for 128 rows and 8 for 64, with 16 tokens half of that.
         blocks: thread blocks of a cluster that split K: 1, 2, 4 or 8.
-        promote: add each turn's sums to others in float32, for ``float8_e4m3fn``: within a sum of its products the
-            tensor cores keep fewer bits.
+        promote: add each record's sums, of 128 columns, to others in float32, for ``float8_e4m3fn``: within a sum of
+            its products the tensor cores keep fewer bits.
     """
 
     rows: int
@@ -299,8 +298,10 @@ def hopper_decode_linear(
         mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
         for number in gl.static_range(TOGETHER):
             acc = _multiply_24(acc, a[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
+            if PROMOTE:
+                total += warpgroup_mma_wait(0, [acc])
+                acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
         acc = warpgroup_mma_wait(0, [acc])
-        acc, total = promoted(acc, total, PROMOTE)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)
@@ -313,8 +314,10 @@ def hopper_decode_linear(
         mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
         for number in gl.static_range(TOGETHER):
             acc = _multiply_dense(acc, b[number], ring.index(turn % STAGES * TOGETHER + number), stand_in)
+            if PROMOTE:
+                total += warpgroup_mma_wait(0, [acc])
+                acc = gl.zeros([ROWS, TOKENS], accumulator(dtype), layout)
         acc = warpgroup_mma_wait(0, [acc])
-        acc, total = promoted(acc, total, PROMOTE)
         barrier()
         if turn + STAGES < turns:
             _fill(x_desc, found, token, ring, full, turn + STAGES, TOGETHER)

@@ -27,10 +27,11 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     for part, facts, _ in harness.measure(kernels.BENCH, wanted, ["kernels:qkv", "kernels:down"], lab):
         status = {(fact.labels["implementation"], fact.labels["status"]) for fact in facts if fact.metric == "error"}
         # Libraries and the kernel of four bits need a GPU.
-        assert {"cublas", "fp8_rowwise", "fp8_tensorwise", "hybrid"} <= {name for name, how in status if how == "ok"}
+        dense_ones = {"cublas", "fp8_rowwise", "fp8_tensorwise", "fp8_precise"}
+        assert dense_ones | {"hybrid"} <= {name for name, how in status if how == "ok"}
         assert "wrong" not in {how for _, how in status}
         timed = [fact for fact in facts if fact.metric == "time" and fact.labels["implementation"] == "hybrid"]
-        assert len(timed) == 2 * 4 * 3 and {fact.runs for fact in timed} == {4}
+        assert len(timed) == 2 * 4 * 4 and {fact.runs for fact in timed} == {4}
         path = tmp_path / f"{part[8:]}.jsonl"
         rows.write(kernels.BENCH, wanted, part, facts, 0.0, path)
         paths.append(path)
@@ -40,23 +41,24 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     assert (hybrid.speedup == hybrid.own_speedup).all()
     eight = frame[frame.implementation == "fp8_tensorwise"]
     assert (eight.own_speedup.dropna() < eight.speedup.dropna().max() + 1).all()
-    table, of_eight_bits, of_four = speed_tables(
+    table, of_eight_bits, precise, of_four = speed_tables(
         frame[frame.tile.isna() | True].assign(tile=frame.tile.replace("64x64", "128x128"))
     ).values()
     assert [line[0] for line in shown_cells(table)] == ["1", "20"]
     assert [column.heading for column in table.columns][-1] == "Dense FP8"
     assert [column.heading for column in of_eight_bits.columns][-1] == "Dense FP8 over bfloat16"
+    assert [column.heading for column in precise.columns][-1] == "Dense FP8 with float32 sums over bfloat16"
     # On a CPU there is no dense product of four bits to be compared with.
     assert [line[0] for line in shown_cells(of_four)] == ["1", "20"]
 
 
 def test_a_wrong_product_is_left_out_of_the_times(tiny: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.matmul.linear
-    monkeypatch.setattr(kernels.matmul, "linear", lambda x, weight: right(x, weight) * 1.02)
+    monkeypatch.setattr(kernels.matmul, "linear", lambda x, weight, **how: right(x, weight, **how) * 1.02)
     ((_, facts, _),) = harness.measure(kernels.BENCH, trial(tiny), ["kernels:o"], lab)
     assert not [fact for fact in facts if fact.metric == "time" and fact.labels["implementation"] == "hybrid"]
     wrong = [fact for fact in facts if fact.labels.get("status") == "wrong"]
-    assert {fact.labels["implementation"] for fact in wrong} == {"hybrid"} and len(wrong) == 8 * 3
+    assert {fact.labels["implementation"] for fact in wrong} == {"hybrid"} and len(wrong) == 8 * 4
 
 
 @pytest.mark.parametrize("shape", [(16, 128), (48, 384)], ids=["one-group", "several"])
