@@ -9,7 +9,18 @@ from analysis.figures.about import about
 from analysis.figures.labels import wrapped
 from analysis.figures.scales import scale_perplexity
 from analysis.figures.series import MOST_CURVES, marking, series_of
-from analysis.figures.style import DASHED, INK, SMALL, WIDTHS, Width, in_paper_style, new_figure, set_title
+from analysis.figures.style import (
+    DASHED,
+    INK,
+    LETTER,
+    SMALL,
+    WIDTHS,
+    Width,
+    in_paper_style,
+    new_figure,
+    room,
+    set_title,
+)
 from analysis.names import percent
 from analysis.rows.points import Point, gather, texts
 from analysis.tables.accuracy import heading
@@ -39,25 +50,29 @@ def ablated(points: Sequence[Point]) -> dict[Group, list[Point]]:
 
 
 @in_paper_style
-def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
+def draw_ablation(frame: pd.DataFrame, width: Width = "single", points: Sequence[Point] | None = None) -> Figure:
     """Perplexity of each variant with its spread over seeds, lowest on top, and that of the dense model.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if no method has several variants at one sparsity.
     """
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     groups = ablated(points)
     if not groups:
         raise UserError("no ablation to plot: no method has several variants at one sparsity")
-    text = texts(frame)[0]
+    text = texts(points)[0]
     named = {point.trials: wrapped(point.variant or "unchanged", _NAMES[width]) for m in groups.values() for point in m}
     lines = [max(named[point.trials].count("\n") + 1 for point in members) for members in groups.values()]
     heights = [(0.06 + 0.1 * most) * len(members) + 0.1 for most, members in zip(lines, groups.values(), strict=True)]
-    figure = new_figure(WIDTHS[width], 0.35 + 0.35 * len(groups) + sum(heights))
-    grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
+    figure = new_figure(WIDTHS[width], 0.35 + 0.35 * len(groups) + sum(heights), constrained=False)
+    title = about(frame)
+    longest = max(len(line) for name in named.values() for line in name.splitlines())
+    place_of = room(figure, title, len(groups), left=0.12 + LETTER * longest, above=0.14, between=(0, 0.26))
+    grid = figure.add_gridspec(len(groups), 1, height_ratios=heights, **place_of)
     models = {model for model, *_ in groups}
     shown_values = [
         point.perplexity[text].value for members in groups.values() for point in members if text in point.perplexity
@@ -97,5 +112,5 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single") -> Figure:
         axis.tick_params(labelbottom=place == len(groups) - 1)
         if place == len(groups) - 1:
             axis.set_xlabel(heading(text).replace("PPL", "perplexity"))
-    set_title(figure, about(frame))
+    set_title(figure, title)
     return figure

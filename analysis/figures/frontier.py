@@ -17,7 +17,18 @@ from analysis.figures.broken_axis import draw_band, steps_of
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.scales import ceiling, scale_perplexity
 from analysis.figures.series import Series, looks, names, panels, series_of, sparsity
-from analysis.figures.style import DASHED, INK, WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink
+from analysis.figures.style import (
+    DASHED,
+    INK,
+    WIDTHS,
+    Width,
+    in_paper_style,
+    new_figure,
+    room,
+    set_title,
+    style_of,
+    text_ink,
+)
 from analysis.names import SOURCES
 from analysis.rows.points import Measured, Point, Text, gather, mean_tasks, tasks, texts
 from analysis.tables.accuracy import task_heading
@@ -25,6 +36,8 @@ from patch.errors import UserError
 
 # Heights of a panel and of a step of the band above it, in inches.
 _PANEL, _STEP = 2.0, 0.15
+# Beside it, its label and a digit of its numbers.
+_LABEL, _DIGIT = 0.24, 0.05
 # Free columns for names, in percent of sparsity: what has no tiles begins at 50%.
 _GAP = 2.0
 _RIGHT = 22.0
@@ -56,7 +69,9 @@ def frontier_of(points: Sequence[Point]) -> bool:
 
 
 @in_paper_style
-def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | None = None) -> Figure:
+def draw_frontier(
+    frame: pd.DataFrame, width: Width = "double", text: Text | None = None, points: Sequence[Point] | None = None
+) -> Figure:
     """Perplexity, and mean accuracy where there are tasks, against achieved sparsity.
 
     A panel has at most five curves: variants beyond them go to further panels on the same scale, as do models. Both
@@ -67,12 +82,14 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
         frame: as from `analysis.rows.load.load_rows`.
         width: of the figure.
         text: which perplexity; the first of `analysis.rows.points.texts` by default.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if the rows have no perplexity (of that text).
     """
-    text = _measured_text(frame, text)
-    points = [point for point in gather(frame) if text in point.perplexity]
+    gathered = gather(frame) if points is None else points
+    text = _measured_text(gathered, text)
+    points = [point for point in gathered if text in point.perplexity]
     groups = _groups(points)
     with_accuracy = any(point.mean_accuracy for point in points)
     several = len({group.title for group in groups}) > 1
@@ -81,15 +98,21 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
     rows = math.ceil(len(cells) / columns)
     steps = {id(group): _steps(group, points, text) for group in groups}
     band = max(steps.values(), default=0) * _STEP + (0.08 if any(steps.values()) else 0)
-    figure = new_figure(WIDTHS[width], 0.25 + (_PANEL + 0.35) * rows + band)
-    grid = figure.add_gridspec(rows, columns)
+    figure = new_figure(WIDTHS[width], 0.25 + (_PANEL + 0.35) * rows + band, constrained=False)
+    title = about(frame)
+    beside = _LABEL + _DIGIT * max(_digits(points, text), 4)
+    named = 0.15 if several else 0.0
+    between = (beside + 0.06, 0.23 + named)
+    grid = figure.add_gridspec(
+        rows, columns, **room(figure, title, rows, columns, beside, above=named, between=between)
+    )
     written: list[Panel] = []
     for place, (group, measured) in enumerate(cells):
         cell = grid[place // columns, place % columns]
         of_model = [point for point in points if point.model == group.model]
         if measured == "acc":
             panel = figure.add_subplot(cell)
-            draw_accuracy(panel, group.series, accuracy_label(frame))
+            draw_accuracy(panel, group.series, accuracy_label(gathered))
             _share_scale(panel, of_model, _mean_in_percent)
             written.append(_labels(group, panel, _mean_in_percent))
         else:
@@ -100,9 +123,15 @@ def draw_frontier(frame: pd.DataFrame, width: Width = "double", text: Text | Non
             panel.set_title(group.title, loc="left", weight="bold")
         if place // columns == rows - 1 or place + columns >= len(cells):
             panel.set_xlabel("Sparsity (%)")
-    set_title(figure, about(frame))
+    set_title(figure, title)
     write_labels(figure, written)
     return figure
+
+
+def _digits(points: Sequence[Point], text: Text) -> int:
+    """Of the longest number on an axis of perplexity."""
+    drawn = [value for point in points if (value := point.perplexity[text].value) <= ceiling(points, text)]
+    return max((len(f"{value:.0f}") for value in drawn), default=1)
 
 
 def _groups(points: Sequence[Point]) -> list[Group]:
@@ -142,8 +171,8 @@ def _steps(group: Group, points: Sequence[Point], text: Text) -> int:
     return steps_of([point for point in group.points if not point.perplexity[text].value <= limit])
 
 
-def _measured_text(frame: pd.DataFrame, text: Text | None) -> Text:
-    measured = texts(frame)
+def _measured_text(points: Sequence[Point], text: Text | None) -> Text:
+    measured = texts(points)
     if not measured:
         raise UserError("no perplexity to plot: run the study first")
     if text is not None and text not in measured:
@@ -216,9 +245,9 @@ def _share_scale(axis: Axes, points: Sequence[Point], measure: Measure) -> None:
         axis.set_ylim(min(ends) - margin, max(ends) + margin)
 
 
-def accuracy_label(frame: pd.DataFrame) -> str:
+def accuracy_label(points: Sequence[Point]) -> str:
     """What an axis of mean accuracies is called."""
-    over = mean_tasks(tasks(frame))
+    over = mean_tasks(tasks(points))
     return f"{task_heading(over[0])}\naccuracy (%)" if len(over) == 1 else f"Mean accuracy, {len(over)} tasks (%)"
 
 

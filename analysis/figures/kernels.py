@@ -18,6 +18,7 @@ from analysis.figures.labels import Label, write_labels
 from analysis.figures.style import (
     FAINT,
     INK,
+    LETTER,
     SMALL,
     WIDTHS,
     Width,
@@ -25,6 +26,7 @@ from analysis.figures.style import (
     in_paper_style,
     light_shades,
     new_figure,
+    room,
     set_title,
 )
 from analysis.names import percent
@@ -56,8 +58,9 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     chosen = frame[frame.model == model]
     hybrid = chosen[(chosen.implementation == "hybrid") & (chosen.tile == TILE)]
     means = hybrid.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean)
-    figure = new_figure(WIDTHS[width], 2.8)
-    axes = figure.subplots()
+    figure = new_figure(WIDTHS[width], 2.8, constrained=False)
+    title = f"linears of {model}, tiles of {TILE}, timed on {gpus(frame.gpu)}"
+    axes = figure.subplots(gridspec_kw=room(figure, title))
     shown = [tokens for tokens in _TOKENS if tokens in means.index.get_level_values("tokens")]
     labels = []
     for color, tokens in zip(_shades(len(shown)), shown, strict=True):
@@ -74,7 +77,7 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(min(0.9, lowest - 0.04), 2.05))
     axes.set_xlim(-1, 50 + _RIGHT)
     axes.set_xticks(range(0, 51, 10))
-    set_title(figure, f"linears of {model}, tiles of {TILE}, timed on {gpus(frame.gpu)}")
+    set_title(figure, title)
     write_labels(figure, [(axes, labels, {"right": (52.0, 50 + _RIGHT)})])
     return figure
 
@@ -93,8 +96,12 @@ def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
     shapes = list(dict.fromkeys(zip(frame.model, frame.linear, strict=True)))
     beside = width == "double"
     height = max(1.8, 0.8 + 0.13 * len(shapes))
-    figure = new_figure(WIDTHS[width], height if beside else 2 * height - 0.3)
-    axes = figure.subplots(1 if beside else 2, 2 if beside else 1, sharey=True, squeeze=False)
+    figure = new_figure(WIDTHS[width], height if beside else 2 * height - 0.3, constrained=False)
+    title = f"{listed(dict.fromkeys(frame.model))}, tiles of {TILE}, timed on {gpus(frame.gpu)}"
+    left = 0.12 + LETTER * max((len(" ".join(shape)) for shape in shapes), default=0)
+    lines, columns = (1, 2) if beside else (2, 1)
+    place_of = room(figure, title, lines, columns, left, 0.1, bottom=0.58, above=0.14, between=(0.1, 0.5))
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False, gridspec_kw=place_of)
     for axis, (tokens, name, measure, roof, said) in zip(axes.flat, quantities, strict=True):
         _draw_reached(axis, frame[frame.tokens == tokens], shapes, measure)
         reached = float(frame[roof].median())
@@ -108,8 +115,7 @@ def draw_roof(frame: pd.DataFrame, width: Width = "double") -> Figure:
     handles = [
         Line2D([], [], label=label, **_mark(color)) for (label, _), color in zip(_kinds(), _colors(), strict=True)
     ]
-    models = listed(dict.fromkeys(frame.model))
-    set_title(figure, f"{models}, tiles of {TILE}, timed on {gpus(frame.gpu)}")
+    set_title(figure, title)
     add_legend(figure, handles, 4 if beside else 2)
     return figure
 

@@ -14,6 +14,7 @@ from analysis.figures.places import places_of
 from analysis.figures.series import MOST_CURVES
 from analysis.figures.style import (
     INK,
+    LETTER,
     SMALL,
     WIDTHS,
     Width,
@@ -28,9 +29,9 @@ from patch.errors import UserError
 
 # Sparsity has a colour scale of its own, which no method's colour is on.
 _MAP = light_map("#33415c")
-# In inches: a row of a map, a letter of its name, the title of a map, a line of the figure's title, the right margin
-# with the colour bar, the foot with the numbers of blocks.
-_ROW, _LETTER, _HEAD, _LINE, _RIGHT, _FOOT = 0.128, 0.052, 0.175, 0.125, 0.56, 0.36
+# In inches: a row of a map, the title of a map, a line of the figure's title, the right margin with the colour bar, the
+# foot with the numbers of blocks.
+_ROW, _HEAD, _LINE, _RIGHT, _FOOT = 0.128, 0.175, 0.125, 0.56, 0.36
 
 
 @in_paper_style
@@ -57,7 +58,7 @@ def draw_layer_sparsity(frame: pd.DataFrame, trials: Sequence[str], width: Width
     labels = trial_labels(chosen)
     top = max(0.5, float(rows.value.max()))
     title = about(chosen)
-    left = 0.11 + _LETTER * max(map(len, kinds))
+    left = 0.11 + LETTER * max(map(len, kinds))
     right = WIDTHS[width] - _RIGHT
     head = 0.08 + _LINE * len(title_lines(title, WIDTHS[width]))
     tall = _HEAD + _ROW * len(kinds)

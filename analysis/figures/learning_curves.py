@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from analysis.figures.about import about
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.series import DASHES, MOST_CURVES
-from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, set_title, style_of, text_ink, title_lines
+from analysis.figures.style import WIDTHS, Width, in_paper_style, new_figure, room, set_title, style_of, text_ink
 from analysis.rows.points import trial_labels
 from patch.errors import UserError
 
@@ -40,9 +40,9 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     beside = width == "double"
     figure = new_figure(WIDTHS[width], 2.4 if beside else 4.2, constrained=False)
     title = about(frame[frame.trial.isin(rows.trial)])
-    axes = figure.subplots(
-        1 if beside else 2, 2 if beside else 1, sharex=not beside, squeeze=False, gridspec_kw=_margins(figure, title)
-    )
+    lines, columns = (1, 2) if beside else (2, 1)
+    grid = room(figure, title, lines, columns, between=(0.54, 0.1))
+    axes = figure.subplots(lines, columns, sharex=not beside, squeeze=False, gridspec_kw=grid)
     upper, lower = axes.flat
     shown = set(rows.trial)
     labels = {trial: label for trial, label in trial_labels(frame).items() if trial in shown}
@@ -84,20 +84,6 @@ def draw_learning_curves(frame: pd.DataFrame, width: Width = "double", trials: S
     set_title(figure, title)
     write_labels(figure, panels)
     return figure
-
-
-def _margins(figure: Figure, title: str) -> dict[str, float]:
-    """Room around panels whose labels are all alike: to measure them takes as long as to draw them."""
-    width, height = figure.get_size_inches()
-    lines = len(title_lines(title, width))
-    return {
-        "left": 0.46 / width,
-        "right": 1 - 0.03 / width,
-        "bottom": 0.38 / height,
-        "top": 1 - (0.1 + 0.125 * lines) / height,
-        "wspace": 0.18,
-        "hspace": 0.06,
-    }
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures.about import gpus
 from analysis.figures.labels import Label, Panel, write_labels
-from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, set_title
+from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, room, set_title
 from analysis.names import workload_name
 from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical
 
@@ -30,8 +30,10 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
     colors = dict(zip(PRECISIONS, light_shades("#4a1486", len(PRECISIONS) + 2)[:1:-1], strict=True))
     columns = 2 if width == "double" else 1
     lines = -(-len(works) // columns)
-    figure = new_figure(WIDTHS[width], 0.4 + 2.1 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    figure = new_figure(WIDTHS[width], 0.4 + 2.1 * lines, constrained=False)
+    title = f"{model} end to end, tiles of {hybrid.tile.iloc[0]}, timed on {gpus(chosen.gpu)}"
+    place_of = room(figure, title, lines, columns, above=0.19, between=(0.36, 0.28))
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, gridspec_kw=place_of)
     panels: list[Panel] = []
     for axis, work in zip(axes.flat, works, strict=False):
         timed = chosen[[row == work for row in zip(chosen.kind, chosen.batch, chosen.length, strict=True)]]
@@ -61,6 +63,6 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
         axis.set_xlabel("Sparsity (%)")
     for axis in axes[:, 0]:
         axis.set_ylabel("Speedup over dense bfloat16")
-    set_title(figure, f"{model} end to end, tiles of {hybrid.tile.iloc[0]}, timed on {gpus(chosen.gpu)}")
+    set_title(figure, title)
     write_labels(figure, panels)
     return figure

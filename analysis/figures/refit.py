@@ -62,7 +62,7 @@ def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
         UserError: if nothing was refitted, or not beside what it stands on.
     """
     points = gather(frame)
-    found = texts(frame)
+    found = texts(points)
     pairs = pairs_of(frame, points, found[0]) if found else []
     if not pairs:
         raise UserError("nothing to compare with refitted weights: evaluate them and what they stand on alike")

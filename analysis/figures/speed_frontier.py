@@ -124,13 +124,13 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     gpu = timed_on(frame)
     gathered = gather(frame)
     by_workload = {workload: placed(frame, workload, shape, gathered) for workload in timed}
-    text = texts(frame)[0]
+    text = texts(gathered)[0]
     points = [each.point for each in by_workload[timed[0]]]
     quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [
         (f"{SOURCES.get(text.source, text.source)}\nperplexity @{text.length}", lambda p: p.perplexity.get(text), 1.0)
     ]
     if any(point.mean_accuracy for point in points):
-        quantities.append((accuracy_label(frame).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
+        quantities.append((accuracy_label(gathered).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
     columns = min(len(timed), 4 if width == "double" else 2)
     blocks = math.ceil(len(timed) / columns)
     rows = blocks * len(quantities)

@@ -57,9 +57,9 @@ def draw_cost(frame: pd.DataFrame, width: Width = "double") -> Figure:
         UserError: if nothing that was made on GPUs can be compared, or there are several models.
     """
     points = gather(frame)
-    if len({point.model for point in points}) != 1 or not texts(frame):
+    if len({point.model for point in points}) != 1 or not texts(points):
         raise UserError("cost is drawn of one model with perplexity: choose rows of one")
-    text = texts(frame)[0]
+    text = texts(points)[0]
     groups = costed(frame, points, text)
     if not groups:
         raise UserError("no cost to plot: no learned mask was made on a GPU beside another one")

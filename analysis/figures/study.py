@@ -34,8 +34,8 @@ from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.kernels import from_rows
 from analysis.tables.packed import projected_shapes, workloads
 
-# Of single masks a study shows so many figures of a kind: a page of more takes minutes, and few look at them.
-_MOST_FIGURES = 4
+# Of single masks a study shows so many figures of a kind.
+_MASKS = 4
 
 _BARS = "Bars are the spread over seeds, or the standard error of one: all points share their texts and items."
 
@@ -67,15 +67,22 @@ def plot_study(
     return written
 
 
-def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Drawing]:
+def study_drawings(
+    frame: pd.DataFrame, width: Width = "double", masks: int = _MASKS, points: Sequence[Point] | None = None
+) -> Iterator[Drawing]:
     """Every figure that the rows have something for.
 
     Of trials that differ only in their seeds, the first stands for the others wherever single masks are shown.
+
+    Args:
+        masks: how many figures of a kind are drawn of single masks: the sparsest tile maps, of other kinds the last
+            in reading order.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
     """
     # Without learning curves and layers, of which most rows are, everything else is quick.
     everything, frame = frame, frame[frame.step.isna() & frame.layer.isna()]
-    points = gather(frame)
-    measured = texts(frame)
+    points = gather(frame) if points is None else points
+    measured = texts(points)
     pairs = pairs_of(frame, points, measured[0]) if measured else []
     only_pairs = mostly_refitted(points, pairs)
     groups = ablated(points) if measured and not only_pairs else {}
@@ -84,13 +91,15 @@ def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Dra
         yield Drawing("refit", f"What fitting the kept weights does to each mask: {of}.", draw_refit(frame))
     if groups:
         caption = f"Perplexity of each variant, lowest on top: {of}. Bars are the spread over seeds."
-        yield Drawing("ablation", caption, draw_ablation(frame, width))
+        yield Drawing("ablation", caption, draw_ablation(frame, width, points))
     elif measured and not only_pairs and swept(points):
         yield Drawing(
             "tile-shapes", f"Perplexity by tile shape, all else equal: {of}. {_BARS}", draw_tile_shapes(frame)
         )
     if measured and not only_pairs and not groups and not _one_sparsity(points) and frontier_of(points):
-        yield Drawing("frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width))
+        yield Drawing(
+            "frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width, points=points)
+        )
     if measured and len({point.model for point in points}) == 1 and costed(frame, points, measured[0]):
         caption = f"Quality against the GPU time that each mask took, hollow where kept weights were trained: {of}."
         yield Drawing("cost", caption, draw_cost(frame, width))
@@ -99,7 +108,7 @@ def study_drawings(frame: pd.DataFrame, width: Width = "double") -> Iterator[Dra
     yield from model_drawings(from_rows(frame, "model"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
     if not only_pairs and not groups:
-        yield from _mask_drawings(everything, points, width)
+        yield from _mask_drawings(everything, points, width, masks)
 
 
 def _one_sparsity(points: Sequence[Point]) -> bool:
@@ -152,7 +161,7 @@ def model_drawings(timed: pd.DataFrame) -> Iterator[Drawing]:
         yield Drawing(f"end-to-end-{_file_name(model)}", caption, draw_model_speed(timed, model))
 
 
-def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:
+def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width, most: int) -> Iterator[Drawing]:
     """Single masks: their tiles or their sparsity per layer, and how they were learned."""
     # A trial may have lost its prune stage, or be under way.
     per_layer = set(frame[frame.metric == "layer_sparsity"].trial)
@@ -160,9 +169,9 @@ def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -
     labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
     maps = frame[frame.metric == "tile_map"].groupby("trial").layer.unique()
     mapped = [point for point in hybrid if legible(maps.get(point.trials[0], ()))]
-    for point in mapped[:_MOST_FIGURES]:
+    for point in mapped[:most]:
         label = labels[point.trials[0]]
-        caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}.{_others(mapped)}"
+        caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}.{_others(mapped, most)}"
         figure = draw_tile_maps(frame, point.trials[0])
         yield Drawing(f"tiles-{_file_name(label)}", caption, figure, minor=True)
     several = len({point.model for point in hybrid}) > 1
@@ -171,23 +180,25 @@ def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -
         members = [point for point in hybrid if (point.model, point.method) == (model, method)]
         name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
         layers |= _legible(name, members)
-    for part, shown in list(layers.items())[:_MOST_FIGURES]:
-        caption = f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}.{_others(layers)}"
+    for part, shown in list(layers.items())[-most:]:
+        caption = (
+            f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}.{_others(layers, most)}"
+        )
         yield Drawing(part, caption, draw_layer_sparsity(frame, shown, width), minor=True)
     learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
     curves = [point for point in points if point.trials[0] in learned]
     learning = _legible("learning-curves", curves)
-    for part, shown in list(learning.items())[:_MOST_FIGURES]:
+    for part, shown in list(learning.items())[-most:]:
         caption = (
             f"Cross entropy while learning, as a moving average with the logged values behind, and the masks' density "
-            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}.{_others(learning)}"
+            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}.{_others(learning, most)}"
         )
         yield Drawing(part, caption, draw_learning_curves(frame, width, shown), minor=True)
 
 
-def _others(figures: Sized) -> str:
+def _others(figures: Sized, most: int) -> str:
     """What a caption says of figures that are not drawn."""
-    left = len(figures) - _MOST_FIGURES
+    left = len(figures) - most
     return f" {left} more are left out: hts plot draws those of trials that --where names." if left > 0 else ""
 
 

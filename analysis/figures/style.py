@@ -38,6 +38,8 @@ INK = "0.25"
 FAINT = "0.55"
 SMALL = 6.0
 """Points of labels inside of panels."""
+LETTER = 0.052
+"""Inches that a letter of such a label takes, at most on average."""
 DPI = 200
 FORMATS = ("png", "pdf")
 
@@ -160,11 +162,47 @@ def title_width(inches: float) -> int:
     return round(_TITLE_PITCH * inches)
 
 
+def room(
+    figure: Figure,
+    title: str,
+    rows: int = 1,
+    columns: int = 1,
+    left: float = 0.46,
+    right: float = 0.03,
+    bottom: float = 0.38,
+    above: float = 0.0,
+    between: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, float]:
+    """Where a grid of panels lies whose labels are of known sizes, for ``gridspec_kw``.
+
+    To measure the labels, as constrained layout does, takes as long as to draw them.
+
+    Args:
+        title: of `set_title`.
+        left, right, bottom: inches beside and below the panels.
+        above: inches between the title and the panels.
+        between: inches between columns, and between rows.
+    """
+    width, height = figure.get_size_inches()
+    top = 0.1 + 0.125 * len(title_lines(title, width)) + above
+    wide = (width - left - right - (columns - 1) * between[0]) / columns
+    tall = (height - top - bottom - (rows - 1) * between[1]) / rows
+    return {
+        "left": left / width,
+        "right": 1 - right / width,
+        "bottom": bottom / height,
+        "top": 1 - top / height,
+        "wspace": between[0] / wide,
+        "hspace": between[1] / tall,
+    }
+
+
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
     """A legend below the panels, in as few rows as ``columns`` and the figure's width allow, these of equal length."""
     for most in range(columns, 0, -1):
         rows = math.ceil(len(handles) / most)
-        legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+        place: Any = "outside lower center" if figure.get_layout_engine() else "lower center"
+        legend = figure.legend(handles=list(handles), loc=place, ncols=math.ceil(len(handles) / rows))
         if legend.get_window_extent().width <= figure.bbox.width or most == 1:
             return
         legend.remove()

@@ -59,7 +59,7 @@ def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
         raise UserError("no sweep over tile shapes to plot: run a study such as smollm2-tiles first")
     if len(groups) > MOST_CURVES:
         raise UserError(f"{len(groups)} sweeps over tile shapes are too many for one figure: plot fewer")
-    text = texts(frame)[0]
+    text = texts(points)[0]
     shapes = sorted({point.tile for members in groups.values() for point in members if point.tile}, key=tile_order)
     drawn = [point for members in groups.values() for point in members]
     models = {model for model, *_ in groups}
@@ -71,7 +71,7 @@ def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
     axes[0].set_ylabel(heading(text).replace("PPL", "perplexity"))
     if accurate:
         measures.append((lambda point: point.mean_accuracy, 100.0))
-        axes[1].set_ylabel(accuracy_label(frame))
+        axes[1].set_ylabel(accuracy_label(points))
     edge = len(shapes) - 1 + 0.15
     written: list[Panel] = []
     for axis, (value, factor) in zip(axes, measures, strict=True):

@@ -36,16 +36,19 @@ class Finding:
     gaps: tuple[Gap, ...] = ()
 
 
-def findings(frame: pd.DataFrame, asked: Question) -> list[Finding]:
+def findings(frame: pd.DataFrame, asked: Question, points: Sequence[Point] | None = None) -> list[Finding]:
     """What the rows of a study answer to its question; none where too little was measured.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`; learning curves and layers do not matter.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
     """
-    measured = texts(frame)
-    if asked == "kernels" or not measured:
+    if asked == "kernels":
         return []
-    points, text = gather(frame), measured[0]
+    points = gather(frame) if points is None else points
+    if not (measured := texts(points)):
+        return []
+    text = measured[0]
     found = {
         "methods": lambda: _methods(points, text),
         "recipes": lambda: _recipes(points, text),

@@ -1,5 +1,6 @@
 """What a study asks, as its rows show: the report is in this order."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pandas as pd
 from analysis.figures.ablation import ablated
 from analysis.figures.refit import mostly_refitted, refitted_pairs
 from analysis.figures.tile_shapes import swept
-from analysis.rows.points import gather, texts
+from analysis.rows.points import Point, gather, texts
 from analysis.tables.packed import workloads
 from analysis.tables.study import GRID_STAGES
 
@@ -25,20 +26,21 @@ QUESTIONS: dict[Question, str] = {
 _SMALLEST = "embedded"
 
 
-def question(frame: pd.DataFrame) -> Question:
+def question(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> Question:
     """What the rows of a study ask.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`; learning curves and layers do not matter.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
     """
     if frame.stage.str.startswith(GRID_STAGES).all():
         return "kernels"
     if workloads(frame):
         return "speed"
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     if mostly_refitted(points, refitted_pairs(frame, points)):
         return "refit"
-    if texts(frame) and ablated(points):
+    if texts(points) and ablated(points):
         return "recipes"
     return "tiles" if swept(points) else "methods"
 

@@ -27,9 +27,12 @@ from analysis.page.origins import origins
 from analysis.page.questions import QUESTIONS, Question, is_smallest, question, reading_order
 from analysis.page.tables import anchor, page_table
 from analysis.rows.load import records
-from analysis.rows.points import trial_labels
+from analysis.rows.points import Point, gather, trial_labels
 from analysis.tables.render import Table
 from analysis.tables.study import GRID_STAGES, study_tables, title
+
+# Figures of single masks cost as much as all else, and few look at them: a page has so many of a kind.
+_MASKS = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Study:
     def evaluated(self) -> pd.DataFrame:
         """The rows that are not of a step of learning or of a layer."""
         return self.frame[self.frame.step.isna() & self.frame.layer.isna()]
+
+    @cached_property
+    def points(self) -> list[Point] | None:
+        """What was measured of each pruned model; None of a grid."""
+        return None if self.evaluated.stage.str.startswith(GRID_STAGES).all() else gather(self.evaluated)
 
 
 @dataclass(frozen=True)
@@ -133,17 +141,22 @@ class _Content:
 
 def _content(study: Study) -> _Content:
     with _rows_set_apart():
-        asked = question(study.evaluated)
-        return _Content(asked, findings(study.evaluated, asked), _study(study))
+        asked = question(study.evaluated, study.points)
+        return _Content(asked, findings(study.evaluated, asked, study.points), _study(study))
 
 
 @contextmanager
 def _rows_set_apart() -> Iterator[None]:
-    """No cycles are looked for among the rows that were read, only among figures, which have them by the thousand."""
+    """Cycles are looked for once, and not among the rows that were read: figures have them by the thousand."""
+    collects = gc.isenabled()
     gc.freeze()
+    gc.disable()
     try:
         yield
     finally:
+        if collects:
+            gc.enable()
+        gc.collect()
         gc.unfreeze()
 
 
@@ -168,13 +181,13 @@ def _answer(name: str, words: str, found: Sequence[Finding], minor: bool) -> dic
 
 
 def _study(study: Study) -> dict[str, Any]:
-    figures = [_figure(drawing) for drawing in study_drawings(study.frame)]
+    figures = [_figure(drawing) for drawing in study_drawings(study.frame, masks=_MASKS, points=study.points)]
     return {
         "name": study.name,
         "title": study.title,
         "tables": [
             page_table(title(name), table, origins(table, study.evaluated))
-            for name, table in study_tables(study.evaluated).items()
+            for name, table in study_tables(study.evaluated, points=study.points).items()
         ],
         "missing": study.missing,
         "figures": [figure for figure in figures if not figure["minor"]],

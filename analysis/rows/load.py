@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.rows import bench_schema1, layout, published
@@ -268,13 +269,25 @@ class _Table:
         facts = [fact for fact in self._facts.values() if fact[0]["trial"] not in without]
         rows, about, where_measured, origins = zip(*facts, strict=True) if facts else ((), (), (), ())
         labels = [row["labels"] for row in rows]
-        columns: dict[str, Sequence[Any]] = {"origin": origins, "achieved": [None] * len(facts)}
-        for names, parts in ((_MEASURED, rows), (_ABOUT, about), (_WHERE, where_measured), (_LABELS, labels)):
+        columns: dict[str, Any] = {"origin": origins, "achieved": np.full(len(facts), math.nan)}
+        for names, parts in ((_MEASURED, rows), (_LABELS, labels)):
             columns |= {name: [part.get(name) for part in parts] for name in names}
+        columns |= _repeated(about, _ABOUT) | _repeated(where_measured, _WHERE)
         frame = pd.DataFrame({name: pd.Series(columns[name], dtype=dtype) for name, dtype in _DTYPES.items()})
         achieved = frame[(frame.stage == "prune") & (frame.metric == "sparsity")].set_index("trial").value
         frame["achieved"] = frame.trial.map(achieved).astype("float64")
         return frame
+
+
+def _repeated(parts: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """Columns of what many rows share, each object read once."""
+    distinct = {id(part): part for part in parts}
+    places = {each: place for place, each in enumerate(distinct)}
+    of_row = np.fromiter((places[id(part)] for part in parts), dtype=np.intp, count=len(parts))
+    return {
+        name: pd.Series([part.get(name) for part in distinct.values()], dtype=_DTYPES[name]).take(of_row).array
+        for name in names
+    }
 
 
 # A row, what its definition says, where it was measured, and where it is.

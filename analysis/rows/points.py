@@ -132,7 +132,7 @@ def gather(frame: pd.DataFrame) -> list[Point]:
         seedless, seeds = _split_seeds(definition["pruning"])
         groups.setdefault(canonical(seedless), {}).setdefault(canonical(seeds), []).append(trial)
     perplexity, accuracy = _by_trial(_perplexity_rows(frame)), _by_trial(_accuracy_rows(frame))
-    averaged = mean_tasks(tasks(frame))
+    averaged = mean_tasks(_in_order(task for found in accuracy.values() for task, _ in found))
     achieved_by = dict(zip(frame.trial, frame.achieved, strict=True))
     contents: dict[str, set[Any]] = {}
     for trial, content in zip(frame.trial, frame.checkpoint, strict=True):
@@ -188,16 +188,19 @@ def across_seeds(definition: Mapping[str, Any]) -> tuple[str, str]:
     return canonical(seedless), canonical(seeds)
 
 
-def texts(frame: pd.DataFrame) -> list[Text]:
+def texts(points: Iterable[Point]) -> list[Text]:
     """The texts that perplexity was measured on, WikiText-2 first."""
-    found = {key for _, key, _ in _perplexity_rows(frame)}
+    found = {text for point in points for text in point.perplexity}
     return sorted(found, key=lambda text: (text.source != "wikitext2/test", text.source, text.length))
 
 
-def tasks(frame: pd.DataFrame) -> list[Task]:
+def tasks(points: Iterable[Point]) -> list[Task]:
     """The tasks that were evaluated, in the order of the published table."""
-    found = {key for _, key, _ in _accuracy_rows(frame)}
-    return sorted(found, key=lambda task: (rank(TASKS, task.name), task.name, task.limit or 0))
+    return _in_order(task for point in points for task in point.accuracy)
+
+
+def _in_order(found: Iterable[Task]) -> list[Task]:
+    return sorted(set(found), key=lambda task: (rank(TASKS, task.name), task.name, task.limit or 0))
 
 
 def mean_tasks(found: Iterable[Task]) -> list[Task]:

@@ -72,8 +72,11 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 def digest_of(rows: Iterable[Row]) -> str:
     """12 hex digits of the facts of a stage, in whatever order they come."""
-    said = sorted(_canonical([row[name] for name in ("metric", "unit", "labels", *NUMBERS)]) for row in rows)
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
+    return _digest_of_lines(_canonical([row[name] for name in ("metric", "unit", "labels", *NUMBERS)]) for row in rows)
+
+
+def _digest_of_lines(said: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:12]
 
 
 def stages(folder: Path) -> dict[str, dict[str, Any]]:
@@ -127,40 +130,42 @@ def _trials(folder: Path, trials: Collection[str] | None) -> dict[str, tuple[int
     return found
 
 
-def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines: Numbered) -> Numbered:
+def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines: "_Facts") -> Numbered:
     """The whole rows of a trial, each stage checked against what the list of trials says of it."""
     details = folder / DETAILS / f"{trial}.csv.xz"
-    more = read_table(details, f"{DETAILS}/{details.name}") if details.exists() else []
-    in_full = {identity(row): row for _, row in more if not is_detail(row)}
+    parts: _Facts = []
+    in_full: dict[Any, _Fact] = {}
+    for fact in _read(details, f"{DETAILS}/{details.name}") if details.exists() else ():
+        if is_detail(fact[1]):
+            parts.append(fact)
+        else:
+            in_full[identity(fact[1])] = fact
     # In the order of the table of all, so that publishing again changes nothing.
-    rows: Numbered = []
-    for origin, row in headlines:
-        same = in_full.get(identity(row))
-        if same is not None and any(_canonical(row[name]) != _canonical(same[name]) for name in NUMBERS):
+    of_stage: dict[str, _Facts] = {}
+    for origin, row, said in headlines:
+        _, same, of_same = in_full.get(identity(row), ("", row, said))
+        if any(_canonical(row[name]) != _canonical(same[name]) for name in NUMBERS):
             raise Damaged(f"{folder / origin}: {row['metric']} is another in {details.name}: {_AGAIN}")
-        rows.append((origin, same or row))
-    rows += [(origin, row) for origin, row in more if is_detail(row)]
-    of_stage: dict[str, Numbered] = {}
-    for origin, row in rows:
-        of_stage.setdefault(row["stage"], []).append((origin, row))
+        of_stage.setdefault(row["stage"], []).append((origin, same, of_same))
+    for fact in parts:
+        of_stage.setdefault(fact[1]["stage"], []).append(fact)
     if of_stage.keys() != about["stages"].keys():
         other = min(of_stage.keys() ^ about["stages"].keys())
         raise Damaged(f"{folder / TRIALS}:{line}: stage {other} is in one of {TRIALS} and the tables alone: {_AGAIN}")
     whole: Numbered = []
     for stage, told in about["stages"].items():
+        facts, provenance = of_stage[stage], told["provenance"]
         common = {"schema": SCHEMA, "trial": trial, "definition": about["definition"]}
-        for origin, row in of_stage[stage]:
-            whole.append((origin, common | row | {"provenance": told["provenance"]}))
-        facts = [row for _, row in of_stage[stage]]
-        if len(facts) != told["facts"] or digest_of(facts) != told["digest"]:
+        whole += [(origin, {**common, **row, "provenance": provenance}) for origin, row, _ in facts]
+        if len(facts) != told["facts"] or _digest_of_lines(said for *_, said in facts) != told["digest"]:
             raise Damaged(f"{folder / TRIALS}:{line}: the tables have other facts of {trial} {stage}: {_AGAIN}")
     return whole
 
 
-def _facts(path: Path, wanted: Collection[str]) -> dict[str, Numbered]:
-    found: dict[str, Numbered] = {}
-    for origin, row in read_table(path, path.name, wanted):
-        found.setdefault(row.pop("trial"), []).append((origin, row))
+def _facts(path: Path, wanted: Collection[str]) -> "dict[str, _Facts]":
+    found: dict[str, _Facts] = {}
+    for fact in _read(path, path.name, wanted):
+        found.setdefault(fact[1].pop("trial"), []).append(fact)
     return found
 
 
@@ -195,6 +200,11 @@ def table(rows: Sequence[Mapping[str, Any]], before: Sequence[str]) -> str:
     return text.getvalue()
 
 
+# Where a fact is, its row, and what is digested of it.
+_Fact = tuple[str, Row, str]
+_Facts = list[_Fact]
+
+
 def read_table(path: Path, name: str, trials: Collection[str] | None = None) -> Numbered:
     """The facts of a table, with ``name`` and line.
 
@@ -204,6 +214,11 @@ def read_table(path: Path, name: str, trials: Collection[str] | None = None) -> 
     Raises:
         Damaged: naming the line, if it is not as it was written.
     """
+    return [(origin, row) for origin, row, _ in _read(path, name, trials)]
+
+
+def _read(path: Path, name: str, trials: Collection[str] | None = None) -> _Facts:
+    """`read_table`, each fact with the text that its digest is of, which its cells have already."""
     try:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         lines = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
@@ -211,26 +226,33 @@ def read_table(path: Path, name: str, trials: Collection[str] | None = None) -> 
         places = {column: place for place, column in enumerate(columns)}
         last = places["runs"]
         labels = [
-            (place, column.removesuffix(_MARK))
+            (place, (label := column.removesuffix(_MARK)), f"{_canonical(label)}:")
             for column, place in places.items()
             if place > last and column not in WHERE
         ]
         stage, on, metric, unit = (places[column] for column in ("stage", "on", "metric", "unit"))
-        numbers = [(column, places[column]) for column in NUMBERS]
+        value, stderr, p20, p80, runs = (places[column] for column in NUMBERS)
         trial = places.get("trial")
-        found: Numbered = []
-        values: dict[str, Any] = {}
+        found: _Facts = []
+        numbers, values, texts = _Numbers(), _Values(), _Texts()
         for cells in lines:
             if trial is not None and trials is not None and cells[trial] not in trials:
                 continue
+            told = [(label, head, values[cell]) for place, label, head in labels if (cell := cells[place])]
             row: Row = {} if trial is None else {"trial": cells[trial]}
-            row["stage"] = cells[stage] + (":" + cells[on] if cells[on] else "")
-            row["metric"], row["unit"] = cells[metric], cells[unit]
-            row |= {column: _number(cells[place]) for column, place in numbers}
-            row["labels"] = {label: _value(cells[place], values) for place, label in labels if cells[place]}
+            row["stage"] = f"{cells[stage]}:{cells[on]}" if cells[on] else cells[stage]
+            row["metric"], row["unit"], row["value"] = cells[metric], cells[unit], _number(cells[value])
+            row["stderr"], row["p20"] = numbers[cells[stderr]], numbers[cells[p20]]
+            row["p80"], row["runs"] = numbers[cells[p80]], numbers[cells[runs]]
+            row["labels"] = {label: known for label, _, (known, _) in told}
             if len(cells) != len(columns):
                 raise ValueError(f"{len(cells)} cells")
-            found.append((f"{name}:{lines.line_num}", row))
+            spelled = ",".join([head + text for _, head, (_, text) in told])
+            said = (
+                f"[{texts[cells[metric]]},{texts[cells[unit]]},{{{spelled}}},{cells[value] or 'null'},"
+                f"{cells[stderr] or 'null'},{cells[p20] or 'null'},{cells[p80] or 'null'},{cells[runs] or 'null'}]"
+            )
+            found.append((f"{name}:{lines.line_num}", row, said))
     except FileNotFoundError:
         raise Damaged(f"{path}: is not there: {_AGAIN}") from None
     except (ValueError, LookupError, StopIteration, csv.Error, lzma.LZMAError, EOFError) as error:
@@ -260,10 +282,28 @@ def _label(value: Any) -> str:
     return json.dumps(value)
 
 
-def _value(cell: str, known: dict[str, Any]) -> Any:
-    if cell not in known:
+# What cells say, each read once: most of a table's are among a few.
+class _Numbers(dict[str, float | None]):
+    def __missing__(self, cell: str) -> float | None:
+        self[cell] = number = _number(cell)
+        return number
+
+
+class _Texts(dict[str, str]):
+    """As JSON."""
+
+    def __missing__(self, cell: str) -> str:
+        self[cell] = text = _canonical(cell)
+        return text
+
+
+class _Values(dict[str, tuple[Any, str]]):
+    """Labels, each also as JSON."""
+
+    def __missing__(self, cell: str) -> tuple[Any, str]:
         try:
-            known[cell] = from_json(cell)
+            value = from_json(cell)
         except ValueError:
-            known[cell] = cell
-    return known[cell]
+            value = cell
+        self[cell] = both = value, _canonical(value)
+        return both

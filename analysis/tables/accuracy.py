@@ -18,26 +18,27 @@ T = TypeVar("T")
 Field = tuple[Column, Callable[[Point], Value]]
 
 
-def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table:
+def accuracy_table(frame: pd.DataFrame, beside_published: bool = False, points: Sequence[Point] | None = None) -> Table:
     """One row per pruned model, with its sparsity, perplexities, accuracies and their mean.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
         beside_published: add what the PATCH paper reports, labelled so: for the same models, or where it has none of
             them, of its models the factors over dense, and in which order the methods come.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if there are no rows, or they contradict each other.
     """
     if frame.empty:
         raise UserError("no rows to tabulate: run the study first")
-    points = gather(frame)
-    over = mean_tasks(tasks(frame))
+    points = gather(frame) if points is None else points
+    found = tasks(points)
+    over = mean_tasks(found)
     fields = identity_fields(points)
     if any(_seeds(point) > 1 for point in points):
         fields.append((Column("seeds", "Seeds", "count"), lambda point: Measured(_seeds(point))))
-    fields += [_perplexity_field(text) for text in texts(frame)]
-    found = tasks(frame)
+    fields += [_perplexity_field(text) for text in texts(points)]
     fields += [_accuracy_field(task) for task in found]
     if len(over) > 1:
         mean = Column("mean_accuracy", f"Mean of {len(over)} (%)", "mean")
@@ -46,7 +47,7 @@ def accuracy_table(frame: pd.DataFrame, beside_published: bool = False) -> Table
     if beside_published and any(_reported(point) for point in points):
         fields += _published_fields(found)
         notes.append(f"Published: {published.CITATION}. Not measured here; windows of {published.WINDOW} tokens.")
-    elif beside_published and (text := next(iter(texts(frame)), None)):
+    elif beside_published and (text := next(iter(texts(points)), None)):
         fields += _other_models_fields(points, text)
         notes += _other_models_notes(points, text)
     columns = tuple(column for column, _ in fields)

@@ -43,12 +43,13 @@ def speed_table(frame: pd.DataFrame) -> Table:
     Raises:
         UserError: if nothing was packed, rows of one point are of different checkpoints, or speeds of different GPUs.
     """
-    points = [point for point in gather(frame) if _any(frame, point, "pack")]
+    gathered = gather(frame)
+    points = [point for point in gathered if _any(frame, point, "pack")]
     if not points:
         raise UserError("nothing was packed: run a frontier study first")
     timed = workloads(frame)
     fields = identity_fields(points)
-    for text in texts(frame)[:1]:
+    for text in texts(gathered)[:1]:
         fields.append((Column(f"perplexity {text}", heading(text), "perplexity"), _perplexity(text)))
         packed = Column(f"packed_perplexity {text}", "Packed PPL", "perplexity")
         fields.append((packed, _of(frame, f"packed:{text}", "packed_perplexity")))

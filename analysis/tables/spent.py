@@ -1,8 +1,10 @@
 """Accuracy beside what it took: a line per pruned model, the cheapest of each sparsity first."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from analysis.rows.points import Measured, gather, mean_tasks, tasks, texts
+from analysis.rows.points import Measured, Point, gather, mean_tasks, tasks, texts
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import heading
 from analysis.tables.render import Column, Table
@@ -10,24 +12,25 @@ from patch.errors import UserError
 from patch.methods import label_of
 
 
-def cost_table(frame: pd.DataFrame) -> Table:
+def cost_table(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> Table:
     """GPU hours, energy and tokens of each pruned model that was made on a GPU, with its perplexity and accuracy.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if no row says what a mask took.
     """
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     took = spent(frame, points)
     members = [point for point in points if point.trials in took]
     if not members:
         raise UserError("no row says what a mask took: those that do have a metric gpus, of masks made on GPUs")
     members.sort(key=lambda point: (point.model, -point.sparsity, took[point.trials].gpu_hours))
-    text = texts(frame)[0]
+    text = texts(points)[0]
     with_energy = any(took[point.trials].kilojoules is not None for point in members)
-    averaged = mean_tasks(tasks(frame))
+    averaged = mean_tasks(tasks(points))
     columns = [
         Column("target_sparsity", "Target (%)", "percent"),
         Column("method", "Method", "text"),

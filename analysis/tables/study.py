@@ -1,10 +1,11 @@
 """Every table of a study."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.rows.points import gather, trial_labels
+from analysis.rows.points import Point, gather, trial_labels
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
@@ -17,7 +18,9 @@ GRID_STAGES = ("kernels:", "model:")
 WARNING = "Warning:"
 
 
-def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[str, Table]:
+def study_tables(
+    frame: pd.DataFrame, beside_published: bool = False, points: Sequence[Point] | None = None
+) -> dict[str, Table]:
     """The tables that the rows have something for, by name.
 
     Of pruned models ``accuracy``, ``speed``, ``cost``, ``carried-<model>``; of grids those of
@@ -26,6 +29,7 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     Args:
         frame: as from `analysis.rows.load.load_rows`.
         beside_published: as `analysis.tables.accuracy.accuracy_table`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if there are no rows, or they contradict each other.
@@ -38,11 +42,12 @@ def study_tables(frame: pd.DataFrame, beside_published: bool = False) -> dict[st
     if frame.stage.str.startswith(GRID_STAGES).all():
         # Where nothing could be timed there is nothing to show either.
         return warned(found, frame)
-    found["accuracy"] = accuracy_table(frame, beside_published)
+    points = gather(frame) if points is None else points
+    found["accuracy"] = accuracy_table(frame, beside_published, points)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
-    if spent(frame, gather(frame)):
-        found["cost"] = cost_table(frame)
+    if spent(frame, points):
+        found["cost"] = cost_table(frame, points)
     for shape in projected_shapes(frame):
         found[f"carried-{shape}"] = projected_table(frame, shape)
     return warned(found, frame)

@@ -366,10 +366,9 @@ def test_experts_share_a_place_and_kinds_that_end_alike_are_told_apart(demo: pd.
     assert "layer-sparsity-patch-joint" in drawn and not any(name.startswith("tiles") for name in drawn)
 
 
-def test_a_large_study_shows_some_masks_and_says_so(demo: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_study_shows_some_masks_and_says_so(demo: pd.DataFrame) -> None:
     whole = list(study_drawings(demo))
-    monkeypatch.setattr("analysis.figures.study._MOST_FIGURES", 2)
-    shown = {drawing.name: drawing.caption for drawing in study_drawings(demo)}
+    shown = {drawing.name: drawing.caption for drawing in study_drawings(demo, masks=2)}
     assert shown.keys() == {drawing.name for drawing in whole} - {"tiles-patch-joint-25"}
     assert not any("left out" in drawing.caption for drawing in whole)
     assert {name for name, caption in shown.items() if "1 more are left out" in caption} == {

@@ -61,7 +61,7 @@ def test_seeds_are_averaged_where_one_diverged(study: Study, make_pruning: Make,
 
 
 def test_the_mean_is_over_the_papers_tasks(smollm: pd.DataFrame) -> None:
-    over = mean_tasks(tasks(smollm))
+    over = mean_tasks(tasks(gather(smollm)))
     assert len(over) == 8 and Task("lambada_openai") not in over and Task("race_subset") in over
     point = gather(smollm)[0]
     chosen = [point.accuracy[task] for task in over]
@@ -97,7 +97,7 @@ def test_no_mean_where_a_task_is_missing(study: Study, make_pruning: Make, make_
 
 
 def test_only_primary_accuracies_count_and_lambadas_perplexity_is_no_text(smollm: pd.DataFrame) -> None:
-    assert texts(smollm) == [WIKITEXT]
+    assert texts(gather(smollm)) == [WIKITEXT]
     assert gather(smollm)[0].accuracy[Task("piqa")].value == pytest.approx(0.681)
 
 
