@@ -22,8 +22,9 @@ from patch.layers import check_present, prunable_linears, prunable_matrices, req
 from patch.mask import HybridMask
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.values import quantise_weight
+from stoicc import dense8
 from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, SCALED, HybridWeight, dequantised, layout_of, pack, unpack
-from stoicc.matmul import dense_linear_of_eight, product, runs_dense_of_eight
+from stoicc.matmul import product
 from stoicc.spec import Spec, StoiccConfig
 from stoicc.tune import faster_packed
 
@@ -215,9 +216,11 @@ class DenseLinear8(Fused):
         self.precise = False
         self.register_buffer("values", unpack(hybrid), persistent=False)
         self.register_buffer("scales", hybrid.scales, persistent=False)
+        self.register_buffer("one", self.scales.new_ones(()), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.values: Tensor
         self.scales: Tensor
+        self.one: Tensor
         self.bias: Tensor | None
         self.register_state_dict_pre_hook(DenseLinear8.refuse_to_be_saved)
 
@@ -243,7 +246,7 @@ class DenseLinear8(Fused):
         return whole.split([rows for _, rows in self.parts])[index].as_subclass(_Copy)
 
     def product(self, x: Tensor) -> Tensor:
-        return dense_linear_of_eight(x, self.values, self.scales, self.bias, self.precise)
+        return dense8.linear(x, self.values, self.scales, self.one, self.bias, precise=self.precise)
 
 
 def _version(x: Tensor) -> int | Tensor | None:
@@ -368,7 +371,7 @@ def compile_model(
         device = linears[0].weight.device
         of_16_bits = dtype is None and not isinstance(linears[0], QuantisedLinear)
         kind = dtype or _dtype_packed(linears[0])
-        runs_dense = of_16_bits or runs_dense_of_eight(device, *mask.shape, kind, linears[0].weight.dtype)
+        runs_dense = of_16_bits or dense8.runs(device, *mask.shape, kind, linears[0].weight.dtype)
         choose = bool(tokens) and device.type == "cuda" and runs_dense
         all_dense = bool(mask.dense.all()) and of_16_bits
         if all_dense and keep_dense and not choose:

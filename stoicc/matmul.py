@@ -20,7 +20,7 @@ from stoicc.dispatch import check_operands, check_quantised, run, run_scaled
 from stoicc.format import HybridWeight
 from stoicc.kernels.expand import ExpandConfig
 from stoicc.kernels.portable import PortableConfig
-from stoicc.quantise import fuses, fusible, quantise_tokens
+from stoicc.quantise import quantise_for_product, quantise_tokens
 from stoicc.tune import tune_shape
 
 
@@ -68,40 +68,9 @@ def product(
     if scales is None:
         return linear_op(x, *schedule, orders, bias, dtype, shape, tile, band)
     # A compiler may put kernels of its own between the two.
-    values, token_scales = _quantised(x, dtype, early=not torch.compiler.is_compiling())
+    values, token_scales = quantise_for_product(x, dtype, early=not torch.compiler.is_compiling())
     y = scaled_linear_op(values, token_scales, *schedule, scales, orders, bias, x.dtype, shape, tile, band, precise)
     return y.reshape(*x.shape[:-1], shape[0])
-
-
-def _quantised(x: Tensor, dtype: torch.dtype, early: bool) -> tuple[Tensor, Tensor]:
-    return fusible(x, dtype) if fuses(x, dtype) else quantise_tokens(x, dtype, early=early)
-
-
-def dense_linear_of_eight(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, precise: bool) -> Tensor:
-    """``x @ W^T + bias`` by cuBLAS, ``[..., K]`` to ``[..., N]``, where `runs_dense_of_eight`.
-
-    Args:
-        x: ``[..., K]``, bfloat16; quantised here, a scale for each token, as for a packed weight.
-        weight, scales: ``float8_e4m3fn`` ``[N, K]`` and float32 ``[N]``.
-        precise: as `linear`.
-    """
-    values, token_scales = _quantised(x, weight.dtype, early=False)
-    y = torch._scaled_mm(
-        values,
-        weight.t(),
-        scale_a=token_scales[:, None],
-        scale_b=scales[None, :],
-        bias=bias,
-        out_dtype=x.dtype,
-        use_fast_accum=not precise,
-    )
-    return y.reshape(*x.shape[:-1], len(weight))
-
-
-def runs_dense_of_eight(device: torch.device, n: int, k: int, dtype: torch.dtype, out: torch.dtype) -> bool:
-    """Whether cuBLAS multiplies weights of this shape and dtype with a scale for each feature and each token."""
-    fits = dtype == torch.float8_e4m3fn and out == torch.bfloat16 and n % 16 == k % 16 == 0
-    return fits and device.type == "cuda" and configs.capability_of(device) >= (9, 0)
 
 
 @torch.library.custom_op("stoicc::linear", mutates_args=())

@@ -14,7 +14,7 @@ from torch.nn.functional import linear as dense_linear
 
 from patch.mask import HybridMask, best_patterns, tile_grid
 from patch.quantise.values import quantise_groups, quantise_weight
-from stoicc import configs
+from stoicc import configs, dense8
 from stoicc.configs import Config, Entry
 from stoicc.dispatch import run, run_scaled
 from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, HybridWeight, block_columns, pack
@@ -130,15 +130,10 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Cal
         padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - len(values))))
         return [partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]
     one = torch.ones((), device=x.device)
-    product = partial(torch._scaled_mm, out_dtype=x.dtype, use_fast_accum=True)
-    if configs.capability_of(x.device) < (9, 0):
-        # A scale for each token is Hopper's.
-        return [partial(product, values, weight.T, scale_a=one, scale_b=one) for weight, _ in quantised]
-    # As runs instead of a packed weight; with single scales, known beforehand, cuBLAS is faster.
-    return [
-        partial(product, values, weight.T, scale_a=scales[:, None], scale_b=scale[None, :])
-        for weight, scale in quantised
-    ]
+    # As runs instead of a packed weight; what scales sums afterwards is part of whatever follows.
+    if len(values) <= dense8.SCALED_AFTERWARDS or configs.capability_of(x.device) < (9, 0):
+        return [partial(dense8.sums, values, weight, one) for weight, _ in quantised]
+    return [partial(dense8.product, values, scales, weight, scale, one) for weight, scale in quantised]
 
 
 def _quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

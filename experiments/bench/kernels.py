@@ -21,7 +21,7 @@ from experiments.data.models import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
 from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
-from stoicc import configs, dispatch, matmul
+from stoicc import configs, dense8, dispatch, matmul
 from stoicc.format import GROUPED, SCALE_GROUP, pack
 from stoicc.timing import CACHE_BYTES, Call
 from stoicc.tune import faster_packed
@@ -355,12 +355,13 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
                 config = matmul.choose(x.device, n, k, weight.band, configs.token_bucket(len(x)), baselines.FP8)
                 config = configs.promoting(config) if precise else config
                 about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
-                can = matmul.runs_dense_of_eight(x.device, n, k, baselines.FP8, x.dtype)
+                can = dense8.runs(x.device, n, k, baselines.FP8, x.dtype)
                 if can and not faster_packed(x.device, weight, [len(x)]):
                     about["fallback"] = "predicted slower than dense"
-                    dense = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
-                    product = torch.compile(matmul.dense_linear_of_eight)
-                    return Ready([partial(product, x, one, scales, None, precise) for one in dense], check, about)
+                    weights = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
+                    one = scales.new_ones(())
+                    product = partial(torch.compile(dense8.linear, fullgraph=True), precise=precise)
+                    return Ready([partial(product, x, each, scales, one) for each in weights], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
             return Ready([partial(matmul.linear, x, one, precise=precise) for one in held], check, about)
 
