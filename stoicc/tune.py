@@ -131,7 +131,7 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Cal
         return [partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]
     one = torch.ones((), device=x.device)
     # As runs instead of a packed weight; what scales sums afterwards is part of whatever follows.
-    if len(values) <= dense8.SCALED_AFTERWARDS or configs.capability_of(x.device) < (9, 0):
+    if dense8.splits(len(values), n) or configs.capability_of(x.device) < (9, 0):
         return [partial(dense8.sums, values, weight, one) for weight, _ in quantised]
     return [partial(dense8.product, values, scales, weight, scale, one) for weight, scale in quantised]
 
