@@ -65,7 +65,7 @@ def test_a_study_runs_it_to_its_table_and_figure(  # type: ignore[no-untyped-def
     ]
     code, printed, err = hts("run", "scratch")
     assert code == 0, err
-    assert re.search(r"From scratch +\S* *25", printed)
+    assert re.search(r"From scratch +hybrid +16x16 +25", printed)
     report = tmp_path / "runs" / "reports" / "scratch"
     assert "From scratch" in (report / "accuracy.md").read_text() and (report / "frontier.png").is_file()
     frame: pd.DataFrame = measured.frame(trials, Store(tmp_path / "runs"))
