@@ -8,8 +8,9 @@ study's rows have something for, with a caption each, is said here; nothing is w
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,8 @@ from analysis.tables.packed import projected_shapes, workloads
 
 # Of single masks a study shows so many figures of a kind.
 _MASKS = 4
+
+WholeRows = Callable[[Collection[str]], pd.DataFrame]
 
 _BARS = "Bars are the spread over seeds, or the standard error of one: all points share their texts and items."
 
@@ -68,7 +71,11 @@ def plot_study(
 
 
 def study_drawings(
-    frame: pd.DataFrame, width: Width = "double", masks: int = _MASKS, points: Sequence[Point] | None = None
+    frame: pd.DataFrame,
+    width: Width = "double",
+    masks: int = _MASKS,
+    points: Sequence[Point] | None = None,
+    whole: WholeRows | None = None,
 ) -> Iterator[Drawing]:
     """Every figure that the rows have something for.
 
@@ -78,6 +85,7 @@ def study_drawings(
         masks: how many figures of a kind are drawn of single masks: the sparsest tile maps, of other kinds the last
             in reading order.
         points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
+        whole: gives all rows of some trials, where ``frame`` is without those of layers and steps.
     """
     # Without learning curves and layers, of which most rows are, everything else is quick.
     everything, frame = frame, frame[frame.step.isna() & frame.layer.isna()]
@@ -108,7 +116,7 @@ def study_drawings(
     yield from model_drawings(from_rows(frame, "model"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
     if not only_pairs and not groups:
-        yield from _mask_drawings(everything, points, width, masks)
+        yield from _mask_drawings(everything, points, width, masks, whole or partial(_of_trials, everything))
 
 
 def _one_sparsity(points: Sequence[Point]) -> bool:
@@ -161,39 +169,51 @@ def model_drawings(timed: pd.DataFrame) -> Iterator[Drawing]:
         yield Drawing(f"end-to-end-{_file_name(model)}", caption, draw_model_speed(timed, model))
 
 
-def _mask_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width, most: int) -> Iterator[Drawing]:
+def _of_trials(frame: pd.DataFrame, trials: Collection[str]) -> pd.DataFrame:
+    return frame[frame.trial.isin(trials)]
+
+
+def _mask_drawings(
+    frame: pd.DataFrame, points: Sequence[Point], width: Width, most: int, whole: WholeRows
+) -> Iterator[Drawing]:
     """Single masks: their tiles or their sparsity per layer, and how they were learned."""
     # A trial may have lost its prune stage, or be under way.
     per_layer = set(frame[frame.metric == "layer_sparsity"].trial)
     hybrid = [point for point in points if point.structure == "hybrid" and point.trials[0] in per_layer]
     labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
-    maps = frame[frame.metric == "tile_map"].groupby("trial").layer.unique()
-    mapped = [point for point in hybrid if legible(maps.get(point.trials[0], ()))]
+    maps = set(frame[frame.metric == "tile_map"].trial)
+    mapped = [point for point in hybrid if point.trials[0] in maps]
+    for model in dict.fromkeys(point.model for point in mapped):
+        first = next(point.trials[0] for point in mapped if point.model == model)
+        rows = whole([first])
+        if not legible(rows[rows.metric == "tile_map"].layer):
+            mapped = [point for point in mapped if point.model != model]
     for point in mapped[:most]:
-        label = labels[point.trials[0]]
-        caption = f"Tile map of {label}: {about(frame[frame.trial == point.trials[0]])}.{_others(mapped, most)}"
-        figure = draw_tile_maps(frame, point.trials[0])
-        yield Drawing(f"tiles-{_file_name(label)}", caption, figure, minor=True)
+        rows, label = whole(point.trials[:1]), labels[point.trials[0]]
+        caption = f"Tile map of {label}: {about(rows)}.{_others(mapped, most)}"
+        yield Drawing(f"tiles-{_file_name(label)}", caption, draw_tile_maps(rows, point.trials[0]), minor=True)
     several = len({point.model for point in hybrid}) > 1
     layers: dict[str, list[str]] = {}
     for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
         members = [point for point in hybrid if (point.model, point.method) == (model, method)]
         name = f"layer-sparsity-{model} {method}" if several else f"layer-sparsity-{method}"
         layers |= _legible(name, members)
-    for part, shown in list(layers.items())[-most:]:
-        caption = (
-            f"Sparsity of each linear across the depth: {about(frame[frame.trial.isin(shown)])}.{_others(layers, most)}"
-        )
-        yield Drawing(part, caption, draw_layer_sparsity(frame, shown, width), minor=True)
     learned = set(frame[frame.step.notna() & (frame.metric == "cross_entropy")].trial)
     curves = [point for point in points if point.trials[0] in learned]
     learning = _legible("learning-curves", curves)
-    for part, shown in list(learning.items())[-most:]:
+    of_layers, of_learning = (list(each.items())[-most:] for each in (layers, learning))
+    all_rows = whole({trial for _, shown in (*of_layers, *of_learning) for trial in shown})
+    for part, shown in of_layers:
+        rows = _of_trials(all_rows, shown)
+        caption = f"Sparsity of each linear across the depth: {about(rows)}.{_others(layers, most)}"
+        yield Drawing(part, caption, draw_layer_sparsity(rows, shown, width), minor=True)
+    for part, shown in of_learning:
+        rows = _of_trials(all_rows, shown)
         caption = (
             f"Cross entropy while learning, as a moving average with the logged values behind, and the masks' density "
-            f"with its target dotted: {about(frame[frame.trial.isin(shown)])}.{_others(learning, most)}"
+            f"with its target dotted: {about(rows)}.{_others(learning, most)}"
         )
-        yield Drawing(part, caption, draw_learning_curves(frame, width, shown), minor=True)
+        yield Drawing(part, caption, draw_learning_curves(rows, width, shown), minor=True)
 
 
 def _others(figures: Sized, most: int) -> str:

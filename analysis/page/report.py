@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 
 from analysis.figures.about import short_gpu
-from analysis.figures.study import Drawing, study_drawings
+from analysis.figures.study import Drawing, WholeRows, study_drawings
 from analysis.figures.style import WIDTHS, png_bytes
 from analysis.page.findings import Finding, errors_said, findings, kernel_findings
 from analysis.page.origins import origins
@@ -42,14 +42,16 @@ class Study:
     Attributes:
         name: of the study; ``hts run NAME`` makes its rows.
         title: one line.
-        frame: its rows, as from `analysis.rows.load.load_rows`.
+        frame: its rows, as from `analysis.rows.load.load_rows`; those of layers and steps may be left to ``whole``.
         missing: trials of the study, by label, that have no rows at all.
+        whole: gives all rows of some trials; called in another process, perhaps.
     """
 
     name: str
     title: str
     frame: pd.DataFrame
     missing: tuple[str, ...] = ()
+    whole: WholeRows | None = None
 
     @cached_property
     def evaluated(self) -> pd.DataFrame:
@@ -181,7 +183,10 @@ def _answer(name: str, words: str, found: Sequence[Finding], minor: bool) -> dic
 
 
 def _study(study: Study) -> dict[str, Any]:
-    figures = [_figure(drawing) for drawing in study_drawings(study.frame, masks=_MASKS, points=study.points)]
+    figures = [
+        _figure(drawing)
+        for drawing in study_drawings(study.frame, masks=_MASKS, points=study.points, whole=study.whole)
+    ]
     return {
         "name": study.name,
         "title": study.title,
@@ -250,10 +255,12 @@ def _figure(drawing: Drawing) -> dict[str, Any]:
 
 
 def _ran_on(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """The machines and revisions of the rows, with how many each gave."""
+    """The machines and revisions of the rows, with how many trials each measured."""
     git = [_revision(revision, dirty) for revision, dirty in zip(frame.git, frame.dirty, strict=True)]
     groups = frame.assign(gpu=frame.gpu.fillna("CPU alone"), git=git)
-    counted = groups.groupby(["gpu", "git", "software"], sort=False).agg(rows=("trial", "size"), first=("time", "min"))
+    counted = groups.groupby(["gpu", "git", "software"], sort=False).agg(
+        trials=("trial", "nunique"), first=("time", "min")
+    )
     return [{str(name): str(value) for name, value in row.items()} for row in counted.reset_index().to_dict("records")]
 
 

@@ -35,6 +35,9 @@ from patch.learn.recipe import HOW_IT_RUNS
 # Labels that are outcomes, and do not tell one fact from another: what each window, item or tile gave.
 OUTCOMES = ("tile_map", "window_losses", "items")
 
+# Labels of facts about one layer or one step of learning, of which most rows are.
+PARTS = ("layer", "step")
+
 # 1: whole rows. 2: a row leaves out what it shares with the one above. 3: a journal file ends with its digest.
 SCHEMA = 3
 

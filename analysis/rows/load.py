@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.rows import bench_schema1, layout, published
-from analysis.rows.format import OUTCOMES, Damaged, Row, check_row, identity
+from analysis.rows.format import OUTCOMES, PARTS, Damaged, Row, check_row, identity
 from analysis.rows.jsonl import numbered
 from patch.errors import UserError
 
@@ -80,7 +80,9 @@ _LABELS = ("source", "length", "task", "layer", "step")
 OnDamage = Callable[[str], None]
 
 
-def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDamage | None = None) -> pd.DataFrame:
+def load_rows(
+    root: Path, trials: Collection[str] | None = None, on_damage: OnDamage | None = None, parts: bool = True
+) -> pd.DataFrame:
     """Every row below a directory, or of one file.
 
     Args:
@@ -89,6 +91,8 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
         trials: hashes of the trials that are wanted; all by default.
         on_damage: called with a line about each file that cannot be read; its trial is left out, in full. Without, the
             first such file is an error.
+        parts: whether rows of layers and steps are wanted. They are nine of ten and as quickly checked, but take longer
+            to make a table of: without, the first of each metric stands for them, file by file.
 
     Returns:
         One line per row, published ones first, then in the order of file names, with the columns `COLUMNS`.
@@ -109,7 +113,7 @@ def load_rows(root: Path, trials: Collection[str] | None = None, on_damage: OnDa
     table = _Table()
     refused: set[str] = set()
     with _uncollected():
-        for trial, rows in _chunks(root, trials):
+        for trial, rows in _chunks(root, trials, parts):
             try:
                 if isinstance(rows, UserError):
                     raise rows
@@ -185,13 +189,24 @@ def records(frame: pd.DataFrame) -> Iterator[Any]:
 _Chunk = tuple[str, published.Numbered | UserError]
 
 
-def _chunks(root: Path, trials: Collection[str] | None) -> Iterator[_Chunk]:
+def _chunks(root: Path, trials: Collection[str] | None, parts: bool) -> Iterator[_Chunk]:
     if root.is_dir():
         try:
-            yield from published.read(root, trials)
+            yield from published.read(root, trials, parts)
         except Damaged as problem:
             yield "", problem
-    yield from _lines(root, trials)
+    for folder, rows in _lines(root, trials):
+        yield folder, rows if parts or isinstance(rows, UserError) else _first_parts(rows)
+
+
+def _first_parts(rows: published.Numbered) -> published.Numbered:
+    """Rows without those of layers and steps, but for the first of each metric."""
+    kept: dict[Hashable, tuple[str, Row]] = {}
+    for place, (origin, row) in enumerate(rows):
+        labels = row.get("labels")
+        part = isinstance(labels, dict) and not labels.keys().isdisjoint(PARTS)
+        kept.setdefault(("part", str(row.get("metric"))) if part else place, (origin, row))
+    return list(kept.values())
 
 
 def _lines(root: Path, trials: Collection[str] | None) -> Iterator[_Chunk]:

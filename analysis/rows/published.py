@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.rows.format import OUTCOMES, SCHEMA, Damaged, Row, identity, names
+from analysis.rows.format import OUTCOMES, PARTS, SCHEMA, Damaged, Row, identity, names
 from analysis.rows.layout import DETAILS, FACTS, TRIALS
 from patch.files import from_json
 
@@ -46,7 +46,7 @@ Numbered = list[tuple[str, Row]]
 def is_detail(row: Row) -> bool:
     """Whether a fact is of a step, a layer, a part of a task, or a product of a grid, which are thousands."""
     labels = row["labels"]
-    if not labels.keys().isdisjoint(("step", "layer")):
+    if not labels.keys().isdisjoint(PARTS):
         return True
     kind, _, part = row["stage"].partition(":")
     return kind == "kernels" or (kind == "task" and labels.get("task", part) != part)
@@ -88,11 +88,14 @@ def stages(folder: Path) -> dict[str, dict[str, Any]]:
     return {trial: about["stages"] for trial, (_, about) in _trials(folder, None).items()}
 
 
-def read(folder: Path, trials: Collection[str] | None = None) -> Iterator[tuple[str, Numbered | Damaged]]:
+def read(
+    folder: Path, trials: Collection[str] | None = None, parts: bool = True
+) -> Iterator[tuple[str, Numbered | Damaged]]:
     """The rows of each trial that is published, with the file and line of each, or why they cannot be read.
 
     Args:
         trials: that are wanted; all by default.
+        parts: as `analysis.rows.load.load_rows`.
 
     Raises:
         Damaged: if the list of trials, or the table of all, is not as it was written.
@@ -103,7 +106,7 @@ def read(folder: Path, trials: Collection[str] | None = None) -> Iterator[tuple[
     headlines = _facts(folder / FACTS, known)
     for trial, (line, about) in known.items():
         try:
-            yield trial, _rows(folder, trial, line, about, headlines.get(trial, []))
+            yield trial, _rows(folder, trial, line, about, headlines.get(trial, []), parts)
         except Damaged as problem:
             yield trial, problem
 
@@ -130,12 +133,17 @@ def _trials(folder: Path, trials: Collection[str] | None) -> dict[str, tuple[int
     return found
 
 
-def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines: "_Facts") -> Numbered:
+def _rows(
+    folder: Path, trial: str, line: int, about: dict[str, Any], headlines: "_Facts", with_parts: bool
+) -> Numbered:
     """The whole rows of a trial, each stage checked against what the list of trials says of it."""
     details = folder / DETAILS / f"{trial}.csv.xz"
     parts: _Facts = []
     in_full: dict[Any, _Fact] = {}
-    for fact in _read(details, f"{DETAILS}/{details.name}") if details.exists() else ():
+    # Of each stage, what is digested of facts that are left out.
+    left_out: dict[str, list[str]] = {}
+    read_from = f"{DETAILS}/{details.name}"
+    for fact in _read(details, read_from, left_out=None if with_parts else left_out) if details.exists() else ():
         if is_detail(fact[1]):
             parts.append(fact)
         else:
@@ -157,7 +165,8 @@ def _rows(folder: Path, trial: str, line: int, about: dict[str, Any], headlines:
         facts, provenance = of_stage[stage], told["provenance"]
         common = {"schema": SCHEMA, "trial": trial, "definition": about["definition"]}
         whole += [(origin, {**common, **row, "provenance": provenance}) for origin, row, _ in facts]
-        if len(facts) != told["facts"] or _digest_of_lines(said for *_, said in facts) != told["digest"]:
+        digested = [said for *_, said in facts] + left_out.get(stage, [])
+        if len(digested) != told["facts"] or _digest_of_lines(digested) != told["digest"]:
             raise Damaged(f"{folder / TRIALS}:{line}: the tables have other facts of {trial} {stage}: {_AGAIN}")
     return whole
 
@@ -217,8 +226,17 @@ def read_table(path: Path, name: str, trials: Collection[str] | None = None) -> 
     return [(origin, row) for origin, row, _ in _read(path, name, trials)]
 
 
-def _read(path: Path, name: str, trials: Collection[str] | None = None) -> _Facts:
-    """`read_table`, each fact with the text that its digest is of, which its cells have already."""
+def _read(
+    path: Path,
+    name: str,
+    trials: Collection[str] | None = None,
+    left_out: dict[str, list[str]] | None = None,
+) -> _Facts:
+    """`read_table`, each fact with the text that its digest is of, which its cells have already.
+
+    Args:
+        left_out: gets that text alone, by stage, of facts of layers and steps, but for the first of each metric.
+    """
     try:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         lines = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
@@ -235,29 +253,41 @@ def _read(path: Path, name: str, trials: Collection[str] | None = None) -> _Fact
         trial = places.get("trial")
         found: _Facts = []
         numbers, values, texts = _Numbers(), _Values(), _Texts()
+        of_parts = [place for place, label, _ in labels if label in PARTS]
+        begun: set[tuple[str, str, str]] = set()
         for cells in lines:
             if trial is not None and trials is not None and cells[trial] not in trials:
                 continue
             told = [(label, head, values[cell]) for place, label, head in labels if (cell := cells[place])]
-            row: Row = {} if trial is None else {"trial": cells[trial]}
-            row["stage"] = f"{cells[stage]}:{cells[on]}" if cells[on] else cells[stage]
-            row["metric"], row["unit"], row["value"] = cells[metric], cells[unit], _number(cells[value])
-            row["stderr"], row["p20"] = numbers[cells[stderr]], numbers[cells[p20]]
-            row["p80"], row["runs"] = numbers[cells[p80]], numbers[cells[runs]]
-            row["labels"] = {label: known for label, _, (known, _) in told}
-            if len(cells) != len(columns):
-                raise ValueError(f"{len(cells)} cells")
             spelled = ",".join([head + text for _, head, (_, text) in told])
             said = (
                 f"[{texts[cells[metric]]},{texts[cells[unit]]},{{{spelled}}},{cells[value] or 'null'},"
                 f"{cells[stderr] or 'null'},{cells[p20] or 'null'},{cells[p80] or 'null'},{cells[runs] or 'null'}]"
             )
+            if len(cells) != len(columns):
+                raise ValueError(f"{len(cells)} cells")
+            if left_out is not None and any(cells[place] for place in of_parts):
+                kind = cells[stage], cells[on], cells[metric]
+                if kind in begun:
+                    left_out.setdefault(_stage(cells[stage], cells[on]), []).append(said)
+                    continue
+                begun.add(kind)
+            row: Row = {} if trial is None else {"trial": cells[trial]}
+            row["stage"] = _stage(cells[stage], cells[on])
+            row["metric"], row["unit"], row["value"] = cells[metric], cells[unit], _number(cells[value])
+            row["stderr"], row["p20"] = numbers[cells[stderr]], numbers[cells[p20]]
+            row["p80"], row["runs"] = numbers[cells[p80]], numbers[cells[runs]]
+            row["labels"] = {label: known for label, _, (known, _) in told}
             found.append((f"{name}:{lines.line_num}", row, said))
     except FileNotFoundError:
         raise Damaged(f"{path}: is not there: {_AGAIN}") from None
     except (ValueError, LookupError, StopIteration, csv.Error, lzma.LZMAError, EOFError) as error:
         raise Damaged(f"{path}: not a table of facts ({error or type(error).__name__}): {_AGAIN}") from error
     return found
+
+
+def _stage(kind: str, on: str) -> str:
+    return f"{kind}:{on}" if on else kind
 
 
 def _cell(value: Any) -> str:

@@ -28,14 +28,17 @@ def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
     return some(rows_of({key(trial) for trial in trials}, store), store)
 
 
-def rows_of(trials: Collection[str], store: Store) -> DataFrame:
+def rows_of(trials: Collection[str], store: Store, parts: bool = True) -> DataFrame:
     """The rows of some trials, none perhaps; those whose files are damaged are named and left out.
+
+    Args:
+        parts: whether rows of layers and steps are wanted (`analysis.rows.load.load_rows`).
 
     Raises:
         UserError: if all are damaged.
     """
     damaged: list[str] = []
-    found = load_rows(store.root, trials, damaged.append)
+    found = load_rows(store.root, trials, damaged.append, parts)
     found = found[found.stage != FAILURE]
     # Files of before they ended with a digest have no other hash than this.
     said = found.drop_duplicates("trial")

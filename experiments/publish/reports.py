@@ -3,12 +3,14 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from analysis.figures.study import kernel_drawings, model_drawings, plot_study
 from analysis.figures.style import FORMATS
 from analysis.page import report
 from analysis.rows import layout
+from analysis.rows.load import load_rows
 from analysis.tables.kernels import measurements
 from analysis.tables.render import render
 from analysis.tables.study import study_tables
@@ -50,9 +52,15 @@ def page(names: Sequence[str], store: Store) -> str:
             missing = tuple(trial.label for rows, trial in zip(has_rows, trials, strict=True) if not rows)
             wanted.append((name, [key(trial) for trial in trials], missing))
     # Studies share trials: rows are read once.
-    rows = rows_of({trial for _, members, _ in wanted for trial in members}, store) if wanted else None
+    rows = rows_of({trial for _, members, _ in wanted for trial in members}, store, parts=False) if wanted else None
     studies = [
-        report.Study(name, STUDIES[name].title, some(rows[rows.trial.isin(members)], store), missing)
+        report.Study(
+            name,
+            STUDIES[name].title,
+            some(rows[rows.trial.isin(members)], store),
+            missing,
+            partial(load_rows, store.root),
+        )
         for name, members, missing in wanted
         if rows is not None
     ]

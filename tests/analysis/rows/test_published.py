@@ -137,6 +137,20 @@ def test_journal_and_tables_are_read_as_one(published: Path) -> None:
     assert len(load_rows(published)) == len(frame)
 
 
+def test_without_parts_the_first_of_each_metric_stands_for_layers_and_steps(tmp_path: Path) -> None:
+    about, facts = definition(), [Fact("loss", step / 3, "1", {"step": step}) for step in range(1, 4)]
+    facts += [Fact("share", 0.5, "1", {"layer": layer}) for layer in "qk"] + [Fact("sparsity", 0.5, "1", {})]
+    rows = as_rows(name_of(about), about, "prune", facts, {"git": "abc", "dirty": False, "gpu": None, "time": "2026"})
+    journal = tmp_path / "journal" / "rows" / name_of(about) / "prune.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text(to_lines(rows))
+    consolidate.write(tmp_path, consolidate.stages_of(rows))
+    for root in (tmp_path, journal.parents[2]):
+        kept = load_rows(root, {name_of(about)}, parts=False)
+        assert set(zip(kept.metric, kept.value, strict=True)) == {("loss", 1 / 3), ("share", 0.5), ("sparsity", 0.5)}
+        assert len(kept) == 3 and len(load_rows(root, {name_of(about)})) == 6
+
+
 @pytest.mark.parametrize("form", ["facts", "order", "file order"])
 def test_publishing_does_not_depend_on_order(published: Path, form: str, tmp_path: Path) -> None:
     rows = [row for at in (definition(), definition(0.25), definition(seed=1)) for row in rows_of(at, 1.0)]
@@ -218,12 +232,13 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("parts", [True, False], ids=["whole", "without-parts"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_noticed(damage: str, published: Path) -> None:
+def test_damage_is_noticed(damage: str, parts: bool, published: Path) -> None:
     name, change = DAMAGES[damage]
     edit(published / DETAILS / f"{name_of(definition())}.csv.xz" if name == DETAILS else published / name, change)
     with pytest.raises(UserError, match=rf"{name}|{TRIALS}"):
-        load_rows(published)
+        load_rows(published, parts=parts)
 
 
 def test_one_damaged_trial_is_told_and_the_others_are_read(published: Path) -> None:
