@@ -101,8 +101,9 @@ def draw_frontier(
     figure = new_figure(WIDTHS[width], 0.25 + (_PANEL + 0.35) * rows + band, constrained=False)
     title = about(frame)
     beside = _LABEL + _DIGIT * max(_digits(points, text), 4)
-    named = 0.15 if several else 0.0
-    between = (beside + 0.06, 0.23 + named)
+    named = 0.19 if several else 0.0
+    second_line = 0.1 if with_accuracy and "\n" in accuracy_label(gathered) else 0.0
+    between = (beside + 0.06 + second_line, 0.23 + named)
     grid = figure.add_gridspec(
         rows, columns, **room(figure, title, rows, columns, beside, above=named, between=between)
     )
@@ -111,7 +112,7 @@ def draw_frontier(
         cell = grid[place // columns, place % columns]
         of_model = [point for point in points if point.model == group.model]
         if measured == "acc":
-            panel = figure.add_subplot(cell)
+            panel, above = figure.add_subplot(cell), None
             draw_accuracy(panel, group.series, accuracy_label(gathered))
             _share_scale(panel, of_model, _mean_in_percent)
             written.append(_labels(group, panel, _mean_in_percent))
@@ -120,7 +121,8 @@ def draw_frontier(
             draw_perplexity(panel, group.series, text, above, of_model)
             written.append(_labels(group, panel, lambda point: point.perplexity[text]))
         if several:
-            panel.set_title(group.title, loc="left", weight="bold")
+            own, whole = panel.get_position(), (above or panel).get_position()
+            panel.set_title(group.title, loc="left", weight="bold", y=(whole.y1 - own.y0) / own.height)
         if place // columns == rows - 1 or place + columns >= len(cells):
             panel.set_xlabel("Sparsity (%)")
     set_title(figure, title)
