@@ -91,7 +91,7 @@ def draw_frontier(
     text = _measured_text(gathered, text)
     points = [point for point in gathered if text in point.perplexity]
     groups = _groups(points)
-    with_accuracy = any(point.mean_accuracy for point in points)
+    with_accuracy = any(point.mean_accuracy for point in points if not point.is_original)
     several = len({group.title for group in groups}) > 1
     columns = min(2, len(groups) * (1 + with_accuracy)) if width == "double" else 1
     cells = [(group, measured) for group in groups for measured in (("ppl", "acc") if with_accuracy else ("ppl",))]

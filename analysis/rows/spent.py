@@ -40,7 +40,8 @@ class Spent:
 def spent(frame: pd.DataFrame, points: Sequence[Point]) -> dict[tuple[str, ...], Spent]:
     """By the trials of each point what it took, of those whose rows say how many GPUs it was.
 
-    Older rows do not, and their seconds leave out what a run that was stopped had taken before.
+    Older rows do not, and their seconds leave out what a run that was stopped had taken before. What is not trained
+    is neither stopped and taken up nor shared by several: those of a GPU are of one.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`; ``prune`` rows without layers and steps will do.
@@ -52,6 +53,9 @@ def spent(frame: pd.DataFrame, points: Sequence[Point]) -> dict[tuple[str, ...],
     about = rows.drop_duplicates("trial").set_index("trial")
     gpus = {str(trial): gpu for trial, gpu in about.gpu.items() if isinstance(gpu, str)}
     prunings = {str(trial): definition["pruning"] for trial, definition in about.definition.items()}
+    for trial in gpus:
+        if not prunings[trial].get("learning") and "recovery" not in prunings[trial]:
+            facts.setdefault(trial, {}).setdefault("gpus", 1.0)
     by_definition = {canonical(pruning): trial for trial, pruning in prunings.items()}
 
     def made_of(trial: str) -> str | None:

@@ -114,7 +114,8 @@ def differences(
 ) -> list[str]:
     """What is said of settings that are not as usual, or of which none is: the recipe by its name first."""
     # Not as they come: fields that a definition leaves out would move when another one has them.
-    names = sorted(among, key=lambda name: (name != "recipe", name))
+    # The text of recovery before its settings.
+    names = sorted(among, key=lambda name: (name != "recipe", name.replace("recovery.source", "recovery.")))
     odd = [name for name in names if name not in usual or canonical(fields.get(name)) != canonical(usual[name])]
     return [words for name in odd if (words := _said(name, fields, equals))]
 
@@ -139,10 +140,23 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
     if name == "recovery.source":
         return f"recovered on {value}"
     if name.startswith(_RECOVERY):
-        return f"recovery {name.removeprefix(_RECOVERY)}{equals}{spelled(value)}"
+        return _recovery_said(name.removeprefix(_RECOVERY), value, equals)
     if name == "weight_update" and not value:
         return "weights not updated"
     return f"{name.removeprefix(RECIPE)}{equals}{spelled(value)}"
+
+
+def _recovery_said(name: str, value: Any, equals: str) -> str:
+    """A setting of recovery, in words where its number alone says little."""
+    if name == "block_epochs":
+        return f"blocks for {value} epochs" if value else "no blocks"
+    if name == "steps" and not value:
+        return "blocks alone"
+    if name == "distillation":
+        return {0: "loss of the text", 1: "distilled"}.get(value, f"{spelled(value)} distilled")
+    if name == "block_targets" and value == "sparse":
+        return "blocks towards dense ones on the same inputs"
+    return f"recovery {name.replace('_', ' ')}{equals}{spelled(value)}"
 
 
 def _distinct(flat: Collection[Mapping[str, Any]], names: Collection[str]) -> int:

@@ -23,6 +23,8 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
     },
     "smollm2-learned": {"frontier-smollm2-learned": "frontier"},
     "smollm2-recovered": {"frontier-smollm2-recovered": "frontier"},
+    "qwen-coder-0.5b": {"frontier-qwen-coder": "frontier"},
+    "qwen-coder-0.5b-recovered": {"cost-qwen-coder": "cost"},
     "smollm2-oneshot": {"frontier-smollm2-oneshot": "frontier"},
     "frontier-smollm2": {"speed-smollm2": "speed"},
     None: {"speedup-h100": "speedup-llama-2-7b", "end-to-end-h100": "end-to-end-llama-2-7b"},

@@ -226,7 +226,14 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
     "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
     "recovered": partial(_study_table, "smollm2-recovered", "accuracy", _ACCURACY),
-    "recovered-mixture": partial(_study_table, "smollm2-recovered-mixture", "accuracy", _PERPLEXITY),
+    "recovered-mixture": partial(_study_table, "smollm2-recovered-mixture", "accuracy", _ACCURACY),
+    "qwen": partial(_study_table, "qwen-coder-0.5b", "accuracy", _PERPLEXITY),
+    "qwen-cost": partial(
+        _study_table,
+        "qwen-coder-0.5b",
+        "cost",
+        ("target_sparsity", "method", "structure", "variant", "tokens", "gpu_hours", "kilojoules", "perplexity"),
+    ),
     "recovery-texts": partial(_study_table, "recovery-texts", "accuracy", ("variant", "perplexity")),
     "recovery-ablation": partial(_study_table, "recovery-ablation", "accuracy", ("variant", "perplexity")),
     "tiles": partial(

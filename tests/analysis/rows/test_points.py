@@ -219,6 +219,22 @@ def test_what_was_refitted_is_said_of_it(
     assert sorted(point.variant for point in gather(frame)) == sorted(variants)
 
 
+def test_settings_of_recovery_are_words(study: Study, make_pruning: Make, make_trial: Make) -> None:
+    about = make_pruning("m", "sparsegpt", "2:4", 0.5)
+    recipes = ({"block_epochs": 0, "distillation": 0.5}, {"block_epochs": 2, "distillation": 0.0})
+    trials = {
+        str(number): make_trial(
+            str(number), about | {"recovery": {"source": "text", "recipe": recipe, "seed": 0}}, 20.0
+        )
+        for number, recipe in enumerate(recipes)
+    }
+    said = {point.variant for point in gather(study(trials))}
+    assert said == {
+        "recovered on text, no blocks, 0.5 distilled",
+        "recovered on text, blocks for 2 epochs, loss of the text",
+    }
+
+
 def test_how_learning_ran_is_no_variant(study: Study, make_pruning: Make, make_trial: Make) -> None:
     recipes = [RECIPE | {"log_every": 10, "checkpoint_every": 100}, RECIPE | {"log_every": 50, "checkpoint_every": 7}]
     about = [

@@ -47,7 +47,8 @@ def frame(study: Callable[..., pd.DataFrame], make_pruning: Make, make_trial: Ma
 def test_hours_are_of_all_gpus_and_of_what_was_recovered(frame: pd.DataFrame) -> None:
     points = gather(frame)
     found = {trials[0][0]: each for trials, each in spent(frame, points).items()}
-    assert sorted(found) == ["b", "c", "d"], "rows that do not say how many GPUs it was are left out"
+    assert sorted(found) == ["b", "c", "d", "e"], "what is not trained is of one GPU, whatever its rows say"
+    assert found["e"].gpu_hours == pytest.approx(5 / 3600)
     assert found["b"].gpu_hours == pytest.approx(0.01) and found["b"].kilojoules is None
     assert found["c"].gpu_hours == pytest.approx(0.4) and found["c"].kilojoules == pytest.approx(500)
     assert found["d"].gpu_hours == pytest.approx(0.8) and found["d"].kilojoules == pytest.approx(1500)
@@ -58,7 +59,8 @@ def test_hours_are_of_all_gpus_and_of_what_was_recovered(frame: pd.DataFrame) ->
 def test_where_no_row_says_what_a_mask_took_there_is_what_was_done_to_it(frame: pd.DataFrame) -> None:
     untold = frame[(frame.trial != "c" * 12) | (frame.metric != "gpus")]
     found = {trials[0][0]: each for trials, each in spent(untold, gather(untold)).items()}
-    assert sorted(found) == ["b", "d"] and found["d"].alone and not found["b"].alone
+    assert sorted(found) == ["b", "d", "e"], "learned rows that do not say how many GPUs it was are left out"
+    assert found["d"].alone and not found["b"].alone
     assert found["d"].gpu_hours == pytest.approx(0.4) and found["d"].tokens == 8 * (10 * 2 + 2 * 4)
     table = study_tables(untold)["cost"]
     assert str(table.rows[-1][3]).endswith("(this alone)") and "This alone" in table.notes[-1]
@@ -68,7 +70,7 @@ def test_where_no_row_says_what_a_mask_took_there_is_what_was_done_to_it(frame: 
 
 def test_the_cheapest_comes_first(frame: pd.DataFrame) -> None:
     table = cost_table(frame)
-    assert [trials[0][0] for trials in table.trials] == ["b", "c", "d"]
+    assert [trials[0][0] for trials in table.trials] == ["e", "b", "c", "d"]
     assert "cost" in study_tables(frame)
     accuracy = study_tables(frame)["accuracy"]
     weights = [column.name for column in accuracy.columns].index("weights")
