@@ -46,7 +46,8 @@ def study_tables(
     found["accuracy"] = accuracy_table(frame, beside_published, points)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
-    if spent(frame, points):
+    # Beside nothing that was learned or trained, what one shot took says little.
+    if any(each.tokens for each in spent(frame, points).values()):
         found["cost"] = cost_table(frame, points)
     for shape in projected_shapes(frame):
         found[f"carried-{shape}"] = projected_table(frame, shape)
