@@ -10,7 +10,7 @@ from patch.errors import UserError
 from patch.mask import HybridMask, TileShape, infer, tile_sums
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised
-from patch.weights import prunable_weights, quantised_weights, stored_precision
+from patch.weights import check_no_codes, prunable_weights, quantised_weights, stored_precision
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ def audit(path: str | Path, tile: TileShape | None = None) -> list[AuditRow]:
             raise UserError(f"{folder}: its tiles are {found}, not {tile[0]}x{tile[1]}: leave the tile shape out")
         tile = tile or info["tile"]
     elif tile is None:
+        # To be told a tile shape would not help.
+        if stored_precision(folder) is None:
+            check_no_codes(folder)
         raise UserError(f"{folder}: has no {INFO_FILE} that names its tile shape: give one, such as `--tile 128x128`")
     precision = stored_precision(folder)
     if precision is None:

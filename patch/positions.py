@@ -37,8 +37,10 @@ def check_length(name: str, limit: int | None, length: int, what: str) -> None:
         UserError: naming the limit.
     """
     if limit is not None and length > limit:
+        setting = f" (--set length={limit})" if what in ("learning sequences", "recovery sequences") else ""
         raise UserError(
             f"{name}: {what} of {length} tokens, but its max_position_embeddings is {limit}: choose {limit} or fewer"
+            f"{setting}"
         )
 
 

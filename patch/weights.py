@@ -86,6 +86,19 @@ def prunable_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (matrix.weight.shape[0], matrix.weight.shape[1]) for name, matrix in matrices.items()}
 
 
+def check_no_codes(folder: Path) -> None:
+    """Raise if weights are quantised or packed.
+
+    Raises:
+        UserError: saying what to look at instead.
+    """
+    if kind := quantisation(read_json(existing(folder, "config.json"))):
+        raise UserError(
+            f"{folder}: its weights are quantised (quantization_config: {kind}), and no zeros can be told in codes: "
+            "take the checkpoint that they were made of"
+        )
+
+
 def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every prunable matrix ``[N, K]`` by name, in model order, one in memory at a time where files allow it.
 
@@ -103,11 +116,7 @@ def prunable_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         return
     files = weight_files(folder)
     skeleton = without_weights(folder)
-    if kind := quantisation(read_json(folder / "config.json")):
-        raise UserError(
-            f"{folder}: its weights are quantised (quantization_config: {kind}), and no zeros can be told in codes: "
-            "take the checkpoint that they were made of"
-        )
+    check_no_codes(folder)
     linears, matrices = prunable_linears(skeleton), prunable_matrices(skeleton)
     if linears.keys() == matrices.keys() and any(f"{name}.weight" in files for name in linears):
         for name, linear in linears.items():

@@ -15,6 +15,8 @@ from analysis.tables.render import Column, Table, Value, significant
 from patch.errors import UserError, check_name
 from patch.methods import label_of
 
+# So many points are named where a selector means none or several.
+_MOST = 8
 _FIELDS = ("model", "method", "structure", "target", "tile", "variant", "trial")
 
 
@@ -67,7 +69,10 @@ def select(points: Iterable[Point], selector: str) -> Point:
     if len(found) > 1 and "variant" not in wanted:
         found = [point for point in found if not point.variant] or found
     if len(found) != 1:
-        listed = "; ".join(describe(point) for point in found or points)
+        # The nearest first.
+        near = found or sorted(points, key=lambda p: -sum(_has(p, name, value) for name, value in wanted.items()))
+        more = f"; and {len(near) - _MOST} more, which hts table shows" if len(near) > _MOST else ""
+        listed = "; ".join(_told_apart(near[:_MOST])) + more
         raise UserError(f"'{selector}' means {len(found) or 'none'} of these: {listed}")
     return found[0]
 
@@ -103,9 +108,26 @@ def _has(point: Point, name: str, value: str) -> bool:
 
 def describe(point: Point) -> str:
     """A point by the selector that finds it."""
-    fields = {"method": point.method, "structure": point.structure, "target": f"{point.sparsity:g}"}
-    fields |= {"tile": point.tile or "", "variant": point.variant}
-    return f"{point.model} " + ",".join(f"{name}={value}" for name, value in fields.items() if value)
+    fields = _fields(point)
+    return f"{fields.pop('model')} " + ",".join(f"{name}={value}" for name, value in fields.items() if value)
+
+
+def _fields(point: Point) -> dict[str, str]:
+    return {
+        "model": point.model,
+        "method": point.method,
+        "structure": point.structure,
+        "target": f"{point.sparsity:g}",
+        "tile": point.tile or "",
+        "variant": point.variant,
+    }
+
+
+def _told_apart(points: Sequence[Point]) -> list[str]:
+    """Each by those fields that not all have alike."""
+    fields = [_fields(point) for point in points]
+    differing = [name for name in fields[0] if len({each[name] for each in fields}) > 1] or ["method"]
+    return [",".join(f"{name}={each[name]}" for name in differing if each[name]) for each in fields]
 
 
 def differences(left: Point, right: Point) -> list[Difference]:

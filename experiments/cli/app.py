@@ -13,6 +13,8 @@ import typer
 from experiments.cli import bench, doctor, model, share, study
 from patch.errors import UserError, one_line
 
+# Of typer, or in older versions of click: what was typed is no command line of ours.
+_UsageError: Any = typer.BadParameter.__base__
 # The exit code after Ctrl-C.
 _INTERRUPTED = 130
 HELP = """Hybrid tile sparsity: learn which tiles of a language model stay dense and which become 2:4.
@@ -75,7 +77,16 @@ def answer(app: typer.Typer) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        # Of Ctrl-C and `typer.Exit`; commands themselves return nothing.
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        command = getattr(error.ctx, "command_path", "hts")
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(error.exit_code)
+        said = " ".join(error.format_message().split()).rstrip(".")
+        _end(f"{said}{'' if said.endswith('?') else ':'} see `{command} --help`", error.exit_code)
     except (UserError, OSError) as error:
         _end(one_line(error))
     except Exception as error:
@@ -87,9 +98,9 @@ def answer(app: typer.Typer) -> None:
         raise
 
 
-def _end(said: str) -> NoReturn:
+def _end(said: str, code: int = 1) -> NoReturn:
     print(f"hts: error: {said}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _kept(error: Exception) -> str:

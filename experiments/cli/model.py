@@ -440,6 +440,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     _check_out(out)
     store = Store(results)
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
+    if pruning.method != "dense":
+        checkpoints.check_unpruned(pruning.model)
     with machine_on(device, data) as machine:
         if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():
             _say_what_it_takes(pruning, machine)

@@ -92,14 +92,16 @@ DEFAULT_RESULTS = Path("runs")
 
 
 def of_a_checkpoint(path: Path) -> Path:
-    """A path that must be a checkpoint's, not the name of a model.
+    """A path that must be a checkpoint's, not the name of a model or a directory of something else.
 
     Raises:
-        UserError: if it is such a name.
+        UserError: if it is such a name or directory.
     """
-    if not path.is_dir():
-        from experiments.data.models import REGISTRY
+    if not (path / "config.json").is_file():
+        from experiments.data.models import REGISTRY, check_directory
 
+        if path.is_dir():
+            check_directory(path)
         if str(path) in REGISTRY:
             raise UserError(
                 f"{path} is a model, and this takes a checkpoint that was made of one: make it with "

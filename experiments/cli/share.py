@@ -8,6 +8,7 @@ import typer
 
 from experiments.cli.options import DEFAULT_RESULTS, Results, console, of_a_checkpoint
 from patch.errors import UserError, one_line
+from patch.quantise.precisions import PRECISIONS
 
 Checkpoint = Annotated[
     Path, typer.Argument(callback=of_a_checkpoint, help="A hybrid checkpoint, or for push also a packed one.")
@@ -22,6 +23,8 @@ def pack(
     ] = None,
 ) -> None:
     """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
+    from transformers.utils.logging import disable_progress_bar
+
     from experiments.data.models import load_packable, processor_files
     from experiments.publish.card import base_of, licence_of, origin, public_origin
     from patch.checkpoint import load_masks
@@ -30,6 +33,8 @@ def pack(
     from stoicc.linear import compile_model
     from stoicc.quantizer import save_packed
 
+    # Libraries' own bars would stand between the lines of a pipe.
+    disable_progress_bar()
     eight = {str(kind).removeprefix("torch."): kind for kind in SCALED}
     if dtype is not None and dtype not in eight:
         raise UserError(f"--dtype {dtype}: packed weights have {' or '.join(eight)}, or, without it, 16 bits")
@@ -40,6 +45,9 @@ def pack(
         raise UserError(f"{checkpoint}: packed already: pack the checkpoint that it was made of")
     if about["structure"] not in TILED:
         raise UserError(f"{checkpoint}: its structure is {about['structure']}, which has no tiles to pack")
+    precision = PRECISIONS.get(about.get("precision", ""))
+    if dtype and precision and (precision.grouped or precision.dtype != dtype):
+        raise UserError(f"{checkpoint}: its weights are {precision.label} already, and packed so: leave out --dtype")
     model, tokenizer = load_packable(str(checkpoint))
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
     # The card of a local base model is not found again by the name alone that is kept of its path.
@@ -68,6 +76,7 @@ def push(
     from experiments.publish.card import CARD, base_of, card, licence_of, measured_of, origin
     from patch.files import new_directory
 
+    _check_inside(checkpoint)
     organisation, slash, name = repo.partition("/")
     if not (organisation and slash and name) or "/" in name:
         raise UserError(f"{repo}: a repository is named organisation/name")
@@ -87,6 +96,20 @@ def push(
         console.print(f"{repo}: sent", soft_wrap=True)
     if licence is None:
         console.print("warning: the base model's licence is not known: --licence names it", style="yellow")
+
+
+def _check_inside(checkpoint: Path) -> None:
+    """Whoever made a checkpoint may have put a link to another file of its reader's into it.
+
+    Raises:
+        UserError: naming the first link that leads out of it.
+    """
+    inside = checkpoint.resolve()
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UserError(
+                f"{path}: is a link to {path.readlink()}, outside of the checkpoint: remove it, or copy what it means"
+            )
 
 
 def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:

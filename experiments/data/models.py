@@ -132,14 +132,25 @@ def resolve(name: str) -> ModelSpec | str:
         return REGISTRY[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path}: not a model directory, it has no config.json")
+        check_directory(path)
         return str(path)
     if _HUB_ID.fullmatch(name) and name[0] not in "./~":
         return name
     if "/" in name:
         raise UserError(f"{name}: no such model directory")
     return REGISTRY[check_name("model", name, REGISTRY)]
+
+
+def check_directory(path: Path) -> None:
+    """Raise if a directory is not one of a model.
+
+    Raises:
+        UserError: naming the folder of models in it, if there is one, as a results directory has.
+    """
+    if not (path / "config.json").is_file():
+        model = next((file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.json")), None)
+        hint = f": name one of those in {model.parent}" if model else ""
+        raise UserError(f"{path}: not a model directory, it has no config.json{hint}")
 
 
 def load_model(

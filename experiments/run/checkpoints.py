@@ -29,6 +29,7 @@ from experiments.studies.trial import Calibration, Pruning, definition, describe
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
+from patch.learn.distributed import ALONE
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
 from patch.learn.saved import CHECKPOINT as LEARNER_STATE
@@ -173,7 +174,7 @@ class _Made:
     sparsity: float | None = None
 
 
-def _check_unpruned(model: str) -> None:
+def check_unpruned(model: str) -> None:
     """What an earlier mask dropped would count as kept by the next one, and its tiles as dense.
 
     Raises:
@@ -200,9 +201,10 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     rounded = pruning.quantisation is not None and not pruning.quantisation.joint
     source = str(store.checkpoint_path(pruning.base)) if rounded and pruning.base else pruning.model
     if not rounded:
-        _check_unpruned(pruning.model)
+        check_unpruned(pruning.model)
     # All but learning brings one block at a time to the device, whatever the depth of the model.
-    device, commit = machine.device if pruning.learns else "cpu", machine.sources.commit(source)
+    device = machine.device if pruning.learns else "cpu"
+    commit = machine.sources.commit(source, machine.ranks if pruning.learns else ALONE)
     model, tokenizer = models.load_model(source, device=device, dtype=machine.dtype, data=machine.data, commit=commit)
     covered = check_coverage(model, pruning.partial)
     job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store) | machine.sources.of_model(source))

@@ -54,8 +54,10 @@ def export(checkpoint: Path, archive: Path) -> None:
 
     Raises:
         UserError: if the checkpoint is damaged, is more than its masks, has none or was not made by a study, or
-            ``archive`` is there.
+            ``archive`` is there, or is called something else.
     """
+    if not archive.name.endswith((".tar.xz", ".txz")):
+        raise UserError(f"{archive}: masks are written as .tar.xz: name it {archive.name.partition('.')[0]}.tar.xz")
     info = load_info(checkpoint)
     method = oneshot.METHODS.get(info.get("method", ""))
     defined = info.get("definition", {})

@@ -127,7 +127,7 @@ def recover_checkpoint(
         device=device,
         dtype=machine.dtype,
         data=machine.data,
-        commit=machine.sources.commit(source.model),
+        commit=machine.sources.commit(source.model, machine.ranks),
     )
     documents = text.load_documents(recovery.source, machine.data)
     own = {recovery.source: documents.sha256} | machine.sources.of_model(source.model)

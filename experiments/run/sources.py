@@ -19,6 +19,7 @@ from typing import Any
 from experiments.data import models, text
 from experiments.eval import tasks
 from patch.errors import UserError
+from patch.learn.distributed import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +71,18 @@ class Sources:
             logger.warning(_AS_IT_IS, error)
             return None
 
-    def commit(self, model: str) -> str | None:
+    def commit(self, model: str, ranks: Ranks = ALONE) -> str | None:
         """The commit at which a model of the hub is loaded; None of any other.
+
+        Args:
+            ranks: that load it together, all of which call this: the first asks the hub for them all, which might
+                answer another one with a newer commit.
 
         Raises:
             UserError: if the model cannot be had.
         """
-        if model not in self._commits:
-            self._commits[model] = models.hub_commit(model)
+        if model not in self._commits or ranks.size > 1:
+            self._commits[model] = ranks.told(lambda: self._commits.get(model) or models.hub_commit(model))
         return self._commits[model]
 
     def of_model(self, name: str) -> dict[str, str]:

@@ -11,17 +11,19 @@ nothing here does anything.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from patch.errors import UserError
+
+T = TypeVar("T")
 
 # A rank may wait this long for another that reads a model or makes the mask that learning starts from.
 _PATIENCE = timedelta(hours=12)
@@ -94,6 +96,25 @@ class Ranks:
             return part
         padded = _padded(part.detach().movedim(dim, 0), self.share(rows, tile_rows))
         return _all_gathered([padded], self.size)[0][:rows].movedim(0, dim)
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, on all of them.
+
+        Raises:
+            UserError: on all of them, if it does there.
+        """
+        if self.size == 1:
+            return make()
+        said: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                said[0] = make()
+            except UserError as error:
+                said[1] = str(error)
+        dist.broadcast_object_list(said)
+        if said[1] is not None:
+            raise UserError(said[1])
+        return cast(T, said[0])
 
     def agree(self, flag: bool, device: torch.device | str) -> bool:
         """Whether any rank says so."""

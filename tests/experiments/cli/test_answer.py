@@ -43,3 +43,39 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(
 def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed = end(KeyboardInterrupt(), capsys, monkeypatch)
     assert code == 130 and "goes on: hts 'two words'" in printed
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["two", "words"], "Got unexpected extra argument(s) (words): see"),
+        ([], "Missing argument 'name': see"),
+        (["--nme"], "No such option: --nme"),
+    ],
+    ids=["too-much", "too-little", "unknown"],
+)
+def test_what_is_no_command_line_is_one_line(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = typer.Typer(pretty_exceptions_enable=False)
+    command.command()(lambda name: None)
+    monkeypatch.setattr("sys.argv", ["hts", *typed])
+    with pytest.raises(SystemExit) as stop:
+        app.answer(command)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith(f"hts: error: {said}") and printed.count("\n") == 1
+    assert printed.rstrip().endswith("--help`")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_command_ends_with_its_own_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typer.Typer(pretty_exceptions_enable=False)
+
+    @command.command()
+    def stop() -> None:
+        raise typer.Exit(code)
+
+    monkeypatch.setattr("sys.argv", ["hts"])
+    with pytest.raises(SystemExit) as ended:
+        app.answer(command)
+    assert ended.value.code == code

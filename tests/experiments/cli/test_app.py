@@ -85,6 +85,8 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["recover", "embedded"], "embedded is a model, and this takes a checkpoint"),
         (["table", "demo", "--results", "/dev/null"], "results directory /dev/null: is a file"),
         (["restore", "/nowhere"], "/nowhere: no such file"),
+        (["quantise", "embedded", "--precision", "fp16"], "did you mean fp8"),
+        (["learn", "embedded", "--set", "length=100000"], r"choose 512 or fewer (--set length=512)"),
         (["eval", "[/x]"], "[/x]"),
         (["audit", "/nowhere"], "/nowhere"),
         (["table", "demo"], "run a study first"),

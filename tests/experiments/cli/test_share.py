@@ -43,10 +43,12 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     AutoModelForCausalLM.from_pretrained(tmp_path / "sent")
 
     code, out, err = hts("pack", pruned, tmp_path / "packed")
-    assert code == 0 and "14 linears packed" in out, err
+    assert code == 0 and "14 linears packed" in out and not err, err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dtype == torch.bfloat16
     code, _, err = hts("pack", tmp_path / "packed", tmp_path / "packed again")
     assert code == 1 and "packed already" in err
+    code, _, err = hts("audit", tmp_path / "packed")
+    assert code == 1 and "quantization_config: stoicc" in err and "take the checkpoint that they were made of" in err
     code, out, err = hts("push", tmp_path / "packed", "me/tiny-packed", "--out", tmp_path / "sent packed")
     assert code == 0 and "licence is not known" in out, err
     text = (tmp_path / "sent packed" / "README.md").read_text()
@@ -72,8 +74,9 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     ("arguments", "message"),
     [
         (("push", "masked", "tiny"), "a repository is named organisation/name"),
-        (("push", ".", "me/tiny"), "is missing|neither a hybrid checkpoint"),
+        (("push", ".", "me/tiny"), "not a model directory, it has no config.json: name one of those in"),
         (("pack", "masked", "masked"), "is already there"),
+        (("push", "linked", "me/tiny"), "linked/weights.safetensors: is a link to .*, outside of the checkpoint"),
         (("pack", "masked", "new", "--dtype", "int4"), "float8_e4m3fn or int8"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -81,7 +84,11 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
 def test_refused_in_one_line(
     hts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
-    (tmp_path / "masked").mkdir()
+    for folder in ("masked", "linked"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "linked" / "weights.safetensors").symlink_to("/etc/hostname")
+    (tmp_path / "linked" / "inside").symlink_to("config.json")
     monkeypatch.chdir(tmp_path)
     code, _, err = hts(*arguments)
     assert code == 1 and len(err.strip().splitlines()) == 1

@@ -68,22 +68,15 @@ def learn_here(mode: str, work: Path, out: Path, stop_at: int, device: str) -> N
     (out / f"{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def learn_with(
-    size: int, mode: str, work: Path, out: Path, stop_at: int = 0, device: str = "cpu"
-) -> list[dict[str, Any]]:
-    """What each of ``size`` processes ends with."""
-    out.mkdir()
-    if size == 1:
-        learn_here(mode, work, out, stop_at, device)
-        return [json.loads((out / "0.json").read_text())]
+def start(source: str, size: int, *arguments: object) -> None:
+    """Run ``source`` in so many processes that find each other, until all have ended well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
-    arguments = [folders, mode, str(work), str(out), str(stop_at), device]
     children = [
-        Python(CHILD, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Python(source, folders, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
     try:
@@ -92,6 +85,17 @@ def learn_with(
         for child in children:
             child.kill()
     assert codes == [0] * size, [child.stderr for child in children]
+
+
+def learn_with(
+    size: int, mode: str, work: Path, out: Path, stop_at: int = 0, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """What each of ``size`` processes ends with."""
+    out.mkdir()
+    if size == 1:
+        learn_here(mode, work, out, stop_at, device)
+        return [json.loads((out / "0.json").read_text())]
+    start(CHILD, size, mode, work, out, stop_at, device)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -188,3 +192,31 @@ def test_one_process_exchanges_nothing() -> None:
 def test_sequences_that_cannot_be_shared_are_named() -> None:
     with pytest.raises(UserError, match="microbatch 3 cannot be divided among 2 processes"):
         Ranks(0, 2).sequences(torch.zeros(3, 8))
+
+
+TOLD = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1].split(":")
+from test_distributed import told_here
+told_here(Path(sys.argv[2]))
+"""
+
+
+def told_here(out: Path) -> None:
+    """Write what the first process says, and what it refuses."""
+    with joined("cpu") as ranks:
+        said = ranks.told(lambda: f"of {ranks.rank}")
+
+        def refuse() -> None:
+            raise UserError(f"no, says {ranks.rank}")
+
+        with pytest.raises(UserError) as refused:
+            ranks.told(refuse)
+        (out / f"{ranks.rank}.json").write_text(json.dumps([said, str(refused.value)]))
+
+
+def test_what_the_first_process_finds_or_refuses_is_told_to_all(tmp_path: Path) -> None:
+    start(TOLD, 2, tmp_path)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [["of 0", "no, says 0"]] * 2
+    assert ALONE.told(lambda: 3) == 3
