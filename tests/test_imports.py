@@ -17,7 +17,7 @@ ARROWS: dict[str, set[str]] = {
     "patch.quantise": set(),
     "patch": {"patch.quantise"},
     "patch.oneshot": {"patch", "patch.methods", "patch.quantise"},
-    "patch.learn": {"patch"},
+    "patch.learn": {"patch", "patch.quantise"},
     "patch.recover": {"patch", "patch.learn", "patch.oneshot"},
     "patch.methods": {"patch", "patch.learn"},
     "stoicc.compat": {"patch"},

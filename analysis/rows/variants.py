@@ -25,7 +25,7 @@ _ALWAYS_SAID = _DEPARTURES | {"earlier"}
 # The one setting that is said of a part of a definition, where it tells that part from others.
 _SAID_OF_PARTS = {"prior": "prior.method", "tile_prior": "tile_prior.method", "refit": "refit.source"}
 _SAID_OF_PARTS["quantisation"] = "quantisation.precision"
-_ALSO_SAID = {"quantisation.joint"}
+_ALSO_SAID = {"quantisation.joint", "quantisation.sink_aware"}
 _SAID_OF_PARTS |= {"recovery": "recovery.source"}
 _RECOVERY = "recovery.recipe."
 
@@ -137,6 +137,8 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
         return PRECISIONS[value].label if value in PRECISIONS else str(value)
     if name == "quantisation.joint":
         return "pruned and rounded in one sweep" if value else ""
+    if name == "quantisation.sink_aware":
+        return "sink-aware" if value else ""
     if name == "recovery.source":
         return f"recovered on {value}"
     if name.startswith(_RECOVERY):

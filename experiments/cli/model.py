@@ -92,11 +92,16 @@ def prune(
     if refit:
         pruning = build.refitted(pruning, seen)
     if precision:
-        pruning = build.quantised(pruning, precision, seen)
+        pruning = build.quantised(pruning, precision, seen, sink_aware=_passes_on(precision))
     _check_seen(context, pruning, "calibration", "windows", "length", "seed")
     if partial:
         pruning = build.in_part(pruning)
     _checkpoint(pruning, out, results, data, device)
+
+
+def _passes_on(precision: str) -> bool:
+    """Whether a precision is quantised on the calibration text unasked."""
+    return PRECISIONS[check_name("precision", precision, PRECISIONS)].grouped
 
 
 def _check_seen(context: typer.Context, pruning: "Pruning", *options: str) -> None:
@@ -173,7 +178,7 @@ def learn(
     if refit:
         pruning = build.refitted(pruning, seen)
     if precision:
-        pruning = build.quantised(pruning, precision, seen)
+        pruning = build.quantised(pruning, precision, seen, sink_aware=_passes_on(precision))
     if partial:
         pruning = build.in_part(pruning)
     _checkpoint(pruning, out, results, data, device)
@@ -185,7 +190,8 @@ def quantise(
         str, typer.Argument(help="A hybrid checkpoint, or a dense model: a name, a path, or a Hugging Face hub id.")
     ],
     precision: Annotated[str, typer.Option(help=f"{listed(PRECISIONS)}.")] = "fp8",
-    calibration: Annotated[str, typer.Option(help="Text on which INT4 passes errors on.")] = "c4",
+    sink_aware: Annotated[bool, typer.Option(help="Pass the errors of 8 bits on too, as those of INT4 are.")] = False,
+    calibration: Annotated[str, typer.Option(help="Text on which errors are passed on.")] = "c4",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int | None, typer.Option(min=1, help=_WINDOW)] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
@@ -200,7 +206,9 @@ def quantise(
     from experiments.studies.trial import Calibration
 
     seen = Calibration(calibration, windows, length or _window(model, data), seed)
-    pruning = dataclasses.replace(build.quantised(build.dense(model), precision, seen), partial=partial)
+    aware = sink_aware or _passes_on(precision)
+    rounded = build.quantised(build.dense(model), precision, seen, sink_aware=aware)
+    pruning = dataclasses.replace(rounded, partial=partial)
     _check_seen(context, pruning, "calibration", "windows", "length", "seed")
     _checkpoint(pruning, out, results, data, device)
 

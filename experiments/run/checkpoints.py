@@ -360,6 +360,7 @@ def _quantise(job: _Job, source: Path, model: nn.Module) -> _Made:
         windows,
         job.machine.device,
         masks,
+        sink_aware=pruning.quantisation.sink_aware,
         on_block=job.progress,
     )
     return _Made(

@@ -161,19 +161,27 @@ def recovered(pruning: Pruning, text: str, seed: int = 0, **changes: Any) -> Pru
     return dataclasses.replace(pruning, recovery=Recovery(text, RecoveryRecipe(**changes), seed))
 
 
-def quantised(pruning: Pruning, precision: str, text: Calibration, joint: bool = False) -> Pruning:
-    """The same in fewer bits; INT4's errors are passed on on ``text``.
+def quantised(
+    pruning: Pruning, precision: str, text: Calibration, joint: bool = False, sink_aware: bool = False
+) -> Pruning:
+    """The same in fewer bits; errors are passed on on ``text``, those of INT4 always.
 
     Args:
         joint: prune and round in one sweep (SparseGPT, INT4); otherwise the mask is what it is without.
+        sink_aware: pass errors on in every precision, the first token of each window in regard.
     """
     grouped = PRECISIONS[check_name("precision", precision, PRECISIONS)].grouped
-    return dataclasses.replace(pruning, quantisation=Quantisation(precision, text if grouped else None, joint))
+    seen = text if grouped or sink_aware else None
+    return dataclasses.replace(pruning, quantisation=Quantisation(precision, seen, joint, sink_aware))
 
 
-def in_fewer_bits(prunings: Iterable[Pruning], text: Calibration) -> list[Pruning]:
+def in_fewer_bits(prunings: Iterable[Pruning], text: Calibration, sink_aware: bool = False) -> list[Pruning]:
     """Each pruning as it is, then in every precision."""
-    return [each for plain in prunings for each in (plain, *(quantised(plain, name, text) for name in PRECISIONS))]
+    return [
+        each
+        for plain in prunings
+        for each in (plain, *(quantised(plain, name, text, sink_aware=sink_aware) for name in PRECISIONS))
+    ]
 
 
 def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:

@@ -117,6 +117,20 @@ def distillation() -> Trials:
     )
 
 
+def precisions() -> Trials:
+    """Whether a mask that is learned over quantised weights is better in few bits than one learned over those as given.
+
+    PATCH joint at 45% on the embedded model, each mask as it is, in FP8 and in INT4, on validation text.
+    """
+    masks = [_learned("patch-joint", 0.45, **RANKED, steps=60, precision=name) for name in (None, "fp8", "int4")]
+    each = [
+        mask if name is None else quantised(mask, name, _CALIBRATION, sink_aware=True)
+        for mask in masks
+        for name in (None, "fp8", "int4")
+    ]
+    return trials([dense("embedded"), *each], Evaluation((Perplexity("embedded/validation", 256),)))
+
+
 def refit() -> Trials:
     """What fitting the kept weights adds to every mask of the demo."""
     prunings = _demo()
@@ -133,11 +147,12 @@ def frontier() -> Trials:
 def bits() -> Trials:
     """What few bits cost after each mask, and the smaller dense model beside them, of the embedded model.
 
-    INT4 of SparseGPT's masks also pruned and rounded in one sweep. Perplexity alone: how fast so small a model is says
-    nothing, and its task cannot tell so small differences.
+    Quantised without and with regard to sinks; INT4 of SparseGPT's masks also pruned and rounded in one sweep.
+    Perplexity alone: how fast so small a model is says nothing, and its task cannot tell so small differences.
     """
     one = functools.partial(one_shot, "embedded", "sparsegpt", tile=_TILE, calibration=_CALIBRATION)
     masks = [one("2:4", 0.5), *(one("hybrid", target, tile_ranking="model") for target in TARGETS)]
     swept = [quantised(mask, "int4", _CALIBRATION, joint=True) for mask in masks]
     models = [dense("embedded"), *masks, fewer_blocks("embedded", 0.25, _CALIBRATION)]
-    return trials([*in_fewer_bits(models, _CALIBRATION), *swept], Evaluation((Perplexity("embedded/test", 256),)))
+    each = [*in_fewer_bits(models, _CALIBRATION), *swept, *in_fewer_bits(models, _CALIBRATION, sink_aware=True)]
+    return trials(dict.fromkeys(each), Evaluation((Perplexity("embedded/test", 256),)))

@@ -77,7 +77,7 @@ def bits() -> Trials:
     """
     model = "qwen2.5-coder-0.5b"
     smaller = [fewer_blocks(model, share, _CALIBRATION) for share in (0.1, 0.2, 0.3)]
-    models = in_fewer_bits([dense(model), *smaller, *_each_kind(model)], _CALIBRATION)
+    models = in_fewer_bits([dense(model), *smaller, *_each_kind(model)], _CALIBRATION, sink_aware=True)
     return joined(models, _EVALUATION, ("llama-2-7b", "llama-3.1-8b"))
 
 

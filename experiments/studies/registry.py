@@ -19,6 +19,9 @@ STUDIES = {
     "embedded-rankings": Study(
         "which tiles of one-shot hybrid masks stay dense, on the embedded model", embedded.rankings
     ),
+    "embedded-precisions": Study(
+        "whether learning masks over quantised weights pays, on the embedded model, at 45%", embedded.precisions
+    ),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded.refit),
     "frontier-embedded": Study("perplexity of masks and dense models in few bits, the embedded model", embedded.bits),
     "frontier-smollm2-bits": Study("accuracy and speed of masks and dense models in few bits, SmolLM2", smollm2.bits),

@@ -152,11 +152,12 @@ def _each_kind() -> list[Pruning]:
 def bits() -> Trials:
     """Accuracy and speed of masks of SmolLM2-135M in every precision, dense models, smaller ones too, beside them.
 
-    Its masks are those of ``smollm2-published``.
+    Its masks are those of ``smollm2-published``. Two of them are also quantised without regard to sinks.
     """
     smaller = [fewer_blocks("smollm2-135m", share, _MIXTURE) for share in (0.1, 0.2, 0.3)]
-    models = in_fewer_bits([dense("smollm2-135m"), *smaller, *_each_kind()], _MIXTURE)
-    return joined(models, _EVALUATION, _PROJECTED_ON)
+    models = in_fewer_bits([dense("smollm2-135m"), *smaller, *_each_kind()], _MIXTURE, sink_aware=True)
+    before = in_fewer_bits([dense("smollm2-135m"), _as_published("patch-joint", 0.45, **GUIDED)], _MIXTURE)
+    return joined(dict.fromkeys([*models, *before]), _EVALUATION, _PROJECTED_ON)
 
 
 # Of what is recovered, tokens are those of learning: 2000 steps of 16 sequences of 1024, after the blocks.

@@ -71,22 +71,30 @@ class Quantisation:
 
     Attributes:
         precision: one of `patch.quantise.precisions.PRECISIONS`.
-        calibration: text on which INT4's errors are passed on; None for 8 bits, which are rounded to nearest.
+        calibration: text on which errors are passed on; None for 8 bits that are rounded to nearest.
         joint: prune and round in one sweep, as SparseGPT does; otherwise what the mask keeps is quantised once the
             mask is found.
+        sink_aware: pass errors on in every precision, with the first token of a window counting as all others together,
+            from the largest inputs to the smallest (`patch.oneshot.gptq`); otherwise INT4 passes them on from left to
+            right, all tokens alike, and 8 bits are rounded to nearest.
     """
 
     precision: str
     calibration: Calibration | None = None
     joint: bool = False
+    # Younger than published rows.
+    sink_aware: bool = field(default=False, metadata={"added": True})
 
     def __post_init__(self) -> None:
         precision = PRECISIONS[check_name("precision", self.precision, PRECISIONS)]
-        if precision.grouped != (self.calibration is not None):
-            needs = "needs calibration text" if precision.grouped else "is rounded to nearest, without calibration text"
+        looks = precision.grouped or self.sink_aware
+        if looks != (self.calibration is not None):
+            needs = "needs calibration text" if looks else "is rounded to nearest, without calibration text"
             raise UserError(f"{precision.label} {needs}")
         if self.joint and not precision.grouped:
             raise UserError(f"{precision.label} passes no errors on: pruning and rounding in one sweep is for INT4")
+        if self.joint and self.sink_aware:
+            raise UserError("pruning and rounding in one sweep goes from left to right: leave sink_aware out")
 
 
 @dataclass(frozen=True)
@@ -464,7 +472,7 @@ def describe(pruning: Pruning) -> str:
 # Not said in a label: what a study chooses for all of its masks, by how long and on how much it learns.
 _SIZE = {"steps", "batch", "microbatch", "length", "warmup"}
 _LABELLED = {"recipe", "prior.method", "refit.source", "recovery.source", "seed", "tile_ranking", "weight_update"}
-_LABELLED |= {"quantisation.precision", "quantisation.joint"}
+_LABELLED |= {"quantisation.precision", "quantisation.joint", "quantisation.sink_aware"}
 _LABELLED |= {RECIPE + each.name for each in dataclasses.fields(Recipe) if each.name not in _SIZE | HOW_IT_RUNS}
 _USUAL_RECOVERY = settings({"recovery": {"recipe": RecoveryRecipe().substance()}})
 _LABELLED |= {name for name in _USUAL_RECOVERY if name.rpartition(".")[2] not in _SIZE}

@@ -26,6 +26,9 @@ from patch.mask import TileShape, tile_sizes
 class MaskedLinear:
     """A prunable ``Linear``, what this rank learns about it, and the sums of the micro-batch under way.
 
+    Args:
+        weight: what is masked, ``[N, K]``: the linear's own weight, or what it will be rounded to.
+
     Attributes:
         here: the rows that this rank holds; ``tiles_here``, their rows of tiles.
         patterns: logits ``[6, rows here, K/4]``, or None where patterns are fixed.
@@ -43,6 +46,7 @@ class MaskedLinear:
         fixed: Tensor | None,
         sampled_weight: SampledWeight,
         ranks: Ranks,
+        weight: Tensor,
     ) -> None:
         self.linear = linear
         self.tile = tile
@@ -57,7 +61,7 @@ class MaskedLinear:
         self.sizes_here = self.sizes[self.tiles_here].to(linear.weight.device, torch.float32)
         self.ranks = ranks
         self._sampled_weight = sampled_weight
-        self._weight = linear.weight.detach()[self.here]
+        self._weight = weight.detach()[self.here]
         self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
     def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:

@@ -21,6 +21,8 @@ from patch.learn.sensitivity import most_sensitive_tiles
 from patch.learn.soft_mask import SampledWeight
 from patch.mask import GROUP, KEPT_PAIRS, TileShape, best_patterns, tile_sizes
 from patch.positions import check_model_length
+from patch.quantise.precisions import PRECISIONS, group_size
+from patch.quantise.values import rounded
 
 # Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
 RANKED_BY = 128
@@ -87,12 +89,16 @@ def masked_linears(
     linears = require_linears(model, "learning")
     if not linears:
         raise UserError(f"{type(model).__name__} has no prunable weights")
+    precision = PRECISIONS[recipe.precision] if recipe.precision else None
+    grouped = precision is not None and precision.grouped
+    group = group_size({name: linear.in_features for name, linear in linears.items()}) if grouped else 0
     prepared = {}
     for index, (name, linear) in enumerate(linears.items()):
         try:
             known = _of(prior, name)
             patterns, tiles, fixed = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
-            masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks)
+            weight = linear.weight if precision is None else rounded(linear.weight.detach(), precision, group)
+            masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks, weight)
             dtype = getattr(torch, recipe.logit_dtype)
             if patterns is not None:
                 masked.patterns = patterns[:, masked.here].to(dtype, copy=ranks.size > 1).requires_grad_()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from patch.errors import UserError
+from patch.quantise.precisions import PRECISIONS
 
 Mode = Literal["joint", "tile", "maskllm"]
 WeightPenalty = Literal["norm", "square"]
@@ -85,8 +86,8 @@ class Recipe:
     """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
 
     Penalties, priors and schedules are those of PATCH (Hourri et al., arXiv:2509.23410) and MaskLLM (Fang et al.,
-    arXiv:2409.17481); ``distillation``, ``block_distillation``, ``density``, ``logit_dtype`` and ``tile_ranking`` are
-    in neither.
+    arXiv:2409.17481); ``distillation``, ``block_distillation``, ``density``, ``logit_dtype``, ``tile_ranking`` and
+    ``precision`` are in neither.
 
     Attributes:
         mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.
@@ -126,6 +127,9 @@ class Recipe:
         density: what the sparsity penalty acts on: ``sampled``, that of the soft masks of the step; ``expected``, that
             of the masks which the tile logits would draw at temperature zero, ``sigmoid(tile_scale * logit)`` a tile.
         logit_dtype: of logits, their gradients and both moments; ``bfloat16`` takes half the memory.
+        precision: of the weights that masks are laid over: one of `patch.quantise.precisions.PRECISIONS`, rounded to
+            nearest, so that masks are learned for what quantising will leave; None takes them as they are. The dense
+            model that is learned from, and the weights that the masks are for in the end, are never rounded.
         tile_ranking: which tiles start as dense: ``weight``, of every weight the same share, the best by the prior's
             scores; ``model``, the most sensitive of all weights by what making each 2:4 would cost the model
             (`patch.learn.sensitivity`), exactly at the target.
@@ -165,6 +169,7 @@ class Recipe:
     block_distillation: float = field(default=0.0, metadata=DEPARTURE)
     pattern_start: PatternStart = field(default="noisy", metadata=ADDED)
     tile_tau: Span | None = field(default=None, metadata=ADDED)
+    precision: str | None = field(default=None, metadata=DEPARTURE)
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
@@ -173,6 +178,8 @@ class Recipe:
         check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
         check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
         check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
+        if self.precision is not None:
+            check_choice("precision", self.precision, tuple(PRECISIONS))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):

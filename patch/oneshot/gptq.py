@@ -3,13 +3,16 @@
     >>> weights = quantise_model(model, PRECISIONS["int4"], windows, "cuda", masks)
     >>> weights["model.layers.0.mlp.up_proj"].scales.shape
 
-8 bits are rounded to nearest. INT4 is GPTQ (Frantar et al., arXiv:2210.17323) within what the mask keeps: the sweep of
-`patch.oneshot.sparsegpt` with the mask fixed, on what the quantised blocks before feed a block.
+INT4 is GPTQ (Frantar et al., arXiv:2210.17323) within what the mask keeps: the sweep of `patch.oneshot.sparsegpt` with
+the mask fixed, on what the quantised blocks before feed a block; 8 bits are rounded to nearest. Or all precisions are
+swept ``sink_aware``: the first token of a window counts as all others together (`patch.oneshot.sparsegpt.SinkHessian`),
+and the inputs of the largest mean square are settled first, while groups stay where they are.
 """
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 from patch.errors import UserError
 from patch.layers import check_shared, decoder_blocks, require_linears
 from patch.mask import HybridMask
+from patch.oneshot import sparsegpt
 from patch.oneshot.calibration import Block, blocks_on, calibrate
-from patch.oneshot.sparsegpt import InputHessian, inverse_factor, quantise_masked
 from patch.quantise.precisions import Precision, group_size
 from patch.quantise.values import Quantised, quantise_weight
 
@@ -45,6 +48,7 @@ def quantise_model(
     device: torch.device | str,
     masks: Mapping[str, HybridMask],
     *,
+    sink_aware: bool = False,
     batch: int = 8,
     on_block: Callable[[int, int], None] | None = None,
 ) -> QuantisedModel:
@@ -52,9 +56,10 @@ def quantise_model(
 
     Args:
         model: its prunable weights are all ``Linear``, and masked already.
-        windows: calibration token ids, integer ``[n, length]``; for INT4.
+        windows: calibration token ids, integer ``[n, length]``; for INT4 and ``sink_aware``.
         device: where blocks are run and quantised, one at a time.
         masks: of weights that have one, by name; of others, what is zero stays zero.
+        sink_aware: pass errors on in every precision, the first token of each window in regard, largest inputs first.
         batch: calibration windows per forward pass.
         on_block: called after each block with the number of blocks done and of all blocks.
 
@@ -67,19 +72,25 @@ def quantise_model(
     quantised: dict[str, Quantised] = {}
     dead: dict[str, int] = {}
     blocks = len(decoder_blocks(model))
-    with closing(_blocks(model, precision, windows, device, batch)) as stream:
+    passes_on = precision.grouped or sink_aware
+    with closing(_blocks(model, precision, windows, sink_aware, device, batch)) as stream:
         for block in stream:
             factors: dict[int, Any] = {}
             for name, weight in block.weights.items():
                 if not weight.isfinite().all():
                     raise UserError(f"{name}: the weight holds values that are not finite: the checkpoint is damaged")
-                if precision.grouped:
+                if passes_on:
                     statistic = block.statistics[name]
                     if id(statistic) not in factors:
-                        factors[id(statistic)] = inverse_factor(statistic.hessian(), name)
+                        prepare = sparsegpt.largest_first if sink_aware else sparsegpt.inverse_factor
+                        factors[id(statistic)] = prepare(statistic.hessian(), name)
                     factor = factors[id(statistic)]
                     keep = masks[name].to(weight.device).keep() if name in masks else weight != 0
-                    found = quantise_masked(weight, factor, keep, group)
+                    if sink_aware:
+                        found = sparsegpt.quantise_in_order(weight, factor, keep, precision, group)
+                        factor = factor.factor
+                    else:
+                        found = sparsegpt.quantise_masked(weight, factor, keep, group)
                     dead[name] = int(factor.dead.sum())
                 else:
                     values, scales = quantise_weight(weight, getattr(torch, precision.dtype))
@@ -92,10 +103,17 @@ def quantise_model(
 
 
 def _blocks(
-    model: nn.Module, precision: Precision, windows: Tensor | None, device: torch.device | str, batch: int
+    model: nn.Module,
+    precision: Precision,
+    windows: Tensor | None,
+    sink_aware: bool,
+    device: torch.device | str,
+    batch: int,
 ) -> Generator[Block[Any], None, None]:
-    if not precision.grouped:
+    if not precision.grouped and not sink_aware:
         return blocks_on(model, device)
     if windows is None:
         raise UserError(f"{precision.label} needs calibration windows: token ids [windows, length]")
-    return calibrate(model, windows, device, batch, InputHessian)
+    if not sink_aware:
+        return calibrate(model, windows, device, batch, sparsegpt.InputHessian)
+    return calibrate(model, windows, device, batch, partial(sparsegpt.SinkHessian, length=windows.shape[-1]))

@@ -12,7 +12,8 @@ Corrections reach the rest of a block of 128 columns at once, and the columns af
 block of 128 columns at a time, over all rows, at the target sparsity. In a hybrid mask, dense tiles keep everything
 and so correct nothing, but still take the corrections of dropped weights to their left.
 
-A sweep can also round what it keeps to INT4 as it settles it (`quantise_hybrid`, `quantise_masked`): the error of a
+A sweep can also round what it keeps as it settles it, to INT4 (`quantise_hybrid`, `quantise_masked`) or, with scales
+that are chosen before and in any order of columns, to every precision (`quantise_in_order`): the error of a
 column, rounded or dropped, goes the same way. With everything kept that is GPTQ (Frantar et al., arXiv:2210.17323). The
 error that a column adds to the outputs, once all to its right make up for it, is its square over ``d_j^2``: by that a
 group's scale is chosen.
@@ -41,7 +42,8 @@ from patch.mask import (
 )
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest, hybrid_mask
-from patch.quantise.values import GroupRounding, Quantised
+from patch.quantise.precisions import Precision
+from patch.quantise.values import GroupRounding, Quantised, ScaledRounding, weight_scales
 
 COLUMNS = 128
 DAMPING = 0.01
@@ -72,6 +74,44 @@ class InputHessian:
     def hessian(self) -> Tensor:
         """``H``, float32 ``[K, K]``."""
         return self._products * (2 / self._windows)
+
+
+class SinkHessian:
+    """`InputHessian` in which the first tokens of windows count as much as all others together.
+
+    What finds nothing to attend to attends to the first token (Xiao et al., arXiv:2309.17453), which so has a share in
+    every output, while it is one token of a window: its values, which are small where its inputs are large, would be
+    rounded away. Tokens are weighted by the attention that they get by Sung et al. (arXiv:2503.01820) too.
+
+    As much means as often or, where their inputs are so large that they would hide all others', with as large a sum of
+    squares. Where a matrix sees only some of the tokens (experts), none is told apart.
+
+    Args:
+        length: tokens of a window.
+    """
+
+    def __init__(self, features: int, device: torch.device | str, length: int) -> None:
+        self._all = InputHessian(features, device)
+        self._first = InputHessian(features, device)
+        self._length = length
+
+    def add(self, inputs: Tensor, windows: int) -> None:
+        """Take in ``inputs``, float32 ``[tokens, K]``, of ``windows`` windows."""
+        self._all.add(inputs, windows)
+        known = len(inputs) == windows * self._length
+        self._first.add(inputs[:: self._length] if known else inputs[:0], windows)
+
+    def finite(self) -> bool:
+        """Whether all inputs so far were finite."""
+        return self._all.finite()
+
+    def hessian(self) -> Tensor:
+        """``H``, float32 ``[K, K]``."""
+        whole, first = self._all.hessian(), self._first.hessian()
+        size = first.trace()
+        often = torch.minimum(size.new_tensor(self._length - 1.0), (whole.trace() - size) / size.clamp(min=1e-30))
+        # They are in the whole once.
+        return whole + (often - 1).clamp(min=0) * first
 
 
 @dataclass(frozen=True)
@@ -113,6 +153,28 @@ def inverse_factor(hessian: Tensor, name: str = "weight") -> InverseFactor:
         identity = torch.eye(len(backwards), dtype=backwards.dtype, device=backwards.device)
         backwards = torch.linalg.solve_triangular(backwards, identity, upper=False)
     return InverseFactor(backwards.flip(0, 1), dead.flip(0))
+
+
+@dataclass(frozen=True)
+class OrderedFactor:
+    """What a sweep in another order of inputs needs to know.
+
+    Attributes:
+        factor: of the inputs in that order.
+        order: int64 ``[K]``: which input comes first, second, ...
+    """
+
+    factor: InverseFactor
+    order: Tensor
+
+
+def largest_first(hessian: Tensor, name: str = "weight") -> OrderedFactor:
+    """As `inverse_factor`, with the inputs in order of their mean squares, the largest first (GPTQ's ``act-order``).
+
+    What is settled early can be made up for by all that comes after, what is settled last by nothing.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    return OrderedFactor(inverse_factor(hessian[order][:, order], name), order)
 
 
 def scores(weight: Tensor, factor: InverseFactor) -> Tensor:
@@ -158,6 +220,27 @@ def quantise_masked(weight: Tensor, factor: InverseFactor, keep: Tensor, group: 
     # Nothing is known of what dead inputs do in other text: their weights stay.
     alive = replace(factor, dead=torch.zeros_like(factor.dead))
     _sweep(weight.masked_fill(~keep, 0), alive, keep, rounding=rounding)
+    return rounding.quantised
+
+
+def quantise_in_order(
+    weight: Tensor, ordered: OrderedFactor, keep: Tensor, precision: Precision, group: int
+) -> Quantised:
+    """A weight ``[N, K]`` in few bits, zero outside ``keep``, settled in another order of inputs than they lie in.
+
+    Scales are chosen before, from the weight as given, so which inputs share one does not depend on the order. Those of
+    4 bits lose least if all other weights make up for an error: its square over the diagonal of the inverse Hessian.
+
+    Args:
+        group: inputs that share a scale; of 8 bits all do.
+    """
+    factor, order = ordered.factor, ordered.order
+    kept = weight.float().masked_fill(~keep, 0)
+    importance = torch.empty_like(kept[0])
+    importance[order] = factor.upper.square().sum(0).reciprocal()
+    rounding = ScaledRounding(precision, weight_scales(kept, precision, group, importance), order)
+    alive = replace(factor, dead=torch.zeros_like(factor.dead))
+    _sweep(kept[:, order], alive, keep[:, order], rounding=rounding)
     return rounding.quantised
 
 
@@ -211,7 +294,7 @@ def _sweep(
     keep: Tensor,
     chosen: Tensor | None = None,
     choose: Callable[[Tensor, int], None] | None = None,
-    rounding: GroupRounding | None = None,
+    rounding: GroupRounding | ScaledRounding | None = None,
 ) -> Tensor:
     """Settle all columns from left to right: the updated weight, float32 ``[N, K]``, dropped elements as they come.
 
@@ -267,17 +350,22 @@ def settle(block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None) ->
 
 
 def _settle_rounded(
-    block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None, rounding: GroupRounding, start: int
+    block: Tensor,
+    upper: Tensor,
+    keep: Tensor,
+    chosen: Tensor | None,
+    rounding: GroupRounding | ScaledRounding,
+    start: int,
 ) -> Tensor:
     """`settle` that rounds what it keeps: all of a column that is not what it becomes is an error.
 
     Args:
-        start: the block's first column, of whole groups, in the weight.
+        start: the block's first column in the weight, of whole groups where scales are chosen on the way.
     """
     steps = upper.diagonal()
     errors = torch.empty_like(block)
     for column in range(block.shape[1]):
-        if column % rounding.group == 0:
+        if rounding.group is not None and column % rounding.group == 0:
             here = slice(column, column + rounding.group)
             likely = keep[:, here]
             if chosen is not None:

@@ -3,16 +3,27 @@
 import torch
 from torch import Tensor
 
+from patch.quantise.precisions import Precision
 from patch.quantise.values import INT4_RANGE, LARGEST, SHARES, Quantised
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values and scales ``[rows]`` in float64: of each row the nearest values of the dtype, by looking at all."""
-    codes = torch.arange(-128, 128).to(torch.int8).view(dtype).double()
-    codes = codes[codes.isfinite() & (codes.abs() <= LARGEST[dtype])]
+    codes = _codes_of(dtype)
     scales = x.double().abs().amax(1).clamp(min=1e-30) / LARGEST[dtype]
     distances = (x.double() / scales[:, None])[..., None] - codes
     return codes[distances.abs().argmin(-1)], scales
+
+
+def _codes_of(dtype: torch.dtype) -> Tensor:
+    codes = torch.arange(-128, 128).to(torch.int8).view(dtype).double()
+    return codes[codes.isfinite() & (codes.abs() <= LARGEST[dtype])]
+
+
+def _codes(precision: Precision) -> Tensor:
+    if precision.grouped:
+        return torch.arange(INT4_RANGE[0], INT4_RANGE[1] + 1).double()
+    return _codes_of(getattr(torch, precision.dtype))
 
 
 def group_scale(weights: Tensor, importance: Tensor) -> float:
@@ -56,6 +67,31 @@ def sweep(weight: Tensor, hessian: Tensor, keep: Tensor, group: int) -> tuple[Te
                 values[row, column] = max(INT4_RANGE[0], min(INT4_RANGE[1], round(now / scale)))
             error = now - float(values[row, column]) * scale
             left[row, column:] -= error / inverses[column][0, 0] * inverses[column][0]
+    return values, scales
+
+
+def sweep_in_order(
+    weight: Tensor, hessian: Tensor, keep: Tensor, order: list[int], precision: Precision, group: int
+) -> tuple[Tensor, Tensor]:
+    """`sweep` in any order of columns and precision, with scales that are chosen before."""
+    codes = _codes(precision)
+    left, (n, k) = (weight.double() * keep).clone(), weight.shape
+    importance = 1 / torch.linalg.inv(hessian.double()).diagonal()
+    if precision.grouped:
+        scales = torch.tensor(
+            [[group_scale(row[c : c + group], importance[c : c + group]) for c in range(0, k, group)] for row in left],
+            dtype=torch.float64,
+        )
+    else:
+        scales = left.abs().amax(1, keepdim=True).clamp(min=1e-30) / codes.max()
+    values = torch.zeros(n, k, dtype=torch.float64)
+    for place, column in enumerate(order):
+        still = order[place:]
+        inverse = torch.linalg.inv(hessian.double()[still][:, still])[0]
+        scale = scales[:, column * scales.shape[1] // k]
+        near = codes[(left[:, column, None] / scale[:, None] - codes).abs().argmin(-1)]
+        values[:, column] = torch.where(keep[:, column], near, 0)
+        left[:, still] -= ((left[:, column] - values[:, column] * scale) / inverse[0])[:, None] * inverse
     return values, scales
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
+from patch.quantise.precisions import Precision
 
 # Of 8 bits, the largest magnitude of each.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -109,6 +110,39 @@ def quantise_groups(weight: Tensor, group: int) -> Quantised:
     return Quantised(values.reshape(weight.shape), scales.reshape(len(weight), -1))
 
 
+def nearest(scaled: Tensor, precision: Precision) -> Tensor:
+    """The nearest values of a precision, float32, of weights divided by their scales; of what is beyond, the last."""
+    if precision.grouped:
+        return scaled.round().clamp(*INT4_RANGE)
+    dtype = getattr(torch, precision.dtype)
+    inside = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
+    return inside.round() if dtype == torch.int8 else inside.to(dtype).float()
+
+
+def weight_scales(weight: Tensor, precision: Precision, group: int, importance: Tensor) -> Tensor:
+    """Scales ``[N, groups]`` of a weight ``[N, K]`` that is masked already, float32.
+
+    With 8 bits of each row by its largest magnitude; with 4 of each ``group`` inputs, by search (`group_scales`).
+
+    Args:
+        importance: ``[K]``, what a squared error of each input's weights adds to the squared error of the outputs.
+    """
+    if not precision.grouped:
+        return quantise_rows(weight, getattr(torch, precision.dtype))[1][:, None]
+    starts = range(0, weight.shape[1], group)
+    here = (slice(start, start + group) for start in starts)
+    return torch.stack([group_scales(weight[:, part].float(), importance[part]) for part in here], 1)
+
+
+def rounded(weight: Tensor, precision: Precision, group: int) -> Tensor:
+    """What a weight ``[N, K]`` is rounded to nearest in a precision, like the weight; in groups of ``group`` inputs."""
+    check_finite(weight)
+    every = torch.ones(weight.shape[1], device=weight.device)
+    scales = weight_scales(weight, precision, group, every)
+    wide = scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    return (nearest(weight.float() / wide, precision) * wide).to(weight.dtype)
+
+
 class GroupRounding:
     """INT4 of a weight ``[N, K]`` that is settled column by column from left to right, changing as it goes.
 
@@ -143,6 +177,37 @@ class GroupRounding:
     @property
     def quantised(self) -> Quantised:
         return Quantised(self.values, self.scales)
+
+
+class ScaledRounding:
+    """A weight ``[N, K]`` whose scales are known, settled column by column in any order.
+
+    Args:
+        scales: float32 ``[N, groups]``.
+        order: int64 ``[K]``, a permutation: which column of the weight is settled first, second, ...
+    """
+
+    group = None
+
+    def __init__(self, precision: Precision, scales: Tensor, order: Tensor) -> None:
+        self._precision = precision
+        self._scales = scales
+        self._columns = order.tolist()
+        self._group = len(order) // scales.shape[1]
+        shape = len(scales), len(order)
+        self._values = torch.zeros(shape, dtype=getattr(torch, precision.dtype), device=scales.device)
+
+    def settle(self, place: int, weight: Tensor) -> Tensor:
+        """What the column ``[N]`` that is settled at this place becomes: its nearest values times its scales."""
+        column = self._columns[place]
+        scales = self._scales[:, column // self._group]
+        values = nearest(weight / scales, self._precision)
+        self._values[:, column] = values.to(self._values.dtype)
+        return values * scales
+
+    @property
+    def quantised(self) -> Quantised:
+        return Quantised(self._values, self._scales)
 
 
 def group_scales(weight: Tensor, importance: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def prunings(model: Path, text: Path) -> dict[str, Pruning]:
         for structure, pruning in plain.items()
         for precision in PRECISIONS
     }
-    return plain | rounded | {"joint": build.quantised(plain["hybrid"], "int4", seen, joint=True)}
+    sink_aware = build.quantised(plain["hybrid"], "fp8", seen, sink_aware=True)
+    return plain | rounded | {"joint": build.quantised(plain["hybrid"], "int4", seen, joint=True), "sinks": sink_aware}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def ran(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFact
     store = Store(tmp_path_factory.mktemp("quantised"))
     found = prunings(tiny_model, tiny_text)
     chosen = ["dense", "2:4", "hybrid", "dense int4", "2:4 fp8", "hybrid int8", "joint", "unstructured int8"]
-    chosen += ["shallow", "shallow int4"]
+    chosen += ["shallow", "shallow int4", "sinks"]
     evaluation = Evaluation((Perplexity(str(tiny_text), 32),))
     trials = {
         name: Trial(
@@ -100,6 +101,8 @@ def test_a_quantised_pruning_stands_on_the_same_in_more_bits(tiny_model: Path, t
     assert describe(found["dense fp8"]) == f"{name} FP8"
     assert describe(found["2:4 int4"]) == f"{name} magnitude 2:4 50% INT4"
     assert "pruned and rounded in one sweep INT4" in describe(found["joint"])
+    assert "FP8 sink-aware" in describe(found["sinks"])
+    assert definition(found["hybrid fp8"])["quantisation"].keys() == {"precision", "calibration", "joint"}
     assert cost.pruning_flops(found["dense int4"]) > cost.pruning_flops(found["dense fp8"]) == 0  # type: ignore[operator]
 
 
@@ -110,6 +113,10 @@ def test_a_quantised_pruning_stands_on_the_same_in_more_bits(tiny_model: Path, t
         pytest.param(lambda: Quantisation("int4"), "INT4 needs calibration text", id="uncalibrated"),
         pytest.param(lambda: Quantisation("fp8", Calibration()), "without calibration text", id="calibrated"),
         pytest.param(lambda: Quantisation("int8", joint=True), "in one sweep is for INT4", id="joint-8"),
+        pytest.param(lambda: Quantisation("fp8", sink_aware=True), "FP8 needs calibration text", id="sinks-unseen"),
+        pytest.param(
+            lambda: Quantisation("int4", Calibration(), joint=True, sink_aware=True), "leave sink_aware out", id="both"
+        ),
         pytest.param(
             lambda: build.quantised(build.dense("embedded"), "int4", Calibration(), joint=True),
             "does not prune and round in one sweep",
@@ -136,7 +143,7 @@ def test_definitions_that_make_no_sense_are_refused(make: Any, message: str) -> 
 
 def test_masks_stay_and_sparsity_is_that_of_the_mask(ran: tuple[dict[str, Trial], Store]) -> None:
     trials, store = ran
-    for name in ("2:4 fp8", "hybrid int8", "joint", "unstructured int8", "dense int4", "shallow int4"):
+    for name in ("2:4 fp8", "hybrid int8", "joint", "unstructured int8", "dense int4", "shallow int4", "sinks"):
         pruning = trials[name].pruning
         path = store.checkpoint_path(pruning)
         found = value(trials[name], store, "prune", "sparsity")["value"]

@@ -41,6 +41,8 @@ from patch.learn.recipe import Recipe, Temperatures
 from patch.learn.saved import CHECKPOINT
 from patch.learn.sensitivity import tile_sensitivity
 from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, tile_grid, tile_sizes, tile_sums
+from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import rounded
 
 MODES = ["joint", "tile", "maskllm"]
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -329,6 +331,27 @@ def test_distillation_is_the_divergence_from_the_dense_model(share: float, tmp_p
         losses.append(F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True))
     expected = torch.stack([part.sum(-1).mean() for part in losses]).mean().item()
     assert divergence == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_masks_are_laid_over_rounded_weights(precision: str, tmp_path: Path) -> None:
+    """The dense model that is learned from stays as it is, and so does the model."""
+    recipe = dataclasses.replace(SHORT["joint"], steps=1, sparsity_penalty=0, weight_penalty=0, precision=precision)
+    model, seen = tiny_model(intermediate_size=96), []
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    run(model, recipe, tmp_path / "rounded", on_step=seen.append)
+    run(model, dataclasses.replace(recipe, distillation=1.0), tmp_path / "distilled", on_step=seen.append)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    by_hand = tiny_model(intermediate_size=96)
+    for linear in prunable_linears(by_hand).values():
+        linear.weight.data = rounded(linear.weight.data, PRECISIONS[precision], 32)
+    plain, start = dataclasses.replace(recipe, precision=None), magnitude_prior(model)
+    run(by_hand, plain, tmp_path / "by hand", prior=start, on_step=seen.append)
+    assert seen[0]["loss"] == seen[2]["loss"]
+    # From a teacher that is rounded too, what is learned is another divergence.
+    distilled = dataclasses.replace(plain, distillation=1.0)
+    run(by_hand, distilled, tmp_path / "both", prior=start, on_step=seen.append)
+    assert seen[1]["cross_entropy"] == seen[3]["cross_entropy"] and seen[1]["loss"] != seen[3]["loss"]
 
 
 def test_block_distillation_is_the_distance_from_the_dense_model_s_hidden_states(tmp_path: Path) -> None:

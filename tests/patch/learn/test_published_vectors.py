@@ -84,7 +84,8 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_papers(name: str, tmp_pat
             return soft_mask.masked_weight(weight, patterns, tiles, tile, temperatures, pattern_noise, tile_noise)
 
         fixed = given(index, "patterns", torch.uint8) if recipe.mode == "tile" else None
-        masked = MaskedLinear(linear_of(index), TILE, fixed, masked_weight, ALONE)
+        linear = linear_of(index)
+        masked = MaskedLinear(linear, TILE, fixed, masked_weight, ALONE, linear.weight)
         for kind, values in logits.items():
             setattr(masked, kind, torch.tensor(values, dtype=torch.float64).requires_grad_())
         linears[str(index)] = masked
