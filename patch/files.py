@@ -29,7 +29,9 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
     Raises:
         OSError: if the disk is full or the place cannot be written; what was at ``path`` before is untouched then, and
             no partial file stays behind.
+        UserError: as `check_file`.
     """
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{'partial' if one_writer else secrets.token_hex(4)}")
     try:
@@ -45,6 +47,18 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Raise if a file cannot be written to a place, for something else is there.
+
+    Raises:
+        UserError: of a directory, and of a device or a pipe, whose place a file would take.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"{path}: is {'a directory' if path.is_dir() else 'a device or a pipe'}, not a file: name a file"
+        )
 
 
 def write_atomic(path: Path, text: str) -> None:

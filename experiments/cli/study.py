@@ -169,8 +169,9 @@ def report(
     """Write one HTML file of studies and speeds: tables that sort, figures, and the row behind every number."""
     from experiments.publish import reports
     from experiments.run.store import Store
-    from patch.files import write_atomic
+    from patch.files import check_file, write_atomic
 
+    check_file(out)
     write_atomic(out, reports.page(studies or (), Store(results)))
     console.print(f"wrote {out}", soft_wrap=True)
 

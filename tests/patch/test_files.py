@@ -33,6 +33,15 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
         no_space()
 
 
+@pytest.mark.parametrize("kind", ["a device or a pipe", "a directory"])
+def test_what_is_no_file_is_not_replaced_by_one(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    os.mkfifo(place) if kind.endswith("pipe") else place.mkdir()
+    with pytest.raises(UserError, match=f"place: is {kind}, not a file"):
+        write_atomic(place, "text")
+    assert not place.is_file() and os.listdir(tmp_path) == ["place"]
+
+
 def test_a_folder_that_cannot_be_copied_is_a_short_line(tmp_path: Path) -> None:
     def copy() -> None:
         failed = [(f"from/{name}" * 9, f"to/{name}" * 9, "[Errno 28] No space left on device") for name in range(40)]
