@@ -130,9 +130,10 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Cal
         padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - len(values))))
         return [partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]
     one = torch.ones((), device=x.device)
-    # As runs instead of a packed weight; what scales sums afterwards is part of whatever follows.
-    if dense8.splits(len(values), n) or configs.capability_of(x.device) < (9, 0):
+    if configs.capability_of(x.device) < (9, 0):
+        # A scale for each token is Hopper's.
         return [partial(dense8.sums, values, weight, one) for weight, _ in quantised]
+    # Not compiled: what splitting sums gains there, the quantisation and scaling that are left out here take again.
     return [partial(dense8.product, values, scales, weight, scale, one) for weight, scale in quantised]
 
 
