@@ -26,6 +26,7 @@ from experiments.cli.options import (
     of_a_checkpoint,
     tile_shape,
     tracked,
+    without_bars,
 )
 from experiments.cli.recipe import RECOVERY_SETTINGS, SETTINGS, changes, forecast, forecast_recovery, settings
 from patch.errors import UserError, check_name
@@ -336,6 +337,7 @@ def audit(
     from patch.audit import audit as audit_checkpoint
     from patch.audit import dropped_blocks
 
+    without_bars()
     rows = audit_checkpoint(path, tile_shape(tile) if tile else None)
     table = Table(box=None, pad_edge=False)
     # In a narrow terminal names are folded, not numbers cut off.
@@ -447,9 +449,9 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 
     _check_out(out)
     store = Store(results)
-    pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     if pruning.method != "dense":
         checkpoints.check_unpruned(pruning.model)
+    pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
     with machine_on(device, data) as machine:
         if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():
             _say_what_it_takes(pruning, machine)

@@ -156,11 +156,17 @@ _FIELDS = {
 }
 
 
+def without_bars() -> None:
+    """Keep libraries from bars of their own, which would stand in pipes and draw over ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 @contextmanager
 def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -> "Iterator[Machine]":
     """The machine that trials run on, and progress on the console while they do."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from experiments.run.progress import shown
     from experiments.run.runtime import Machine
@@ -176,7 +182,6 @@ def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -
         raise UserError(f"device '{device}' cannot be used: {one_line(error)}") from error
     if data is not None and not data.is_dir():
         raise UserError(f"data directory {data} is not there")
-    # Libraries' own bars would draw over this one.
-    disable_progress_bar()
+    without_bars()
     with joined(device) as ranks, shown(console, quiet=ranks.rank > 0) as progress:
         yield Machine(device, data, progress, ranks, runs_code)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.options import DEFAULT_RESULTS, Results, console, of_a_checkpoint
+from experiments.cli.options import DEFAULT_RESULTS, Results, console, of_a_checkpoint, without_bars
 from patch.errors import UserError, one_line
 from patch.quantise.precisions import PRECISIONS
 
@@ -23,8 +23,6 @@ def pack(
     ] = None,
 ) -> None:
     """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
-    from transformers.utils.logging import disable_progress_bar
-
     from experiments.data.models import load_packable, processor_files
     from experiments.publish.card import base_of, licence_of, origin, public_origin
     from patch.checkpoint import load_masks
@@ -33,8 +31,7 @@ def pack(
     from stoicc.linear import compile_model
     from stoicc.quantizer import save_packed
 
-    # Libraries' own bars would stand between the lines of a pipe.
-    disable_progress_bar()
+    without_bars()
     eight = {str(kind).removeprefix("torch."): kind for kind in SCALED}
     if dtype is not None and dtype not in eight:
         raise UserError(f"--dtype {dtype}: packed weights have {' or '.join(eight)}, or, without it, 16 bits")
