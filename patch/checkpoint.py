@@ -93,8 +93,15 @@ def _record(
     model: "PreTrainedModel", masks: Mapping[str, HybridMask], info: Mapping[str, Any], scores: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The content of ``hybrid.json``, but for the files, of parts that agree."""
-    tile = _check_parts(model, masks, info, scores)
-    record = {
+    record = _content(masks, info, scores, _check_parts(model, masks, info, scores))
+    json.dumps(record)  # whatever cannot be written as JSON fails before the weights are
+    return record
+
+
+def _content(
+    masks: Mapping[str, HybridMask], info: Mapping[str, Any], scores: Mapping[str, Tensor], tile: TileShape | None
+) -> dict[str, Any]:
+    return {
         "format": FORMAT if "precision" in info else FORMAT - 1,
         **info,
         "tile": tile,
@@ -103,8 +110,6 @@ def _record(
             for name, mask in masks.items()
         },
     }
-    json.dumps(record)  # whatever cannot be written as JSON fails before the weights are
-    return record
 
 
 def _write(
@@ -125,6 +130,11 @@ def _write(
         tokenizer.save_pretrained(folder)
     for file in beside:
         shutil.copyfile(file, folder / file.name)
+    _write_masks(folder, masks, record)
+
+
+def _write_masks(folder: Path, masks: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """The masks, and the ``hybrid.json`` of all files of a folder."""
     if masks:
         save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
     files = sorted(file for file in folder.iterdir() if file.is_file())
@@ -174,6 +184,19 @@ def _digest(info: Mapping[str, Any]) -> str:
     """SHA-256 of all that ``hybrid.json`` says but this."""
     said = json.dumps({name: value for name, value in info.items() if name != "digest"}, sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def save_weightless(path: str | Path, config: Any, masks: Mapping[str, HybridMask], info: Mapping[str, Any]) -> None:
+    """Write a checkpoint whose weights whoever loads it makes up, as servers do to be timed.
+
+    Args:
+        config: of the model, as transformers has it.
+        masks, info: as `save_checkpoint`.
+    """
+    with new_directory(path) as folder:
+        config.save_pretrained(folder)
+        tile = next((mask.tile for mask in masks.values()), None)
+        _write_masks(folder, _mask_tensors(masks, {}), _content(masks, info, {}, tile))
 
 
 @torch.no_grad()

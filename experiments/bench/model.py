@@ -38,7 +38,7 @@ from stoicc.format import unpack
 from stoicc.linear import Fused, HybridLinear, Report, compile_model, install, packed_modules
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import LlamaConfig, PreTrainedModel
 
 CONTEXT = 512
 # Buffers of packed modules whose length differs from block to block with how much is kept.
@@ -74,12 +74,12 @@ class FullCache:
         return self.keys, self.values
 
 
-def build(name: str, device: torch.device | str, blocks: int | None = None) -> "PreTrainedModel":
-    """A model of the registry's shapes with random bfloat16 weights, all its blocks or fewer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config_of(name: str, blocks: int | None = None) -> "LlamaConfig":
+    """Of a model of the registry's shapes, with all its blocks or fewer."""
+    from transformers import LlamaConfig
 
     spec = REGISTRY[name]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=spec.hidden,
         intermediate_size=spec.intermediate,
         num_hidden_layers=blocks or spec.blocks,
@@ -88,6 +88,13 @@ def build(name: str, device: torch.device | str, blocks: int | None = None) -> "
         head_dim=spec.head_dim,
         vocab_size=spec.vocab,
     )
+
+
+def build(name: str, device: torch.device | str, blocks: int | None = None) -> "PreTrainedModel":
+    """A model of the registry's shapes with random bfloat16 weights, all its blocks or fewer."""
+    from transformers import LlamaForCausalLM
+
+    config = config_of(name, blocks)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -1,6 +1,6 @@
 """Every bench by name."""
 
-from experiments.bench import kernels, learning, model, soft_mask
+from experiments.bench import kernels, learning, model, serving, soft_mask
 from experiments.bench.harness import Bench
 
 BENCHES: dict[str, Bench] = {
@@ -8,4 +8,5 @@ BENCHES: dict[str, Bench] = {
     "model": model.BENCH,
     "soft_mask": soft_mask.BENCH,
     "learning": learning.BENCH,
+    "serving": serving.BENCH,
 }

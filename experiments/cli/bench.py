@@ -159,6 +159,28 @@ def learning(
     _run("learning", [wanted], results, again, base, context)
 
 
+@bench.command()
+def serving(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A model of the registry.")] = "llama-2-7b",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.45,
+    precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; may be repeated. Both by default.")] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(help="Such as latency@8x32+128 or throughput@64x512+128; may be repeated.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="Fewer decoder blocks than the model has.")] = None,
+    rounds: Rounds = 3,
+    again: Again = False,
+    results: Results = DEFAULT_RESULTS,
+    base: Base = None,
+) -> None:
+    """Output tokens a second in vLLM by its own benchmarks, packed and dense, in an environment that has vLLM."""
+    from experiments.bench.serving import PRECISIONS, bench_of
+
+    wanted = bench_of(model, blocks, sparsity, precision or list(PRECISIONS), load or (), rounds or 1)
+    _run("serving", [wanted], results, again, base, context)
+
+
 def _run(
     name: str, definitions: Sequence[Any], results: Path, again: bool, base: str | None, context: typer.Context
 ) -> None:

@@ -179,6 +179,12 @@ def _refuse_adapters() -> None:
         )
 
 
+def _weights_are_made_up() -> bool:
+    """Whether vLLM makes weights up, which then have no zeros where masks drop: ``--load-format dummy``."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
 def _copies(layer: Any, sizes: Sequence[int]) -> list[int]:
     """How many processes hold the same rows, of each part of a layer."""
     return [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (len(sizes) - 1)]
@@ -238,6 +244,7 @@ class MaskedLinearMethod(_HybridLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         layer.hybrid_inputs, layer.hybrid_sizes = input_size_per_partition, output_partition_sizes
+        self._made_up = _weights_are_made_up()
         self._dense.create_weights(
             layer,
             input_size_per_partition,
@@ -261,7 +268,10 @@ class MaskedLinearMethod(_HybridLinearMethod):
                 layer.quant_method = self._dense
                 self._dense.process_weights_after_loading(layer)
                 return
-            self._install(layer, shards.pack_layer(layer.weight.data, mask, self._config.dtype))
+            weight = layer.weight.data
+            if self._made_up:
+                weight = mask.to(weight.device).apply(weight)
+            self._install(layer, shards.pack_layer(weight, mask, self._config.dtype))
         except UserError as error:
             raise UserError(f"{', '.join(self._names)}: {error}") from None
         for name in self._names:
