@@ -44,9 +44,10 @@ PRECISIONS: Mapping[str, Mapping[str, str | None]] = {
     "bf16": {"dense": None, "hybrid": "stoicc"},
     "fp8": {"dense": "fp8_per_channel", "hybrid": "stoicc-fp8"},
 }
+# Text that is split into tokens again may have some more.
+MARGIN = 64
 # Of the GPU that has to be free as an engine starts; its cache of keys and values is as large as the loads need.
 SHARE = 0.3
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def bench_of(
     check_name("model", model, REGISTRY)
     for precision in precisions:
         check_name("precision", precision, PRECISIONS)
+    if rounds < 2:
+        raise UserError(f"rounds {rounds}: the spread needs two or more")
     chosen = tuple(map(Load.named, loads)) or LOADS
     return Bench(model, blocks or REGISTRY[model].blocks, sparsity, tile, tuple(precisions), chosen, rounds)
 
@@ -176,7 +179,7 @@ def options(case: Case, quantization: str | None) -> dict[str, Any]:
         "load_format": "dummy",
         "dtype": "bfloat16",
         "quantization": quantization,
-        "max_model_len": longest(bench) + BLOCK,
+        "max_model_len": longest(bench) + MARGIN,
         "max_num_seqs": max(load.sequences for load in bench.loads),
         "enable_prefix_caching": False,
         "gpu_memory_utilization": SHARE,
@@ -184,7 +187,7 @@ def options(case: Case, quantization: str | None) -> dict[str, Any]:
         "enforce_eager": case.device == "cpu",
     }
     if case.device != "cpu":
-        tokens = max(load.sequences * (load.inputs + load.outputs + 2 * BLOCK) for load in bench.loads)
+        tokens = max(load.sequences * (load.inputs + load.outputs + MARGIN) for load in bench.loads)
         cache = 2 * 2 * spec.kv_heads * spec.head_dim * bench.blocks * tokens
         found["kv_cache_memory_bytes"] = cache
     return found
@@ -223,13 +226,14 @@ def seconds_of(load: Load, given: Mapping[str, Any]) -> float:
 
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".json") as report:
         about = ["--model", given["model"], "--tokenizer", given["tokenizer"], "--output-json", report.name]
-        about += ["--input-len", str(load.inputs), "--output-len", str(load.outputs), "--disable-detokenize"]
-        about += ["--max-model-len", str(given["max_model_len"])]
+        about += ["--max-model-len", str(given["max_model_len"]), "--disable-detokenize"]
         if load.kind == "latency":
             tool, key = latency, "avg_latency"
+            about += ["--input-len", str(load.inputs), "--output-len", str(load.outputs)]
             about += ["--batch-size", str(load.sequences), "--num-iters-warmup", "0", "--num-iters", "1"]
         else:
             tool, key = throughput, "elapsed_time"
+            about += ["--random-input-len", str(load.inputs), "--random-output-len", str(load.outputs)]
             about += ["--dataset-name", "random", "--num-prompts", str(load.sequences)]
         parser = FlexibleArgumentParser()
         tool.add_cli_args(parser)

@@ -169,7 +169,7 @@ def serving(
         list[str] | None, typer.Option(help="Such as latency@8x32+128 or throughput@64x512+128; may be repeated.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(help="Fewer decoder blocks than the model has.")] = None,
-    rounds: Rounds = 3,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each engine.")] = 3,
     again: Again = False,
     results: Results = DEFAULT_RESULTS,
     base: Base = None,
@@ -177,7 +177,9 @@ def serving(
     """Output tokens a second in vLLM by its own benchmarks, packed and dense, in an environment that has vLLM."""
     from experiments.bench.serving import PRECISIONS, bench_of
 
-    wanted = bench_of(model, blocks, sparsity, precision or list(PRECISIONS), load or (), rounds or 1)
+    wanted = bench_of(
+        model, blocks, sparsity, precision or list(PRECISIONS), load or (), 3 if rounds is None else rounds
+    )
     _run("serving", [wanted], results, again, base, context)
 
 
