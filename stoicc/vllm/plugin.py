@@ -60,7 +60,8 @@ class _Layers(QuantizationConfig):
         return [INFO_FILE]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self._names = {hf_to_vllm_mapper.map_name(ours) or ours: name for ours, name in self._names.items()}
+        # The name of what maps a single name differs from version to version.
+        self._names = {(hf_to_vllm_mapper.apply_list([ours]) or [ours])[0]: name for ours, name in self._names.items()}
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         self.folder, self.revision = model_name, revision
