@@ -11,6 +11,7 @@ from analysis.rows.load import load_rows, records
 from analysis.tables.kernels import KINDS, bench_frame, speed_tables
 from analysis.tables.learning import learning_tables
 from analysis.tables.render import Table
+from analysis.tables.serving import serving_tables
 from analysis.tables.study import study_tables, title
 from experiments.run.store import FAILURE, Store
 from experiments.studies.trial import Trial, key
@@ -104,4 +105,4 @@ def bench_tables(rows: Sequence[Row], frames: Mapping[str, DataFrame]) -> dict[s
     found: dict[str, Table] = {}
     for timed in frames.values():
         found |= {} if timed.empty else {title(name): table for name, table in speed_tables(timed).items()}
-    return found | learning_tables(rows)
+    return found | learning_tables(rows) | serving_tables(rows)

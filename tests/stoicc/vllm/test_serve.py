@@ -103,6 +103,11 @@ def test_compiled_graphs_take_the_packed_layers(tmp_path: Path) -> None:
     assert generated(packed, enforce_eager=False)[1:] == generated(masked, enforce_eager=False)[1:]
 
 
+def test_weights_that_vllm_makes_up_are_masked_before_they_are_packed(tmp_path: Path) -> None:
+    masked, _ = checkpoints("llama", tmp_path)
+    assert generated(masked, quantization="stoicc", load_format="dummy")[0] > 0
+
+
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 def test_quantised_checkpoints_are_served_without_the_plugin(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
