@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
         "analysis.rows",
         "analysis.tables",
         "experiments.data",
+        "experiments.embedded",
         "experiments.run.provenance",
     }
     | {"experiments.run.provenance", "experiments.studies", "patch", "patch.learn", "patch.methods", "patch.oneshot"}
