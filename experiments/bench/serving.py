@@ -201,7 +201,7 @@ def serve(given: Mapping[str, Any], pipe: Connection) -> None:
 
     engine = vllm.LLM(**given)
     # Benchmarks make an engine; this one serves all.
-    vllm.LLM.from_engine_args = lambda *_: engine  # type: ignore[method-assign,assignment]
+    vllm.LLM.from_engine_args = lambda *_: engine
     try:
         pipe.send((*engine.apply_model(weights_of)[0], vllm.__version__))
         while True:
