@@ -214,6 +214,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
     "bits": partial(_study_table, "frontier-embedded", "accuracy", (*_ABOUT, "perplexity")),
     "bits-smollm2": partial(_study_table, "frontier-smollm2-bits", "accuracy", _PERPLEXITY),
+    "sinks": partial(_study_table, "smollm2-sinks", "accuracy", _PERPLEXITY),
+    "masks-for-bits": partial(_study_table, "embedded-precisions", "accuracy", _PERPLEXITY),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
     "published-start": partial(
         _study_table,
