@@ -28,7 +28,7 @@ from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
 from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
-from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices
+from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices, require_linears
 from patch.learn.distributed import ALONE
 from patch.learn.learner import Learned, learn
 from patch.learn.prior import Prior
@@ -42,7 +42,7 @@ from patch.oneshot.refit import refit_model
 from patch.quantise.precisions import PRECISIONS
 from patch.quantise.values import Quantised
 from patch.shallow import drop_blocks
-from patch.weights import kept_shares
+from patch.weights import kept_shares, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,6 +186,16 @@ def check_unpruned(model: str) -> None:
     if info["structure"] not in ("dense", "shallow"):
         dense = info.get("definition", {}).get("model", "the dense model that it was made of")
         raise UserError(f"{model}: pruned already ({info['method']}, {info['structure']}): prune or learn on {dense}")
+
+
+def check_learnable(model: str) -> None:
+    """Before anything is made that learning starts from; a model of the hub is looked at once it is loaded.
+
+    Raises:
+        UserError: if the model has matrices that no mask can be learned of.
+    """
+    if Path(model).is_dir():
+        require_linears(without_weights(Path(model)), "learning")
 
 
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from decoder_families import make
 from forked import Torchrun
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MixtralConfig
 
 from analysis.rows.format import SCHEMA
 from experiments.cli.options import console
@@ -170,6 +170,14 @@ def test_a_pruned_model_is_not_pruned_again(hts, pruned: Path, tiny_model: Path,
     for command in (["prune", pruned, "--method", "magnitude"], ["learn", pruned, *seen, *short]):
         wanted = f"pruned already (magnitude, 2:4): prune or learn on {tiny_model}"
         assert_refused(hts(*command, "--tile", "16x16"), wanted)
+
+
+def test_experts_are_not_learned_and_that_is_said_before_anything_is_made(hts, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    about = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralConfig(**about, num_key_value_heads=2, num_local_experts=2, vocab_size=64).save_pretrained(tmp_path / "made")
+    outcome = hts("learn", tmp_path / "made", "--tile", "16x16")
+    assert_refused(outcome, "learning covers Linear weights alone, not experts")
+    assert not outcome[1] and files(tmp_path) == ["config.json"]
 
 
 def test_tiles_of_a_hybrid_mask_are_ranked_over_the_model(
