@@ -30,7 +30,7 @@ def linear(
     """
     values, token_scales = quantise_for_product(x, weight.dtype)
     y = product(values, token_scales, weight, scales, one, bias, precise=precise)
-    return y.reshape(*x.shape[:-1], len(weight))
+    return y.to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
 def product(

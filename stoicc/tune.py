@@ -132,7 +132,8 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Cal
     one = torch.ones((), device=x.device)
     if configs.capability_of(x.device) < (9, 0):
         # A scale for each token is Hopper's.
-        return [partial(dense8.sums, values, weight, one) for weight, _ in quantised]
+        product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=x.dtype, use_fast_accum=True)
+        return [partial(product, values, weight.T) for weight, _ in quantised]
     # Not compiled: what splitting sums gains there, the quantisation and scaling that are left out here take again.
     return [partial(dense8.product, values, scales, weight, scale, one) for weight, scale in quantised]
 

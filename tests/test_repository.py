@@ -1,5 +1,6 @@
 """What is committed: little, and nothing that commands write."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def test_a_clone_is_at_most_20_megabytes() -> None:
 
 def test_nothing_that_is_ignored_is_committed() -> None:
     assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
+
+
+def test_every_row_is_of_a_commit_of_this_history() -> None:
+    if git("rev-parse", "--is-shallow-repository") != ["false"]:
+        pytest.skip("the history is not all here")
+    history, strange = git("rev-list", "HEAD"), set()
+    for published in git("ls-files", "results/trials.jsonl", "results/*/*/trials.jsonl"):
+        for trial in map(json.loads, (ROOT / published).read_text(encoding="utf-8").splitlines()):
+            for stage, about in trial["stages"].items():
+                named = (trial["provenance"] | about["provenance"])["git"]
+                if not any(commit.startswith(named) for commit in history):
+                    strange.add(f"{trial['trial']} {stage}: {named}")
+    assert not strange
 
 
 @pytest.mark.parametrize("folder", WRITTEN)

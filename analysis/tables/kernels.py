@@ -23,7 +23,7 @@ from patch.errors import UserError
 DENSE = {
     "bf16": ("cublas", "compiled", "fused", "dense"),
     "fp8": ("fp8_rowwise", "fp8_tensorwise"),
-    "fp8_precise": ("fp8_precise",),
+    "fp8_precise": ("fp8_precise_rowwise", "fp8_precise_tensorwise"),
     "int4": ("int4",),
 }
 KINDS = ("kernels", "model")

@@ -46,10 +46,10 @@ def fp8_rowwise(x: Tensor, weight: Tensor, scale: Tensor, fast: bool = True) -> 
     )
 
 
-def fp8_tensorwise(x: Tensor, weight: Tensor, scale: Tensor, x_scale: Tensor) -> Tensor:
-    """``x`` ``[T, K]`` times an e4m3 weight ``[N, K]``, each with a single scale."""
+def fp8_tensorwise(x: Tensor, weight: Tensor, scale: Tensor, x_scale: Tensor, fast: bool = True) -> Tensor:
+    """As `fp8_rowwise`, each with a single scale."""
     return torch._scaled_mm(
-        to_fp8(x, x_scale), weight.t(), scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True
+        to_fp8(x, x_scale), weight.t(), scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=fast
     )
 
 

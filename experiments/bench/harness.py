@@ -22,6 +22,7 @@ from torch import Tensor
 from analysis.rows.format import Fact
 from experiments.bench import power
 from experiments.bench.power import Steady
+from experiments.run.provenance import revision
 from experiments.studies.trial import key
 from patch.errors import one_line
 from stoicc import timing
@@ -219,6 +220,8 @@ class Bench:
 
 def measure(bench: Bench, wanted: Any, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, list[Fact], float]]:
     """Measure some parts of a definition: each with its facts and the seconds that it took."""
+    # What names no commit is refused before anything is measured.
+    revision()
     started = time.monotonic()
     for part, cases in bench.cases(wanted, parts, lab):
         facts: list[Fact] = []

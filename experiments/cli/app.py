@@ -90,7 +90,9 @@ def answer(app: typer.Typer) -> None:
     except (UserError, OSError) as error:
         _end(one_line(error))
     except Exception as error:
-        _end(f"{type(error).__name__}: {one_line(error)}; {_kept(error)}")
+        # Typer takes the end of any file for that of what is typed.
+        fault = error.__cause__ if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception) else error
+        _end(f"{type(fault).__name__}: {one_line(fault)}; {_kept(fault)}")
     except SystemExit as end:
         if end.code == _INTERRUPTED:
             again = shlex.join(["hts", *sys.argv[1:]])

@@ -169,9 +169,12 @@ def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -
     import torch
 
     from experiments.run.progress import shown
+    from experiments.run.provenance import revision
     from experiments.run.runtime import Machine
     from patch.learn.distributed import joined
 
+    # What names no commit is refused before anything is made.
+    revision()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.partition(":")[0] not in ("cpu", "cuda"):

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from patch.errors import UserError
 
 _LIBRARIES = ("torch", "triton", "transformers", "numpy", "lm-eval", "datasets")
 
@@ -32,8 +35,13 @@ def revision() -> tuple[str, bool | None]:
 
     ``HTS_REVISION`` names it where the code runs from an exported tree or a container without its repository; whether
     that tree was changed cannot be known, so the second part is None.
+
+    Raises:
+        UserError: if it does not name a whole commit; one that was mistyped or cut off leads nowhere.
     """
     if named := os.environ.get("HTS_REVISION"):
+        if not re.fullmatch("[0-9a-f]{40}", named):
+            raise UserError(f"HTS_REVISION={named}: not a commit of 40 digits: give what `git rev-parse HEAD` prints")
         return named, None
     here = str(Path(__file__).resolve().parent)
     commit = _output("git", "-C", here, "rev-parse", "HEAD")

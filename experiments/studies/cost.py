@@ -207,6 +207,8 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
         # One block at a time, its inputs' statistics in float32, and the calibration windows' states.
         block = sum(rows * cols for rows, cols in shapes)
         squares = sum(4 * cols**2 for _, cols in shapes)
+        # Those of first tokens apart.
+        squares *= 2 if pruning.quantisation and pruning.quantisation.sink_aware else 1
         rounded_on = pruning.quantisation.calibration if pruning.quantisation else None
         calibration = rounded_on or pruning.refit or pruning.calibration
         tokens = calibration.windows * calibration.length if calibration else 0
@@ -229,7 +231,9 @@ def memory(pruning: Pruning, evaluation: Evaluation | None = None, processes: in
     # What is gathered of the others' rows, and its gradient, in bfloat16.
     gathered = 4 * masked if processes > 1 else 0.0
     divided = (states_of_logits * logits * weights + 40 * masked) / processes
-    return (width * parameters + divided + width / 2 * (gathered + states) + head) / GIB
+    # Of rounded weights, masked in place of those as given, which the dense model needs.
+    rounded = width * weights / processes if recipe.precision else 0.0
+    return (width * parameters + rounded + divided + width / 2 * (gathered + states) + head) / GIB
 
 
 def _activations(spec: ModelSpec, tokens: int, blocks: int) -> float:

@@ -61,7 +61,9 @@ class MaskedLinear:
         self.sizes_here = self.sizes[self.tiles_here].to(linear.weight.device, torch.float32)
         self.ranks = ranks
         self._sampled_weight = sampled_weight
-        self._weight = weight.detach()[self.here]
+        rows = weight.detach()[self.here]
+        # A view would keep the rows of other ranks, of what was rounded for this alone.
+        self._weight = rows if weight is linear.weight else rows.clone()
         self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
     def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:

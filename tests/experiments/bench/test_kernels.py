@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.tables.kernels import load_bench, speed_tables
+from analysis.tables.kernels import DENSE, load_bench, speed_tables
 from analysis.tables.render import shown_cells
 from experiments.bench import baselines, harness, kernels, rows
 from experiments.bench.harness import Lab
@@ -27,7 +27,7 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     for part, facts, _ in harness.measure(kernels.BENCH, wanted, ["kernels:qkv", "kernels:down"], lab):
         status = {(fact.labels["implementation"], fact.labels["status"]) for fact in facts if fact.metric == "error"}
         # Libraries and the kernel of four bits need a GPU.
-        dense_ones = {"cublas", "fp8_rowwise", "fp8_tensorwise", "fp8_precise"}
+        dense_ones = {"cublas", *DENSE["fp8"], *DENSE["fp8_precise"]}
         assert dense_ones | {"hybrid"} <= {name for name, how in status if how == "ok"}
         assert "wrong" not in {how for _, how in status}
         timed = [fact for fact in facts if fact.metric == "time" and fact.labels["implementation"] == "hybrid"]

@@ -40,6 +40,14 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(
     assert "Traceback" in written and "in fail" in written
 
 
+def test_the_end_of_a_file_is_a_fault_of_its_own(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, printed = end(EOFError("Ran out of input"), capsys, monkeypatch)
+    assert code == 1 and printed.strip().startswith("hts: error: EOFError: Ran out of input; its traceback")
+
+
 def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed = end(KeyboardInterrupt(), capsys, monkeypatch)
     assert code == 130 and "goes on: hts 'two words'" in printed
