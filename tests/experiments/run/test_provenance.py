@@ -11,5 +11,5 @@ def test_a_revision_that_is_named_is_a_whole_commit(monkeypatch: pytest.MonkeyPa
     assert provenance.revision.__wrapped__() == ("0123456789" * 4, None)
     for named in ("0123456", "main", "0123456789" * 4 + "0", "0123456789" * 4 + "\n"):
         monkeypatch.setenv("HTS_REVISION", named)
-        with pytest.raises(UserError, match="(?s)HTS_REVISION=.*give what `git rev-parse HEAD` prints"):
+        with pytest.raises(UserError, match=r"(?s)HTS_REVISION=.*give what `git rev-parse HEAD` prints"):
             provenance.revision.__wrapped__()
