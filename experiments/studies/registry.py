@@ -24,6 +24,7 @@ STUDIES = {
     ),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded.refit),
     "frontier-embedded": Study("perplexity of masks and dense models in few bits, the embedded model", embedded.bits),
+    "smollm2-sinks": Study("what regard to attention sinks does in few bits, SmolLM2, on a CPU", smollm2.sinks),
     "frontier-smollm2-bits": Study("accuracy and speed of masks and dense models in few bits, SmolLM2", smollm2.bits),
     "frontier-qwen-coder-0.5b": Study(
         "accuracy and speed of masks and dense models in few bits, Qwen2.5-Coder-0.5B", qwen_coder.bits

@@ -15,6 +15,7 @@ from experiments.studies.build import (
     learned,
     one_shot,
     one_shot_frontier,
+    quantised,
     recovered,
     refitted,
     trials,
@@ -158,6 +159,13 @@ def bits() -> Trials:
     models = in_fewer_bits([dense("smollm2-135m"), *smaller, *_each_kind()], _MIXTURE, sink_aware=True)
     before = in_fewer_bits([dense("smollm2-135m"), _as_published("patch-joint", 0.45, **GUIDED)], _MIXTURE)
     return joined(dict.fromkeys([*models, *before]), _EVALUATION, _PROJECTED_ON)
+
+
+def sinks() -> Trials:
+    """What regard to attention sinks does for SmolLM2-135M in few bits: little text, on which settings are chosen."""
+    plain, seen = dense("smollm2-135m"), Calibration("wiki_leads", 32, 512, drawn_from="stream")
+    rounded = [quantised(plain, name, seen, sink_aware=aware) for name in ("int4", "fp8") for aware in (False, True)]
+    return trials([plain, *rounded], Evaluation((Perplexity("embedded/validation", 256),)))
 
 
 # Of what is recovered, tokens are those of learning: 2000 steps of 16 sequences of 1024, after the blocks.
