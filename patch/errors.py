@@ -20,8 +20,9 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    *others, last = difflib.get_close_matches(name, known) or [""]
+    near = f"{', '.join(others)} or {last}" if others else last
+    hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"unknown {kind} '{name}': {hint}")
 
 

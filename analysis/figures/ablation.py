@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from analysis.figures.about import about
 from analysis.figures.labels import wrapped
 from analysis.figures.scales import scale_perplexity
-from analysis.figures.series import MOST_CURVES, marking, series_of
+from analysis.figures.series import DENSE_POINT, MOST_CURVES, marking, series_of
 from analysis.figures.style import (
     DASHED,
     INK,
@@ -71,7 +71,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single", points: Sequence
     figure = new_figure(WIDTHS[width], 0.35 + 0.35 * len(groups) + sum(heights), constrained=False)
     title = about(frame)
     longest = max(len(line) for name in named.values() for line in name.splitlines())
-    place_of = room(figure, title, len(groups), left=0.12 + LETTER * longest, above=0.14, between=(0, 0.26))
+    place_of = room(figure, title, len(groups), left=0.12 + LETTER * longest, right=0.12, above=0.14, between=(0, 0.26))
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights, **place_of)
     models = {model for model, *_ in groups}
     shown_values = [
@@ -81,7 +81,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single", points: Sequence
     for place, ((model, method, sparsity, _, trained), members) in enumerate(groups.items()):
         axis = figure.add_subplot(grid[place, 0])
         shown = sorted((m for m in members if text in m.perplexity), key=lambda m: -m.perplexity[text].value)
-        look = marking(method, "hybrid") | {"linestyle": "none"}
+        look = marking(method, "hybrid") | (DENSE_POINT if method == "dense" else {}) | {"linestyle": "none"}
         for height, point in enumerate(shown):
             measured = point.perplexity[text]
             axis.errorbar([measured.value], [height], xerr=measured.spread, elinewidth=0.7, **look)
@@ -106,7 +106,7 @@ def draw_ablation(frame: pd.DataFrame, width: Width = "single", points: Sequence
         axis.set_yticks(range(len(shown)), [named[point.trials] for point in shown], size=SMALL)
         axis.set_ylim(-0.6, len(shown) - 0.4)
         axis.grid(axis="y", visible=False)
-        subject = [model] * (len(models) > 1) + [label_of(method), percent(sparsity)]
+        subject = [model] * (len(models) > 1) + [label_of(method)] + [percent(sparsity)] * (method != "dense")
         subject += ["trained"] * trained
         axis.set_title(" ".join(subject), loc="right")
         axis.tick_params(labelbottom=place == len(groups) - 1)

@@ -68,7 +68,7 @@ def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
         raise UserError("nothing to compare with refitted weights: evaluate them and what they stand on alike")
     text = found[0]
     pairs.sort(key=lambda pair: -pair[0].perplexity[text].value)
-    figure = new_figure(WIDTHS[width], 0.75 + 0.2 * len(pairs))
+    figure = new_figure(WIDTHS[width], 0.87 + 0.2 * len(pairs))
     axis = figure.subplots()
     values = [point.perplexity[text].value for pair in pairs for point in pair]
     dense = [p.perplexity[text].value for p in points if p.is_original and text in p.perplexity]
@@ -90,7 +90,7 @@ def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
         )
     # Room on the right for the numbers beside the last points.
     low = min(values + dense)
-    scale_perplexity(axis, low, max(values) * (max(values) / low) ** 0.35, along="x")
+    scale_perplexity(axis, low, max(values) * (max(values) / low) ** 0.45, along="x")
     for value in dense:
         axis.axvline(value, color=INK, linewidth=0.9, linestyle=DASHED, zorder=1, gid="dense")
         axis.annotate(
@@ -100,7 +100,7 @@ def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
     axis.set_yticks(range(len(pairs)), [_name(before) for before, _ in pairs], size=SMALL)
     axis.set_ylim(-0.6, len(pairs) - 0.4)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(f"{heading(text).replace('PPL', 'perplexity')},\nkept weights (bar) to fitted ones (marker)")
+    axis.set_xlabel(f"{heading(text).replace('PPL', 'perplexity')},\nkept weights (bar) to\nfitted ones (marker)")
     set_title(figure, about(frame))
     return figure
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.figures.style import style_of
+from analysis.figures.style import INK, style_of
 from analysis.rows.points import Point
 from patch.errors import UserError
 from patch.methods import label_of
@@ -14,6 +14,14 @@ MOST_CURVES = 5
 
 # Variants of a method are told apart by dashes and labels, never by colour or marker, which are the method's.
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)))
+DENSE_POINT: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 7.0,
+    "color": INK,
+    "markerfacecolor": INK,
+    "markeredgecolor": "white",
+}
+"""The dense model's look where it is a point as others are, not a line across."""
 _STRUCTURES = {"unstructured": "unstructured", "2:4": "2:4", "hybrid": "tiles"}
 
 

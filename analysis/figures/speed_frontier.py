@@ -15,7 +15,7 @@ from analysis.figures.about import gpus, listed
 from analysis.figures.frontier import accuracy_label
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.scales import scale_perplexity
-from analysis.figures.series import marking
+from analysis.figures.series import DENSE_POINT, marking
 from analysis.figures.style import (
     FAINT,
     INK,
@@ -36,14 +36,6 @@ from analysis.tables.packed import workloads, wrong
 from patch.errors import UserError
 from patch.methods import METHODS, label_of
 
-# A model in its own right here, not a line across.
-_DENSE: dict[str, Any] = {
-    "marker": "*",
-    "markersize": 7.0,
-    "color": INK,
-    "markerfacecolor": INK,
-    "markeredgecolor": "white",
-}
 _FRONT: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
 # What is slower than this share of the next one stands at the edge of the panel, with its speed.
 _FAR = 0.75
@@ -153,7 +145,8 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in points if point.tile}
     on = f"tile statistics on {shape} shapes, " if shape else ""
     models = listed(dict.fromkeys(point.model for point in points))
-    set_title(figure, f"{models}, {on}tiles of {listed(sorted(tiles))}, timed on one {gpus([gpu])}")
+    tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
+    set_title(figure, f"{models}, {on}{tiled}, timed on one {gpus([gpu])}")
     add_legend(figure, _key(points), 7 if width == "double" else 3)
     write_labels(figure, written)
     return figure
@@ -168,7 +161,7 @@ def _key(points: Sequence[Point]) -> list[Line2D]:
     """What markers and the line mean."""
     handles = []
     for method in sorted({point.method for point in points}, key=lambda method: rank(METHODS, method)):
-        look = marking(method, "2:4") | (_DENSE if method == "dense" else {})
+        look = marking(method, "2:4") | (DENSE_POINT if method == "dense" else {})
         handles.append(Line2D([], [], label=label_of(method), **(look | {"linestyle": "none"})))
     if any(point.structure == "unstructured" for point in points):
         hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
@@ -188,7 +181,7 @@ def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_
         style = style_of(each.point.method)
         look = marking(each.point.method, each.point.structure) | {"linestyle": "none"}
         if each.point.method == "dense":
-            look |= _DENSE
+            look |= DENSE_POINT
         x = each.speedup
         if not each.agrees:
             look |= {"markerfacecolor": "none", "markeredgecolor": look["color"], "markeredgewidth": 0.8}

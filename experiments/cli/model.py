@@ -371,8 +371,11 @@ def export(
     archive: Annotated[Path, typer.Argument(help="The archive to write (.tar.xz).")],
 ) -> None:
     """Write the masks of a checkpoint without its weights, to share them."""
+    from experiments.publish.card import origin
     from experiments.run import mask_archive
 
+    if "packed" in origin(checkpoint):
+        raise UserError(f"{checkpoint}: packed, so not what masks restore: export the checkpoint that it was made of")
     mask_archive.export(checkpoint, archive)
     console.print(archive, soft_wrap=True)
 

@@ -92,11 +92,13 @@ DEFAULT_RESULTS = Path("runs")
 
 
 def of_a_checkpoint(path: Path) -> Path:
-    """A path that must be a checkpoint's, not the name of a model or a directory of something else.
+    """A path that must be a checkpoint's, not a file, the name of a model or a directory of something else.
 
     Raises:
-        UserError: if it is such a name or directory.
+        UserError: if it is such a file, name or directory.
     """
+    if path.is_file():
+        raise UserError(f"{path} is a file, and this takes the directory of a checkpoint")
     if not (path / "config.json").is_file():
         from experiments.data.models import REGISTRY, check_directory
 

@@ -53,6 +53,20 @@ def test_variants_are_drawn_lowest_on_top(frame: pd.DataFrame) -> None:
     assert list(dense.get_xdata()) == [20.0, 20.0]
 
 
+def test_variants_of_the_dense_model_are_points_and_have_no_sparsity(
+    study: Make, make_pruning: Make, make_trial: Make
+) -> None:
+    plain = make_pruning("m", "dense", "dense", 0.0)
+    few = {name: plain | {"quantisation": {"precision": name}} for name in ("fp8", "int8")}
+    trials = {"0" * 12: make_trial("0" * 12, plain, 20.0)}
+    for letter, (value, about) in zip("ab", ((21.0, few["fp8"]), (20.5, few["int8"])), strict=True):
+        trials[letter * 12] = make_trial(letter * 12, about, value)
+    (axis,) = draw_ablation(study(trials)).axes
+    markers = [float(line.get_xdata()[0]) for line in axis.lines if line.get_marker() == "*"]
+    assert sorted(markers) == [20.0, 20.5, 21.0]
+    assert axis.get_title("right") == "Dense"
+
+
 def test_it_stands_for_what_cannot_tell_variants_apart(frame: pd.DataFrame, tmp_path: Path) -> None:
     assert {path.name for path in plot_study(frame, tmp_path)} == {"ablation.png"}
 

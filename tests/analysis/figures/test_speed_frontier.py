@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures.speed_frontier import draw_speed_frontier, pareto, placed
+from analysis.figures.study import study_drawings
 from analysis.tables.packed import workloads
 from patch.errors import UserError
 
@@ -98,3 +99,14 @@ def test_what_is_far_slower_stands_at_the_edge_with_its_speed(frame: pd.DataFram
 def test_without_speed_there_is_nothing_to_plot(demo: pd.DataFrame) -> None:
     with pytest.raises(UserError, match="no speed to plot"):
         draw_speed_frontier(demo)
+
+
+def test_one_model_alone_has_no_figure_of_its_speed(frame: pd.DataFrame) -> None:
+    names = [drawing.name for drawing in study_drawings(frame)]
+    alone = [drawing.name for drawing in study_drawings(frame[frame.trial.eq("d" * 12) | frame.metric.ne("speedup")])]
+    assert "speed" in names and "speed" not in alone
+
+
+def test_a_title_without_tiles_says_so(frame: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(frame[frame.structure.ne("hybrid")].assign(gpu="NVIDIA H200"))
+    assert " ".join(figure.get_suptitle().split()) == "m, no tiles, timed on one H200"

@@ -47,6 +47,10 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dtype == torch.bfloat16
     code, _, err = hts("pack", tmp_path / "packed", tmp_path / "packed again")
     assert code == 1 and "packed already" in err
+    code, _, err = hts("export", tmp_path / "packed", tmp_path / "masks.tar.xz")
+    assert code == 1 and "packed" in err and "export the checkpoint that it was made of" in err
+    code, _, err = hts("audit", pruned / "config.json")
+    assert code == 1 and "config.json is a file, and this takes the directory of a checkpoint" in err
     code, _, err = hts("audit", tmp_path / "packed")
     assert code == 1 and "quantization_config: stoicc" in err and "take the checkpoint that they were made of" in err
     code, out, err = hts("push", tmp_path / "packed", "me/tiny-packed", "--out", tmp_path / "sent packed")

@@ -185,11 +185,17 @@ def test_definitions_that_make_no_sense_are_refused(make: Any, changes: dict, me
 
 
 @pytest.mark.parametrize(
-    ("given", "hint"), [("wands", "did you mean wanda"), ("zzz", "known: dense")], ids=["near", "far"]
+    ("given", "hint"),
+    [
+        ("wands", r"did you mean wanda\?"),
+        ("patch-", r"did you mean patch-tile, patch-both or patch-joint\?"),
+        ("sprint", "known: dense"),
+    ],
+    ids=["near", "between", "far"],
 )
 def test_unknown_names_get_a_hint(given: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
-        check_name("method", given, ["dense", "wanda", "sparsegpt"])
+        check_name("method", given, ["dense", "wanda", "sparsegpt", "patch-tile", "patch-joint", "patch-both"])
 
 
 def test_descriptions_tell_prunings_apart() -> None:
