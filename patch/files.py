@@ -61,6 +61,22 @@ def check_file(path: Path) -> None:
         )
 
 
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise if a file of a folder is none, but a link to one elsewhere.
+
+    Whoever made the folder may mean a secret of its reader's, which goes wherever the folder's files are copied to. A
+    snapshot of the hub's cache is a folder of links, to the ``blobs`` beside it.
+
+    Raises:
+        UserError: naming the link, and where it leads.
+    """
+    inside = folder.resolve()
+    places = [inside, *([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])]
+    if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+        leads = f"is a link to {path.readlink()}, outside of {folder}"
+        raise UserError(f"{path}: {leads}: remove it, or copy what it means")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file, or leave what is there.
 

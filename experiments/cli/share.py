@@ -71,9 +71,10 @@ def push(
     from huggingface_hub import constants
 
     from experiments.publish.card import CARD, base_of, card, licence_of, measured_of, origin
-    from patch.files import new_directory
+    from patch.files import check_inside, new_directory
 
-    _check_inside(checkpoint)
+    for file in sorted(checkpoint.rglob("*")):
+        check_inside(file, checkpoint)
     organisation, slash, name = repo.partition("/")
     if not (organisation and slash and name) or "/" in name:
         raise UserError(f"{repo}: a repository is named organisation/name")
@@ -93,20 +94,6 @@ def push(
         console.print(f"{repo}: sent", soft_wrap=True)
     if licence is None:
         console.print("warning: the base model's licence is not known: --licence names it", style="yellow")
-
-
-def _check_inside(checkpoint: Path) -> None:
-    """Whoever made a checkpoint may have put a link to another file of its reader's into it.
-
-    Raises:
-        UserError: naming the first link that leads out of it.
-    """
-    inside = checkpoint.resolve()
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise UserError(
-                f"{path}: is a link to {path.readlink()}, outside of the checkpoint: remove it, or copy what it means"
-            )
 
 
 def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:

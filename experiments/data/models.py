@@ -23,7 +23,7 @@ from experiments.embedded import MODEL as EMBEDDED
 from patch.checkpoint import INFO_FILE, content_hash, load_info
 from patch.compressed import precision_of
 from patch.errors import UserError, check_name
-from patch.files import sha256
+from patch.files import check_inside, sha256
 from patch.positions import longest
 from patch.simulate import load_quantised
 from patch.weights import prunable_shapes, quantisation
@@ -142,15 +142,17 @@ def resolve(name: str) -> ModelSpec | str:
 
 
 def check_directory(path: Path) -> None:
-    """Raise if a directory is not one of a model.
+    """Raise if a directory is not one of a model, or a file of it that goes with every checkpoint is of elsewhere.
 
     Raises:
-        UserError: naming the folder of models in it, if there is one, as a results directory has.
+        UserError: naming the folder of models in it, if there is one, as a results directory has; or the file.
     """
     if not (path / "config.json").is_file():
         model = next((file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.json")), None)
         hint = f": name one of those in {model.parent}" if model else ""
         raise UserError(f"{path}: not a model directory, it has no config.json{hint}")
+    for file in _processors_in(path):
+        check_inside(file, path)
 
 
 def load_model(
@@ -312,6 +314,10 @@ def processor_files(name: str, data: Path | None = None, commit: str | None = No
         if not any(isinstance(part, dict) and "model_type" in part for part in _config(source, commit).values()):
             return []
         folder = _fetched(source, _PROCESSORS, commit)
+    return _processors_in(folder)
+
+
+def _processors_in(folder: Path) -> list[Path]:
     return sorted({file for pattern in _PROCESSORS for file in folder.glob(pattern)})
 
 

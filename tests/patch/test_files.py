@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from patch.errors import UserError
-from patch.files import from_json, new_directory, replacing, write_atomic
+from patch.files import check_inside, from_json, new_directory, replacing, write_atomic
 
 
 def no_space(*_: object) -> None:
@@ -40,6 +41,25 @@ def test_what_is_no_file_is_not_replaced_by_one(kind: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match=f"place: is {kind}, not a file"):
         write_atomic(place, "text")
     assert not place.is_file() and os.listdir(tmp_path) == ["place"]
+
+
+def test_a_link_out_of_a_folder_is_named_but_for_those_of_the_hub_s_cache(tmp_path: Path) -> None:
+    for place in ("made", "hub/blobs", "hub/snapshots/1"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "secret").touch()
+    (tmp_path / "hub/blobs/a").touch()
+    (tmp_path / "hub/blobs/b").symlink_to(tmp_path / "secret")
+    links = {"made/in": "file", "made/out": "../secret", "made/in-hub": "../hub/blobs/a"}
+    links |= {"hub/snapshots/1/a": "../../blobs/a", "hub/snapshots/1/b": "../../blobs/b"}
+    strange = set()
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+        try:
+            check_inside(tmp_path / name, (tmp_path / name).parent)
+        except UserError as error:
+            assert re.search(rf"{name}: is a link to .*{target}, outside of", str(error))
+            strange.add(name)
+    assert strange == {"made/out", "made/in-hub", "hub/snapshots/1/b"}
 
 
 def test_a_folder_that_cannot_be_copied_is_a_short_line(tmp_path: Path) -> None:

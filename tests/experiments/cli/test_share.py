@@ -80,7 +80,7 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
         (("push", "masked", "tiny"), "a repository is named organisation/name"),
         (("push", ".", "me/tiny"), "not a model directory, it has no config.json: name one of those in"),
         (("pack", "masked", "masked"), "is already there"),
-        (("push", "linked", "me/tiny"), "linked/weights.safetensors: is a link to .*, outside of the checkpoint"),
+        (("push", "linked", "me/tiny"), "linked/weights.safetensors: is a link to .*, outside of linked"),
         (("pack", "masked", "new", "--dtype", "int4"), "float8_e4m3fn or int8"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -137,6 +137,15 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
         resolve(str(tmp_path))
 
 
+def test_a_model_whose_processor_is_a_file_of_its_reader_s(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "secret").touch()
+    (tmp_path / "model" / "preprocessor_config.json").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"preprocessor_config.json: is a link to \.\./secret, outside of"):
+        resolve(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["as-stored", "float32"])
 def test_load_from_a_path(tmp_path: Path, dtype: torch.dtype | None) -> None:
     saved = save_tiny(tmp_path)
