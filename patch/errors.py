@@ -20,7 +20,9 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     if name in known:
         return name
-    *others, last = difflib.get_close_matches(name, known) or [""]
+    # Names that begin so are near however long they are; among few, far ones still may be meant.
+    begun = [each for each in known if name and each.startswith(name)][:3]
+    *others, last = begun or difflib.get_close_matches(name, known, cutoff=0.55) or [""]
     near = f"{', '.join(others)} or {last}" if others else last
     hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"unknown {kind} '{name}': {hint}")

@@ -188,7 +188,7 @@ def test_definitions_that_make_no_sense_are_refused(make: Any, changes: dict, me
     ("given", "hint"),
     [
         ("wands", r"did you mean wanda\?"),
-        ("patch-", r"did you mean patch-tile, patch-both or patch-joint\?"),
+        ("patch-", r"did you mean patch-tile, patch-joint or patch-both\?"),
         ("sprint", "known: dense"),
     ],
     ids=["near", "between", "far"],
