@@ -177,9 +177,7 @@ def serving(
     """Output tokens a second in vLLM by its own benchmarks, packed and dense, in an environment that has vLLM."""
     from experiments.bench.serving import PRECISIONS, bench_of
 
-    wanted = bench_of(
-        model, blocks, sparsity, precision or list(PRECISIONS), load or (), 3 if rounds is None else rounds
-    )
+    wanted = bench_of(model, blocks, sparsity, precision or list(PRECISIONS), load or (), rounds)
     _run("serving", [wanted], results, again, base, context)
 
 

@@ -99,15 +99,18 @@ def _front() -> Table:
 
 def _decoding() -> dict[float, float]:
     """By sparsity, how much faster LLaMA-2-7B decodes one sequence than dense with fused projections."""
-    frame = _model()
-    timed = _packed(frame, "bf16")
-    timed = timed[(timed.kind == "decode") & (timed.batch == 1)]
+    timed = _one_sequence(_packed(_model(), "bf16"))
     return dict(zip(timed.sparsity, timed.speedup, strict=True))
 
 
 def _packed(frame: DataFrame, precision: str) -> DataFrame:
     """The times of packed weights in a precision."""
     return frame[(frame.metric == "time") & (frame.implementation == "hybrid") & (frame.precision == precision)]
+
+
+def _one_sequence(frame: DataFrame) -> DataFrame:
+    """Of whole models, what decodes a single sequence."""
+    return frame[(frame.kind == "decode") & (frame.batch == 1)]
 
 
 def _eight_bits(sparsity: float, over: str) -> str:
@@ -189,8 +192,7 @@ def _energy() -> Table:
 
 def _end_to_end_autotuned() -> str:
     """How much faster LLaMA-2-7B decodes one sequence dense where max-autotune chooses its products."""
-    timed = _model()
-    timed = timed[(timed.metric == "time") & (timed.kind == "decode") & (timed.batch == 1)]
+    timed = _one_sequence(_model()[_model().metric == "time"])
     return f"{timed[timed.implementation == 'autotuned'].speedup.median():.2f}"
 
 
