@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.data import models
 from experiments.studies.trial import (
+    WORKLOADS,
     Calibration,
     Evaluation,
     Learning,
@@ -15,6 +16,7 @@ from experiments.studies.trial import (
     Quantisation,
     Recovery,
     Trial,
+    Workload,
     needs_calibration,
 )
 from patch import oneshot
@@ -175,12 +177,15 @@ def quantised(
     return dataclasses.replace(pruning, quantisation=Quantisation(precision, seen, joint, sink_aware))
 
 
-def in_fewer_bits(prunings: Iterable[Pruning], text: Calibration, sink_aware: bool = False) -> list[Pruning]:
-    """Each pruning as it is, then in every precision."""
+def in_fewer_bits(
+    prunings: Iterable[Pruning], text: Calibration, sink_aware: bool = False, precisions: Iterable[str] = PRECISIONS
+) -> list[Pruning]:
+    """Each pruning as it is, then in each precision."""
+    names = tuple(precisions)
     return [
         each
         for plain in prunings
-        for each in (plain, *(quantised(plain, name, text, sink_aware=sink_aware) for name in PRECISIONS))
+        for each in (plain, *(quantised(plain, name, text, sink_aware=sink_aware) for name in names))
     ]
 
 
@@ -189,13 +194,21 @@ def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
     return tuple(Trial(pruning, evaluation) for pruning in prunings)
 
 
-def joined(prunings: Iterable[Pruning], evaluation: Evaluation, projected_on: tuple[str, ...] = ()) -> Trials:
+def joined(
+    prunings: Iterable[Pruning],
+    evaluation: Evaluation,
+    projected_on: tuple[str, ...] = (),
+    workloads: tuple[Workload, ...] = WORKLOADS,
+) -> Trials:
     """Accuracy and speed of the same artefacts: each pruning evaluated, packed, evaluated again, and timed.
 
     Args:
         projected_on: models of the registry on whose shapes the tile statistics of learned hybrid masks are timed too.
+        workloads: what is timed.
     """
-    both, plain = (dataclasses.replace(evaluation, packed=Packed(carried=shapes)) for shapes in (projected_on, ()))
+    both, plain = (
+        dataclasses.replace(evaluation, packed=Packed(workloads, carried=shapes)) for shapes in (projected_on, ())
+    )
 
     def about(pruning: Pruning) -> Evaluation:
         if pruning.quantisation is not None:

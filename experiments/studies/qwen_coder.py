@@ -16,7 +16,7 @@ from experiments.studies.build import (
     recovered,
     trials,
 )
-from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
+from experiments.studies.trial import WORKLOADS, Calibration, Evaluation, Perplexity, Pruning, Workload
 from patch.learn.recipe import GUIDED
 from patch.mask import TileShape
 
@@ -71,14 +71,16 @@ def half_billion() -> Trials:
 
 
 def bits() -> Trials:
-    """Accuracy and speed of masks of the model of 0.5B in every precision, dense models, smaller ones too, beside them.
+    """Accuracy and speed of masks of the model of 0.5B in FP8 and INT4, dense models, smaller ones too, beside them.
 
     Its masks are those of ``qwen-coder-0.5b``.
     """
     model = "qwen2.5-coder-0.5b"
     smaller = [fewer_blocks(model, share, _CALIBRATION) for share in (0.1, 0.2, 0.3)]
-    models = in_fewer_bits([dense(model), *smaller, *_each_kind(model)], _CALIBRATION, sink_aware=True)
-    return joined(models, _EVALUATION, ("llama-2-7b", "llama-3.1-8b"))
+    deployed = ("fp8", "int4")
+    models = in_fewer_bits([dense(model), *smaller, *_each_kind(model)], _CALIBRATION, True, deployed)
+    workloads = (*WORKLOADS[:2], Workload("decode", 64, 1), *WORKLOADS[2:])
+    return joined(models, _EVALUATION, ("llama-2-7b", "llama-3.1-8b"), workloads)
 
 
 def one_and_a_half_billion() -> Trials:

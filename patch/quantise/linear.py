@@ -4,6 +4,9 @@ With 8 bits activations are quantised too, a scale for each token on the fly, an
 summed in float32. With 4 bits activations stay as they are and weights are widened to their dtype.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +43,8 @@ class QuantisedLinear(nn.Linear):
             return nn.functional.linear(input, self.weight, self.bias)
         tokens = input.reshape(-1, self.in_features)
         values, token_scales = quantise_rows(tokens, self.values.dtype)
-        # Values of 8 bits are exact in whatever a float32 product may be computed in, TF32 too.
-        y = values.float() @ self.values.float().T
+        with _short_products():
+            y = values.float() @ self.values.float().T
         y = y * self.scales.T * token_scales[:, None]
         if self.bias is not None:
             y = y + self.bias.float()
@@ -49,3 +52,14 @@ class QuantisedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision.name}"
+
+
+@contextmanager
+def _short_products() -> Iterator[None]:
+    """Products in TF32 where the GPU has it, in which values of 8 bits are exact and sums are of float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
