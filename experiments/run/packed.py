@@ -8,8 +8,9 @@
 
 Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and dense), ``disk_bytes`` and
 ``packed_agreement`` (the share of their elements that unpack as they were); ``packed_perplexity``,
-``unpacked_perplexity``, ``logit_disagreement`` and ``logit_rounding``; ``dense_time``, ``packed_time``, ``speedup`` and
-``peak_memory`` and ``energy`` (label ``implementation``). What should agree has the label ``agrees``.
+``unpacked_perplexity``, ``logit_disagreement``, ``logit_rounding`` and ``greedy_agreement``, ``greedy_same`` and
+``greedy_decided`` (`experiments.run.greedy`); ``dense_time``, ``packed_time``, ``speedup`` and ``peak_memory`` and
+``energy`` (label ``implementation``). What should agree has the label ``agrees``.
 
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
 what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.unstructured`.
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.eval import perplexity
-from experiments.run import projected
+from experiments.run import greedy, projected
 from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.store import SKIPPED, Store
@@ -304,7 +305,12 @@ def _perplexity(trial: Trial, item: Perplexity, artefact: Artefact) -> tuple[lis
     first = windows[:1].to(artefact.machine.device)
     reference = _logits(artefact.unpacked, first)
     disagreement = distance(_logits(artefact.packed, first), reference)
-    rounding = distance(_logits(artefact.exact(), first), reference)
+    exact = artefact.exact()
+    rounding = distance(_logits(exact, first), reference)
+    prompt = min(greedy.PROMPT, item.length // 2)
+    count = greedy.TOKENS if artefact.machine.can_time else greedy.TOKENS_ON_CPU
+    prompts, count = windows[: greedy.PROMPTS, :prompt].to(first.device), min(count, item.length - prompt)
+    written = greedy.agreement(artefact.packed, artefact.unpacked, exact, prompts, count, LOGIT_BOUND)
     labels = {
         "source": item.source,
         "length": item.length,
@@ -319,6 +325,7 @@ def _perplexity(trial: Trial, item: Perplexity, artefact: Artefact) -> tuple[lis
         Fact("unpacked_perplexity", unpacked.value, "ppl", labels, unpacked.stderr),
         Fact("logit_disagreement", disagreement, "1", verdict),
         Fact("logit_rounding", rounding, "1", labels),
+        *(Fact(name, share, "1", labels | {"tokens": written.tokens}) for name, share in written.shares().items()),
     ], {item.source: documents.sha256}
 
 

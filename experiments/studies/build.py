@@ -24,7 +24,7 @@ from patch.errors import check_name
 from patch.learn.recipe import EARLIER, GUIDED, HOW_IT_RUNS, Recipe
 from patch.mask import TileShape
 from patch.methods import METHODS, members, published_recipe
-from patch.quantise.precisions import PRECISIONS
+from patch.quantise.precisions import GROUPS, PRECISIONS, group_size
 from patch.recover.recipe import RecoveryRecipe
 
 Trials = tuple[Trial, ...]
@@ -212,13 +212,18 @@ def joined(
 
     def about(pruning: Pruning) -> Evaluation:
         if pruning.quantisation is not None:
-            # What is carried to other shapes is of 16 bits. INT4 is packed in groups of 128 inputs alone, which not
-            # every model has.
+            # What is carried to other shapes is of 16 bits.
             int4 = PRECISIONS[pruning.quantisation.precision].grouped
-            return evaluation if int4 and not pruning.keeps_all else plain
+            return plain if pruning.keeps_all or not int4 or _packs_groups(pruning.model) else evaluation
         return both if pruning.method in members("learned") else plain
 
     return tuple(Trial(pruning, about(pruning)) for pruning in prunings)
+
+
+def _packs_groups(model: str) -> bool:
+    """Whether INT4 of a model of the registry is packed: in groups of 128 inputs alone, which not every one has."""
+    shapes = models.REGISTRY[model].linear_shapes()
+    return group_size({name: inputs for name, (_, inputs) in shapes.items()}) == GROUPS[0]
 
 
 def one_shot_frontier(model: str, tile: TileShape, calibration: Calibration) -> list[Pruning]:

@@ -126,6 +126,7 @@ def test_packed_is_unpacked(ran: tuple[list[Trial], Store]) -> None:
         assert again["packed_perplexity"]["unit"] == "ppl"
         assert again["packed_perplexity"]["value"] == pytest.approx(again["unpacked_perplexity"]["value"], rel=1e-3)
         assert again["logit_disagreement"]["value"] <= 2 * again["logit_rounding"]["value"]
+        assert again["greedy_agreement"]["value"] == 1 and again["greedy_same"]["value"] > 0.5
         before = rows(trial, store, f"perplexity:{item.source}@{item.length}")["perplexity"]
         assert before["value"] == pytest.approx(again["packed_perplexity"]["value"], rel=0.02)
         about = {name: label for name, label in before["labels"].items() if name not in OUTCOMES}
