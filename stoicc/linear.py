@@ -331,6 +331,7 @@ def compile_model(
     tokens: Sequence[int] = (),
     keep_dense: bool = True,
     dtype: torch.dtype | None = None,
+    precise: bool = False,
 ) -> Report:
     """Replace the masked linears of ``model`` by packed ones, in place, freeing each dense weight as it goes.
 
@@ -345,10 +346,12 @@ def compile_model(
         keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
         dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
             them packed but for ``tokens``. Those that are quantised already (`patch.simulate`) are packed as they are.
+        precise: linears of ``float8_e4m3fn`` add up as `stoicc.linear` does if ``precise``, and with ``tokens`` are
+            packed where they are faster so.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
-            a weight has another dtype or is offloaded, or ``dtype`` is not one of 8 bits.
+            a weight has another dtype or is offloaded, ``dtype`` is not one of 8 bits, or ``precise`` has no FP8.
     """
     if dtype is not None and dtype not in SCALED:
         raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
@@ -359,6 +362,8 @@ def compile_model(
             require_linears(model, "packing")
     for name, mask in masks.items():
         _check_linear(model, name, mask, dtype)
+    if precise and torch.float8_e4m3fn not in {dtype or _dtype_packed(_linear(model, name)) for name in masks}:
+        raise UserError("precise sums are of FP8: give dtype=torch.float8_e4m3fn, or a model that is quantised to it")
     packed: list[Spec] = []
     dense: list[str] = []
     slower: list[str] = []
@@ -379,7 +384,7 @@ def compile_model(
             after += size
             continue
         module, hybrid = _pack_linears(names, linears, mask, dtype)
-        if choose and not faster_packed(device, hybrid, tokens):
+        if choose and not faster_packed(device, hybrid, tokens, precise=precise and kind == torch.float8_e4m3fn):
             (dense if all_dense else slower).extend(names)
             if not of_16_bits:
                 left = DenseLinear8(hybrid, module.parts, module.bias)
@@ -395,6 +400,8 @@ def compile_model(
     if packed and config is not None:
         # So that save_pretrained writes what from_pretrained reads as packed.
         config.quantization_config = StoiccConfig.of([module.spec for module in packed_modules(model)])
+    if precise:
+        add_up_precisely(model)
     return Report(tuple(packed), tuple(dense), tuple(slower), before, after)
 
 

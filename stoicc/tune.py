@@ -15,7 +15,7 @@ from torch.nn.functional import linear as dense_linear
 from patch.mask import HybridMask, best_patterns, tile_grid
 from patch.quantise.values import quantise_groups, quantise_weight
 from stoicc import configs, dense8
-from stoicc.configs import Config, Entry
+from stoicc.configs import Config, Entry, HopperConfig
 from stoicc.dispatch import run, run_scaled
 from stoicc.format import DTYPES, GROUPED, SCALE_GROUP, HybridWeight, block_columns, pack
 from stoicc.quantise import quantise_tokens
@@ -26,6 +26,9 @@ BEYOND_L2 = 200e6
 SPARSE_SHARE = 0.75
 # Expectations are off by 5% (standard deviation over the committed grid), and to run dense costs nothing.
 MARGIN = 1.05
+# What is left of the speed of FP8 when Hopper's kernels add up in float32, with 64 tokens or more (fewer wait for
+# weights): for few tokens 0.81 and for many 0.64 in the geometric mean of the committed grid, the first from 0.58 on.
+PROMOTED_FEW, PROMOTED_MANY = 0.75, 0.64
 
 
 def compile_candidates(device: torch.device, workers: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -78,20 +81,20 @@ def measure_shape(
     return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2), name)
 
 
-def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[int]) -> bool:
+def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[int], *, precise: bool = False) -> bool:
     """Whether the tables expect a hybrid weight to beat dense, in the geometric mean over these numbers of tokens.
 
-    If nothing is known of the GPU, whether it has fewer bytes.
+    If nothing is known of the GPU, whether it has fewer bytes. With ``precise`` as `stoicc.linear` adds up.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
     table = configs.tables(name)
     known = [configs.nearest(table, *hybrid.shape, hybrid.band, count, capability, hybrid.dtype) for count in tokens]
-    speedups = [expected_speedup(entry, hybrid.sparse_share) for entry in known if entry]
+    speedups = [expected_speedup(entry, hybrid.sparse_share, precise=precise) for entry in known if entry]
     return statistics.geometric_mean(speedups) >= MARGIN if speedups else hybrid.sparse_share > 0
 
 
-def expected_speedup(entry: Entry, share: float) -> float:
-    """Over dense, of a weight of an entry's shape with another share of its blocks 2:4.
+def expected_speedup(entry: Entry, share: float, *, precise: bool = False) -> float:
+    """Over dense, of a weight of an entry's shape with another share of its blocks 2:4; FP8 may add up precisely.
 
     If nothing but bytes counted, which decide with few tokens, time would go by 16 - 7 share; if nothing but
     instructions, by 2 - share. Measured on an H200 it goes by the square root of that: what is left is launches, the
@@ -99,7 +102,11 @@ def expected_speedup(entry: Entry, share: float) -> float:
     """
     whole, saved = (16, 7) if entry.tokens <= 64 else (2, 1)
     work = (whole - saved * share) / (whole - saved * SPARSE_SHARE)
-    return entry.dense_microseconds / (entry.microseconds * math.sqrt(work))
+    speedup = entry.dense_microseconds / (entry.microseconds * math.sqrt(work))
+    promoted = precise and configs.promoting(entry.config) != entry.config
+    if not promoted or entry.tokens < 64:
+        return speedup
+    return speedup * (PROMOTED_MANY if isinstance(entry.config, HopperConfig) else PROMOTED_FEW)
 
 
 def _time(calls: Sequence[Call]) -> float:

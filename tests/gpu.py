@@ -88,11 +88,14 @@ def main() -> None:
 
     from analysis.rows.format import Fact, as_rows, digest
     from analysis.rows.jsonl import to_lines
-    from experiments.run.provenance import provenance
+    from experiments.run.provenance import provenance, revision
     from patch.files import write_atomic
 
     if not torch.cuda.is_available():
         raise SystemExit("no GPU that torch can use: `make test` runs what needs none")
+    if options.out:
+        # Where rows cannot say what they are of, before the minutes that they take.
+        revision()
     started = time.time()
     ids = collected(tuple(options.files))
     with tempfile.TemporaryDirectory() as temporary:

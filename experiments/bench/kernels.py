@@ -357,7 +357,7 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
                 config = configs.promoting(config) if precise else config
                 about |= {"kernel": configs.kernel_name(config), "config": asdict(config)}
                 can = dense8.runs(x.device, n, k, baselines.FP8, x.dtype)
-                if can and not faster_packed(x.device, weight, [len(x)]):
+                if can and not faster_packed(x.device, weight, [len(x)], precise=precise):
                     about["fallback"] = "predicted slower than dense"
                     weights = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
                     one = scales.new_ones(())

@@ -253,6 +253,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "kernels": lambda: kernel_table(_kernels()),
     "kernels-front": lambda: kernel_table(_kernels()[_kernels().tokens.isin([1, 16, 64, 512, 2048, 8192])]),
     "kernels-fp8": lambda: kernel_table(_kernels(), precision="fp8"),
+    "kernels-fp8-precise": lambda: kernel_table(_kernels(), precision="fp8_precise"),
     "kernels-int4": lambda: kernel_table(_kernels(), precision="int4"),
     "model": lambda: model_table(_model()),
     "model-fp8": lambda: model_table(_model(), "fp8"),

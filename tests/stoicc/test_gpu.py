@@ -135,7 +135,7 @@ def test_precise_sums_are_as_good_as_the_librarys_precise_mode(share: float, tok
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_slower_linears_of_eight_bits_are_left_dense(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # By its module: the package exports a function of the same name.
-    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_: False)
+    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_, **__: False)
     masks = {name: random_mask(256, 256, (128, 128), 0.5, seed=int(name), device="cuda") for name in ("0", "1")}
     layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in masks)).to("cuda", torch.bfloat16)
     packed = copy.deepcopy(layers)
@@ -386,7 +386,7 @@ def test_a_compiler_fuses_the_quantisation_of_tokens(dtype: torch.dtype, tokens:
 @pytest.mark.parametrize("faster", [True, False], ids=["faster", "slower"])
 def test_linears_are_packed_where_the_tuning_table_says_so(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # By its module: the package exports a function of the same name.
-    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_: faster)
+    monkeypatch.setattr(sys.modules[HybridLinear.__module__], "faster_packed", lambda *_, **__: faster)
     masks = {name: random_mask(256, 256, (64, 64), share, device="cuda") for name, share in (("0", 0.0), ("1", 0.5))}
     layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in masks)).to("cuda", torch.bfloat16)
     report = compile_model(layers, masks, tokens=(1,))

@@ -423,6 +423,17 @@ def test_what_is_left_dense_in_eight_bits_computes_the_same_and_is_not_saved() -
         stoicc.add_up_precisely(torch.nn.Linear(2, 2))
 
 
+def test_a_model_is_compiled_to_add_up_precisely_where_it_has_eight_bits() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 320)).bfloat16()
+    masks = {"0": random_mask(320, 256, (64, 128), 0.5)}
+    for dtype in (None, torch.int8):
+        with pytest.raises(UserError, match="precise sums are of FP8: give dtype="):
+            stoicc.compile_model(layers, masks, dtype=dtype, precise=True)
+    assert isinstance(layers[0], torch.nn.Linear)
+    stoicc.compile_model(layers, masks, dtype=torch.float8_e4m3fn, precise=True)
+    assert isinstance(layers[0], HybridLinear) and layers[0].precise
+
+
 def test_weights_are_quantised_to_eight_bits_only() -> None:
     model = tiny_model()
     with pytest.raises(UserError, match=r"cannot quantise to torch\.float16"):

@@ -1,9 +1,11 @@
 """What the tuning tables make of a weight that was not measured: whether it should run packed at all."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -28,11 +30,35 @@ def test_what_was_measured_is_expected_and_more_two_four_is_faster(tokens: int) 
     assert speedups[-1] / speedups[0] < (16 / 9 if tokens <= 64 else 2)
 
 
+def test_products_that_add_up_precisely_are_expected_to_gain_only_where_they_do() -> None:
+    frame = grid(GPUS[1])
+    frame = frame[frame.precision == "fp8_precise"]
+    # With a scale for each feature, as what is left dense has.
+    dense = frame[frame.implementation == "fp8_precise_rowwise"].set_index(["linear", "tokens"]).value
+    table = configs.read_table(configs.committed_table(GPUS[1]))
+    gains = []
+    for row in records(frame[(frame.implementation == "hybrid") & frame.fallback.isna() & (frame.tile != "64x64")]):
+        entry = configs.nearest(table, row.n, row.k, 2, row.tokens, (9, 0), torch.float8_e4m3fn)
+        assert entry
+        fast, precise = (expected_speedup(entry, 2 * row.sparsity, precise=each) for each in (False, True))
+        assert precise == fast if row.tokens < 64 else precise < fast
+        if precise >= MARGIN:
+            gains.append(dense[row.linear, row.tokens] / row.value)
+    assert len(gains) > 100 and min(gains) > 0.95
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, GROUPED], ids=str)
 def test_dense_of_any_shape_can_be_measured_beside(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "capability_of", lambda device: (9, 0))
     calls = tune._dense_calls(torch.randn(3, 344, dtype=torch.bfloat16), 200, dtype, copies=2)
     assert len(calls) == 2 and all(len(call()) >= 3 for call in calls)
+
+
+@cache
+def grid(gpu: str) -> pd.DataFrame:
+    """The times of a GPU's committed grid of kernels."""
+    frame = load_bench([ROOT / "results" / "bench" / configs.gpu_slug(gpu)], "kernels")
+    return frame[frame.metric == "time"]
 
 
 def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:
@@ -41,8 +67,7 @@ def measured(gpu: str) -> Iterator[tuple[dict[str, Any], float, float]]:
     Only those that ran as the table says today: of another kernel they tell nothing.
     """
     table = configs.read_table(configs.committed_table(gpu))
-    frame = load_bench([ROOT / "results" / "bench" / configs.gpu_slug(gpu)], "kernels")
-    frame = frame[frame.metric == "time"]
+    frame = grid(gpu)
     for _, rows in frame.groupby(["model", "linear"]):
         dense = rows[rows.implementation == "cublas"].set_index("tokens").value
         for row in records(rows):
