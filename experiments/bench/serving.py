@@ -11,6 +11,7 @@ vLLM's benchmarks does::
 Facts: ``output_tokens_per_second``, and of each engine ``weights`` in bytes.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -34,16 +35,22 @@ from experiments.bench.model import config_of
 from experiments.data.models import REGISTRY
 from experiments.embedded import MODEL
 from experiments.studies.trial import definition
+from patch import compressed
 from patch.checkpoint import save_weightless
 from patch.errors import UserError, check_name
 from patch.mask import TileShape
+from patch.quantise import precisions
+from stoicc.format import SCALE_GROUP
 from stoicc.timing import timing
 
-# What vLLM calls dense weights of a precision, of one scale a row as ours have, and what the plugin calls packed ones.
+# What vLLM calls dense weights of a precision, of as many scales as ours have, and what the plugin calls packed ones.
 PRECISIONS: Mapping[str, Mapping[str, str | None]] = {
     "bf16": {"dense": None, "hybrid": "stoicc"},
     "fp8": {"dense": "fp8_per_channel", "hybrid": "stoicc-fp8"},
+    "int4": {"dense": compressed.METHOD, "hybrid": "stoicc-int4"},
 }
+# Checkpoints: what vLLM quantises by itself it reads from a configuration, and the other has masks.
+MASKED, QUANTISED = "masked", "quantised"
 # Text that is split into tokens again may have some more.
 MARGIN = 64
 # Of the GPU that has to be free as an engine starts; its cache of keys and values is as large as the loads need.
@@ -137,10 +144,10 @@ class Case:
 
 
 def cases(bench: Bench, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, Iterator[Case]]]:
-    """Every precision, of one checkpoint."""
+    """Every precision, of the same checkpoints."""
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "checkpoint"
-        write_checkpoint(folder, bench, lab.device)
+        folder = Path(work)
+        write_checkpoints(folder, bench, lab.device)
         for precision in bench.precisions:
             if (part := part_of(precision)) in parts:
                 yield part, iter([Case(bench, precision, folder, lab.device)])
@@ -150,8 +157,8 @@ def part_of(precision: str) -> str:
     return f"serving:{precision}"
 
 
-def write_checkpoint(folder: Path, bench: Bench, device: str) -> None:
-    """Configuration and masks of a model whose weights the server makes up."""
+def write_checkpoints(folder: Path, bench: Bench, device: str) -> None:
+    """Configuration and masks of a model whose weights the server makes up, and a configuration that says INT4."""
     config = config_of(bench.model, bench.blocks)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.max_position_embeddings = max(config.max_position_embeddings, longest(bench))
@@ -163,7 +170,12 @@ def write_checkpoint(folder: Path, bench: Bench, device: str) -> None:
             scores = torch.rand(n, k, device=device, generator=generator)
             mask = random_mask(n, k, variant, scores, generator).to("cpu")
             masks[f"model.layers.{block}.{parent}.{kind}"] = mask
-    save_weightless(folder, config, masks, {"structure": "hybrid"})
+    save_weightless(folder / MASKED, config, masks, {"structure": "hybrid"})
+    of_few_bits = copy.deepcopy(config)
+    of_few_bits.quantization_config = compressed.quantisation_config(
+        precisions.PRECISIONS["int4"], SCALE_GROUP, ["lm_head"]
+    )
+    of_few_bits.save_pretrained(folder / QUANTISED)
 
 
 def longest(bench: Bench) -> int:
@@ -174,7 +186,7 @@ def options(case: Case, quantization: str | None) -> dict[str, Any]:
     """Of an engine, beyond what vLLM takes by itself."""
     bench, spec = case.bench, REGISTRY[case.bench.model]
     found: dict[str, Any] = {
-        "model": str(case.folder),
+        "model": str(case.folder / (QUANTISED if quantization == compressed.METHOD else MASKED)),
         "tokenizer": str(MODEL),
         "load_format": "dummy",
         "dtype": "bfloat16",

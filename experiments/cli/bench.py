@@ -164,7 +164,9 @@ def serving(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="A model of the registry.")] = "llama-2-7b",
     sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.45,
-    precision: Annotated[list[str] | None, typer.Option(help="bf16 or fp8; may be repeated. Both by default.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="bf16, fp8, int4; may be repeated. All by default.")
+    ] = None,
     load: Annotated[
         list[str] | None, typer.Option(help="Such as latency@8x32+128 or throughput@64x512+128; may be repeated.")
     ] = None,

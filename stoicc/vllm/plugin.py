@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from patch.checkpoint import INFO_FILE, load_masks
 from patch.errors import UserError
 from patch.mask import HybridMask
-from stoicc.format import DTYPES, HybridWeight
+from stoicc.format import DTYPES, GROUPED, HybridWeight
 from stoicc.matmul import product
 from stoicc.quantizer import check_files
 from stoicc.spec import METHOD, Spec, StoiccConfig
@@ -124,6 +124,12 @@ class Int8Config(MaskedConfig):
     dtype = torch.int8
 
 
+class Int4Config(MaskedConfig):
+    """The same, rounded to INT4 in groups."""
+
+    dtype = GROUPED
+
+
 class PackedConfig(_Layers):
     """A packed checkpoint; its specs tell which tensors stand for which linears."""
 
@@ -154,7 +160,7 @@ class PackedFloat8Config(PackedConfig):
         return Float8Config.get_min_capability()
 
 
-for _name, _config in (("", MaskedConfig), ("-fp8", Float8Config), ("-int8", Int8Config)):
+for _name, _config in (("", MaskedConfig), ("-fp8", Float8Config), ("-int8", Int8Config), ("-int4", Int4Config)):
     register_quantization_config(METHOD + _name)(_config)
 
 
@@ -261,9 +267,11 @@ class MaskedLinearMethod(_HybridLinearMethod):
         masks = self._config.masks()
         self._agree(layer, self._names, {name: masks[name].shape for name in self._names if name in masks})
         try:
-            mask = shards.layer_mask(held, masks) if shards.packable(held) else None
+            dtype = self._config.dtype
+            mask = shards.layer_mask(held, masks) if shards.packable(held, dtype) else None
             if mask is None:
-                logger.warning_once("layers whose slices cut groups of four inputs, or rows of 16 bytes, stay dense")
+                step = shards.inputs_step(dtype)
+                logger.warning_once("layers whose inputs in a process are no multiple of %d stay dense", step)
             if mask is None or bool(mask.dense.all()):
                 # All that is kept is multiplied as fast by what vLLM has.
                 layer.quant_method = self._dense
@@ -272,7 +280,7 @@ class MaskedLinearMethod(_HybridLinearMethod):
             weight = layer.weight.data
             if self._made_up:
                 weight = mask.to(weight.device).apply(weight)
-            self._install(layer, shards.pack_layer(weight, mask, self._config.dtype))
+            self._install(layer, shards.pack_layer(weight, mask, dtype))
         except UserError as error:
             raise UserError(f"{', '.join(self._names)}: {error}") from None
         for name in self._names:
@@ -341,10 +349,12 @@ class PackedLinearMethod(_HybridLinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         held = self._held(layer, self._names, layer.hybrid_sizes)
-        if not shards.packable(held):
+        grouped = any(spec.dtype == "int4" for spec in self._specs.values())
+        dtype = GROUPED if grouped else None
+        if not shards.packable(held, dtype):
             raise UserError(
-                f"{held[0].name}: {len(held[0].columns)} of its inputs fall to a process, not a multiple of 8: serve "
-                "the masked checkpoint, or with fewer processes"
+                f"{held[0].name}: {len(held[0].columns)} of its inputs fall to a process, not a multiple of "
+                f"{shards.inputs_step(dtype)}: serve the masked checkpoint, or with fewer processes"
             )
         device, loaded = layer.records.device, layer.hybrid_loaded
         dense = {name: loaded[name, "weight"].shape for name, kind in loaded if kind == "weight"}

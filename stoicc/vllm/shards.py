@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.mask import GROUP, HybridMask, TileShape
-from patch.quantise.values import quantise_weight
+from patch.quantise.values import quantise_groups, quantise_weight
 from stoicc.format import GROUPED, SCALE_GROUP, HybridWeight, mask_of, pack, scales_of, unpack
 from stoicc.spec import Spec
 
@@ -84,9 +84,15 @@ def whole_rows(
     return dict(zip(names, rows, strict=True)) if len(names) > 1 else {names[0]: sum(rows)}
 
 
-def packable(held: Sequence[Slice]) -> bool:
-    """Whether the columns that a process holds can be packed: whole groups of four, and rows of 16 bytes."""
-    return all(each.columns.start % GROUP == 0 and len(each.columns) % 8 == 0 for each in held)
+def inputs_step(dtype: torch.dtype | None) -> int:
+    """Of how many inputs a process has to hold a multiple: rows of 16 bytes, and of INT4 whole groups."""
+    return SCALE_GROUP if dtype == GROUPED else 8
+
+
+def packable(held: Sequence[Slice], dtype: torch.dtype | None) -> bool:
+    """Whether the columns that a process holds can be packed: whole groups of four, and `inputs_step`."""
+    step = inputs_step(dtype)
+    return all(each.columns.start % GROUP == 0 and len(each.columns) % step == 0 for each in held)
 
 
 def sliced(mask: HybridMask, rows: range, columns: range) -> HybridMask:
@@ -140,6 +146,9 @@ def pack_layer(weight: Tensor, mask: HybridMask, dtype: torch.dtype | None) -> H
         raise UserError(f"{stray} weights are not zero though the mask drops them: masks and weights are of two models")
     if dtype is None:
         return pack(weight, mask)
+    if dtype == GROUPED:
+        few = quantise_groups(weight, SCALE_GROUP)
+        return pack(few.values, mask, few.scales)
     values, scales = quantise_weight(weight, dtype)
     return pack(values, mask, scales)
 

@@ -12,7 +12,7 @@ from analysis.rows.points import Measured
 from analysis.tables.kernels import measurements
 from experiments.bench import harness, rows, serving
 from experiments.bench.harness import Lab
-from experiments.bench.serving import BENCH, LOADS, Case, Engine, Load, bench_of, options, write_checkpoint
+from experiments.bench.serving import BENCH, LOADS, Case, Engine, Load, bench_of, options, write_checkpoints
 from experiments.publish.measured import bench_frames, bench_tables
 from patch.checkpoint import load_masks
 from patch.errors import UserError
@@ -22,13 +22,16 @@ LOAD = "latency@8x32+128"
 
 def test_checkpoints_have_masks_and_no_weights(tiny: str, tmp_path: Path) -> None:
     bench = bench_of(tiny, None, 0.45, ["bf16"], [LOAD], 3)
-    write_checkpoint(tmp_path / "served", bench, "cpu")
-    masks = load_masks(tmp_path / "served")
-    assert len(masks) == 14 and not list((tmp_path / "served").glob("*.safetensors"))
+    write_checkpoints(tmp_path, bench, "cpu")
+    masks = load_masks(tmp_path / "masked")
+    assert len(masks) == 14 and not list(tmp_path.glob("*/*.safetensors"))
     dropped = sum(mask.zeros for mask in masks.values()) / sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
     assert abs(dropped - 0.45) < 0.1
-    config = AutoConfig.from_pretrained(tmp_path / "served")
-    assert (config.architectures, config.num_hidden_layers) == (["LlamaForCausalLM"], 2)
+    for name in ("masked", "quantised"):
+        config = AutoConfig.from_pretrained(tmp_path / name)
+        assert (config.architectures, config.num_hidden_layers) == (["LlamaForCausalLM"], 2)
+    weights = config.quantization_config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"]) == (4, 128)
 
 
 def test_the_cache_holds_the_largest_load(tiny: str, tmp_path: Path) -> None:
@@ -43,7 +46,7 @@ def test_the_cache_holds_the_largest_load(tiny: str, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model": "llama-9"}, "unknown model"),
-        ({"precisions": ["int4"]}, "unknown precision"),
+        ({"precisions": ["int2"]}, "unknown precision"),
         ({"loads": ["latency@8x32"]}, "load 'latency@8x32': give KIND@SEQUENCESxINPUTS"),
         ({"rounds": 1}, "rounds 1: the spread needs two or more"),
     ],

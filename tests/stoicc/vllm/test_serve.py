@@ -38,6 +38,7 @@ from patch.errors import UserError
 from patch.mask import HybridMask
 from patch.oneshot.gptq import quantise_model
 from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import quantise_groups
 from patch.simulate import load_quantised
 from stoicc import quantizer
 from stoicc.linear import packed_modules
@@ -75,7 +76,7 @@ def packed_layers(model: nn.Module) -> int:
 
 def test_the_plugin_is_found() -> None:
     load_general_plugins()
-    for name in ("stoicc", "stoicc-fp8", "stoicc-int8"):
+    for name in ("stoicc", "stoicc-fp8", "stoicc-int8", "stoicc-int4"):
         assert get_quantization_config(name).__module__ == "stoicc.vllm.plugin"
 
 
@@ -96,6 +97,17 @@ def test_eight_bits_as_they_load_and_as_they_were_saved(name: str, dtype: torch.
     stoicc.save_packed(tmp_path / "eight", model)
     layers, *tokens = generated(masked, quantization=f"stoicc-{name}")
     assert layers > 0 and [layers, *tokens] == generated(tmp_path / "eight")
+
+
+def test_four_bits_as_they_load_are_the_weights_that_they_are_rounded_to(tmp_path: Path) -> None:
+    masked, _ = checkpoints("llama", tmp_path)
+    model, masks = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16), load_masks(masked)
+    for name, linear in model.named_modules():
+        if name in masks:
+            linear.weight.data = quantise_groups(linear.weight.data, 128).dequantised().bfloat16()
+    model.save_pretrained(tmp_path / "rounded")
+    layers, *tokens = generated(masked, quantization="stoicc-int4")
+    assert layers > 0 and tokens == generated(tmp_path / "rounded")[1:]
 
 
 def test_compiled_graphs_take_the_packed_layers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import stoicc.vllm
 from patch.errors import UserError
 from patch.mask import HybridMask, TileShape
 from patch.quantise.values import quantise_groups, quantise_weight
-from stoicc.format import dequantised, mask_of, pack, unpack
+from stoicc.format import GROUPED, dequantised, mask_of, pack, unpack
 from stoicc.spec import Spec
 from stoicc.vllm.shards import (
     Part,
@@ -71,7 +71,12 @@ def test_parts_that_the_checkpoint_has_in_one_weight() -> None:
     [(range(64), True), (range(40, 80), True), (range(2, 66), False), (range(4), False), (range(36, 72), False)],
 )
 def test_slices_that_cut_groups_cannot_be_packed(columns: range, fits: bool) -> None:
-    assert packable([Slice("down", range(64), columns)]) is fits
+    assert packable([Slice("down", range(64), columns)], None) is fits
+
+
+@pytest.mark.parametrize(("columns", "fits"), [(range(128, 384), True), (range(64), False)])
+def test_slices_of_four_bits_are_of_whole_groups(columns: range, fits: bool) -> None:
+    assert packable([Slice("down", range(64), columns)], GROUPED) is fits
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
