@@ -1,6 +1,6 @@
 """Figures of a bench: speedup against sparsity with the limits of the hardware, and what each product reaches.
 
-Both draw rows of ``hts bench kernels``. Numbers of tokens and sparsities are shades of one colour: colours of methods
+All draw rows of ``hts bench kernels``. Numbers of tokens and sparsities are shades of one colour: colours of methods
 mean methods alone.
 """
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures.about import gpus, listed
-from analysis.figures.labels import Label, write_labels
+from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.style import (
     FAINT,
     INK,
@@ -30,13 +30,15 @@ from analysis.figures.style import (
     set_title,
 )
 from analysis.names import percent
-from analysis.tables.kernels import DENSE, geometric_mean
+from analysis.tables.kernels import DENSE, PRECISIONS, best_of_linears, geometric_mean, precisions
 
 TILE = "128x128"
 # Bytes of a 2:4 block for each of a dense one; instructions are half.
 SPARSE_BYTES = 0.5625
 _TOKENS = (1, 16, 64, 512, 4096)
 _RIGHT = 20.0
+# What `draw_precisions` shows.
+FEW_BITS = ("fp8", "int4")
 _SPARSITIES = (0.25, 0.45, 0.5)
 
 
@@ -79,6 +81,54 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     axes.set_xticks(range(0, 51, 10))
     set_title(figure, title)
     write_labels(figure, [(axes, labels, {"right": (52.0, 50 + _RIGHT)})])
+    return figure
+
+
+@in_paper_style
+def draw_precisions(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = "double") -> Figure:
+    """Geometric-mean speedup over a model's linears against sparsity, a line of panels for each precision of few bits.
+
+    On the left over the fastest dense product in bfloat16, with a dash where each number of tokens has the dense one of
+    its own precision; on the right over that one.
+    """
+    timed = frame[(frame.metric == "time") & (frame.model == model)]
+    shown = [name for name in precisions(timed) if name in FEW_BITS]
+    beside = width == "double"
+    lines, columns = (len(shown), 2) if beside else (2 * len(shown), 1)
+    figure = new_figure(WIDTHS[width], 0.6 + 1.9 * lines, constrained=False)
+    title = f"linears of {model}, tiles of {TILE}, timed on {gpus(timed.gpu)}"
+    place_of = room(figure, title, lines, columns, above=0.19, between=(0.36, 0.45))
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, gridspec_kw=place_of)
+    colors = dict(zip(_TOKENS, _shades(len(_TOKENS)), strict=True))
+    panels: list[Panel] = []
+    for place, axis in enumerate(axes.flat):
+        precision, quantity = shown[place // 2], ("speedup", "own_speedup")[place % 2]
+        name = PRECISIONS[precision]
+        hybrid = timed[(timed.implementation == "hybrid") & (timed.precision == precision) & (timed.tile == TILE)]
+        means = hybrid.groupby(["tokens", "sparsity"])[quantity].apply(geometric_mean)
+        tokens = [count for count in _TOKENS if count in means.index.get_level_values("tokens")]
+        dense = best_of_linears(timed[timed.implementation.isin(DENSE[precision])], "speedup")
+        labels = []
+        for count in tokens:
+            line, color = means[count], colors[count]
+            axis.plot(100 * line.index, line.to_numpy(), color=color, marker="|", markersize=5, linewidth=1.1)
+            if quantity == "speedup" and count in dense:
+                axis.plot([-4, -1], [dense[count]] * 2, color=color, linewidth=2.2, gid="dense of its own")
+            said = f"{count} token" + ("s" if count > 1 else "")
+            labels.append(Label(said, (100 * float(line.index[-1]), float(line.iloc[-1])), "right", color))
+        axis.axhline(1, color=INK, linewidth=0.6, gid="dense")
+        over = f"bfloat16 (dashes: dense {name})" if quantity == "speedup" else name
+        axis.set_title(f"{name} over dense {over}", loc="left")
+        axis.set_xlim(-4, 50 + _RIGHT)
+        axis.set_xticks(range(0, 51, 10))
+        axis.margins(y=0.1)
+        panels.append((axis, labels, {"right": (52.0, 50 + _RIGHT)}))
+    for axis in axes[-1]:
+        axis.set_xlabel("Sparsity (%)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Speedup")
+    set_title(figure, title)
+    write_labels(figure, panels)
     return figure
 
 

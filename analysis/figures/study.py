@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis.figures.ablation import ablated, draw_ablation
 from analysis.figures.about import about, gpus
 from analysis.figures.frontier import draw_frontier, frontier_of
-from analysis.figures.kernels import TILE, draw_roof, draw_speedup
+from analysis.figures.kernels import FEW_BITS, TILE, draw_precisions, draw_roof, draw_speedup
 from analysis.figures.layer_sparsity import draw_layer_sparsity
 from analysis.figures.learning_curves import draw_learning_curves
 from analysis.figures.model_speed import draw_model_speed
@@ -155,6 +155,12 @@ def kernel_drawings(kernels: pd.DataFrame) -> Iterator[Drawing]:
             "halving instructions (compute limit) or reading fewer bytes (memory limit) would allow."
         )
         yield Drawing(f"speedup-{_file_name(model)}", caption, draw_speedup(kernels, model))
+        if set(hybrid[hybrid.model == model].precision) & set(FEW_BITS):
+            caption = (
+                f"Speedup of the linears of {model} in few bits over the fastest dense product (geometric mean), {on}: "
+                "in bfloat16, with a dash at the left for the dense product of the same precision, and over that one."
+            )
+            yield Drawing(f"precisions-{_file_name(model)}", caption, draw_precisions(kernels, model))
     caption = f"What each product reaches, {on}, beside a large dense product and a large copy."
     yield Drawing("roof", caption, draw_roof(kernels))
 

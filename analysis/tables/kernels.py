@@ -257,16 +257,16 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "b
     chosen = own[(own.implementation == "hybrid") & (own.tile == tile)]
     means = chosen.groupby(["tokens", "sparsity"]).own_speedup.apply(geometric_mean).unstack()
     sparsities = [float(str(sparsity)) for sparsity in means.columns]
-    libraries = _best(own[own.implementation.isin(LIBRARIES)], "own_speedup")
+    libraries = best_of_linears(own[own.implementation.isin(LIBRARIES)], "own_speedup")
     more = {"Best 2:4 library, 50%": libraries} if libraries else {}
     name = PRECISIONS[precision]
     if precision == "bf16":
-        eight = _best(timed[timed.implementation.isin(DENSE["fp8"])], "speedup")
-        four = _best(timed[timed.implementation.isin(DENSE["int4"])], "speedup")
+        eight = best_of_linears(timed[timed.implementation.isin(DENSE["fp8"])], "speedup")
+        four = best_of_linears(timed[timed.implementation.isin(DENSE["int4"])], "speedup")
         more |= {"Dense FP8": eight} if eight else {}
         more |= {"Dense INT4": four} if four else {}
     else:
-        more[f"Dense {name} over bfloat16"] = _best(own[own.implementation.isin(DENSE[precision])], "speedup")
+        more[f"Dense {name} over bfloat16"] = best_of_linears(own[own.implementation.isin(DENSE[precision])], "speedup")
     columns = [
         Column("tokens", "Tokens", "count"),
         *(Column(f"speedup {percent(sparsity)}", percent(sparsity), "ratio") for sparsity in sparsities),
@@ -299,7 +299,7 @@ def kernel_table(frame: pd.DataFrame, tile: str = "128x128", precision: str = "b
     return _plain(columns, rows, notes)
 
 
-def _best(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
+def best_of_linears(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
     """The best of some implementations on each linear, as the geometric mean over linears, by tokens."""
     if rows.empty:
         return {}

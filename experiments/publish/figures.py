@@ -27,7 +27,11 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
     "qwen-coder-0.5b-recovered": {"cost-qwen-coder": "cost"},
     "smollm2-oneshot": {"frontier-smollm2-oneshot": "frontier"},
     "frontier-smollm2": {"speed-smollm2": "speed"},
-    None: {"speedup-h100": "speedup-llama-2-7b", "end-to-end-h100": "end-to-end-llama-2-7b"},
+    None: {
+        "speedup-h100": "speedup-llama-2-7b",
+        "precisions-h100": "precisions-llama-2-7b",
+        "end-to-end-h100": "end-to-end-llama-2-7b",
+    },
 }
 SHOWN = tuple(name for kept in FIGURES.values() for name in kept)
 

@@ -6,7 +6,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from analysis.figures.kernels import compute_limit, draw_roof, draw_speedup, memory_limit
+from analysis.figures.kernels import compute_limit, draw_precisions, draw_roof, draw_speedup, memory_limit
 from analysis.figures.style import paper_style, style_of
 from patch.methods import METHODS
 
@@ -72,3 +72,21 @@ def test_every_product_has_a_line_and_the_roof_is_named_outside_of_it(frame: pd.
         assert [len(line.get_xdata()) for line in marks] == [2, 2, 2, 2]
     (key,) = figure.legends
     assert [text.get_text() for text in key.get_texts()] == ["fastest dense", "hybrid 25%", "hybrid 45%", "2:4"]
+
+
+@pytest.mark.parametrize(("width", "columns"), [("double", 2), ("single", 1)])
+def test_few_bits_are_shown_over_both_dense_products(frame: pd.DataFrame, width: Any, columns: int) -> None:
+    eight = frame.assign(precision="fp8", speedup=2 * frame.speedup, own_speedup=frame.speedup)
+    eight["implementation"] = eight.implementation.replace("cublas", "fp8_rowwise")
+    figure = draw_precisions(pd.concat([frame, eight[eight.tokens < 4096]]), width=width)
+    assert [axis.get_title("left") for axis in figure.axes] == [
+        "FP8 over dense bfloat16 (dashes: dense FP8)",
+        "FP8 over dense FP8",
+    ]
+    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == columns
+    for axis, ends in zip(figure.axes, (2 * 2 / 1.5, 2 / 1.5), strict=True):
+        measured = [line for line in axis.lines if line.get_marker() == "|"]
+        assert [line.get_ydata()[-1] for line in measured] == pytest.approx([ends] * 4)
+        assert {text.get_text() for text in axis.texts} == {"1 token", "16 tokens", "64 tokens", "512 tokens"}
+    dashes = [[line for line in axis.lines if line.get_gid() == "dense of its own"] for axis in figure.axes]
+    assert [len(each) for each in dashes] == [4, 0] and dashes[0][0].get_ydata()[0] == 2.0
