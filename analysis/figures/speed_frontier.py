@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -29,72 +28,23 @@ from analysis.figures.style import (
     style_of,
     text_ink,
 )
-from analysis.names import SOURCES, rank, workload_name, workload_of
+from analysis.names import SOURCES, rank, workload_name
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.rows.same_checkpoint import timed_on
-from analysis.tables.packed import workloads, wrong
+from analysis.tables.packed import workloads
+from analysis.tables.speed_frontier import Placed, pareto, placed
 from patch.errors import UserError
 from patch.methods import METHODS, label_of
 
+# What lies in the middle of the marker of a point of fewer bits, in white.
+_PRECISION_MARKS: dict[str, dict[str, Any]] = {
+    "FP8": {"marker": ".", "markersize": 2.6},
+    "INT8": {"marker": "+", "markersize": 2.8, "markeredgewidth": 0.7},
+    "INT4": {"marker": "_", "markersize": 3.2, "markeredgewidth": 1.0},
+}
 _FRONT: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
 # What is slower than this share of the next one stands at the edge of the panel, with its speed.
 _FAR = 0.75
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A point and its speed.
-
-    Attributes:
-        point: what was pruned how, and its accuracy.
-        speedup: of a workload over the dense model.
-        agrees: whether the packed model computes what the unpacked one does; a point that does not is no result.
-    """
-
-    point: Point
-    speedup: float
-    agrees: bool
-
-
-def placed(
-    frame: pd.DataFrame, workload: str, shape: str | None = None, points: Sequence[Point] | None = None
-) -> list[Placed]:
-    """The points that were timed.
-
-    Args:
-        frame: as from `analysis.rows.load.load_rows`.
-        workload: one of `analysis.tables.packed.workloads`.
-        shape: instead of the checkpoints' own speed, that of their tile statistics on this model's shapes; the dense
-            model is at 1.
-        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
-
-    Raises:
-        UserError: if rows of one point are of different checkpoints (`analysis.rows.same_checkpoint`).
-    """
-    stage = f"carried:{shape}" if shape else f"speed:{workload}"
-    rows = frame[(frame.stage == stage) & (frame.metric == "speedup")]
-    if shape:
-        rows = rows[[workload_of(labels) == workload for labels in rows.labels]]
-    speeds = rows.groupby("trial").value.mean()
-    bad = wrong(frame)
-    found = []
-    for point in gather(frame) if points is None else points:
-        timed = [float(speeds[trial]) for trial in point.trials if trial in speeds.index]
-        if shape and point.is_original:
-            timed = [1.0]
-        if timed:
-            found.append(Placed(point, sum(timed) / len(timed), not bad & set(point.trials)))
-    return found
-
-
-def pareto(points: Sequence[tuple[float, float]], lower_is_better: bool) -> list[tuple[float, float]]:
-    """Those of (speedup, quality) that no other beats in both, by rising speedup."""
-    sign = 1 if lower_is_better else -1
-    kept: list[tuple[float, float]] = []
-    for speedup, quality in sorted(points, key=lambda each: (-each[0], sign * each[1])):
-        if not kept or sign * quality < sign * kept[-1][1]:
-            kept.append((speedup, quality))
-    return kept[::-1]
 
 
 @in_paper_style
@@ -166,6 +116,10 @@ def _key(points: Sequence[Point]) -> list[Line2D]:
     if any(point.structure == "unstructured" for point in points):
         hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
         handles.append(Line2D([], [], label="unstructured", **hollow))
+    for precision, mark in _PRECISION_MARKS.items():
+        if any(point.precision == precision for point in points):
+            look = {"color": "0.4", "linestyle": "none", "markersize": 2 * mark["markersize"]}
+            handles.append(Line2D([], [], label=f"{precision} (in white)", **(mark | look)))
     handles.append(Line2D([], [], label="Pareto front", **_FRONT))
     return handles
 
@@ -194,6 +148,9 @@ def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_
             x = edge
             labels.append(Label(f"{each.speedup:.2f}x", (x, value), "right", text_ink(each.point.method)))
         axis.errorbar([x], [value], yerr=bar, elinewidth=0.6, zorder=style.zorder, **look)
+        if each.point.precision in _PRECISION_MARKS:
+            white = _PRECISION_MARKS[each.point.precision] | {"color": "white", "linestyle": "none"}
+            axis.plot([x], [value], zorder=style.zorder + 0.1, gid=each.point.precision, **white)
     front = pareto(results, lower_is_better)
     axis.step([x for x, _ in front], [y for _, y in front], where="pre", zorder=1, gid="pareto", **_FRONT)
     axis.axvline(1.0, color="0.8", linewidth=0.7, zorder=0)

@@ -9,7 +9,6 @@ import pandas as pd
 from analysis.figures.ablation import ablated
 from analysis.figures.about import gpus
 from analysis.figures.refit import pairs_of
-from analysis.figures.speed_frontier import placed
 from analysis.figures.tile_shapes import swept
 from analysis.names import SOURCES, percent, workload_name
 from analysis.page.questions import Question
@@ -18,6 +17,7 @@ from analysis.rows.points import Measured, Point, Text, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.packed import workloads
 from analysis.tables.render import Table, significant
+from analysis.tables.speed_frontier import placed
 from patch.methods import label_of
 
 

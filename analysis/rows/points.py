@@ -23,6 +23,7 @@ from analysis.rows.variants import canonical, variants_of
 from patch.errors import UserError
 from patch.learn.recipe import HOW_IT_RUNS
 from patch.methods import METHODS, label_of
+from patch.quantise.precisions import PRECISIONS
 from patch.structures import STRUCTURES
 
 
@@ -95,6 +96,7 @@ class Point:
         trials: hashes of the trials it is made of, by rising seed.
         trained: whether what the mask keeps was trained (`patch.recover`): such points are compared with one another,
             not with those whose weights are as they were or fitted in one shot.
+        precision: of its weights, as it is called in tables; None where they are as they were.
     """
 
     model: str
@@ -109,6 +111,7 @@ class Point:
     mean_accuracy: Measured | None
     trials: tuple[str, ...]
     trained: bool = False
+    precision: str | None = None
 
     @property
     def is_original(self) -> bool:
@@ -165,9 +168,15 @@ def gather(frame: pd.DataFrame) -> list[Point]:
                 mean_accuracy=_measured([_mean(seed, averaged) for seed in complete]) if complete else None,
                 trials=members,
                 trained="recovery" in about,
+                precision=_precision(about),
             )
         )
     return sorted(points, key=_reading_order)
+
+
+def _precision(about: Mapping[str, Any]) -> str | None:
+    name = about.get("quantisation", {}).get("precision")
+    return PRECISIONS[name].label if name in PRECISIONS else name
 
 
 def variants(definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

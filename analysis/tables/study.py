@@ -9,8 +9,9 @@ from analysis.rows.points import Point, gather, trial_labels
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
-from analysis.tables.packed import projected_shapes, projected_table, speed_table
+from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
 from analysis.tables.render import Table
+from analysis.tables.speed_frontier import front_table
 from analysis.tables.spent import cost_table
 
 GRID_STAGES = ("kernels:", "model:")
@@ -23,7 +24,7 @@ def study_tables(
 ) -> dict[str, Table]:
     """The tables that the rows have something for, by name.
 
-    Of pruned models ``accuracy``, ``speed``, ``cost``, ``carried-<model>``; of grids those of
+    Of pruned models ``accuracy``, ``speed``, ``front``, ``cost``, ``carried-<model>``; of grids those of
     `analysis.tables.kernels.speed_tables`.
 
     Args:
@@ -46,6 +47,8 @@ def study_tables(
     found["accuracy"] = accuracy_table(frame, beside_published, points)
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame)
+        if len({point.model for point in points}) == 1 and workloads(frame):
+            found["front"] = front_table(frame, points)
     # Beside nothing that was learned or trained, what one shot took says little.
     if any(each.tokens for each in spent(frame, points).values()):
         found["cost"] = cost_table(frame, points)
@@ -80,4 +83,5 @@ def title(name: str) -> str:
     if name.startswith("energy-"):
         return f"{name.removeprefix('energy-')}: end to end, joules a token"
     titles = {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}
+    titles["front"] = "On the frontier of perplexity and speed"
     return (titles | {"cost": "What each mask took, and what it reaches"})[name]

@@ -6,9 +6,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures.speed_frontier import draw_speed_frontier, pareto, placed
+from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.figures.study import study_drawings
 from analysis.tables.packed import workloads
+from analysis.tables.render import shown_cells
+from analysis.tables.speed_frontier import front_table, on_front, pareto, placed
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -110,3 +112,37 @@ def test_one_model_alone_has_no_figure_of_its_speed(frame: pd.DataFrame) -> None
 def test_a_title_without_tiles_says_so(frame: pd.DataFrame) -> None:
     figure = draw_speed_frontier(frame[frame.structure.ne("hybrid")].assign(gpu="NVIDIA H200"))
     assert " ".join(figure.get_suptitle().split()) == "m, no tiles, timed on one H200"
+
+
+@pytest.fixture
+def in_few_bits(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same, MaskLLM's in FP8 and PATCH's at 25% in INT4."""
+    precisions = {"2" * 12: "fp8", "3" * 12: "int4"}
+    definitions = [
+        each if trial not in precisions else each | {"pruning": each["pruning"] | {"quantisation": {"precision": name}}}
+        for trial, each in zip(frame.trial, frame.definition, strict=True)
+        for name in [precisions.get(trial)]
+    ]
+    return frame.assign(definition=definitions)
+
+
+def test_points_of_fewer_bits_are_marked_and_in_the_key(in_few_bits: pd.DataFrame) -> None:
+    figure = draw_speed_frontier(in_few_bits)
+    for panel in figure.axes[::2]:
+        marks = {line.get_gid(): list(line.get_ydata()) for line in panel.lines if line.get_gid() in ("FP8", "INT4")}
+        assert marks == {"FP8": [40.0], "INT4": [24.0]}
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[-3:] == ["FP8 (in white)", "INT4 (in white)", "Pareto front"]
+
+
+def test_the_frontier_in_words_names_precisions_and_differences(in_few_bits: pd.DataFrame) -> None:
+    table = front_table(in_few_bits)
+    cells = [[str(cell) for cell in row] for row in shown_cells(table)]
+    assert [row[1:5] for row in cells[:3]] == [
+        ["1.00", "Dense", "", "bfloat16"],
+        ["1.30", "PATCH joint", "25%", "INT4"],
+        ["1.60", "MaskLLM", "50%", "FP8"],
+    ]
+    assert [row[-1].partition(" ")[0] for row in cells[:3]] == ["", "4.00", "16.00"]
+    found = placed(in_few_bits, "decode@1x1")
+    assert [each.point.precision for each in on_front(found, lambda point: None)] == []

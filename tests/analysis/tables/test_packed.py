@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis.figures.speed_frontier import draw_speed_frontier, placed
+from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.page.origins import origins
 from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
 from analysis.tables.render import Table, render, rich_table, shown_cells
+from analysis.tables.speed_frontier import placed
 from analysis.tables.study import study_tables, title
 from patch.errors import UserError
 
@@ -118,7 +119,7 @@ def test_speeds_of_two_kinds_of_gpu_do_not_stand_in_one_table(frame: pd.DataFram
 
 def test_a_study_has_the_tables_that_its_rows_allow(frame: pd.DataFrame) -> None:
     tables = study_tables(frame)
-    assert list(tables) == ["accuracy", "speed", "carried-llama-2-7b"]
+    assert list(tables) == ["accuracy", "speed", "front", "carried-llama-2-7b"]
     for name, table in tables.items():
         assert title(name) and all(render(table, format) for format in ("md", "csv", "latex"))
     plain = frame[~frame.stage.str.startswith(("pack", "speed", "carried"))]
