@@ -38,7 +38,7 @@ from patch.methods import METHODS, label_of
 
 # What lies in the middle of the marker of a point of fewer bits, in white.
 _PRECISION_MARKS: dict[str, dict[str, Any]] = {
-    "FP8": {"marker": ".", "markersize": 2.6},
+    "FP8": {"marker": ".", "markersize": 2.0},
     "INT8": {"marker": "+", "markersize": 2.8, "markeredgewidth": 0.7},
     "INT4": {"marker": "_", "markersize": 3.2, "markeredgewidth": 1.0},
 }
