@@ -30,9 +30,8 @@ from analysis.figures.style import (
     set_title,
 )
 from analysis.names import percent
-from analysis.tables.kernels import DENSE, PRECISIONS, best_of_linears, geometric_mean, precisions
+from analysis.tables.kernels import DENSE, PRECISIONS, TILE, best_of_linears, geometric_mean, is_dense, precisions
 
-TILE = "128x128"
 # Bytes of a 2:4 block for each of a dense one; instructions are half.
 SPARSE_BYTES = 0.5625
 _TOKENS = (1, 16, 64, 512, 4096)
@@ -107,7 +106,7 @@ def draw_precisions(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width
         hybrid = timed[(timed.implementation == "hybrid") & (timed.precision == precision) & (timed.tile == TILE)]
         means = hybrid.groupby(["tokens", "sparsity"])[quantity].apply(geometric_mean)
         tokens = [count for count in _TOKENS if count in means.index.get_level_values("tokens")]
-        dense = best_of_linears(timed[timed.implementation.isin(DENSE[precision])], "speedup")
+        dense = best_of_linears(timed[is_dense(timed, precision)], "speedup")
         labels = []
         for count in tokens:
             line, color = means[count], colors[count]

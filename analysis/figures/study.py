@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis.figures.ablation import ablated, draw_ablation
 from analysis.figures.about import about, gpus
 from analysis.figures.frontier import draw_frontier, frontier_of
-from analysis.figures.kernels import FEW_BITS, TILE, draw_precisions, draw_roof, draw_speedup
+from analysis.figures.kernels import FEW_BITS, draw_precisions, draw_roof, draw_speedup
 from analysis.figures.layer_sparsity import draw_layer_sparsity
 from analysis.figures.learning_curves import draw_learning_curves
 from analysis.figures.model_speed import draw_model_speed
@@ -32,7 +32,7 @@ from analysis.figures.tile_maps import draw_tile_maps, legible
 from analysis.figures.tile_shapes import draw_tile_shapes, swept
 from analysis.rows.points import Point, gather, texts, trial_labels
 from analysis.rows.same_checkpoint import timed_on
-from analysis.tables.kernels import from_rows
+from analysis.tables.kernels import TILE, from_rows
 from analysis.tables.packed import projected_shapes, workloads
 
 # Of single masks a study shows so many figures of a kind.

@@ -115,6 +115,30 @@ def test_speedups_are_over_dense_of_the_same_precision_and_over_bfloat16(tmp_pat
     assert title("kernels fp8-m").startswith("m: its linears FP8, speedup over dense FP8 by sparsity")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8_precise"])
+def test_dense_of_eight_bits_that_runs_in_place_of_slower_tiles_is_compared_with_too(
+    precision: str, tmp_path: Path
+) -> None:
+    dense = {"bf16": "cublas"}.get(precision, f"{precision}_rowwise")
+    tiles = {"tile": [128, 128], "tiles": "even", "precision": precision}
+    left = {"fallback": "predicted slower than dense"}
+    rows = [
+        HEADER,
+        row("cublas", 12.0),
+        row(dense, 12.0, precision=precision),
+        row("hybrid", 10.0, **tiles, **left, sparsity=0.0),
+        # With zeros, which take less power; and of another shape, the same product once more.
+        row("hybrid", 9.0, **tiles, **left, sparsity=0.25),
+        row("hybrid", 9.0, **tiles | {"tile": [64, 64]}, **left, sparsity=0.0),
+        row("hybrid", 8.0, **tiles, sparsity=0.5),
+    ]
+    path = tmp_path / kind / "rows.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    expected = ["1", "1.20", "1.33", "1.50"] if precision == "bf16" else ["1", "1.00", "1.11", "1.25", "1.20"]
+    assert shown_cells(kernel_table(load_bench([path], kind), precision=precision)) == [expected]
+
+
 @pytest.mark.parametrize("autotuned", [None, 6.0, 20.0], ids=["cublas-alone", "faster-elsewhere", "slower-elsewhere"])
 def test_of_what_was_measured_again_the_newest_counts_over_what_was_timed_beside_it(
     autotuned: float | None, tmp_path: Path
