@@ -17,6 +17,7 @@ from experiments.cli.options import (
     tracked,
     trials_of,
 )
+from patch import install
 from patch.errors import UserError, check_name
 
 PerStage = Annotated[
@@ -71,7 +72,7 @@ def sweep(
         from slurm.submit import Sweep
         from slurm.task import Work
     except ModuleNotFoundError as error:
-        raise UserError(f"sweeps need {error.name}: pip install 'hybrid-tile-sparsity[slurm]'") from error
+        raise UserError(f"sweeps need {error.name}: {install.how('slurm')}") from error
     work = Work(results.absolute(), data.absolute() if data else None, device)
     wanted = Sweep(study, tuple(trials_of(study, where)), chosen, work)
     if dry_run:

@@ -25,7 +25,7 @@ from patch.errors import UserError
 from patch.files import existing, new_directory, read_json, sha256
 from stoicc.format import DTYPES
 from stoicc.linear import DenseLinear8, HybridLinear, install, packed_modules
-from stoicc.spec import AUTO_MAP, CODE, CODE_FILE, METHOD, NEEDED, Spec, StoiccConfig
+from stoicc.spec import AUTO_MAP, CODE, CODE_FILE, FORMER_NEEDED, METHOD, NEEDED, Spec, StoiccConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class StoiccQuantizer(HfQuantizer):
         if self.quantization_config.digest is not None and name and (Path(name) / CONFIG).is_file():
             check_config(Path(name))
         # What was there for those without us is done.
-        if getattr(config, "transformers_weights", None) == NEEDED:
+        if getattr(config, "transformers_weights", None) in (NEEDED, FORMER_NEEDED):
             del config.transformers_weights
         if getattr(config, "auto_map", None) == AUTO_MAP:
             del config.auto_map

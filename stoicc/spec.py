@@ -8,6 +8,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from patch import install
 from patch.errors import UserError
 from stoicc.format import SCALED, bits_of, check_dtype
 
@@ -20,17 +21,19 @@ FORMAT = max(_KNOWN_SINCE.values())
 # code if it is told to trust it. Otherwise it would skip the quantization that it does not know and start from random
 # weights: so the configuration names as the file of weights one that is not there, called by what to do.
 CODE_FILE = "hybrid_tile_sparsity.py"
-CODE = '''"""Loads this checkpoint, whose weights are packed; the code is that of the package hybrid-tile-sparsity."""
+CODE = f'''"""Loads this checkpoint, whose weights are packed; the code is that of the package {install.PACKAGE}."""
 
 try:
     from stoicc.remote import PackedForCausalLM
 except ModuleNotFoundError as error:
     if str(error.name).partition(".")[0] != "stoicc":
         raise
-    raise ImportError("the weights of this checkpoint are packed: pip install hybrid-tile-sparsity") from None
+    raise ImportError("the weights of this checkpoint are packed: {install.how()}") from None
 '''
 AUTO_MAP = {"AutoModelForCausalLM": f"{CODE_FILE.removesuffix('.py')}.PackedForCausalLM"}
-NEEDED = "pip-install-hybrid-tile-sparsity.safetensors"
+NEEDED = f"install-{install.PACKAGE}-and-import-stoicc.safetensors"
+# What checkpoints name that were written before.
+FORMER_NEEDED = "pip-install-hybrid-tile-sparsity.safetensors"
 
 
 @dataclass(frozen=True)

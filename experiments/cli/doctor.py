@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.cli.options import DEFAULT_RESULTS, Data, Results, console
+from patch import install
 from patch.errors import UserError, one_line
 
 _OPTIONAL = {"lm-eval": ("lm_eval", "tasks", "eval"), "submitit": ("submitit", "Slurm sweeps", "slurm")}
@@ -57,7 +58,7 @@ def _libraries() -> list[Finding]:
             findings.append(Finding(name, False, "not installed"))
     for name, (module, use, extra) in _OPTIONAL.items():
         there = importlib.util.find_spec(module) is not None
-        missing = f"not installed, so no {use}: pip install 'hybrid-tile-sparsity[{extra}]'"
+        missing = f"not installed, so no {use}: {install.how(extra)}"
         findings.append(Finding(name, there, importlib.metadata.version(name) if there else missing))
     return findings
 

@@ -39,6 +39,7 @@ from experiments import embedded
 from experiments.data.text import tokenizer_fingerprint
 from experiments.eval import humaneval
 from experiments.eval.scoring import Encoded, encode, score
+from patch import install
 from patch.errors import UserError, check_name
 from patch.files import from_json, sha256
 
@@ -212,7 +213,7 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
                 if not (data / file).is_file():
                     raise UserError(f"task {name}: the data directory has no file {data / file}")
     if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks need lm-eval, which is not installed: pip install 'hybrid-tile-sparsity[eval]'")
+        raise UserError(f"tasks need lm-eval, which is not installed: {install.how('eval')}")
 
 
 def fingerprint(task: str, data: Path | None, limit: int | None = None) -> str:

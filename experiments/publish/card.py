@@ -16,6 +16,7 @@ import pandas as pd
 from analysis.rows.load import load_rows, records
 from experiments.data.models import EMBEDDED, REGISTRY, resolve
 from experiments.eval import humaneval
+from patch import install
 from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
 from patch.files import existing, read_json
@@ -196,7 +197,7 @@ def _summary(about: Mapping[str, Any], base: str) -> str:
         done = f"pruned by {_escaped(method)} to {share} zeros among the weights of its blocks ({structure}{zeros})"
     trained = " The weights that were kept were then trained towards the dense model." if _recovery(about) else ""
     quantised = f" The weights of its blocks are quantised to {precision.label}." if precision else ""
-    made = "Made by Hybrid Tile Sparsity (`pip install hybrid-tile-sparsity`)."
+    made = "Made by Hybrid Tile Sparsity."
     return f"{_escaped(base)}, {done}.{trained}{quantised} {made}"
 
 
@@ -290,7 +291,7 @@ def _measurements(measured: pd.DataFrame) -> str:
 
 def _packed_loading(repo: str) -> str:
     return (
-        "The weights are packed: `pip install hybrid-tile-sparsity`, and on a server beside vLLM.\n\n"
+        f"The weights are packed, and need `{install.PACKAGE}`, on a server beside vLLM: {install.how()}.\n\n"
         "```python\nimport stoicc  # reads packed weights\nfrom transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(repo)})\n```\n\n"
         f"```console\nvllm serve {repo}\n```\n\n"
@@ -313,7 +314,7 @@ def _loading(repo: str, about: Mapping[str, Any]) -> str:
     else:
         what = "An ordinary checkpoint with zeros in its weights: transformers and every server load it."
     fast = (
-        f"\n\nOn packed weights, with `pip install hybrid-tile-sparsity` beside vLLM:\n\n"
+        f"\n\nOn packed weights, with `{install.PACKAGE}` beside vLLM ({install.how('vllm')}):\n\n"
         f"```console\nvllm serve {repo} --quantization stoicc\n```"
     )
     return (

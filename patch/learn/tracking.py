@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from patch import install
 from patch.errors import UserError, check_name
 
 PROJECT = "hybrid-tile-sparsity"
@@ -37,7 +38,7 @@ def check_tracker(name: str) -> str:
     """
     check_name("tracker", name, TRACKERS)
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"tracker {name} is not installed: pip install 'hybrid-tile-sparsity[{name}]'")
+        raise UserError(f"tracker {name} is not installed: {install.how(name)}")
     return name
 
 

@@ -2,7 +2,7 @@
 
     vllm serve packed                             # a packed checkpoint says itself what it is
     vllm serve learned --quantization stoicc      # a masked one runs dense, unless asked: packed as its weights load
-    vllm serve learned --quantization stoicc-fp8  # ... and quantised, as stoicc-int8 does
+    vllm serve learned --quantization stoicc-fp8  # ... and quantised, as stoicc-int8 and stoicc-int4 do
 
 vLLM finds `register` by the entry point ``vllm.general_plugins``. Nothing here imports vLLM before it is called, and
 what cuts masks into the slices of tensor parallelism, `stoicc.vllm.shards`, never does.

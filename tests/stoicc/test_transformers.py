@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import stoicc
 from experiments.data.models import load_model
+from patch import install
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from stoicc.spec import AUTO_MAP, CODE_FILE, NEEDED
+from stoicc.quantizer import _digest
+from stoicc.spec import AUTO_MAP, CODE_FILE, FORMER_NEEDED, NEEDED
 
 ROOT = Path(__file__).parents[2]
 PROMPT = torch.arange(2, 10)[None]
@@ -75,7 +77,7 @@ def test_it_says_what_it_needs_and_loads_without_importing_us(checkpoint: Any, t
     )
     assert ran.returncode == 0, ran.stderr
     with_code, without, tokens, module = ran.stdout.splitlines()
-    assert with_code == "the weights of this checkpoint are packed: pip install hybrid-tile-sparsity"
+    assert with_code == f"the weights of this checkpoint are packed: {install.how()}"
     assert without.startswith("No such file") and without.endswith(NEEDED)
     assert json.loads(tokens) == greedy.tolist()
     # Plain models of the kind are loaded as ever.
@@ -90,6 +92,14 @@ def test_a_loaded_model_saves_nothing_that_only_the_checkpoint_has(checkpoint: A
         not {"auto_map", "transformers_weights"} & json.loads((tmp_path / "again" / "config.json").read_text()).keys()
     )
     assert torch.equal(text(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), checkpoint[2])
+
+
+def test_checkpoints_that_name_the_former_file_load(checkpoint: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(checkpoint[0], tmp_path / "copy")
+    content = json.loads((path / "config.json").read_text()) | {"transformers_weights": FORMER_NEEDED}
+    content["quantization_config"]["digest"] = _digest(content)
+    (path / "config.json").write_text(json.dumps(content))
+    assert torch.equal(text(AutoModelForCausalLM.from_pretrained(path)), checkpoint[2])
 
 
 @pytest.mark.parametrize(

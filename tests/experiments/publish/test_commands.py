@@ -70,6 +70,7 @@ SHELL = (
     "vllm serve pruned",
     "vllm serve pruned --quantization stoicc",
     "vllm serve pruned --quantization stoicc-fp8",
+    "vllm serve pruned --quantization stoicc-int4",
     "curl 127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'",
     "docker build -t hts .",
     "docker run --rm hts demo",

@@ -94,5 +94,5 @@ def test_trackers_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="wandbb"):
         check_tracker("wandbb")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'hybrid-tile-sparsity\[wandb\]'"):
+    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install '.\[wandb\]'"):
         check_tracker("wandb")
