@@ -565,7 +565,8 @@ def _check_grouped(weight: Tensor, scales: Tensor | None) -> None:
     if scales is None or tuple(scales.shape) != (n, k // SCALE_GROUP) or scales.dtype != torch.float32:
         found = None if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
         raise UserError(
-            f"INT4 scales are {found}, need float32 {(n, k // SCALE_GROUP)}: a scale for each {SCALE_GROUP} inputs"
+            f"INT4 scales are {found}, need float32 {(n, k // SCALE_GROUP)}: a scale for each {SCALE_GROUP} inputs "
+            f"(of INT8 {(n,)}, for each feature)"
         )
     if weight.numel() and not INT4_RANGE[0] <= int(weight.min()) <= int(weight.max()) <= INT4_RANGE[1]:
         raise UserError(f"INT4 values lie in {int(weight.min())}..{int(weight.max())}, not -8..7")

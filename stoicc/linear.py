@@ -347,14 +347,17 @@ def compile_model(
         dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
             them packed but for ``tokens``. Those that are quantised already (`patch.simulate`) are packed as they are.
         precise: linears of ``float8_e4m3fn`` add up as `stoicc.linear` does if ``precise``, and with ``tokens`` are
-            packed where they are faster so.
+            packed where they are faster so. A checkpoint does not keep it: `add_up_precisely` after loading one.
 
     Raises:
         UserError: before anything is changed, if a name is not a linear of the model, a mask does not fit its weight,
-            a weight has another dtype or is offloaded, ``dtype`` is not one of 8 bits, or ``precise`` has no FP8.
+            a weight has another dtype, is offloaded or, to be quantised, not finite, ``tokens`` are no numbers of
+            tokens, ``dtype`` is not one of 8 bits, or ``precise`` has no FP8.
     """
     if dtype is not None and dtype not in SCALED:
         raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
+    if not isinstance(tokens, Sequence) or any(type(count) is not int or count < 1 for count in tokens):
+        raise UserError(f"tokens are {tokens!r}, must be positive whole numbers, such as (1, 2048)")
     check_present(model)
     if hasattr(model, "get_decoder"):
         strange = masks.keys() - prunable_linears(model).keys()
@@ -460,6 +463,8 @@ def _check_linear(model: nn.Module, name: str, mask: HybridMask, dtype: torch.dt
         raise UserError(f"{name}: weight is {weight.dtype}: load the model in bfloat16 or float16 to pack it")
     if weight.shape[1] % 8:
         raise UserError(f"{name}: in_features is {weight.shape[1]}, must be a multiple of 8 to be packed")
+    if dtype is not None and not isinstance(linear, QuantisedLinear) and not bool(weight.isfinite().all()):
+        raise UserError(f"{name}: its weight has values that are not finite, it cannot become {dtype}")
 
 
 def groups(names: Collection[str], together: Callable[[Sequence[str]], bool]) -> Iterator[list[str]]:

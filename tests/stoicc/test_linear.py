@@ -440,6 +440,23 @@ def test_weights_are_quantised_to_eight_bits_only() -> None:
         stoicc.compile_model(model, some_masks(model), dtype=torch.float16)
 
 
+def test_a_weight_that_cannot_be_quantised_is_named_before_anything_changes() -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    modules, last = dict(model.named_modules()), list(masks)[-1]
+    with torch.no_grad():
+        model.get_submodule(last).weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=f"{last}: its weight has values that are not finite"):
+        stoicc.compile_model(model, masks, dtype=torch.int8)
+    assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("tokens", [16, (0,), (-1, 4), (1.5,), ("1",)], ids=str)
+def test_numbers_of_tokens_that_cannot_be(tokens: Any) -> None:
+    with pytest.raises(UserError, match=r"tokens are .* must be positive whole numbers"):
+        stoicc.compile_model(nn.Sequential(nn.Linear(64, 64)).bfloat16(), {}, tokens=tokens)
+
+
 def test_checkpoint_holds_no_dense_weights(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
     path, model, *_ = packed
     tensors = load_file(path / "model.safetensors")
