@@ -7,9 +7,10 @@ from torch import Tensor
 
 from patch.checkpoint import INFO_FILE, load_info, load_masks
 from patch.errors import UserError
-from patch.mask import HybridMask, TileShape, infer, tile_sums
+from patch.mask import HybridMask, infer, tile_sums
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised
+from patch.tiles import TileShape
 from patch.weights import check_no_codes, prunable_weights, quantised_weights, stored_precision
 
 

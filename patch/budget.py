@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-
-
-def check_sparsity(sparsity: float) -> float:
-    """Raises UserError unless ``sparsity`` is in [0, 0.5], all that hybrid tiles can express."""
-    if not 0 <= sparsity <= 0.5:
-        raise UserError(f"target sparsity {sparsity}: hybrid tiles reach 0 to 0.5 (2:4 everywhere is 0.5)")
-    return sparsity
+from patch.tiles import check_sparsity
 
 
 def _densest_cut(scores: Tensor, sizes: Tensor, sparse_elements: float) -> Tensor:

@@ -38,10 +38,11 @@ from patch.compressed import KEY, quantisation_config, tensors_of
 from patch.errors import UserError, check_name, one_line
 from patch.files import existing, new_directory, read_json, sha256
 from patch.layers import prunable_matrices
-from patch.mask import GROUP, HybridMask, TileShape, check_tile, tile_grid
+from patch.mask import HybridMask
 from patch.quantise.precisions import PRECISIONS
 from patch.quantise.values import Quantised
 from patch.structures import TILED
+from patch.tiles import GROUP, TileShape, check_tile, tile_grid
 from patch.weights import INDEX, tensor_names, weight_files
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
+from patch.tiles import GROUP, TileShape, check_tile, tile_grid
 
-GROUP = 4
 KEPT_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-TileShape = tuple[int, int]
 
 
 def pattern_table(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool) -> Tensor:
@@ -31,34 +30,6 @@ def pattern_table(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     # In one copy: SparseGPT asks for it at every group of columns.
     table = [[int(element in pair) for element in range(GROUP)] for pair in KEPT_PAIRS]
     return torch.tensor(table, dtype=dtype, device=device)
-
-
-def check_tile(tile: Sequence[int]) -> TileShape:
-    """``tile`` as ``(rows, cols)``.
-
-    Raises:
-        UserError: if a side is not positive or the columns are not a multiple of four.
-    """
-    if len(tile) != 2 or min(tile) < 1:
-        raise UserError(f"tile {tuple(tile)}: give two positive sizes, rows x columns, such as 64x64")
-    if tile[1] % GROUP:
-        raise UserError(f"tile {tile[0]}x{tile[1]}: columns must be a multiple of {GROUP}, so that no group is cut")
-    return tile[0], tile[1]
-
-
-def tile_grid(shape: Sequence[int], tile: Sequence[int]) -> tuple[int, int]:
-    """How many rows and columns of tiles cover a weight of ``shape``; the last of each may be ragged.
-
-    Raises:
-        UserError: if the tile is malformed or larger than the weight, or ``K`` is not a multiple of four.
-    """
-    rows, cols = check_tile(tile)
-    n, k = shape
-    if k % GROUP:
-        raise UserError(f"weight {n}x{k}: in_features must be a multiple of {GROUP} for 2:4 sparsity")
-    if rows > n or cols > k:
-        raise UserError(f"tile {rows}x{cols} is larger than the weight {n}x{k}: choose a smaller tile")
-    return -(-n // rows), -(-k // cols)
 
 
 def tile_sizes(shape: Sequence[int], tile: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

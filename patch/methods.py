@@ -32,6 +32,9 @@ class Method:
         published: what the tables of the PATCH paper call it, where that is not its name.
         denser: the published recipe for 35% sparsity and less, where that is another.
         unlearned: the family, of a method without a recipe.
+        calibrated: of a one-shot method, whether it looks at activations.
+        changes_weights: whether weights that are kept may differ from the given ones, of a one-shot method.
+        rounds: whether it can round what it keeps to INT4 as it prunes, likewise.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Method:
     published: str | None = None
     denser: Recipe | None = None
     unlearned: Family = "one-shot"
+    calibrated: bool = False
+    changes_weights: bool = False
+    rounds: bool = False
 
     @property
     def family(self) -> Family:
@@ -64,8 +70,8 @@ METHODS = {
         Method("dense", "Dense", "#404040", "", unlearned="dense"),
         Method("drop-blocks", "Fewer blocks", "#cc78bc", "X", unlearned="smaller"),
         Method("magnitude", "Magnitude", "#949494", "p"),
-        Method("wanda", "Wanda", "#56b4e9", "^"),
-        Method("sparsegpt", "SparseGPT", "#0173b2", "s"),
+        Method("wanda", "Wanda", "#56b4e9", "^", calibrated=True),
+        Method("sparsegpt", "SparseGPT", "#0173b2", "s", calibrated=True, changes_weights=True, rounds=True),
         Method("maskllm", "MaskLLM", "#029e73", "D", MASKLLM, "sparsegpt"),
         Method("patch-tile", "PATCH tile", "#de8f05", "v", PATCH_TILE, "maskllm", emphasis=1, published="patch"),
         Method(

@@ -12,9 +12,10 @@ from patch.compressed import group_of, names_of, precision_of, weight_of
 from patch.errors import UserError, one_line
 from patch.files import existing, read_json
 from patch.layers import prunable_linears, prunable_matrices
-from patch.mask import TileShape, tile_sizes, tile_sums
+from patch.mask import tile_sizes, tile_sums
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised
+from patch.tiles import TileShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from analysis.rows import layout
-from experiments.data import models
+from experiments.data import registry
 from experiments.run import pipeline
 from experiments.run.runtime import code_allowed
 from experiments.run.sources import Sources
@@ -63,7 +63,7 @@ def check_definitions(trials: Iterable[Trial], data: Path | None, cluster: Clust
     trials = list(trials)
     pipeline.validate(trials, data, code_allowed())
     for model in dict.fromkeys(trial.pruning.model for trial in trials if not trial.evaluation.grid):
-        models.fingerprint(model)
+        registry.fingerprint(model)
     for step in plan.steps(trials).values():
         launch = cluster.stages[step.kind].launch
         if (recipe := step.pruning.passes) and (size := recipe.microbatch) % launch.size:

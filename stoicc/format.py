@@ -58,8 +58,9 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_edges
 
 from patch.errors import UserError
-from patch.mask import GROUP, KEPT_PAIRS, HybridMask, TileShape, check_tile, expand_tiles, infer
+from patch.mask import KEPT_PAIRS, HybridMask, expand_tiles, infer
 from patch.quantise.values import INT4_RANGE, LARGEST
+from patch.tiles import GROUP, TileShape, check_tile
 
 BLOCK = 64
 ROW_BYTES = 128

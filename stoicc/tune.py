@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from patch.mask import HybridMask, best_patterns, tile_grid
+from patch.mask import HybridMask, best_patterns
 from patch.quantise.values import quantise_groups, quantise_weight
+from patch.tiles import tile_grid
 from stoicc import configs, dense8
 from stoicc.configs import Config, Entry, HopperConfig
 from stoicc.dispatch import run, run_scaled

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from patch.mask import HybridMask, TileShape, tile_grid
+from patch.mask import HybridMask
+from patch.tiles import TileShape, tile_grid
 from stoicc.format import HybridWeight, pack
 
 

@@ -134,8 +134,9 @@ def test_an_import_inside_a_function_is_seen() -> None:
     assert imports(text, KNOWN) == {"patch.mask", "stoicc.format"}
 
 
-def test_analysis_reads_rows_without_torch() -> None:
+def test_what_reads_rows_and_defines_studies_needs_no_torch() -> None:
     names = [name for name in KNOWN if name.split(".")[0] == "analysis"]
+    names += ["experiments.publish.reports", "experiments.studies.registry"]
     code = (
         f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\nassert 'torch' not in sys.modules"
     )

@@ -27,6 +27,10 @@ SCRATCH = Method("scratch", "From scratch", "#123456", "X", SHORT, "magnitude")
 
 def test_the_one_shot_methods_are_those_that_are_written() -> None:
     assert set(members("one-shot")) == set(ONE_SHOT)
+    for name, written in ONE_SHOT.items():
+        about = METHODS[name]
+        assert (about.calibrated, about.rounds) == (written.statistic is not None, written.quantised is not None)
+        assert about.changes_weights == (written.frozen is not None)
 
 
 def test_help_names_it() -> None:

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from patch.checkpoint import save_checkpoint
 from patch.layers import prunable_linears
-from patch.mask import HybridMask, tile_grid
+from patch.mask import HybridMask
+from patch.tiles import tile_grid
 
 TILE = (16, 16)
 UP = "model.layers.0.mlp.up_proj"

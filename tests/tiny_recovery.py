@@ -10,9 +10,10 @@ from tiny_learner import RAGGED, magnitude_prior, tiny_model, words
 from torch import Tensor, nn
 
 from patch.layers import prunable_linears
-from patch.mask import HybridMask, tile_grid
+from patch.mask import HybridMask
 from patch.recover.recipe import RecoveryRecipe
 from patch.recover.recovery import Recovered, recover
+from patch.tiles import tile_grid
 
 SHORT = RecoveryRecipe(
     steps=6,

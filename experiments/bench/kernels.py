@@ -17,10 +17,11 @@ from torch.nn.functional import linear as dense_linear
 
 from experiments.bench import baselines
 from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial, key
-from patch.mask import HybridMask, TileShape, best_patterns, tile_grid
+from patch.mask import HybridMask, best_patterns
 from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
+from patch.tiles import TileShape, tile_grid
 from stoicc import configs, dense8, dispatch, matmul
 from stoicc.format import GROUPED, SCALE_GROUP, pack
 from stoicc.timing import CACHE_BYTES, Call

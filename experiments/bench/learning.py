@@ -25,7 +25,7 @@ from analysis.rows.format import Fact, digest
 from experiments.bench import harness
 from experiments.bench.harness import Lab, Verified
 from experiments.bench.model import build, forget_compiled
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.studies.trial import definition
 from patch.errors import UserError, check_name
 from patch.learn import soft_mask

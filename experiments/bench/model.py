@@ -29,11 +29,11 @@ from analysis.rows.format import Fact
 from experiments.bench import baselines
 from experiments.bench.harness import SECONDS, Bench, Case, Entry, Lab, Labels, Reading, Ready, read_gpu
 from experiments.bench.kernels import Variant, random_mask
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.studies.trial import DENSE_PART, ModelGrid, Trial, Workload
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
-from patch.mask import TileShape
+from patch.tiles import TileShape
 from stoicc.format import unpack
 from stoicc.linear import Fused, HybridLinear, Report, compile_model, install, packed_modules
 

@@ -32,14 +32,14 @@ from experiments.bench import harness
 from experiments.bench.harness import Lab, Labels, Verified
 from experiments.bench.kernels import Variant, random_mask
 from experiments.bench.model import config_of
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.embedded import MODEL
 from experiments.studies.trial import definition
 from patch import compressed
 from patch.checkpoint import save_weightless
 from patch.errors import UserError, check_name
-from patch.mask import TileShape
 from patch.quantise import precisions
+from patch.tiles import TileShape
 from stoicc.format import SCALE_GROUP
 from stoicc.timing import timing
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from analysis.rows.format import Fact
 from experiments.bench import harness, model
 from experiments.bench.harness import Lab, Verified
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from patch.errors import UserError
 from patch.layers import decoder_blocks
 from patch.learn import philox, soft_mask, soft_mask_triton
@@ -38,7 +38,7 @@ from patch.learn.masked_model import with_usual_mask
 from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Temperatures
 from patch.learn.soft_mask import Masked, SampledWeight
-from patch.mask import GROUP, TileShape, tile_grid
+from patch.tiles import GROUP, TileShape, tile_grid
 from stoicc.timing import Timing, timing
 
 MODEL = "llama-3.2-1b"

@@ -178,9 +178,9 @@ def _slurm() -> Finding:
 
 
 def _models() -> Finding:
-    from experiments.data import models
+    from experiments.data.registry import REGISTRY
 
-    return Finding("models", True, ", ".join(models.REGISTRY))
+    return Finding("models", True, ", ".join(REGISTRY))
 
 
 def _disk(results: Path) -> Finding:

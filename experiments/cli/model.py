@@ -411,7 +411,7 @@ def import_masks(
 
 def list_models() -> None:
     """List the models of the registry; any path or hub id works too."""
-    from experiments.data.models import REGISTRY
+    from experiments.data.registry import REGISTRY
 
     table = Table("model", "blocks", "hidden", "intermediate", "source", box=None, pad_edge=False)
     for name, spec in REGISTRY.items():
@@ -472,13 +472,13 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
 
 
 def _say_what_it_takes(pruning: "Pruning", machine: "Machine") -> None:
-    from experiments.data import models
+    from experiments.data import registry
     from experiments.studies import cost
 
     assert pruning.learning is not None
     if cost.memory(pruning) is None:
         # The configuration of a hub model, which this fetches, says what it takes.
-        models.fingerprint(pruning.model)
+        registry.fingerprint(pruning.model)
     _show_settings(settings(pruning.learning.recipe, published_recipe(pruning.method, pruning.sparsity)), "published")
     _say(forecast(pruning, machine))
 

@@ -100,7 +100,7 @@ def of_a_checkpoint(path: Path) -> Path:
     if path.is_file():
         raise UserError(f"{path} is a file, and this takes the directory of a checkpoint")
     if not (path / "config.json").is_file():
-        from experiments.data.models import REGISTRY, check_directory
+        from experiments.data.registry import REGISTRY, check_directory
 
         if path.is_dir():
             check_directory(path)
@@ -125,7 +125,7 @@ def tracked(track: str | None) -> None:
 
 
 def tile_shape(text: str) -> tuple[int, int]:
-    from patch.mask import check_tile
+    from patch.tiles import check_tile
 
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.eval import sandbox
+from experiments.eval.names import HUMANEVAL
 from patch.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME = "humaneval"
 METRIC = "pass@1"
 OPTION = "--run-generated-code"
 LOCAL = "code/humaneval.jsonl"
@@ -49,7 +49,7 @@ def check(data: Path | None, allowed: bool) -> None:
         UserError: if not.
     """
     if not allowed:
-        raise UserError(f"task {NAME} runs programs that the model writes, in a sandbox: say {OPTION} to allow it")
+        raise UserError(f"task {HUMANEVAL} runs programs that the model writes, in a sandbox: say {OPTION} to allow it")
     sandbox.check_available()
     check_file(data)
 
@@ -57,7 +57,7 @@ def check(data: Path | None, allowed: bool) -> None:
 def check_file(data: Path | None) -> None:
     """Raise if a data directory lacks the file of the rows."""
     if data is not None and not (data / LOCAL).is_file():
-        raise UserError(f"task {NAME}: the data directory has no file {data / LOCAL}")
+        raise UserError(f"task {HUMANEVAL}: the data directory has no file {data / LOCAL}")
 
 
 def definition() -> Definition:
@@ -68,7 +68,7 @@ def definition() -> Definition:
         pass
 
     Plain.add_constructor("!function", lambda loader, node: node.value)
-    text = (Path(str(files("lm_eval"))) / "tasks" / NAME / f"{NAME}.yaml").read_text(encoding="utf-8")
+    text = (Path(str(files("lm_eval"))) / "tasks" / HUMANEVAL / f"{HUMANEVAL}.yaml").read_text(encoding="utf-8")
     about = yaml.load(text, Loader=Plain)
     how = about["generation_kwargs"]
     assert not how["do_sample"], "greedy"
@@ -94,11 +94,11 @@ def problems(data: Path | None, limit: int | None) -> list[Mapping[str, str]]:
             rows = list(load_dataset(_DATASET, split="test"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"task {NAME} cannot be fetched from the hub ({error}): name a data directory (--data)"
+                f"task {HUMANEVAL} cannot be fetched from the hub ({error}): name a data directory (--data)"
             ) from error
     for place, row in enumerate(rows):
         if missing := next((name for name in _FIELDS if not isinstance(row.get(name), str)), None):
-            raise UserError(f"task {NAME}: row {place + 1} has no text in its field '{missing}'")
+            raise UserError(f"task {HUMANEVAL}: row {place + 1} has no text in its field '{missing}'")
     return rows[:limit]
 
 

@@ -38,6 +38,7 @@ from torch import nn
 from experiments import embedded
 from experiments.data.text import tokenizer_fingerprint
 from experiments.eval import humaneval
+from experiments.eval.names import EMBEDDED_TASK, HUMANEVAL
 from experiments.eval.scoring import Encoded, encode, score
 from patch import install
 from patch.errors import UserError, check_name
@@ -135,7 +136,6 @@ _DEFINITIONS = (
     ),
 )
 TASKS = {definition.name: definition for definition in _DEFINITIONS}
-EMBEDDED_TASK = "wiki_continuation"
 PRIMARY_METRIC = "acc"
 # What the fingerprints of tasks of the hub begin with; older ones are that alone.
 FROM_HUB = "hub"
@@ -207,7 +207,7 @@ def check_tasks(tasks: Sequence[str], data: Path | None) -> None:
             is named), or lm-eval not being installed.
     """
     for name in tasks:
-        check_name("task", name, [*TASKS, EMBEDDED_TASK, humaneval.NAME])
+        check_name("task", name, [*TASKS, EMBEDDED_TASK, HUMANEVAL])
         if name in TASKS and data is not None:
             for file in TASKS[name].local.values():
                 if not (data / file).is_file():
@@ -245,7 +245,7 @@ def require(task: str, data: Path | None, limit: int | None) -> Any:
     Raises:
         UserError: if it cannot be had, or a row is not one.
     """
-    if task == humaneval.NAME:
+    if task == HUMANEVAL:
         return humaneval.problems(data, limit)
     return prepare_tasks((task,), data, limit).items
 
@@ -257,7 +257,7 @@ def _local_fingerprint(task: str, data: Path | None) -> str | None:
         local = [embedded.TASKS / f"{EMBEDDED_TASK}.jsonl"]
     elif data is None:
         return None
-    elif task == humaneval.NAME:
+    elif task == HUMANEVAL:
         humaneval.check_file(data)
         local = [data / humaneval.LOCAL]
     else:

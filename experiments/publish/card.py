@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows.load import load_rows, records
-from experiments.data.models import EMBEDDED, REGISTRY, resolve
+from experiments.data.registry import EMBEDDED, REGISTRY, resolve
 from experiments.eval import humaneval
 from patch import install
 from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.studies import cost
 from experiments.studies.build import learned
 from experiments.studies.registry import STUDIES

@@ -24,7 +24,8 @@ from patch.checkpoint import save_checkpoint
 from patch.errors import UserError, one_line
 from patch.files import from_json
 from patch.layers import coverage, require_linears
-from patch.mask import HybridMask, TileShape, infer
+from patch.mask import HybridMask, infer
+from patch.tiles import TileShape
 
 _META, _SHAPE = "__meta__", ".__shape__"
 # Bytes of what an archive says of itself, of a shape, and of what stands before the elements of an array.

@@ -31,7 +31,7 @@ def validate(trials: Iterable[Trial]) -> None:
     Raises:
         UserError: naming the first that is not.
     """
-    from experiments.data.models import REGISTRY
+    from experiments.data.registry import REGISTRY
 
     for trial in trials:
         if trial.evaluation.grid and trial.pruning.model not in REGISTRY:

@@ -22,7 +22,6 @@ from experiments.data import models
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies.trial import key
-from patch import oneshot
 from patch.checkpoint import (
     FORMER_MASKS_FILE,
     INFO_FILE,
@@ -36,6 +35,7 @@ from patch.errors import UserError, one_line
 from patch.files import existing, from_json, read_json, replacing
 from patch.layers import prunable_matrices
 from patch.mask import HybridMask
+from patch.methods import METHODS
 
 CONFIG_FILE = "config.json"
 FILES = (INFO_FILE, MASKS_FILE, FORMER_MASKS_FILE, CONFIG_FILE)
@@ -59,7 +59,7 @@ def export(checkpoint: Path, archive: Path) -> None:
     if not archive.name.endswith((".tar.xz", ".txz")):
         raise UserError(f"{archive}: masks are written as .tar.xz: name it {archive.name.partition('.')[0]}.tar.xz")
     info = load_info(checkpoint)
-    method = oneshot.METHODS.get(info.get("method", ""))
+    method = METHODS.get(info.get("method", ""))
     defined = info.get("definition", {})
     changed = next((what for what in ("quantisation", "recovery", "refit") if defined.get(what)), None)
     if changed or (method and method.changes_weights):

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from analysis.rows.format import Fact
 from experiments.data import models, text
+from experiments.data.registry import REGISTRY
 from experiments.eval import perplexity
 from experiments.run import greedy, projected
 from experiments.run.provenance import provenance
@@ -372,7 +373,7 @@ def _projected(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact
     from experiments.bench import baselines, model
 
     model.forget_compiled()
-    spec = models.REGISTRY[shape]
+    spec = REGISTRY[shape]
     masks = load_masks(artefact.source)
     assert artefact.pruning.tile is not None
     tile = about.carried_tile or projected.projected_tile(artefact.pruning.tile, spec)

@@ -19,6 +19,7 @@ from torch import nn
 from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.eval import humaneval, perplexity, tasks
+from experiments.eval.names import HUMANEVAL
 from experiments.run import grids, packed
 from experiments.run.checkpoints import ensure_checkpoint, facts_of
 from experiments.run.provenance import provenance
@@ -28,8 +29,8 @@ from experiments.run.store import Store
 from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError
 from patch.learn.descent import Stopped
-from patch.mask import tile_grid
 from patch.positions import check_length
+from patch.tiles import tile_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False
             if tile:
                 tile_grid(shape, tile)
     wanted = {task for trial in trials for task in trial.evaluation.tasks}
-    if humaneval.NAME in wanted:
+    if HUMANEVAL in wanted:
         humaneval.check(data, runs_code)
     tasks.check_tasks(sorted(wanted), data)
     _check_lengths(trials, data)
@@ -307,7 +308,7 @@ def _task_stage(
         machine.progress(label, done, total)
 
     data, limit, device = machine.data, trial.evaluation.limit, machine.device
-    if task == humaneval.NAME:
+    if task == HUMANEVAL:
         humaneval.check(data, machine.runs_code)
         right = humaneval.passed(model, tokenizer, data=data, limit=limit, device=device, on_batch=on_batch)
         results = [tasks.share_of(task, humaneval.METRIC, right)]

@@ -7,9 +7,10 @@ linear of the same kind at the same relative depth, on a random uneven map.
 
 from collections.abc import Mapping
 
-from experiments.data.models import ModelSpec
+from experiments.data.registry import ModelSpec
 from patch.errors import UserError
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
+from patch.tiles import TileShape
 
 # What tiles are where the checkpoint's own do not fit.
 USUAL_TILE: TileShape = (128, 128)

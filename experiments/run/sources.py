@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.data import models, text
+from experiments.data import registry, text
 from experiments.eval import tasks
 from patch.errors import UserError
 from patch.learn.distributed import ALONE, Ranks
@@ -82,7 +82,7 @@ class Sources:
             UserError: if the model cannot be had.
         """
         if model not in self._commits or ranks.size > 1:
-            self._commits[model] = ranks.told(lambda: self._commits.get(model) or models.hub_commit(model))
+            self._commits[model] = ranks.told(lambda: self._commits.get(model) or registry.hub_commit(model))
         return self._commits[model]
 
     def of_model(self, name: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.data import models
+from experiments.data import registry
 from experiments.studies.trial import (
     WORKLOADS,
     Calibration,
@@ -19,13 +19,12 @@ from experiments.studies.trial import (
     Workload,
     needs_calibration,
 )
-from patch import oneshot
 from patch.errors import check_name
 from patch.learn.recipe import EARLIER, GUIDED, HOW_IT_RUNS, Recipe
-from patch.mask import TileShape
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import GROUPS, PRECISIONS, group_size
 from patch.recover.recipe import RecoveryRecipe
+from patch.tiles import TileShape
 
 Trials = tuple[Trial, ...]
 
@@ -45,13 +44,13 @@ class Study:
 
 def dense(model: str) -> Pruning:
     """The model as it is."""
-    return Pruning(model, "dense", "dense", 0.0, revision=models.local_revision(model))
+    return Pruning(model, "dense", "dense", 0.0, revision=registry.local_revision(model))
 
 
 def fewer_blocks(model: str, sparsity: float, calibration: Calibration) -> Pruning:
     """The model without the blocks that are missed least, ``sparsity`` of all."""
     (method,) = members("smaller")
-    revision = models.local_revision(model)
+    revision = registry.local_revision(model)
     return Pruning(model, method, METHODS[method].structure, sparsity, calibration=calibration, revision=revision)
 
 
@@ -74,7 +73,7 @@ def one_shot(
         sparsity,
         None if structure == "unstructured" else tile,
         calibration=calibration if needs_calibration(method, tile_ranking) else None,
-        revision=models.local_revision(model),
+        revision=registry.local_revision(model),
         tile_ranking=tile_ranking,
         weight_update=weight_update,
     )
@@ -119,7 +118,7 @@ def learned(
         shared = {name: getattr(chosen, name) for name in common}
         prior = learned(model, start, 0.5, tile, text, calibration, seed, earlier=earlier, **shared)
     else:
-        frozen = published.mode == "maskllm" and not earlier and oneshot.METHODS[start].changes_weights
+        frozen = published.mode == "maskllm" and not earlier and METHODS[start].changes_weights
         prior = one_shot(model, start, "2:4", 0.5, tile, calibration, weight_update=not frozen)
     tile_prior = None
     if start and not earlier and chosen.mode != "maskllm" and chosen.tile_ranking == "weight":
@@ -134,7 +133,7 @@ def learned(
         seed,
         learning=Learning(text, chosen),
         prior=prior,
-        revision=models.local_revision(model),
+        revision=registry.local_revision(model),
         tile_prior=tile_prior,
     )
 

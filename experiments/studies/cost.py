@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from experiments.data import models
-from experiments.data.models import ModelSpec
+from experiments.data import registry
+from experiments.data.registry import BY_SOURCE, ModelSpec
 from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Pruning, lineage
-from patch.mask import GROUP
 from patch.recover.recipe import RecoveryRecipe
+from patch.tiles import GROUP
 from patch.weights import prunable_shapes
 
 GIB = 2**30
@@ -251,8 +251,8 @@ def _spec(model: str) -> ModelSpec | None:
 
 def _listed(model: str) -> ModelSpec | None:
     """A model of the registry, by its name or its hub id."""
-    found = models.resolve(model)
-    return found if isinstance(found, ModelSpec) else models.BY_SOURCE.get(found)
+    found = registry.resolve(model)
+    return found if isinstance(found, ModelSpec) else BY_SOURCE.get(found)
 
 
 def _folder(model: str) -> Path | None:

@@ -3,7 +3,7 @@
 import functools
 from typing import Any, get_args
 
-from experiments.eval.tasks import EMBEDDED_TASK
+from experiments.eval.names import EMBEDDED_TASK
 from experiments.studies.build import (
     RANKED,
     TARGETS,
@@ -21,8 +21,8 @@ from experiments.studies.build import (
 )
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import TileRanking
-from patch.mask import TileShape
 from patch.methods import members
+from patch.tiles import TileShape
 
 _CALIBRATION = Calibration("embedded/train", windows=512, length=128)
 

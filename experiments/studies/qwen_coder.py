@@ -3,7 +3,7 @@
 from typing import Any
 
 from analysis.names import PAPER_TASKS
-from experiments.eval.humaneval import NAME as HUMANEVAL
+from experiments.eval.names import HUMANEVAL
 from experiments.studies.build import (
     TARGETS,
     Trials,
@@ -18,7 +18,7 @@ from experiments.studies.build import (
 )
 from experiments.studies.trial import WORKLOADS, Calibration, Evaluation, Perplexity, Pruning, Workload
 from patch.learn.recipe import GUIDED
-from patch.mask import TileShape
+from patch.tiles import TileShape
 
 # Shares of the windows, for calibration, learning and recovery alike.
 _TEXT = "0.4*novels+0.2*wiki_leads+0.4*python"

@@ -22,8 +22,8 @@ from experiments.studies.build import (
 )
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
 from patch.learn.recipe import GUIDED, TileRanking
-from patch.mask import TileShape
 from patch.methods import members
+from patch.tiles import TileShape
 
 _EVALUATION = Evaluation((Perplexity("wikitext2/test", 2048),), (*PAPER_TASKS, "lambada_openai"), batch=8)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from experiments.studies.build import Trials
 from experiments.studies.trial import Evaluation, KernelGrid, ModelGrid, Pruning, Trial
-from patch.mask import TileShape
+from patch.tiles import TileShape
 
 # Models whose kernels are timed, with the tile shapes of each.
 TIMED: dict[str, tuple[TileShape, ...]] = {

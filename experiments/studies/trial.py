@@ -13,16 +13,14 @@ from typing import Any, Literal, get_args
 
 from analysis.rows.format import name_of
 from analysis.rows.variants import RECIPE, differences, settings
-from experiments.data.models import REGISTRY
-from patch import oneshot
-from patch.budget import check_sparsity
+from experiments.data.registry import REGISTRY
 from patch.errors import UserError, check_name
 from patch.learn.recipe import EARLIER, HOW_IT_RUNS, Recipe, TileRanking
-from patch.mask import TileShape, check_tile
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
 from patch.recover.recipe import RecoveryRecipe
 from patch.structures import STRUCTURES, TILED
+from patch.tiles import TileShape, check_sparsity, check_tile
 
 
 def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
@@ -30,7 +28,7 @@ def needs_calibration(method: str, tile_ranking: str = "weight") -> bool:
     family = METHODS[method].family
     if family != "one-shot":
         return family == "smaller"
-    return tile_ranking == "model" or oneshot.METHODS[method].statistic is not None
+    return tile_ranking == "model" or METHODS[method].calibrated
 
 
 DrawnFrom = Literal["documents", "stream"]
@@ -206,19 +204,18 @@ class Pruning:
             raise UserError(
                 "recovery trains what is not quantised yet: pruning and rounding in one sweep leaves nothing"
             )
-        if not self.weight_update and (about.family != "one-shot" or not oneshot.METHODS[self.method].changes_weights):
+        if not self.weight_update and not about.changes_weights:
             raise UserError(f"{self.method} changes no weight that it keeps: leave weight_update as it is")
         if self.tile_prior is not None:
             if not about.recipe or about.structure != "hybrid":
                 raise UserError(f"{self.method} learns no tiles: leave out the tile prior")
             if self.tile_prior.structure != "unstructured" or self.tile_prior.model != self.model:
                 raise UserError(f"the tile prior of {self.method} must be an unstructured pruning of the same model")
-        if self.quantisation and self.quantisation.joint:
-            one_sweep = about.family == "one-shot" and oneshot.METHODS[self.method].quantised is not None
-            if not one_sweep or self.structure not in TILED or self.refit or not self.weight_update:
-                raise UserError(
-                    f"{self.method} {self.structure} does not prune and round in one sweep as defined: leave joint out"
-                )
+        joint = self.quantisation is not None and self.quantisation.joint
+        if joint and (not about.rounds or self.structure not in TILED or self.refit or not self.weight_update):
+            raise UserError(
+                f"{self.method} {self.structure} does not prune and round in one sweep as defined: leave joint out"
+            )
 
     @property
     def as_it_is(self) -> bool:

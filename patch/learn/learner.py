@@ -41,7 +41,8 @@ from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.soft_mask import SampledWeight
 from patch.learn.state import State
 from patch.learn.tracking import curves
-from patch.mask import GROUP, HybridMask, check_tile
+from patch.mask import HybridMask
+from patch.tiles import GROUP, check_tile
 
 Metrics = Mapping[str, float]
 

@@ -20,7 +20,8 @@ from patch.layers import decoder_blocks
 from patch.learn.distributed import Ranks
 from patch.learn.recipe import Settings
 from patch.learn.soft_mask import Masked, SampledWeight
-from patch.mask import TileShape, tile_sizes
+from patch.mask import tile_sizes
+from patch.tiles import TileShape
 
 
 class MaskedLinear:

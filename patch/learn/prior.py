@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patch.budget import check_sparsity
 from patch.contexts import evaluating, unwritten
 from patch.errors import UserError
 from patch.layers import check_shared, prunable_linears, require_linears
@@ -19,10 +18,11 @@ from patch.learn.masked_model import MaskedLinear
 from patch.learn.recipe import Recipe
 from patch.learn.sensitivity import most_sensitive_tiles
 from patch.learn.soft_mask import SampledWeight
-from patch.mask import GROUP, KEPT_PAIRS, TileShape, best_patterns, tile_sizes
+from patch.mask import KEPT_PAIRS, best_patterns, tile_sizes
 from patch.positions import check_model_length
 from patch.quantise.precisions import PRECISIONS, group_size
 from patch.quantise.values import rounded
+from patch.tiles import GROUP, TileShape, check_sparsity
 
 # Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
 RANKED_BY = 128

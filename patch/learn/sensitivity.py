@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch.budget import check_sparsity, cut_globally
+from patch.budget import cut_globally
 from patch.contexts import evaluating, full_float32, unwritten
 from patch.errors import UserError
 from patch.layers import check_present, prunable_linears, require_linears
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.soft_mask import generator, stream_seed
-from patch.mask import GROUP, TileShape, decode_patterns, tile_grid, tile_sizes, tile_sums
+from patch.mask import decode_patterns, tile_sizes, tile_sums
+from patch.tiles import GROUP, TileShape, check_sparsity, tile_grid
 
 
 def tile_sensitivity(

@@ -25,15 +25,8 @@ import torch
 from torch import Tensor
 
 from patch.learn.recipe import Temperatures
-from patch.mask import (
-    GROUP,
-    KEPT_PAIRS,
-    TileShape,
-    decode_patterns,
-    expand_tiles,
-    pattern_table,
-    tile_sizes,
-)
+from patch.mask import KEPT_PAIRS, decode_patterns, expand_tiles, pattern_table, tile_sizes
+from patch.tiles import GROUP, TileShape
 
 
 class Masked(NamedTuple):

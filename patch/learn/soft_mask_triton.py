@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from patch.errors import UserError
 from patch.learn.recipe import Temperatures
 from patch.learn.soft_mask import Masked, stream_seed
-from patch.mask import GROUP, TileShape, tile_grid
+from patch.tiles import GROUP, TileShape, tile_grid
 
 # Groups a program holds at a time: four to each of 128 threads make 16-byte accesses of float32 logits.
 _BLOCK = 512

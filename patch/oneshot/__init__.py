@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patch.budget import UniformBudget
 from patch.errors import UserError, check_name
 from patch.layers import Matrix, check_present, check_shared, decoder_blocks, prunable_matrices
-from patch.mask import HybridMask, TileShape, check_tile, tile_grid, tile_sizes
+from patch.mask import HybridMask, tile_sizes
 from patch.oneshot import magnitude, sparsegpt, wanda
 from patch.oneshot.calibration import Block, blocks_on, calibrate
 from patch.oneshot.method import Method
@@ -25,6 +25,7 @@ from patch.oneshot.select import check_unstructured, tile_losses
 from patch.quantise.precisions import group_size
 from patch.quantise.values import Quantised
 from patch.structures import TILED
+from patch.tiles import TileShape, check_tile, tile_grid
 
 METHODS: dict[str, Method] = {
     "magnitude": magnitude.METHOD,

@@ -7,9 +7,10 @@ magnitudes are never compared across weights.
 
 from torch import Tensor
 
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.oneshot.method import Method
 from patch.oneshot.select import hybrid_mask, unstructured_per_weight
+from patch.tiles import TileShape
 
 
 def scores(weight: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.oneshot.calibration import Statistic
 from patch.quantise.values import Quantised
+from patch.tiles import TileShape
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Method:
             from dropping that element alone, in the unit in which the method's tiles are compared.
         hybrid: ``(weight, prepared, tile, dense) -> (float32 weight, mask)`` for a bool tile map ``dense``.
         unstructured: ``(weight, prepared, sparsity) -> (float32 weight, bool keep)``.
-        changes_weights: whether weights that are kept may differ from the given ones.
         quantised: of a method that can round what it keeps to INT4 as it prunes: ``(weight, prepared, tile, dense,
             inputs that share a scale) -> (quantised, mask)``.
         frozen: of a method that changes weights, the same with all that is kept as it was.
@@ -36,6 +36,5 @@ class Method:
     scores: Callable[[Tensor, Any], Tensor]
     hybrid: Callable[[Tensor, Any, TileShape, Tensor], tuple[Tensor, HybridMask]]
     unstructured: Callable[[Tensor, Any, float], tuple[Tensor, Tensor]]
-    changes_weights: bool = False
     quantised: Callable[[Tensor, Any, TileShape, Tensor, int], tuple[Quantised, HybridMask]] | None = None
     frozen: "Method | None" = None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import HybridMask, best_patterns, check_tile, decode_patterns, tile_sums
+from patch.mask import HybridMask, best_patterns, decode_patterns, tile_sums
+from patch.tiles import check_tile
 
 
 def check_unstructured(sparsity: float) -> float:

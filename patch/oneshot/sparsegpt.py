@@ -30,20 +30,12 @@ from torch import Tensor
 
 from patch.contexts import full_float32
 from patch.errors import UserError
-from patch.mask import (
-    GROUP,
-    HybridMask,
-    TileShape,
-    best_patterns,
-    decode_patterns,
-    encode_patterns,
-    expand_tiles,
-    tile_grid,
-)
+from patch.mask import HybridMask, best_patterns, decode_patterns, encode_patterns, expand_tiles
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest, hybrid_mask
 from patch.quantise.precisions import Precision
 from patch.quantise.values import GroupRounding, Quantised, ScaledRounding, weight_scales
+from patch.tiles import GROUP, TileShape, tile_grid
 
 COLUMNS = 128
 DAMPING = 0.01
@@ -397,8 +389,7 @@ _METHOD = Method(
     scores=scores,
     hybrid=prune_hybrid,
     unstructured=prune_unstructured,
-    changes_weights=True,
     quantised=quantise_hybrid,
 )
-FROZEN = replace(_METHOD, hybrid=select_hybrid, unstructured=select_unstructured, changes_weights=False, quantised=None)
+FROZEN = replace(_METHOD, hybrid=select_hybrid, unstructured=select_unstructured, quantised=None)
 METHOD = replace(_METHOD, frozen=FROZEN)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patch.mask import GROUP
+from patch.tiles import GROUP
 
 # Eight rows of a column are the least that memory delivers at once. The interpreter had rather have few programs.
 _ROWS = 64 if triton.knobs.runtime.interpret else 8

@@ -8,9 +8,10 @@ stay as they are.
 import torch
 from torch import Tensor
 
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.oneshot.method import Method
 from patch.oneshot.select import hybrid_mask, unstructured_per_row
+from patch.tiles import TileShape
 
 
 class InputNorm:

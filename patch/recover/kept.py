@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.learn.distributed import Ranks
-from patch.mask import TileShape
+from patch.tiles import TileShape
 
 
 class _Placed(torch.autograd.Function):

@@ -27,13 +27,13 @@ from patch.layers import decoder_blocks, require_linears
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.tracking import curves
-from patch.mask import TileShape
 from patch.recover.blocks import recover_blocks
 from patch.recover.distil import Batches, Implementation, distil
 from patch.recover.kept import Kept
 from patch.recover.recipe import RecoveryRecipe
 from patch.recover.run import Metrics, Run
 from patch.recover.state import State
+from patch.tiles import TileShape
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import GROUP, HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.quantise.values import quantise_groups, quantise_weight
+from patch.tiles import GROUP, TileShape
 from stoicc.format import GROUPED, SCALE_GROUP, HybridWeight, mask_of, pack, scales_of, unpack
 from stoicc.spec import Spec
 

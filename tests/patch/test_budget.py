@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from patch.budget import UniformBudget, cut_globally
 from patch.errors import UserError
-from patch.mask import tile_grid, tile_sizes
+from patch.mask import tile_sizes
+from patch.tiles import tile_grid
 
 WEIGHTS = {"q": (64, 96), "k": (40, 96), "down": (96, 132)}
 TILES = [pytest.param((16, 32), id="16x32"), pytest.param((24, 20), id="24x20"), pytest.param((40, 96), id="40x96")]

@@ -17,10 +17,10 @@ from patch.mask import (
     expand_tiles,
     infer,
     pattern_table,
-    tile_grid,
     tile_sizes,
     tile_sums,
 )
+from patch.tiles import tile_grid
 
 SHAPES = [
     pytest.param((64, 64), (64, 64), id="one-tile"),

@@ -7,8 +7,8 @@ from compiled import decode
 from emulated import run
 from stoicc_hybrids import random_mask, random_weight
 
-from patch.mask import TileShape
 from patch.quantise.values import quantise_groups
+from patch.tiles import TileShape
 from stoicc import reference
 from stoicc.format import GROUPED, HybridWeight, bits_of, pack
 from stoicc.kernels.decode import DecodeConfig

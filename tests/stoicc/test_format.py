@@ -12,7 +12,8 @@ from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import KEPT_PAIRS, HybridMask, TileShape, expand_tiles, tile_grid
+from patch.mask import KEPT_PAIRS, HybridMask, expand_tiles
+from patch.tiles import TileShape, tile_grid
 from stoicc.format import HybridWeight, pack, pack_masked, unpack
 
 TILES = [(rows, cols) for rows in (64, 128, 256) for cols in (64, 128, 256)]

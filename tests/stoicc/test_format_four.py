@@ -9,8 +9,9 @@ from stoicc_hybrids import random_mask
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.quantise.values import quantise_groups
+from patch.tiles import TileShape
 from stoicc.format import HybridWeight, dequantised, mask_of, pack, scales_of, unpack
 
 SHAPES = [

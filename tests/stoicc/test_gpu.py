@@ -11,8 +11,8 @@ from stoicc_hybrids import random_hybrid, random_mask, random_weight
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from patch.mask import TileShape
 from patch.quantise.values import quantise_groups, quantise_rows, quantise_weight
+from patch.tiles import TileShape
 from stoicc import configs, reference
 from stoicc.configs import Config
 from stoicc.dispatch import run, run_scaled

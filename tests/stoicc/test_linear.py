@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 import stoicc
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.quantise.values import quantise_weight
+from patch.tiles import TileShape
 from stoicc import quantizer
 from stoicc.format import pack
 from stoicc.linear import DenseLinear8, HybridLinear, HybridPart, packed_modules

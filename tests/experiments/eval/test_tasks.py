@@ -17,8 +17,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from analysis.names import PAPER_TASKS
+from experiments.eval.names import EMBEDDED_TASK
 from experiments.eval.tasks import (
-    EMBEDDED_TASK,
     TASKS,
     TaskResult,
     check_tasks,

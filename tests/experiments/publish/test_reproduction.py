@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.publish import reproduction
 from experiments.run.store import Store
 from experiments.studies import cost

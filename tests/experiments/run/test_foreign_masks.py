@@ -18,7 +18,8 @@ from patch.audit import audit
 from patch.checkpoint import load_info, load_masks
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from patch.mask import HybridMask, tile_grid
+from patch.mask import HybridMask
+from patch.tiles import tile_grid
 
 MACHINE = Machine("cpu", None, lambda *_: None)
 FIRST = "model.layers.0.self_attn.q_proj"

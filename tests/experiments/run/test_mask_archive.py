@@ -22,7 +22,7 @@ from patch.audit import audit
 from patch.checkpoint import INFO_FILE, MASKS_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
 from patch.files import sha256
-from patch.mask import tile_grid
+from patch.tiles import tile_grid
 
 CPU = Machine("cpu", None, lambda *_: None)
 

@@ -20,7 +20,7 @@ from experiments.bench import model as bench
 from experiments.bench.harness import Reading
 from experiments.bench.model import Speed
 from experiments.data import models
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 from experiments.run import packed, pipeline
 from experiments.run.packed import agrees
 from experiments.run.projected import at_depth, dense_shares, projected_shares, projected_tile

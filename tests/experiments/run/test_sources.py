@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from analysis.rows.jsonl import from_lines, to_lines
 from experiments.data import models, text
 from experiments.eval import tasks
+from experiments.eval.names import EMBEDDED_TASK
 from experiments.run import checkpoints, pipeline, recovered
 from experiments.run.runtime import Machine
 from experiments.run.sources import TASK, Sources
@@ -244,13 +245,11 @@ def test_rows_of_a_task_whose_items_changed_are_refused(other: Callable[[Path], 
 
 
 def test_rows_of_tasks_say_what_they_were_measured_on(tiny_model: Path, tmp_path: Path) -> None:
-    trial = Trial(build.dense(str(tiny_model)), Evaluation((), (tasks.EMBEDDED_TASK,), limit=2))
+    trial = Trial(build.dense(str(tiny_model)), Evaluation((), (EMBEDDED_TASK,), limit=2))
     store = Store(tmp_path)
     pipeline.run_trial(trial, store, machine())
-    rows = store.read_rows(trial, TASK + tasks.EMBEDDED_TASK)
-    assert rows[0]["provenance"]["sources"] == {
-        TASK + tasks.EMBEDDED_TASK: tasks.fingerprint(tasks.EMBEDDED_TASK, None)
-    }
+    rows = store.read_rows(trial, TASK + EMBEDDED_TASK)
+    assert rows[0]["provenance"]["sources"] == {TASK + EMBEDDED_TASK: tasks.fingerprint(EMBEDDED_TASK, None)}
 
 
 @pytest.mark.parametrize("kind", ["learned", "recovered"])

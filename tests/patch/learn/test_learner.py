@@ -40,9 +40,10 @@ from patch.learn.prior import Prior
 from patch.learn.recipe import Recipe, Temperatures
 from patch.learn.saved import CHECKPOINT
 from patch.learn.sensitivity import tile_sensitivity
-from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, tile_grid, tile_sizes, tile_sums
+from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, tile_sizes, tile_sums
 from patch.quantise.precisions import PRECISIONS
 from patch.quantise.values import rounded
+from patch.tiles import tile_grid
 
 MODES = ["joint", "tile", "maskllm"]
 every_mode = pytest.mark.parametrize("mode", MODES)

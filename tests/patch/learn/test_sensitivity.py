@@ -13,7 +13,8 @@ from patch.layers import prunable_linears
 from patch.learn import soft_mask
 from patch.learn.distributed import Ranks
 from patch.learn.sensitivity import tile_sensitivity
-from patch.mask import decode_patterns, tile_grid
+from patch.mask import decode_patterns
+from patch.tiles import tile_grid
 
 SEQUENCES = words(0, 6, 16)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from patch.learn import soft_mask
-from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, decode_patterns, tile_grid, tile_sizes
+from patch.mask import KEPT_PAIRS, HybridMask, best_patterns, decode_patterns, tile_sizes
+from patch.tiles import tile_grid
 
 SHAPES = [
     pytest.param((8, 16), (4, 8), id="even"),

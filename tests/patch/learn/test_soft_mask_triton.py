@@ -25,7 +25,8 @@ from patch.learn.prior import Prior
 from patch.learn.recipe import PATCH_JOINT, Temperatures
 from patch.learn.saved import CHECKPOINT
 from patch.learn.soft_mask import Masked
-from patch.mask import TileShape, best_patterns, tile_grid, tile_sums
+from patch.mask import best_patterns, tile_sums
+from patch.tiles import TileShape, tile_grid
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import tile_grid
 from patch.oneshot import magnitude, sparsegpt, wanda
+from patch.tiles import tile_grid
 
 CASES = [
     pytest.param((64, 96), (64, 32), id="64x96-in-64x32"),

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
-from patch.mask import infer, tile_grid
+from patch.mask import infer
 from patch.oneshot import METHODS, STRUCTURES, PrunedLayer, prune_model
+from patch.tiles import tile_grid
 
 VOCABULARY = 97
 TILE = (16, 32)

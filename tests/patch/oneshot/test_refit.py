@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from patch.mask import HybridMask, best_patterns, tile_grid
+from patch.mask import HybridMask, best_patterns
 from patch.oneshot import prune_model
 from patch.oneshot.refit import MOST_STEPS, refit, refit_model
+from patch.tiles import tile_grid
 
 TILE = (16, 16)
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.mask import tile_grid
 from patch.oneshot.select import (
     drop_lowest,
     hybrid_mask,
@@ -15,6 +14,7 @@ from patch.oneshot.select import (
     unstructured_per_row,
     unstructured_per_weight,
 )
+from patch.tiles import tile_grid
 
 
 def kept_by_sorting(scores: list[float], dropped: int) -> list[bool]:

@@ -10,8 +10,9 @@ from stoicc_hybrids import random_mask, random_weight
 
 import stoicc.vllm
 from patch.errors import UserError
-from patch.mask import HybridMask, TileShape
+from patch.mask import HybridMask
 from patch.quantise.values import quantise_groups, quantise_weight
+from patch.tiles import TileShape
 from stoicc.format import GROUPED, dequantised, mask_of, pack, unpack
 from stoicc.spec import Spec
 from stoicc.vllm.shards import (
