@@ -30,7 +30,7 @@ from analysis.figures.style import (
     set_title,
 )
 from analysis.names import percent
-from analysis.tables.kernels import DENSE, PRECISIONS, TILE, best_of_linears, geometric_mean, is_dense, precisions
+from analysis.tables.kernels import DENSE, PRECISIONS, TILE, best_of_linears, geometric_means, is_dense, precisions
 
 # Bytes of a 2:4 block for each of a dense one; instructions are half.
 SPARSE_BYTES = 0.5625
@@ -58,7 +58,7 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     frame = _times(frame)
     chosen = frame[frame.model == model]
     hybrid = chosen[(chosen.implementation == "hybrid") & (chosen.tile == TILE)]
-    means = hybrid.groupby(["tokens", "sparsity"]).speedup.apply(geometric_mean)
+    means = geometric_means(hybrid, "speedup", ("tokens", "sparsity"))
     figure = new_figure(WIDTHS[width], 2.8, constrained=False)
     title = f"linears of {model}, tiles of {TILE}, timed on {gpus(frame.gpu)}"
     axes = figure.subplots(gridspec_kw=room(figure, title))
@@ -104,7 +104,7 @@ def draw_precisions(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width
         precision, quantity = shown[place // 2], ("speedup", "own_speedup")[place % 2]
         name = PRECISIONS[precision]
         hybrid = timed[(timed.implementation == "hybrid") & (timed.precision == precision) & (timed.tile == TILE)]
-        means = hybrid.groupby(["tokens", "sparsity"])[quantity].apply(geometric_mean)
+        means = geometric_means(hybrid, quantity, ("tokens", "sparsity"))
         tokens = [count for count in _TOKENS if count in means.index.get_level_values("tokens")]
         dense = best_of_linears(timed[is_dense(timed, precision)], "speedup")
         labels = []

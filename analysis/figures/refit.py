@@ -52,16 +52,17 @@ def pairs_of(frame: pd.DataFrame, points: Sequence[Point], text: Text) -> list[P
 
 
 @in_paper_style
-def draw_refit(frame: pd.DataFrame, width: Width = "single") -> Figure:
+def draw_refit(frame: pd.DataFrame, width: Width = "single", points: Sequence[Point] | None = None) -> Figure:
     """Perplexity of each mask with the weights that it kept (bar) and with fitted ones (marker), lowest on top.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if nothing was refitted, or not beside what it stands on.
     """
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     found = texts(points)
     pairs = pairs_of(frame, points, found[0]) if found else []
     if not pairs:

@@ -24,6 +24,7 @@ from analysis.figures.style import (
     add_legend,
     in_paper_style,
     new_figure,
+    room,
     set_title,
     style_of,
     text_ink,
@@ -48,14 +49,16 @@ _FAR = 0.75
 
 
 @in_paper_style
-def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str | None = None) -> Figure:
+def draw_speed_frontier(
+    frame: pd.DataFrame, width: Width = "double", shape: str | None = None, points: Sequence[Point] | None = None
+) -> Figure:
     """Perplexity, and mean accuracy where there are tasks, against end-to-end speedup, a column of panels per workload.
 
     A point is one checkpoint; the line is the Pareto front. In ``single`` there are two workloads to a row.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`, of one model.
-        shape: as `placed`.
+        shape, points: as `placed`.
 
     Raises:
         UserError: if nothing was timed, or not all of it on one kind of GPU.
@@ -64,20 +67,28 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
     if not timed:
         raise UserError("no speed to plot: run a frontier study on a GPU first")
     gpu = timed_on(frame)
-    gathered = gather(frame)
+    gathered = gather(frame) if points is None else points
     by_workload = {workload: placed(frame, workload, shape, gathered) for workload in timed}
     text = texts(gathered)[0]
-    points = [each.point for each in by_workload[timed[0]]]
+    shown = [each.point for each in by_workload[timed[0]]]
     quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [
         (f"{SOURCES.get(text.source, text.source)}\nperplexity @{text.length}", lambda p: p.perplexity.get(text), 1.0)
     ]
-    if any(point.mean_accuracy for point in points):
+    if any(point.mean_accuracy for point in shown):
         quantities.append((accuracy_label(gathered).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
     columns = min(len(timed), 4 if width == "double" else 2)
     blocks = math.ceil(len(timed) / columns)
     rows = blocks * len(quantities)
-    figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows)
-    grid = figure.add_gridspec(rows, columns)
+    tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in shown if point.tile}
+    on = f"tile statistics on {shape} shapes, " if shape else ""
+    models = listed(dict.fromkeys(point.model for point in shown))
+    tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
+    title = f"{models}, {on}{tiled}, timed on one {gpus([gpu])}"
+    figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
+    # Between blocks stand the name of an axis and the titles of the next panels.
+    between = (0.36, 0.12 if blocks == 1 else 0.5)
+    place_of = room(figure, title, rows, columns, left=0.62, bottom=0.62, above=0.19, between=between)
+    grid = figure.add_gridspec(rows, columns, **place_of)
     written: list[Panel] = []
     for place, workload in enumerate(timed):
         block, column = divmod(place, columns)
@@ -92,12 +103,8 @@ def draw_speed_frontier(frame: pd.DataFrame, width: Width = "double", shape: str
                 axis.set_xlabel("Speedup over dense")
             else:
                 axis.tick_params(labelbottom=False)
-    tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in points if point.tile}
-    on = f"tile statistics on {shape} shapes, " if shape else ""
-    models = listed(dict.fromkeys(point.model for point in points))
-    tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
-    set_title(figure, f"{models}, {on}{tiled}, timed on one {gpus([gpu])}")
-    add_legend(figure, _key(points), 7 if width == "double" else 3)
+    set_title(figure, title)
+    add_legend(figure, _key(shown), 7 if width == "double" else 3)
     write_labels(figure, written)
     return figure
 

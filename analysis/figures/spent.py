@@ -10,7 +10,7 @@ from analysis.figures.about import about
 from analysis.figures.labels import Label, Panel, write_labels
 from analysis.figures.scales import scale_perplexity
 from analysis.figures.series import marking
-from analysis.figures.style import DASHED, INK, WIDTHS, Width, in_paper_style, new_figure, set_title, text_ink
+from analysis.figures.style import DASHED, INK, WIDTHS, Width, in_paper_style, new_figure, room, set_title, text_ink
 from analysis.names import percent
 from analysis.rows.points import Point, Text, gather, texts
 from analysis.rows.spent import Spent, spent
@@ -45,32 +45,34 @@ def costed(frame: pd.DataFrame, points: Sequence[Point], text: Text) -> dict[flo
 
 
 @in_paper_style
-def draw_cost(frame: pd.DataFrame, width: Width = "double") -> Figure:
+def draw_cost(frame: pd.DataFrame, width: Width = "double", points: Sequence[Point] | None = None) -> Figure:
     """A panel a sparsity: perplexity against GPU hours, both to logarithmic scales, all panels to the same ones.
 
     Markers of masks whose kept weights were trained are hollow, with a line from what they were made of.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if nothing that was made on GPUs can be compared, or there are several models.
     """
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     if len({point.model for point in points}) != 1 or not texts(points):
         raise UserError("cost is drawn of one model with perplexity: choose rows of one")
     text = texts(points)[0]
     groups = costed(frame, points, text)
     if not groups:
         raise UserError("no cost to plot: no learned mask was made on a GPU beside another one")
-    figure = new_figure(WIDTHS[width], 0.6 + 1.75 * len(groups))
-    axes = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure = new_figure(WIDTHS[width], 0.6 + 1.75 * len(groups), constrained=False)
+    place_of = room(figure, about(frame), len(groups), above=0.19, between=(0, 0.26))
+    axes = figure.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False, gridspec_kw=place_of)[:, 0]
     dense = [point.perplexity[text].value for point in points if point.is_original and text in point.perplexity]
     values = [point.perplexity[text].value for members in groups.values() for point, _ in members] + dense
     hours = [each.gpu_hours for members in groups.values() for _, each in members]
     low, high = min(hours) / 1.6, max(hours) * 1.6
     # Free columns for names on the right.
-    room = high * (high / low) ** 0.55
+    far = high * (high / low) ** 0.55
     written: list[Panel] = []
     for axis, (sparsity, members) in zip(axes, groups.items(), strict=True):
         labels = []
@@ -89,10 +91,10 @@ def draw_cost(frame: pd.DataFrame, width: Width = "double") -> Figure:
             axis.axhline(value, color=INK, linewidth=0.9, linestyle=DASHED, zorder=1, gid="dense")
             labels.append(Label("Dense", (high, value), "right", INK))
         axis.set_xscale("log")
-        axis.set_xlim(low, room)
+        axis.set_xlim(low, far)
         scale_perplexity(axis, min(values), max(values))
         axis.set_title("2:4" if sparsity == 0.5 else percent(sparsity), loc="right")
-        written.append((axis, labels, {"left": (low, low), "right": (high, room)}))
+        written.append((axis, labels, {"left": (low, low), "right": (high, far)}))
     shown = {hour: name for hour, name in _TICKS.items() if low <= hour <= high}
     axes[-1].xaxis.set_major_locator(FixedLocator(list(shown)))
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda hour, _: shown.get(hour, "")))

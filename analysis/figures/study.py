@@ -96,22 +96,22 @@ def study_drawings(
     groups = ablated(points) if measured and not only_pairs else {}
     of = about(frame)
     if pairs:
-        yield Drawing("refit", f"What fitting the kept weights does to each mask: {of}.", draw_refit(frame))
+        caption = f"What fitting the kept weights does to each mask: {of}."
+        yield Drawing("refit", caption, draw_refit(frame, points=points))
     if groups:
         caption = f"Perplexity of each variant, lowest on top: {of}. Bars are the spread over seeds."
         yield Drawing("ablation", caption, draw_ablation(frame, width, points))
     elif measured and not only_pairs and swept(points):
-        yield Drawing(
-            "tile-shapes", f"Perplexity by tile shape, all else equal: {of}. {_BARS}", draw_tile_shapes(frame)
-        )
+        caption = f"Perplexity by tile shape, all else equal: {of}. {_BARS}"
+        yield Drawing("tile-shapes", caption, draw_tile_shapes(frame, points=points))
     if measured and not only_pairs and not groups and not _one_sparsity(points) and frontier_of(points):
         yield Drawing(
             "frontier", f"Quality against sparsity: {of}. {_BARS}", draw_frontier(frame, width, points=points)
         )
     if measured and len({point.model for point in points}) == 1 and costed(frame, points, measured[0]):
         caption = f"Quality against the GPU time that each mask took, hollow where kept weights were trained: {of}."
-        yield Drawing("cost", caption, draw_cost(frame, width))
-    yield from _speed_drawings(frame, width)
+        yield Drawing("cost", caption, draw_cost(frame, width, points))
+    yield from _speed_drawings(frame, points, width)
     yield from kernel_drawings(from_rows(frame, "kernels"))
     yield from model_drawings(from_rows(frame, "model"))
     # The masks of an ablation's many variants are not what it is about; what was refitted has those of others.
@@ -124,7 +124,7 @@ def _one_sparsity(points: Sequence[Point]) -> bool:
     return len({point.sparsity for point in points if point.method != "dense"}) == 1 and bool(swept(points))
 
 
-def _speed_drawings(frame: pd.DataFrame, width: Width) -> Iterator[Drawing]:
+def _speed_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:
     # One model alone has nothing that it is faster than.
     if not workloads(frame) or frame[frame.stage.str.startswith("speed:")].trial.nunique() < 2:
         return
@@ -133,13 +133,13 @@ def _speed_drawings(frame: pd.DataFrame, width: Width) -> Iterator[Drawing]:
     yield Drawing(
         "speed",
         f"Quality against end-to-end speedup of each checkpoint: {of}. {how}",
-        draw_speed_frontier(frame, width),
+        draw_speed_frontier(frame, width, points=points),
     )
     for shape in projected_shapes(frame):
         yield Drawing(
             f"carried-{_file_name(shape)}",
             f"Quality against the speed of the same tile statistics on {shape} shapes with random weights: {of}.",
-            draw_speed_frontier(frame, width, shape),
+            draw_speed_frontier(frame, width, shape, points),
         )
 
 
@@ -190,15 +190,6 @@ def _mask_drawings(
     labels = trial_labels(frame[frame.trial.isin([point.trials[0] for point in hybrid])])
     maps = set(frame[frame.metric == "tile_map"].trial)
     mapped = [point for point in hybrid if point.trials[0] in maps]
-    for model in dict.fromkeys(point.model for point in mapped):
-        first = next(point.trials[0] for point in mapped if point.model == model)
-        rows = whole([first])
-        if not legible(rows[rows.metric == "tile_map"].layer):
-            mapped = [point for point in mapped if point.model != model]
-    for point in mapped[:most]:
-        rows, label = whole(point.trials[:1]), labels[point.trials[0]]
-        caption = f"Tile map of {label}: {about(rows)}.{_others(mapped, most)}"
-        yield Drawing(f"tiles-{_file_name(label)}", caption, draw_tile_maps(rows, point.trials[0]), minor=True)
     several = len({point.model for point in hybrid}) > 1
     layers: dict[str, list[str]] = {}
     for model, method in dict.fromkeys((point.model, point.method) for point in hybrid):
@@ -209,7 +200,21 @@ def _mask_drawings(
     curves = [point for point in points if point.trials[0] in learned]
     learning = _legible("learning-curves", curves)
     of_layers, of_learning = (list(each.items())[-most:] for each in (layers, learning))
-    all_rows = whole({trial for _, shown in (*of_layers, *of_learning) for trial in shown})
+    of_maps: dict[str, list[str]] = {}
+    for point in mapped:
+        of_maps.setdefault(point.model, []).append(point.trials[0])
+    # All at once: whatever is read of published rows, their whole table is gone through.
+    wanted = [*(maps[:most] for maps in of_maps.values()), *(shown for _, shown in (*of_layers, *of_learning))]
+    all_rows = whole(set().union(*wanted))
+    tile_maps = all_rows[all_rows.metric == "tile_map"]
+    unclear = {
+        model for model, (first, *_) in of_maps.items() if not legible(tile_maps[tile_maps.trial == first].layer)
+    }
+    mapped = [point for point in mapped if point.model not in unclear]
+    for point in mapped[:most]:
+        rows, label = _of_trials(all_rows, point.trials[:1]), labels[point.trials[0]]
+        caption = f"Tile map of {label}: {about(rows)}.{_others(mapped, most)}"
+        yield Drawing(f"tiles-{_file_name(label)}", caption, draw_tile_maps(rows, point.trials[0]), minor=True)
     for part, shown in of_layers:
         rows = _of_trials(all_rows, shown)
         caption = f"Sparsity of each linear across the depth: {about(rows)}.{_others(layers, most)}"

@@ -18,6 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -94,6 +95,9 @@ _RC: dict[Any, Any] = {
     "ytick.major.size": 2.5,
     "lines.linewidth": 1.1,
     "pdf.fonttype": 42,
+    # Text stays text: its outlines, as its pixels, take longer to make than all else of a figure.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hybrid tile sparsity",
 }
 
 
@@ -225,6 +229,14 @@ def png_bytes(figure: Figure) -> bytes:
         mapped.putpalette(palette)
         mapped.save(small, "PNG", dpi=(DPI, DPI))
         return small.getvalue()
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """The figure as SVG, in half the time of a PNG; its letters are DejaVu's or Verdana's, which are as wide."""
+    with paper_style(), io.BytesIO() as written:
+        # Not ``savefig``, which draws twice.
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Creator": None, "Date": None})
+        return written.getvalue()
 
 
 def save_figure(figure: Figure, path: Path, formats: Collection[str] = FORMATS[:1]) -> list[Path]:

@@ -44,16 +44,17 @@ def swept(points: Sequence[Point]) -> dict[Group, list[Point]]:
 
 
 @in_paper_style
-def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single") -> Figure:
+def draw_tile_shapes(frame: pd.DataFrame, width: Width = "single", points: Sequence[Point] | None = None) -> Figure:
     """Perplexity against the tile shape, a line per method and sparsity, with that of the dense model.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if no three points differ in nothing but their tile shape, or more do than one panel can show.
     """
-    points = gather(frame)
+    points = gather(frame) if points is None else points
     groups = swept(points)
     if not groups:
         raise UserError("no sweep over tile shapes to plot: run a study such as smollm2-tiles first")

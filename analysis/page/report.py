@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis.figures.about import short_gpu
 from analysis.figures.study import Drawing, WholeRows, study_drawings
-from analysis.figures.style import WIDTHS, png_bytes
+from analysis.figures.style import WIDTHS, png_bytes, svg_bytes
 from analysis.page.findings import Finding, errors_said, findings, kernel_findings
 from analysis.page.origins import origins
 from analysis.page.questions import QUESTIONS, Question, is_smallest, question, reading_order
@@ -246,9 +246,11 @@ def _definitions(studies: Sequence[Study]) -> list[dict[str, str]]:
 
 def _figure(drawing: Drawing) -> dict[str, Any]:
     width = drawing.figure.get_figwidth()
+    # Single masks are maps of many cells, which are smaller as pixels.
+    kind, data = ("png", png_bytes(drawing.figure)) if drawing.minor else ("svg+xml", svg_bytes(drawing.figure))
     return {
         "caption": drawing.caption,
-        "data": "data:image/png;base64," + base64.b64encode(png_bytes(drawing.figure)).decode(),
+        "data": f"data:image/{kind};base64," + base64.b64encode(data).decode(),
         "wide": width > WIDTHS["single"],
         "minor": drawing.minor,
     }

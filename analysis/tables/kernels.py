@@ -4,6 +4,7 @@ A bench has rows as a study's stage does. Of older ones a whole model's dense ba
 is superseded. No torch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ DENSE = {
 # Tiles of the products that tables and figures show.
 TILE = "128x128"
 KINDS = ("kernels", "model")
+_WORKLOAD = ["kind", "batch", "length"]
 LIBRARIES = ("cusparselt", "cusparselt_fp8", "semi_structured")
 PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "fp8_precise": "FP8 with float32 sums", "int4": "INT4"}
 SUPERSEDED = (
@@ -130,6 +132,8 @@ def from_rows(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
 def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Rows of one or more parts as a table, the roofs that were measured beside them as columns."""
     frame = pd.DataFrame(list(rows))
+    # As rows of studies have them: what is taken from a table again and again is slow in Arrow's strings.
+    frame = frame.astype(dict.fromkeys(frame.select_dtypes("str"), "object"))
     roofs = {name: frame[frame.metric == name].value.median() for name in ("copy_roof", "matmul_roof")}
     frame = frame[~frame.metric.isin(tuple(roofs))]
     return frame.assign(**roofs)
@@ -173,17 +177,17 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
         row[-1] == "dense" and tuple(row[:-1]) in fused for row in timed[[*cell, "implementation"]].to_numpy().tolist()
     ]
     timed = timed[~np.array(superseded, dtype=bool)]
-    for name, precision in (("dense", "bf16"), *((precision, precision) for precision in DENSE)):
-        best = timed[is_dense(timed, precision)].groupby(cell).value.min().rename(name)
-        frame = frame.join(best, on=cell)
+    best = {precision: timed[is_dense(timed, precision)].groupby(cell).value.min() for precision in DENSE}
+    frame = frame.join(pd.DataFrame(best), on=cell)
     if "linear" in frame:
         gain = _autotuned(timed)
-        share = [
-            1.0 if row.process in gain.processes else gain.shares.get((row.model, row.linear, row.tokens), 1.0)
-            for row in records(frame)
+        products = zip(frame.process, frame.model, frame.linear, frame.tokens, strict=True)
+        frame["bf16"] *= [
+            1.0 if process in gain.processes else gain.shares.get(tuple(product), 1.0) for process, *product in products
         ]
-        frame["dense"], frame["bf16"] = frame.dense * share, frame.bf16 * share
-    frame["own"] = [getattr(row, row.precision) for row in records(frame)]
+    frame["dense"], frame["own"] = frame.bf16, np.nan
+    for name in DENSE:
+        frame["own"] = frame.own.where(frame.precision != name, frame[name])
     times = frame.value.where(frame.metric == "time")
     frame["speedup"], frame["own_speedup"] = frame.dense / times, frame.own / times
     return frame.drop(columns=list(DENSE))
@@ -220,8 +224,8 @@ def _autotuned(timed: pd.DataFrame) -> _Autotuned:
     return _Autotuned(shares.to_dict(), set(times.index.get_level_values("process")))
 
 
-def geometric_mean(values: pd.Series) -> float:
-    return float(np.exp(np.log(values.astype(float)).mean()))
+def geometric_means(rows: pd.DataFrame, quantity: str, by: Sequence[str]) -> pd.Series:
+    return rows.assign(log=np.log(rows[quantity].astype(float))).groupby(list(by)).log.mean().map(math.exp)
 
 
 def precisions(frame: pd.DataFrame) -> list[str]:
@@ -236,8 +240,8 @@ def kind_of(kind: str, precision: str) -> str:
 
 
 def typical(rows: pd.DataFrame, quantity: str) -> pd.Series:
-    """Of each implementation the middle one of its rows: dense models are timed beside each sparsity."""
-    return rows.groupby("implementation")[quantity].median()
+    """By workload and implementation the middle one of its rows: dense models are timed beside each sparsity."""
+    return rows.groupby([*_WORKLOAD, "implementation"])[quantity].median()
 
 
 def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
@@ -270,7 +274,7 @@ def kernel_table(frame: pd.DataFrame, tile: str = TILE, precision: str = "bf16")
     timed = frame[frame.metric == "time"]
     own = timed[timed.precision == precision]
     chosen = own[(own.implementation == "hybrid") & (own.tile == tile)]
-    means = chosen.groupby(["tokens", "sparsity"]).own_speedup.apply(geometric_mean).unstack()
+    means = geometric_means(chosen, "own_speedup", ("tokens", "sparsity")).unstack()
     sparsities = [float(str(sparsity)) for sparsity in means.columns]
     libraries = best_of_linears(own[own.implementation.isin(LIBRARIES)], "own_speedup")
     more = {"Best 2:4 library, 50%": libraries} if libraries else {}
@@ -321,7 +325,8 @@ def best_of_linears(rows: pd.DataFrame, speedup: str) -> dict[Any, float]:
     """The best of some implementations on each linear, as the geometric mean over linears, by tokens."""
     if rows.empty:
         return {}
-    return dict(rows.groupby(["tokens", "linear"])[speedup].max().groupby("tokens").apply(geometric_mean).items())
+    best = rows.groupby(["tokens", "linear"])[speedup].max().reset_index()
+    return dict(geometric_means(best, speedup, ("tokens",)).items())
 
 
 # Of whole models: implementations whose speedup stands beside that of packed weights.
@@ -358,16 +363,11 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
         *(Column(heading.lower(), heading, "ratio") for heading in beside),
     ]
     rows: list[tuple[Value, ...]] = []
-    for work, group in hybrid.groupby(["kind", "batch", "length"]):
+    others = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in beside.values()]
+    for work, group in hybrid.groupby(_WORKLOAD):
         by_sparsity = group.set_index("sparsity").own_speedup
-        others = (typical(_of_workload(some, work), "speedup").max() for some in beside.values())
-        rows.append(
-            (
-                _workload(work),
-                *(Measured(float(by_sparsity[s])) if s in by_sparsity else None for s in sparsities),
-                *(None if np.isnan(value) else Measured(float(value)) for value in others),
-            )
-        )
+        speedups = [*(by_sparsity.get(s) for s in sparsities), *(other.get(work) for other in others)]
+        rows.append((_workload(work), *(Measured(float(x)) if x is not None else None for x in speedups)))
     shares = _shares(frame, precision)
     rows.append(
         (
@@ -403,9 +403,9 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
         kinds |= {f"{percent(s)}{own}": hybrid[hybrid.sparsity == s] for s in sorted(hybrid.sparsity.unique())}
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
     rows: list[tuple[Value, ...]] = []
-    for work, _ in energy.groupby(["kind", "batch", "length"]):
-        found = (typical(_of_workload(some, work), "value") for some in kinds.values())
-        rows.append((_workload(work), *(Measured(float(values.min())) if len(values) else None for values in found)))
+    least = [typical(some, "value").groupby(_WORKLOAD).min().to_dict() for some in kinds.values()]
+    for work, _ in energy.groupby(_WORKLOAD):
+        rows.append((_workload(work), *(Measured(found[work]) if work in found else None for found in least)))
     notes = ["Of the whole GPU, by its own counter, over a second of work."]
     if energy.origin.str.partition(" ")[0].nunique() > 1:
         notes.append("Columns are of several benches, whose joules of the same model differ by up to a seventh.")
@@ -415,11 +415,6 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
 def _workload(work: Any) -> str:
     kind, batch, length = work
     return workload_name(f"{kind}@{batch:.0f}x{length:.0f}")
-
-
-def _of_workload(rows: pd.DataFrame, work: Any) -> pd.DataFrame:
-    kind, batch, length = work
-    return rows[(rows.kind == kind) & (rows.batch == batch) & (rows.length == length)]
 
 
 def _shares(frame: pd.DataFrame, precision: str) -> dict[float, float]:

@@ -34,16 +34,17 @@ def wrong(frame: pd.DataFrame) -> set[str]:
     return {trial for trial, labels in zip(checked.trial, checked.labels, strict=True) if labels.get("agrees") is False}
 
 
-def speed_table(frame: pd.DataFrame) -> Table:
+def speed_table(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> Table:
     """One row per checkpoint: perplexity unpacked and packed, size, peak memory and speed against the dense model.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
+        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
         UserError: if nothing was packed, rows of one point are of different checkpoints, or speeds of different GPUs.
     """
-    gathered = gather(frame)
+    gathered = gather(frame) if points is None else points
     points = [point for point in gathered if _any(frame, point, "pack")]
     if not points:
         raise UserError("nothing was packed: run a frontier study first")
@@ -76,18 +77,19 @@ def speed_table(frame: pd.DataFrame) -> Table:
     return _table(points, fields, notes)
 
 
-def projected_table(frame: pd.DataFrame, shape: str) -> Table:
+def projected_table(frame: pd.DataFrame, shape: str, points: Sequence[Point] | None = None) -> Table:
     """One row per hybrid checkpoint: the speed of its share of dense tiles on a larger model's shapes.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
         shape: one of `projected_shapes`.
+        points: as `speed_table`.
 
     Raises:
         UserError: if nothing was timed on that model's shapes, or not all of it on one kind of GPU.
     """
     stage = _PROJECTED + shape
-    points = [point for point in gather(frame) if _any(frame, point, stage)]
+    points = [point for point in (gather(frame) if points is None else points) if _any(frame, point, stage)]
     if not points:
         raise UserError(f"no tile statistics were timed on the shapes of {shape}: run a frontier study on a GPU first")
     rows = frame[(frame.stage == stage) & (frame.metric == "speedup")]
@@ -136,19 +138,29 @@ def _any(frame: pd.DataFrame, point: Point, stage: str) -> bool:
     return bool((frame.trial.isin(point.trials) & (frame.stage == stage)).any())
 
 
-def _mean(frame: pd.DataFrame, point: Point, stage: str, metric: str, labels: dict[str, object]) -> float | None:
-    """Of the trials of a point, which differ in their seeds."""
-    rows = frame[frame.trial.isin(point.trials) & (frame.stage == stage) & (frame.metric == metric)]
-    wanted = [labels.items() <= found.items() for found in rows.labels]
-    values = rows[wanted].value if len(rows) else rows.value
-    return None if values.empty else float(values.mean())
+def _mean(frame: pd.DataFrame, stage: str, metric: str, labels: dict[str, object]) -> Callable[[Point], float | None]:
+    """A fact of the trials of a point, which differ in their seeds."""
+    rows = frame[(frame.stage == stage) & (frame.metric == metric)]
+    rows = rows[[labels.items() <= found.items() for found in rows.labels]] if len(rows) else rows
+    rows = rows[rows.value.notna()]
+    values: dict[str, list[float]] = {}
+    for trial, measured in zip(rows.trial, rows.value, strict=True):
+        values.setdefault(trial, []).append(measured)
+
+    def mean(point: Point) -> float | None:
+        found = [measured for trial in point.trials for measured in values.get(trial, ())]
+        return sum(found) / len(found) if found else None
+
+    return mean
 
 
 def _of(
     frame: pd.DataFrame, stage: str, metric: str, factor: float = 1.0, labels: dict[str, object] | None = None
 ) -> Callable[[Point], Value]:
+    mean = _mean(frame, stage, metric, labels or {})
+
     def value(point: Point) -> Value:
-        found = _mean(frame, point, stage, metric, labels or {})
+        found = mean(point)
         return None if found is None else Measured(factor * found)
 
     return value
@@ -158,9 +170,10 @@ def _ratio(
     frame: pd.DataFrame, stage: str, over: tuple[str, dict[str, object]], under: tuple[str, dict[str, object]]
 ) -> Callable[[Point], Value]:
     """One fact over another."""
+    means = [_mean(frame, stage, *fact) for fact in (over, under)]
 
     def value(point: Point) -> Value:
-        top, bottom = (_mean(frame, point, stage, *fact) for fact in (over, under))
+        top, bottom = (mean(point) for mean in means)
         return None if top is None or not bottom else Measured(top / bottom)
 
     return value

@@ -46,14 +46,14 @@ def study_tables(
     points = gather(frame) if points is None else points
     found["accuracy"] = accuracy_table(frame, beside_published, points)
     if (frame.stage == "pack").any():
-        found["speed"] = speed_table(frame)
+        found["speed"] = speed_table(frame, points)
         if len({point.model for point in points}) == 1 and workloads(frame):
             found["front"] = front_table(frame, points)
     # Beside nothing that was learned or trained, what one shot took says little.
     if any(each.tokens for each in spent(frame, points).values()):
         found["cost"] = cost_table(frame, points)
     for shape in projected_shapes(frame):
-        found[f"carried-{shape}"] = projected_table(frame, shape)
+        found[f"carried-{shape}"] = projected_table(frame, shape, points)
     return warned(found, frame)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.names import percent, workload_name
-from analysis.tables.kernels import TILE, geometric_mean
+from analysis.tables.kernels import TILE, geometric_means
 from analysis.tables.render import Column, Table, Value
 
 SPARSITIES = (0.0, 0.25, 0.35, 0.45, 0.5)
@@ -98,7 +98,7 @@ def _speedups(goal: Goal, kernels: pd.DataFrame, models: pd.DataFrame) -> dict[f
         # With no or all tiles 2:4 there is one map; learned maps are uneven.
         uneven = (timed.tiles == "uneven") | timed.sparsity.isin((0.0, 0.5))
         chosen = timed[(timed.model == LINEARS) & (timed.tile == TILE) & timed.tokens.isin(goal.tokens) & uneven]
-        means = chosen.groupby(["sparsity", "tokens"]).own_speedup.apply(geometric_mean)
+        means = geometric_means(chosen, "own_speedup", ("sparsity", "tokens"))
     else:
         kind, _, size = goal.workload.partition("@")
         batch, _, length = size.partition("x")

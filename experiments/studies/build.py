@@ -221,7 +221,7 @@ def joined(
 
 def _packs_groups(model: str) -> bool:
     """Whether INT4 of a model of the registry is packed: in groups of 128 inputs alone, which not every one has."""
-    shapes = models.REGISTRY[model].linear_shapes()
+    shapes = registry.REGISTRY[model].linear_shapes()
     return group_size({name: inputs for name, (_, inputs) in shapes.items()}) == GROUPS[0]
 
 

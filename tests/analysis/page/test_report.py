@@ -88,7 +88,8 @@ def test_it_is_one_whole_page_that_needs_no_other_file(page: str) -> None:
     elements = Elements(page)
     assert not elements.open, f"never closed: {elements.open}"
     sources = [attributes.get("src") or "" for _, attributes in elements.found if "src" in attributes]
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    kinds = ("data:image/svg+xml;base64,", "data:image/png;base64,")
+    assert sources and all(source.startswith(kinds) for source in sources)
     assert not any(tag in ("link", "iframe") for tag, _ in elements.found)
     assert "http" not in "".join(attributes.get("href") or "" for _, attributes in elements.found)
 
