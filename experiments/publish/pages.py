@@ -28,7 +28,7 @@ from analysis.tables.kernels import energy_table, kernel_table, load_bench, meas
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.study import WARNING, study_tables
-from experiments.publish import goals, measured, reproduction
+from experiments.publish import goals, measured, reproduction, steps
 from experiments.run.store import Store
 from experiments.studies.build import TARGETS
 from experiments.studies.registry import STUDIES
@@ -260,6 +260,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "model-8b": lambda: model_table(_model("llama-3.1-8b")),
     "model-fp8-8b": lambda: model_table(_model("llama-3.1-8b"), "fp8"),
     "goals": lambda: goals.table(_bench("kernels"), _bench("model")),
+    "decode-steps": lambda: steps.table(_bench("kernels"), _bench("model")),
     "energy": _energy,
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),

@@ -751,6 +751,18 @@ def test_packing_in_two_calls_saves_both(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded(tmp_path / "both")), expected, rtol=0.02, atol=0.02)
 
 
+def test_parts_of_a_model_may_have_other_precisions(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    masks = some_masks(model)
+    kinds = {"layers.0.self_attn": None, "layers.0.mlp": torch.int8, "layers.1": torch.float8_e4m3fn}
+    for where, dtype in kinds.items():
+        stoicc.compile_model(model, {name: mask for name, mask in masks.items() if where in name}, dtype=dtype)
+    model.save_pretrained(tmp_path / "mixed")
+    again = loaded(tmp_path / "mixed")
+    assert {module.spec.dtype for module in packed_modules(again)} == {"bfloat16", "int8", "float8_e4m3fn"}
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_other_files_may_be_missing_and_folders_have_hashes_too(packed: Any, tmp_path: Path) -> None:
     """As in the hub's cache, which holds what was asked for."""
     shutil.copytree(packed[0], tmp_path / "some")
