@@ -6,7 +6,7 @@ from analysis.names import percent
 from analysis.rows.points import Measured
 from analysis.tables.kernels import PRECISIONS, TILE, typical
 from analysis.tables.render import Column, Table, Value
-from experiments.data.models import REGISTRY
+from experiments.data.registry import REGISTRY
 
 SPARSITY = 0.45
 # A dense whole model by precision, and what its products are called where they are timed alone.
