@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "patch": {"patch.quantise"},
     "patch.oneshot": {"patch", "patch.methods", "patch.quantise"},
     "patch.learn": {"patch", "patch.quantise"},
-    "patch.recover": {"patch", "patch.learn", "patch.oneshot"},
+    "patch.recover": {"patch", "patch.learn", "patch.oneshot", "patch.quantise"},
     "patch.methods": {"patch", "patch.learn"},
     "stoicc.compat": {"patch"},
     "stoicc.format": {"patch", "patch.quantise"},

@@ -156,6 +156,8 @@ def _recovery_said(name: str, value: Any, equals: str) -> str:
         return "blocks alone"
     if name == "distillation":
         return {0: "loss of the text", 1: "distilled"}.get(value, f"{spelled(value)} distilled")
+    if name == "precision":
+        return f"trained as {PRECISIONS[value].label if value in PRECISIONS else value}" if value else ""
     if name == "block_targets" and value == "sparse":
         return "blocks towards dense ones on the same inputs"
     return f"recovery {name.replace('_', ' ')}{equals}{spelled(value)}"

@@ -16,6 +16,7 @@ from experiments.studies.build import (
     one_shot,
     one_shot_frontier,
     quantised,
+    recovered,
     refitted,
     trials,
 )
@@ -129,6 +130,21 @@ def precisions() -> Trials:
         for name in (None, "fp8", "int4")
     ]
     return trials([dense("embedded"), *each], Evaluation((Perplexity("embedded/validation", 256),)))
+
+
+def recovered_bits() -> Trials:
+    """Whether what is kept had better be trained as it will be rounded: INT4 of two masks of the embedded model.
+
+    One drops nothing, so that training it is training the dense model. Compared on validation text.
+    """
+    one = functools.partial(one_shot, "embedded", tile=_TILE, calibration=_CALIBRATION)
+    steps: dict[str, Any] = {"steps": 60, "batch": 16, "microbatch": 16, "length": 128, "warmup": 10}
+    each = []
+    for mask in (one("magnitude", "hybrid", 0.0), one("sparsegpt", "hybrid", 0.45, tile_ranking="model")):
+        plain, as_rounded = (recovered(mask, "embedded/train", precision=name, **steps) for name in (None, "int4"))
+        each += [mask, plain, *(quantised(some, "int4", _CALIBRATION, sink_aware=True) for some in (mask, plain))]
+        each.append(quantised(as_rounded, "int4", _CALIBRATION, sink_aware=True))
+    return trials(each, Evaluation((Perplexity("embedded/validation", 256),)))
 
 
 def refit() -> Trials:

@@ -22,6 +22,10 @@ STUDIES = {
     "embedded-precisions": Study(
         "whether learning masks over quantised weights pays, on the embedded model, at 45%", embedded.precisions
     ),
+    "embedded-recovered-bits": Study(
+        "whether kept weights had better be trained as they will be rounded, on the embedded model",
+        embedded.recovered_bits,
+    ),
     "embedded-refit": Study("what fitting the kept weights adds to the demo's masks", embedded.refit),
     "frontier-embedded": Study("perplexity of masks and dense models in few bits, the embedded model", embedded.bits),
     "smollm2-sinks": Study("what regard to attention sinks does in few bits, SmolLM2, on a CPU", smollm2.sinks),

@@ -475,7 +475,7 @@ _USUAL_RECOVERY = settings({"recovery": {"recipe": RecoveryRecipe().substance()}
 _LABELLED |= {name for name in _USUAL_RECOVERY if name.rpartition(".")[2] not in _SIZE}
 # Said where there are none: then blocks alone are trained.
 _RECOVERY_STEPS = "recovery.recipe.steps"
-_LABELLED.add(_RECOVERY_STEPS)
+_LABELLED |= {_RECOVERY_STEPS, "recovery.recipe.precision"}
 
 
 def _unusual(pruning: Pruning) -> list[str]:

@@ -134,13 +134,46 @@ def weight_scales(weight: Tensor, precision: Precision, group: int, importance: 
     return torch.stack([group_scales(weight[:, part].float(), importance[part]) for part in here], 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that a weight ``[N, K]`` may take in a precision, once its scales are chosen.
+
+    Attributes:
+        scales: float32 ``[N, groups]``.
+    """
+
+    precision: Precision
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, precision: Precision, group: int) -> "Grid":
+        """That on which a weight loses least; in groups of ``group`` inputs, where scales have some.
+
+        Raises:
+            UserError: if the weight has values that are not finite.
+        """
+        check_finite(weight)
+        return cls(
+            precision, weight_scales(weight, precision, group, torch.ones(weight.shape[1], device=weight.device))
+        )
+
+    def rows(self, part: slice, device: torch.device) -> "Grid":
+        """Of some rows."""
+        return Grid(self.precision, self.scales[part].to(device))
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest of its values to each element of a weight, like the weight."""
+        wide = weight.float().unflatten(1, (self.scales.shape[1], -1))
+        return (
+            (nearest(wide / self.scales[..., None], self.precision) * self.scales[..., None])
+            .flatten(1)
+            .to(weight.dtype)
+        )
+
+
 def rounded(weight: Tensor, precision: Precision, group: int) -> Tensor:
     """What a weight ``[N, K]`` is rounded to nearest in a precision, like the weight; in groups of ``group`` inputs."""
-    check_finite(weight)
-    every = torch.ones(weight.shape[1], device=weight.device)
-    scales = weight_scales(weight, precision, group, every)
-    wide = scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
-    return (nearest(weight.float() / wide, precision) * wide).to(weight.dtype)
+    return Grid.of(weight, precision, group).rounded(weight)
 
 
 class GroupRounding:

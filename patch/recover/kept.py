@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.learn.distributed import Ranks
+from patch.quantise.values import Grid
 from patch.tiles import TileShape
 
 
@@ -26,6 +27,18 @@ class _Placed(torch.autograd.Function):
         return grads[0].reshape(-1).index_select(0, places).float(), None, None, None
 
 
+class _Rounded(torch.autograd.Function):
+    """A weight rounded to a grid; the gradient of what is under the rounding is that of what it becomes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
+        return grid.rounded(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """Which elements of a weight are kept, and which of them this rank trains: those of whole rows of tiles.
@@ -34,11 +47,13 @@ class Kept:
         keep: bool ``[N, K]`` on the CPU.
         tile: rows of a tile, and columns.
         ranks: the processes that train together.
+        grid: to which what is kept is rounded wherever it is used, of the whole weight on the CPU; None as it is.
     """
 
     keep: Tensor
     tile: TileShape
     ranks: Ranks
+    grid: Grid | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +86,7 @@ class Kept:
         """The weight ``[N, K]`` that keeps ``whole``, on the CPU."""
         weight = torch.zeros(self.shape, dtype=dtype)
         weight[self.keep] = whole.to(dtype)
-        return weight
+        return self.grid.rounded(weight) if self.grid else weight
 
 
 class KeptWeight:
@@ -91,8 +106,11 @@ class KeptWeight:
         self._here = (keep.shape[0], keep.shape[1])
         # Half the bytes of the indices that torch computes with, which are made one weight at a time.
         self._places = keep.flatten().nonzero().squeeze(1).int().to(device)
+        self._grid = kept.grid.rows(kept.here, device) if kept.grid else None
 
     def draw(self) -> Tensor:
         """This rank's rows ``[rows here, K]`` in the dtype of the model's weight, zero where nothing is kept."""
         drawn: Tensor = _Placed.apply(self.values, self._places, self._here, self.linear.weight.dtype)
+        if self._grid:
+            drawn = _Rounded.apply(drawn, self._grid)
         return drawn

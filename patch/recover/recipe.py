@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from patch.errors import UserError
-from patch.learn.recipe import HOW_IT_RUNS, RUNNING, Span, check_choice, check_whole, learning_rate, number, span
+from patch.learn.recipe import ADDED, HOW_IT_RUNS, RUNNING, Span, check_choice, check_whole, learning_rate, number, span
+from patch.quantise.precisions import PRECISIONS
 
 BlockTargets = Literal["dense", "sparse"]
 
@@ -38,6 +39,9 @@ class RecoveryRecipe:
         block_lr: learning rate at each block's start, from which a cosine leads down to 0.
         block_targets: what a block's outputs are fitted to: ``dense``, the hidden states of the dense model, so that a
             block makes up for those before it too; ``sparse``, those of the dense block on the same inputs.
+        precision: one of `patch.quantise.precisions.PRECISIONS`: kept weights are rounded to it wherever they are
+            used, by scales that are chosen at the start, and what is under the rounding takes the gradients. What comes
+            out is rounded, so that quantising it to the same changes next to nothing. None trains them as they are.
         activation_checkpointing: recompute each block in the backward pass; device memory then holds the weights with
             their masks of one block, not of all.
         checkpoint_every: steps between checkpoints.
@@ -65,12 +69,16 @@ class RecoveryRecipe:
     block_batch: int = 8
     block_lr: float = 1e-4
     block_targets: BlockTargets = "dense"
+    # Younger than published rows.
+    precision: str | None = field(default=None, metadata=ADDED)
     activation_checkpointing: bool = field(default=False, metadata=RUNNING)
     checkpoint_every: int = field(default=200, metadata=RUNNING)
     log_every: int = field(default=10, metadata=RUNNING)
 
     def __post_init__(self) -> None:
         check_choice("block_targets", self.block_targets, get_args(BlockTargets))
+        if self.precision is not None:
+            check_choice("precision", self.precision, tuple(PRECISIONS))
         if not isinstance(self.activation_checkpointing, bool):
             raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         least = {"steps": 0, "warmup": 0, "block_epochs": 0, "length": 2}
@@ -119,7 +127,8 @@ class RecoveryRecipe:
 
     def substance(self) -> dict[str, Any]:
         """Everything that what is trained depends on, by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW_IT_RUNS}
+        left_out = HOW_IT_RUNS if self.precision else {*HOW_IT_RUNS, "precision"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ... of the second phase."""

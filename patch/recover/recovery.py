@@ -16,7 +16,7 @@ is killed goes on from ``learner.pt``, on a CPU with the same bits.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ from patch.layers import decoder_blocks, require_linears
 from patch.learn.distributed import ALONE, Ranks
 from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.tracking import curves
+from patch.quantise.precisions import PRECISIONS, Precision, group_size
+from patch.quantise.values import Grid
 from patch.recover.blocks import recover_blocks
 from patch.recover.distil import Batches, Implementation, distil
 from patch.recover.kept import Kept
@@ -99,7 +101,11 @@ def recover(
     linears = require_linears(model, "recovery")
     _check_ranks(recipe, ranks)
     kept = {name: Kept(keep[name], tile, ranks) for name in _all_of(linears, keep)}
-    values = _starting_values(linears, kept, weights)
+    given = dict(weights)
+    values = _starting_values(linears, kept, given.items())
+    if recipe.precision:
+        grids = _grids(given, PRECISIONS[recipe.precision], device)
+        kept = {name: replace(each, grid=grids[name]) for name, each in kept.items()}
     blocks = len(decoder_blocks(model)) if recipe.block_epochs else 0
     fingerprint = {
         "recipe": recipe.substance(),
@@ -170,6 +176,13 @@ def _starting_values(
         raise UserError(f"{missing}: the sparse model has no such weight")
     # In the model's order, whatever theirs is.
     return {name: found[name] for name in kept}
+
+
+def _grids(weights: Mapping[str, Tensor], precision: Precision, device: torch.device) -> dict[str, Grid]:
+    """To what each weight ``[N, K]`` is rounded, on the CPU."""
+    group = group_size({name: weight.shape[1] for name, weight in weights.items()}) if precision.grouped else 0
+    found = {name: Grid.of(weight.to(device).float(), precision, group) for name, weight in weights.items()}
+    return {name: grid.rows(slice(None), torch.device("cpu")) for name, grid in found.items()}
 
 
 def _check_ranks(recipe: RecoveryRecipe, ranks: Ranks) -> None:

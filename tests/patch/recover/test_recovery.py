@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_learner import words
+from tiny_learner import tiny_model, words
 from tiny_recovery import PHASES, SHORT, dense_model, hybrid_masks, kept_by, linears, run, same, sparse_weights
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,9 +17,16 @@ from patch.errors import UserError
 from patch.layers import prunable_linears
 from patch.learn.descent import LearningDiverged, Stopped
 from patch.learn.saved import CHECKPOINT
+from patch.oneshot.gptq import quantise_model
+from patch.quantise.precisions import PRECISIONS
 from patch.recover.distil import Implementation
 
 every_phase = pytest.mark.parametrize("phase", PHASES)
+
+
+def wide_model() -> Any:
+    """`dense_model` whose inputs make whole groups of INT4."""
+    return tiny_model(torch.float32, initializer_range=0.15, intermediate_size=128)
 
 
 def divergence(model: nn.Module, dense: nn.Module) -> float:
@@ -66,6 +73,21 @@ def test_the_dense_model_is_approached(phase: str, tmp_path: Path) -> None:
     for block in {entry["block"] for entry in recovered.history if "block" in entry}:
         losses = [entry["loss"] for entry in recovered.history if entry.get("block") == block]
         assert losses[-1] < losses[0]
+
+
+def test_weights_trained_as_they_are_rounded_stay_so_and_are_nearer(tmp_path: Path) -> None:
+    plain = dataclasses.replace(PHASES["distil"], steps=40, lr=1e-3, microbatch=4)
+    dense = wide_model()
+    masks = hybrid_masks(dense)
+    found = {}
+    for recipe in (plain, dataclasses.replace(plain, precision="int4")):
+        model, _ = run(recipe, tmp_path / str(recipe.precision), wide_model(), kept_by(masks))
+        trained = {name: weight.clone() for name, weight in linears(model).items()}
+        quantise_model(model, PRECISIONS["int4"], words(7), "cpu", masks, sink_aware=True)
+        off = sum(float((weight - trained[name]).square().sum()) for name, weight in linears(model).items())
+        found[recipe.precision] = off, divergence(model, dense)
+    assert found["int4"][0] < 0.01 * found[None][0]
+    assert found["int4"][1] < found[None][1]
 
 
 def test_the_first_step_is_the_definition(tmp_path: Path) -> None:
