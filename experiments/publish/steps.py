@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis.names import percent
 from analysis.rows.points import Measured
-from analysis.tables.kernels import PRECISIONS, TILE, typical
+from analysis.tables.kernels import PRECISIONS, TILE
 from analysis.tables.render import Column, Table, Value
 from experiments.data.registry import REGISTRY
 
@@ -36,10 +36,9 @@ def table(kernels: pd.DataFrame, models: pd.DataFrame, model: str = "llama-2-7b"
                 ("dense", own & (steps.implementation == whole), single & (products.implementation == alone)),
                 (percent(SPARSITY), own & _packed(steps), single & _packed(products)),
             ):
-                step = float(typical(steps[of_step], "value").iloc[0]) / 1e3
-                blocks = (
-                    REGISTRY[model].blocks * float(products[of_product].groupby("linear").value.median().sum()) / 1e3
-                )
+                step = float(steps[of_step].value.median()) / 1e3
+                block = float(products[of_product].groupby("linear").value.median().sum()) / 1e3
+                blocks = REGISTRY[model].blocks * block
                 times = (Measured(step), Measured(blocks), Measured(step - blocks))
                 rows.append((Measured(sequences), f"{heading}, {PRECISIONS[precision]}", *times))
     return Table(columns, tuple(rows), ("",) * len(rows), frozenset(), ())
