@@ -27,6 +27,7 @@ from analysis.tables.compare import select
 from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
+from analysis.tables.serving import throughput_table
 from analysis.tables.study import WARNING, study_tables
 from experiments.publish import goals, measured, reproduction, steps
 from experiments.run.store import Store
@@ -200,6 +201,12 @@ def _learning_table(place: int) -> Table:
     return tuple(learning_tables(measurements(BENCH)).values())[place]
 
 
+def _serving() -> Table:
+    """What vLLM makes of packed weights."""
+    rows = [row for row in measurements(BENCH) if row["metric"] == "output_tokens_per_second"]
+    return only(throughput_table(rows), ("precision", "load", "dense", "packed", "speedup", "base_speedup"))
+
+
 @cache
 def _rates() -> Table:
     """What learning costs, of all GPUs."""
@@ -255,6 +262,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "kernels-fp8": lambda: kernel_table(_kernels(), precision="fp8"),
     "kernels-fp8-precise": lambda: kernel_table(_kernels(), precision="fp8_precise"),
     "kernels-int4": lambda: kernel_table(_kernels(), precision="int4"),
+    "serving": _serving,
     "model": lambda: model_table(_model()),
     "model-fp8": lambda: model_table(_model(), "fp8"),
     "model-8b": lambda: model_table(_model("llama-3.1-8b")),
