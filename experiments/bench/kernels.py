@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from experiments.bench import baselines
-from experiments.bench.harness import Bench, Case, Entry, Lab, Labels, Ready
+from experiments.bench.harness import BEGIN_EARLY, Bench, Case, Entry, Lab, Labels, Ready
 from experiments.data.registry import REGISTRY
 from experiments.studies.trial import KernelGrid, Trial, key
 from patch.mask import HybridMask, best_patterns
@@ -147,13 +147,15 @@ def products(linear: Linear, grid: Any, lab: Lab) -> Iterator[Case]:
     torch.compiler.reset()
     generator = torch.Generator(lab.device).manual_seed(0)
     given = operands(linear, grid, lab.device, generator)
-    ready = [implementation(given) for implementation in IMPLEMENTATIONS]
-    for done, tokens in enumerate(grid.tokens):
-        lab.progress(f"{linear.model} {linear.name}", done, len(grid.tokens))
-        x = torch.randn(tokens, linear.k, device=lab.device, dtype=torch.bfloat16, generator=generator)
-        entries = [entry for make in ready for entry in make(x)]
-        about = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": tokens}
-        yield Case(about, entries, grid.rounds, flush=tokens >= LONG)
+    # Until the last case has been verified, which compiles.
+    with torch._inductor.config.patch(BEGIN_EARLY):
+        ready = [implementation(given) for implementation in IMPLEMENTATIONS]
+        for done, tokens in enumerate(grid.tokens):
+            lab.progress(f"{linear.model} {linear.name}", done, len(grid.tokens))
+            x = torch.randn(tokens, linear.k, device=lab.device, dtype=torch.bfloat16, generator=generator)
+            entries = [entry for make in ready for entry in make(x)]
+            about = {"model": linear.model, "linear": linear.name, "n": linear.n, "k": linear.k, "tokens": tokens}
+            yield Case(about, entries, grid.rounds, flush=tokens >= LONG)
 
 
 # Implementations

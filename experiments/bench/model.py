@@ -27,7 +27,7 @@ from torch import Tensor
 
 from analysis.rows.format import Fact
 from experiments.bench import baselines
-from experiments.bench.harness import SECONDS, Bench, Case, Entry, Lab, Labels, Reading, Ready, read_gpu
+from experiments.bench.harness import BEGIN_EARLY, SECONDS, Bench, Case, Entry, Lab, Labels, Reading, Ready, read_gpu
 from experiments.bench.kernels import Variant, random_mask
 from experiments.data.registry import REGISTRY
 from experiments.studies.trial import DENSE_PART, ModelGrid, Trial, Workload
@@ -297,7 +297,7 @@ def compiling(limit: int) -> Iterator[None]:
             force_parameter_static_shapes=False,
         ),
         # For the dense model too.
-        torch._inductor.config.patch({"triton.enable_pdl": True}),
+        torch._inductor.config.patch(BEGIN_EARLY),
     ):
         yield
 

@@ -13,10 +13,11 @@ from experiments.bench.harness import Lab
 from experiments.studies.build import dense
 from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, Trial, key
 
+GRID = KernelGrid(tokens=(1, 20), tiles=((64, 64),), sparsities=(0.0, 0.25, 0.5), rounds=4)
+
 
 def trial(tiny: str) -> Trial:
-    grid = KernelGrid(tokens=(1, 20), tiles=((64, 64),), sparsities=(0.0, 0.25, 0.5), rounds=4)
-    return Trial(dense(tiny), Evaluation((), grid=grid))
+    return Trial(dense(tiny), Evaluation((), grid=GRID))
 
 
 def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: Lab, tmp_path: Path) -> None:
@@ -50,6 +51,12 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     assert [column.heading for column in precise.columns][-1] == "Dense FP8 with float32 sums over bfloat16"
     # On a CPU there is no dense product of four bits to be compared with.
     assert [line[0] for line in shown_cells(of_four)] == ["1", "20"]
+
+
+def test_what_is_compiled_begins_as_early_as_packed_weights_while_a_linear_is_timed(tiny: str, lab: Lab) -> None:
+    linear = kernels.Linear(tiny, "o", 64, 128)
+    set_in_cases = [torch._inductor.config.triton.enable_pdl for _ in kernels.products(linear, GRID, lab)]
+    assert set_in_cases == [True, True] and not torch._inductor.config.triton.enable_pdl
 
 
 def test_a_wrong_product_is_left_out_of_the_times(tiny: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
