@@ -95,8 +95,8 @@ def check_no_codes(folder: Path) -> None:
     """
     if kind := quantisation(read_json(existing(folder, "config.json"))):
         raise UserError(
-            f"{folder}: its weights are quantised (quantization_config: {kind}), and no zeros can be told in codes: "
-            "take the checkpoint that they were made of"
+            f"{folder}: its weights are packed or quantised (quantization_config: {kind}), where no zeros can be told: "
+            "take the checkpoint that it was made of"
         )
 
 

@@ -175,15 +175,22 @@ def comparison(left: Point, right: Point) -> Table:
         )
         for each in found
     ]
-    if all(gap(each.left, each.right).paired for each in found):
-        sure = "Beyond noise: more than two standard errors of the differences window by window and item by item."
-    else:
-        sure = (
-            "Beyond noise: more than two standard errors, taken as if each side had been measured on items of its own. "
-            "Both have the same, so the difference is surer than that."
-        )
-    notes = (f"Left: {describe(left)}. Right: {describe(right)}.", sure)
+    notes = (f"Left: {describe(left)}. Right: {describe(right)}.", how_sure(found))
     return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), notes)
+
+
+def how_sure(found: Sequence[Difference]) -> str:
+    """What the standard errors are of."""
+    paired = [each.name for each in found if gap(each.left, each.right).paired]
+    several = any(side.seeds > 1 for each in found for side in (each.left, each.right))
+    seeds = ", which the spread over seeds is part of" if several else ""
+    noise = f"Beyond noise: more than two standard errors{seeds}"
+    if len(paired) == len(found):
+        return f"{noise}, of the differences window by window and item by item."
+    own = "as if each side had been measured on items of its own: both have the same, so they are surer than that."
+    if not paired:
+        return f"{noise}, taken {own}"
+    return f"{noise}, of {', '.join(paired)} window by window and item by item, of all else taken {own}"
 
 
 def _title(point: Point, other: Point) -> str:

@@ -1,6 +1,7 @@
 """``hts``: its commands put together, and how it ends when something is wrong."""
 
 import io
+import logging
 import shlex
 import sys
 import tempfile
@@ -70,8 +71,22 @@ def build(panels: Panels = PANELS) -> typer.Typer:
     return app
 
 
+class OnceUnanswered(logging.Filter):
+    """Of what the hub's client says of each try, which are two lines every time, one line for all."""
+
+    _said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "Retrying in" not in str(record.msg) and "thrown while requesting" not in str(record.msg):
+            return True
+        first, self._said = not self._said, True
+        record.msg, record.args = "the Hugging Face hub does not answer: trying again for up to half a minute", ()
+        return first
+
+
 def answer(app: typer.Typer) -> None:
     """Run the command of this process; whatever goes wrong is one line, and the traceback of a fault of ours a file."""
+    logging.getLogger("huggingface_hub.utils._http").addFilter(OnceUnanswered())
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding has no sign for is escaped: it must not end hours of work.
         if isinstance(stream, io.TextIOWrapper):

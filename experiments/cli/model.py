@@ -357,8 +357,10 @@ def audit(
     sparsity = sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / elements
     violating = sum(row.violating for row in rows)
     console.print(f"sparsity {sparsity:.6f} over {len(rows)} weights, {violating} violating tiles")
-    for bits, inputs in sorted({(row.bits, row.scales[0]) for row in rows if row.scales}):
-        console.print(f"{bits} bits, a scale for each {inputs} inputs of an output feature")
+    shared = {(row.bits, row.scales[0] if row.scales[0] < row.shape[1] else 0) for row in rows if row.scales}
+    for bits, inputs in sorted(shared):
+        some = f"{inputs} inputs of an output feature" if inputs else "output feature"
+        console.print(f"{bits} bits, a scale for each {some}")
     gone, share = dropped_blocks(path)
     if gone:
         console.print(f"{gone} decoder blocks are gone and not counted here: sparsity {share:.6f} with them")

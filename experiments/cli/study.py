@@ -172,6 +172,8 @@ def report(
     from patch.files import check_file, write_atomic
 
     check_file(out)
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no directory {out.parent}: make it, or name another place")
     write_atomic(out, reports.page(studies or (), Store(results)))
     console.print(f"wrote {out}", soft_wrap=True)
 

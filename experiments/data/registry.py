@@ -126,7 +126,7 @@ def resolve(name: str) -> ModelSpec | str:
         return name
     if "/" in name:
         raise UserError(f"{name}: no such model directory")
-    return REGISTRY[check_name("model", name, REGISTRY)]
+    return REGISTRY[check_name("model or directory", name, REGISTRY)]
 
 
 def check_directory(path: Path) -> None:
@@ -216,8 +216,8 @@ def newest_commit(repository: str) -> str:
     except RemoteEntryNotFoundError as error:
         raise UserError(f"{repository} has no config.json on the hub: not a transformers model") from error
     except LocalEntryNotFoundError as error:
-        problem = "the Hugging Face hub cannot be reached, and it is not in the local cache: give the path of a copy"
-        raise UserError(f"{repository}: {problem}") from error
+        problem = "the Hugging Face hub cannot be reached, and it is not in its cache: give the path of a copy"
+        raise UserError(f"{repository}: no such directory here, {problem}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{repository}: cannot be fetched from the hub: {first_line(error)}") from error
 

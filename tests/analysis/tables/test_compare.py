@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.rows.points import Measured, Point, gather
-from analysis.tables.compare import Difference, comparison, differences, select
+from analysis.tables.compare import Difference, comparison, differences, how_sure, select
 from analysis.tables.render import render, shown_cells
 from patch.errors import UserError
 
@@ -97,6 +98,34 @@ def test_every_quantity_of_both_is_compared(points: list[Point]) -> None:
     assert found[0].value == pytest.approx(wanda.perplexity[text].value - dense.perplexity[text].value)
     table = comparison(dense, wanda)
     assert shown_cells(table)[0][3].startswith("+") and "Wanda 50%" in render(table, "md")
+
+
+@pytest.mark.parametrize(
+    ("paired", "seeds", "said"),
+    [
+        ((True, True), 1, "more than two standard errors, of the differences window by window and item by item."),
+        (
+            (False, False),
+            1,
+            "more than two standard errors, taken as if each side had been measured on items of its own",
+        ),
+        (
+            (True, False),
+            3,
+            "more than two standard errors, which the spread over seeds is part of, of a window by window",
+        ),
+    ],
+    ids=["all-paired", "none-paired", "some-paired-with-seeds"],
+)
+def test_what_errors_are_of_is_said(paired: tuple[bool, bool], seeds: int, said: str) -> None:
+    items = np.array([1.0, 2.0, 3.0])
+    found = [
+        Difference(
+            name, *(Measured(2.0, 0.1, 0.2, seeds, items * side if own else None) for side in (1, 2)), share=False
+        )
+        for name, own in zip("ab", paired, strict=True)
+    ]
+    assert said in how_sure(found)
 
 
 def test_nothing_in_common_is_said(points: list[Point]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from forked import Torchrun
 from transformers import AutoTokenizer, MixtralConfig
 
 from analysis.rows.format import SCHEMA
+from experiments.cli import app
 from experiments.cli.options import console
 from experiments.embedded import MODEL
 from experiments.run.store import Store
@@ -48,6 +50,8 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["run", "demo", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["eval", "embeded"], "did you mean embedded"),
         (["eval", "no/such/model"], "no such model directory"),
+        (["eval", "masked"], "unknown model or directory 'masked': known: embedded"),
+        (["report", "--out", "nosuch/dir/page.html"], "there is no directory nosuch/dir: make it"),
         (["eval", "embedded", "--task", "piqua"], "did you mean piqa"),
         (["eval", "embedded", "--perplexity", "wikitext2/tst"], "did you mean wikitext2/test"),
         (["eval", "embedded", "--perplexity", "embedded/test@1024"], "max_position_embeddings is 512"),
@@ -335,12 +339,21 @@ def test_overviews_print(hts, command: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_a_terminal_cannot_print_is_escaped(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "experiments", "eval", f"{tmp_path}/\u6a21\u578b"],
+        [sys.executable, "-m", "experiments", "table", f"{tmp_path}/\u6a21\u578b"],
         env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 1 and "\\u6a21" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_what_the_hubs_client_says_of_each_try_is_one_line() -> None:
+    said = [f"'{try_}' thrown while requesting HEAD {url}" for try_, url in enumerate(("a", "b"))]
+    said += ["Retrying in 1s [Retry 1/5].", "another thing"]
+    once = app.OnceUnanswered()
+    records = [logging.LogRecord("http", logging.WARNING, "", 0, each, (), None) for each in said]
+    shown = [record.getMessage() for record in records if once.filter(record)]
+    assert shown == ["the Hugging Face hub does not answer: trying again for up to half a minute", "another thing"]
 
 
 def test_the_installed_command_answers() -> None:

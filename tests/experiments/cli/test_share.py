@@ -52,7 +52,7 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     code, _, err = hts("audit", pruned / "config.json")
     assert code == 1 and "config.json is a file, and this takes the directory of a checkpoint" in err
     code, _, err = hts("audit", tmp_path / "packed")
-    assert code == 1 and "quantization_config: stoicc" in err and "take the checkpoint that they were made of" in err
+    assert code == 1 and "quantization_config: stoicc" in err and "take the checkpoint that it was made of" in err
     code, out, err = hts("push", tmp_path / "packed", "me/tiny-packed", "--out", tmp_path / "sent packed")
     assert code == 0 and "licence is not known" in out, err
     text = (tmp_path / "sent packed" / "README.md").read_text()
@@ -170,6 +170,12 @@ def test_what_was_quantised_in_float32_is_packed_and_evaluated(
     ):
         code, _, err = hts(*command)
         assert code == 0, err
+    code, _, err = hts("pack", tmp_path / "int8", tmp_path / "again", "--dtype", "float8_e4m3fn")
+    assert code == 1 and "its weights are INT8 already, and packed so: leave out --dtype" in err
+    code, out, _ = hts("audit", tmp_path / "int8")
+    assert code == 0 and out.count("8 bits, a scale for each output feature") == 1
+    code, _, err = hts("export", pruned, tmp_path / "masks.zip")
+    assert code == 1 and "masks are written as .tar.xz: name it " in err and not (tmp_path / "masks.zip").exists()
 
 
 def test_a_checkpoint_without_rows_among_others_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

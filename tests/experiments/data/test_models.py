@@ -122,7 +122,7 @@ def test_paths_and_hub_ids_resolve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        pytest.param("lama-2-7b", "unknown model 'lama-2-7b': did you mean llama-2-7b", id="typing-error"),
+        pytest.param("lama-2-7b", "unknown model or directory 'lama-2-7b': did you mean llama-2-7b", id="typing-error"),
         pytest.param("xyzzy", "known: embedded, smollm2-135m", id="nothing-near"),
         pytest.param("./nowhere", r"\./nowhere: no such model directory", id="relative-path"),
         pytest.param("/nowhere/at/all", "no such model directory", id="absolute-path"),
