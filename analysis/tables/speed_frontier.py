@@ -128,4 +128,5 @@ def _difference(before: Measured | None, value: Measured) -> str:
     if before is None:
         return ""
     found = gap(before, value)
-    return f"{found.value:.2f}" + ("" if found.error is None else f" ± {found.error:.2f}")
+    # Else the error is that of two texts.
+    return f"{found.value:.2f}" + (f" ± {found.error:.2f}" if found.paired else "")

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.rows.points import Point, gather, trial_labels
+from analysis.rows.points import Point, gather, texts, trial_labels
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
 from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
+from analysis.tables.precisions import precision_table
 from analysis.tables.render import Table
 from analysis.tables.speed_frontier import front_table
 from analysis.tables.spent import cost_table
@@ -24,8 +25,8 @@ def study_tables(
 ) -> dict[str, Table]:
     """The tables that the rows have something for, by name.
 
-    Of pruned models ``accuracy``, ``speed``, ``front``, ``cost``, ``carried-<model>``; of grids those of
-    `analysis.tables.kernels.speed_tables`.
+    Of pruned models ``accuracy``, ``speed``, ``front``, ``precisions``, ``cost``, ``carried-<model>``; of grids those
+    of `analysis.tables.kernels.speed_tables`.
 
     Args:
         frame: as from `analysis.rows.load.load_rows`.
@@ -49,6 +50,11 @@ def study_tables(
         found["speed"] = speed_table(frame, points)
         if len({point.model for point in points}) == 1 and workloads(frame):
             found["front"] = front_table(frame, points)
+    for text in texts(points) if len({point.model for point in points}) == 1 else ():
+        costs = precision_table(points, text)
+        if costs.rows:
+            other = f"-{text}".replace("/", "-") if "precisions" in found else ""
+            found[f"precisions{other}"] = costs
     # Beside nothing that was learned or trained, what one shot took says little.
     if any(each.tokens for each in spent(frame, points).values()):
         found["cost"] = cost_table(frame, points)
@@ -83,5 +89,7 @@ def title(name: str) -> str:
     if name.startswith("energy-"):
         return f"{name.removeprefix('energy-')}: end to end, joules a token"
     titles = {"accuracy": "Accuracy", "speed": "Size and speed of the same checkpoints"}
-    titles["front"] = "On the frontier of perplexity and speed"
+    titles |= {"front": "On the frontier of perplexity and speed", "precisions": "What fewer bits cost"}
+    if name.startswith("precisions-"):
+        return f"{titles['precisions']}: {name.removeprefix('precisions-')}"
     return (titles | {"cost": "What each mask took, and what it reaches"})[name]
