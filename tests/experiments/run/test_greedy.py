@@ -19,9 +19,12 @@ from experiments.data import models, text
 from experiments.run.greedy import Agreement, agreement, continued
 from experiments.run.packed import LOGIT_BOUND
 from patch import simulate
+from patch.layers import prunable_linears
 from patch.oneshot import prune_model
 from patch.oneshot.gptq import quantise_model
 from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import quantise_groups
+from stoicc.format import SCALE_GROUP
 from stoicc.linear import packed_modules
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,11 +45,15 @@ def simulated(precision: str) -> tuple[Any, Any, dict[str, Any]]:
     model, _ = models.load_model(MODEL, dtype=torch.bfloat16, data=DATA)
     layers = prune_model(model, "magnitude", "hybrid", 0.25, (128, 128), None, DEVICE)
     masks = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
-    seen = torch.arange(64).reshape(2, 32) if PRECISIONS[precision].grouped else None
-    found = quantise_model(model, PRECISIONS[precision], seen, DEVICE, masks)
+    about, kept = PRECISIONS[precision], {name: each.weight.detach() for name, each in prunable_linears(model).items()}
+    if about.grouped:
+        # Rounded to nearest, which takes seconds of any model.
+        weights = {name: quantise_groups(weight, SCALE_GROUP) for name, weight in kept.items()}
+    else:
+        weights = quantise_model(model, about, None, DEVICE, masks).weights
     both = [copy.deepcopy(model).to(DEVICE, dtype) for dtype in (torch.bfloat16, torch.float32)]
     for each in both:
-        simulate.install(each, found.weights, PRECISIONS[precision])
+        simulate.install(each, weights, about)
     return *both, masks
 
 
