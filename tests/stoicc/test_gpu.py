@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from stoicc.kernels.hopper import HopperConfig
 from stoicc.kernels.hopper_decode import HopperDecodeConfig
 from stoicc.kernels.portable import PortableConfig
 from stoicc.linear import HybridLinear, compile_model
-from stoicc.matmul import linear, linear_op
+from stoicc.matmul import choose, linear, linear_op
 from stoicc.quantise import quantise_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -302,17 +302,33 @@ def test_a_captured_chain_of_products_waits_for_each(config: Config) -> None:
     assert_replayed_as_run(chain, torch.randn(24, 1024, device="cuda", dtype=torch.bfloat16))
 
 
-def test_many_streams_at_once() -> None:
-    hybrid = random_hybrid(2048, 2048, (128, 128), 0.6, device="cuda")
-    xs = [torch.randn(16, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
-    expected = [linear(x, hybrid) for x in xs]
+KINDS = ["bf16", "fp8", "fp8-precise", "int8", "int4"]
+
+
+def hybrid_named(kind: str, n: int, k: int, seed: int = 0) -> HybridWeight:
+    if kind == "bf16":
+        return random_hybrid(n, k, (128, 128), 0.6, seed=seed, device="cuda")
+    if kind == "int4":
+        return hybrid_of_four(n, k, (128, 128), 0.6, seed=seed)
+    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    return hybrid_of_eight(n, k, (128, 128), 0.6, dtype, seed=seed)
+
+
+@pytest.mark.parametrize("tokens", [16, 300])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:many tokens have no kernel for int4")
+def test_many_streams_at_once(kind: str, tokens: int) -> None:
+    hybrid = hybrid_named(kind, 2048, 2048)
+    multiply = partial(linear, precise=kind == "fp8-precise")
+    xs = [torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    expected = [multiply(x, hybrid) for x in xs]
     streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
     for _ in range(20):
         results = []
         for stream, x in zip(streams, xs, strict=True):
             with torch.cuda.stream(stream):
-                results.append(linear(x, hybrid))
+                results.append(multiply(x, hybrid))
         torch.cuda.synchronize()
         for result, wanted in zip(results, expected, strict=True):
             assert torch.equal(result, wanted)
@@ -402,6 +418,24 @@ def test_packing_on_the_gpu_is_packing_on_the_cpu(tile: tuple[int, int]) -> None
     for name, part in on_cpu.parts().items():
         assert torch.equal(part, on_gpu.parts()[name].cpu()), name
     assert torch.equal(unpack(on_gpu).cpu().view(torch.int16), mask.apply(weight).view(torch.int16))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_precise_sums_in_a_captured_chain(tokens: int) -> None:
+    hybrids = [hybrid_named("fp8", 1024, 1024, seed) for seed in range(4)]
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    assert_replayed_as_run(lambda x: reduce(partial(linear, precise=True), hybrids, x), x)
+
+
+@pytest.mark.parametrize("dtype", EIGHT, ids=str)
+@pytest.mark.parametrize("tokens", [5, 60, 300])
+def test_rows_of_eight_bits_that_are_all_dense_or_all_two_four(dtype: torch.dtype, tokens: int) -> None:
+    mask = random_mask(1024, 512, (128, 128), 0.5, device="cuda")
+    mask.dense[0], mask.dense[3], mask.dense[5] = True, False, True
+    values, scales = quantise_weight(mask.apply(random_weight(1024, 512, device="cuda")), dtype)
+    hybrid = pack(values, mask, scales)
+    config = choose(hybrid.device, 1024, 512, hybrid.band, configs.token_bucket(tokens), dtype)
+    assert_right_of_eight(hybrid, tokens, None, config)
 
 
 def hybrid_of_four(
