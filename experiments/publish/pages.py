@@ -207,6 +207,14 @@ def _serving() -> Table:
     return only(throughput_table(rows), ("precision", "load", "dense", "packed", "speedup", "base_speedup"))
 
 
+def _in_vllm(precision: str) -> str:
+    """Output tokens a second of packed weights over those of dense ones, in vLLM: the range of a precision."""
+    table = _serving()
+    place = [column.name for column in table.columns].index("speedup")
+    found = [row[place].value for row in table.rows if row[0] == precision and isinstance(row[place], Measured)]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
 @cache
 def _rates() -> Table:
     """What learning costs, of all GPUs."""
@@ -357,6 +365,8 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "end-to-end-autotuned": _end_to_end_autotuned,
     "fp8-over-fp8": partial(_eight_bits, 0.45, "own_speedup"),
     "fp8-over-bf16": partial(_eight_bits, 0.45, "speedup"),
+    "vllm-bf16": partial(_in_vllm, "bf16"),
+    "vllm-fp8": partial(_in_vllm, "fp8"),
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
     "two-gpus": _gain_of_two,
     "recovery-minutes": _recovery_minutes,
