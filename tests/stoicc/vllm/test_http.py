@@ -67,6 +67,11 @@ def served(folder: Path, *options: str) -> list[list[int]]:
             return [choice["token_ids"] for choice in answer["choices"]]
         finally:
             server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                # One that is told to end while it starts may wait for its engine, which has ended.
+                server.kill()
 
 
 @pytest.mark.timeout(1500)
