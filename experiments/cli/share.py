@@ -97,6 +97,7 @@ def push(
 
 
 def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -115,5 +116,5 @@ def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:
                 "repository of yours"
             ) from error
         raise UserError(f"{repo}: the hub refused it: {one_line(error)}") from error
-    except OSError as error:
+    except (OSError, httpx.TransportError) as error:
         raise UserError(f"{repo}: the hub cannot be reached ({one_line(error)}): --out writes the folder") from error

@@ -115,6 +115,18 @@ def test_a_token_that_may_not_write_is_told_in_one_line(tmp_path: Path, monkeypa
         share._send(tmp_path, "me/tiny", "card", False)
 
 
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    import httpx
+    from huggingface_hub import HfApi
+
+    def fail(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(.*not known\): --out writes the folder"):
+        share._send(tmp_path, "me/tiny", "card", False)
+
+
 def test_licences_of_models_that_are_here() -> None:
     assert card.licence_of("experiments.embedded", offline=True) == "apache-2.0"
     assert card.licence_of("meta-llama/Llama-2-7b-hf", offline=True) is None
