@@ -39,7 +39,7 @@ from patch import compressed
 from patch.checkpoint import save_weightless
 from patch.errors import UserError, check_name
 from patch.quantise import precisions
-from patch.tiles import TileShape
+from patch.tiles import TileShape, check_sparsity
 from stoicc.format import SCALE_GROUP
 from stoicc.timing import timing
 
@@ -122,9 +122,11 @@ def bench_of(
     """What is measured.
 
     Raises:
-        UserError: if the model is not of the registry, a precision is not served, or a load is none.
+        UserError: if the model is not of the registry, tiles do not reach the sparsity, a precision is not served, or
+            a load is none.
     """
     check_name("model", model, REGISTRY)
+    check_sparsity(sparsity)
     for precision in precisions:
         check_name("precision", precision, PRECISIONS)
     if rounds < 2:

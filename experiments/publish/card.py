@@ -16,6 +16,7 @@ import pandas as pd
 from analysis.rows.load import load_rows, records
 from experiments.data.registry import EMBEDDED, REGISTRY, resolve
 from experiments.eval import humaneval
+from experiments.run.origin import definition_of, dense_model, steps_of
 from patch import install
 from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks
 from patch.errors import UserError
@@ -30,7 +31,7 @@ CARD = "README.md"
 # What a packed checkpoint keeps of the masked one that it was made of.
 KEPT = (
     *("method", "structure", "precision", "target", "sparsity", "tile", "seed"),
-    *("definition", "recovered_from", "command", "provenance"),
+    *("definition", "recovered_from", "imported", "made_from", "command", "provenance"),
 )
 # Stages whose facts a reader of the card asks for, by their first word.
 _STAGES = ("perplexity", "task", "packed", "speed")
@@ -106,6 +107,8 @@ def public_origin(about: Mapping[str, Any]) -> dict[str, Any]:
     if command := about.get("command"):
         words = (re.split("([=,])", word) for word in shlex.split(command))
         shown["command"] = shlex.join("".join(public(part) for part in word) for word in words)
+    if before := about.get("made_from"):
+        shown["made_from"] = public_origin(before)
     return shown
 
 
@@ -122,8 +125,8 @@ def base_of(about: Mapping[str, Any]) -> str:
     """The dense model, by its hub id where it has one."""
     if "base" in about:
         return str(about["base"])
-    named = about.get("definition", {}).get("model", "unknown")
-    return REGISTRY[named].source if named in REGISTRY else str(named)
+    named = dense_model(about) or "unknown"
+    return REGISTRY[named].source if named in REGISTRY else named
 
 
 def licence_of(base: str, offline: bool) -> str | None:
@@ -152,7 +155,7 @@ def licence_of(base: str, offline: bool) -> str | None:
 def card(folder: Path, repo: str, measured: pd.DataFrame, licence: str | None) -> str:
     """The card as Markdown, with the front matter that the hub reads."""
     about = public_origin(origin(folder))
-    base, definition = base_of(about), about.get("definition", {})
+    base, definition = base_of(about), definition_of(about)
     config = read_json(folder / "config.json")
     packed = config.get("quantization_config", {}).get("quant_method") == METHOD
     sections = [
@@ -203,16 +206,21 @@ def _summary(about: Mapping[str, Any], base: str) -> str:
 
 def _recovery(about: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe, text and tokens of a checkpoint whose kept weights were trained; {} of others."""
-    trained, came = about.get("definition", {}).get("recovery") or {}, about.get("recovered_from") or {}
+    trained, came = definition_of(about).get("recovery") or {}, _recovered_from(about)
     recipe = trained.get("recipe") or came.get("recipe")
     found = {"recipe": recipe, "text": trained.get("source"), "tokens": came.get("tokens")}
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _recovered_from(about: Mapping[str, Any]) -> dict[str, Any]:
+    return next((step["recovered_from"] for step in steps_of(about) if step.get("recovered_from")), {})
+
+
 def _facts(
     about: Mapping[str, Any], definition: Mapping[str, Any], base: str, config: Mapping[str, Any]
 ) -> dict[str, str]:
-    tile, seen, learning = about.get("tile"), definition.get("calibration"), definition.get("learning")
+    tile, learning = about.get("tile"), definition.get("learning")
+    texts = {"Calibration": definition, "Rounded on": definition.get("quantisation") or {}}
     kinds, dtype, recovery = about.get("packed"), _dtype_of(config), _recovery(about)
     facts: dict[str, str] = {
         "Base model": base,
@@ -224,8 +232,9 @@ def _facts(
     }
     if about.get("dense_tiles") is not None:
         facts["Dense tiles"] = f"{100 * about['dense_tiles']:.1f}%"
-    if seen:
-        facts["Calibration"] = f"{seen['windows']} windows of {seen['length']} tokens of {seen['source']}"
+    for what, step in texts.items():
+        if seen := step.get("calibration"):
+            facts[what] = f"{seen['windows']} windows of {seen['length']} tokens of {seen['source']}"
     if learning:
         facts["Learned on"] = str(learning.get("source"))
     if recipe := recovery.get("recipe"):
@@ -235,14 +244,14 @@ def _facts(
         facts["Recovered on"] = str(recovery["text"])
     if "tokens" in recovery:
         facts["Tokens of recovery"] = f"{recovery['tokens']:,}"
-    if came := about.get("recovered_from"):
+    if came := _recovered_from(about):
         facts["Recovered from"] = f"{came.get('path')}, content {came.get('checkpoint')}"
     facts["Seed"] = str(about.get("seed"))
     if revision := about.get("provenance", {}).get("git"):
         dirty = about["provenance"].get("dirty")
         facts["Code"] = f"{revision}{', with uncommitted changes' if dirty else ''}"
-    if command := about.get("command"):
-        facts["Made by"] = command
+    if commands := [step["command"] for step in steps_of(about) if step.get("command")]:
+        facts["Made by"] = " && ".join(commands)
     facts["Content, before packing" if kinds else "Content"] = str(about.get("content"))
     return facts
 

@@ -19,6 +19,7 @@ from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.run import recovered
 from experiments.run.mask_facts import mask_facts
+from experiments.run.origin import dense_model, made_from
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
@@ -184,7 +185,7 @@ def check_unpruned(model: str) -> None:
         return
     info = load_info(model)
     if info["structure"] not in ("dense", "shallow"):
-        dense = info.get("definition", {}).get("model", "the dense model that it was made of")
+        dense = dense_model(info) or "the dense model that it was made of"
         raise UserError(f"{model}: pruned already ({info['method']}, {info['structure']}): prune or learn on {dense}")
 
 
@@ -247,6 +248,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         "sparsity": sum(made.zeros.values()) / covered.prunable if made.sparsity is None else made.sparsity,
         "seed": pruning.seed,
         "definition": definition(pruning),
+        **made_from(pruning.model),
         "command": command_line(),
         "zeros": made.zeros,
         "facts": [vars(fact) for fact in facts],

@@ -364,6 +364,12 @@ class KernelGrid:
     rounds: int = 15
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        if few := [count for count in self.tokens if count < 1]:
+            raise UserError(f"{few[0]} tokens: a product takes one or more")
+
     @property
     def parts(self) -> list[str]:
         """What is measured one after the other, each a stage: the linears of a block."""
@@ -387,6 +393,10 @@ class ModelGrid:
     workloads: tuple[Workload, ...] = WORKLOADS
     rounds: int = 10
     blocks: int | None = field(default=None, metadata={"added": True})
+
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
 
     @property
     def parts(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from analysis.tables.render import shown_cells
 from experiments.bench import baselines, harness, kernels, rows
 from experiments.bench.harness import Lab
 from experiments.studies.build import dense
-from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, Trial, key
+from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, ModelGrid, Trial, key
+from patch.errors import UserError
 
 GRID = KernelGrid(tokens=(1, 20), tiles=((64, 64),), sparsities=(0.0, 0.25, 0.5), rounds=4)
 
@@ -99,6 +101,20 @@ def test_definitions_of_grids_name_their_rows() -> None:
     assert kernels.BENCH.identity(one) != kernels.BENCH.identity(other)
     name = kernels.BENCH.file(dataclasses.replace(one), "kernels:o")
     assert name == f"kernels/llama-2-7b-o-{key(one)}.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (KernelGrid, {"sparsities": (0.25, 0.6)}, "sparsity 0.6: hybrid tiles reach 0 to 0.5"),
+        (ModelGrid, {"sparsities": (-0.1,)}, "sparsity -0.1: hybrid tiles reach 0 to 0.5"),
+        (KernelGrid, {"tokens": (1, 0)}, "0 tokens: a product takes one or more"),
+    ],
+    ids=["kernels", "model", "tokens"],
+)
+def test_no_row_is_labelled_with_what_no_map_has(kind: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kind(**given)
 
 
 def test_weights_are_taken_in_turns_until_none_is_left_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,11 +46,12 @@ def test_the_cache_holds_the_largest_load(tiny: str, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model": "llama-9"}, "unknown model"),
+        ({"sparsity": 0.6}, "sparsity 0.6: hybrid tiles reach 0 to 0.5"),
         ({"precisions": ["int2"]}, "unknown precision"),
         ({"loads": ["latency@8x32"]}, "load 'latency@8x32': give KIND@SEQUENCESxINPUTS"),
         ({"rounds": 1}, "rounds 1: the spread needs two or more"),
     ],
-    ids=["model", "precision", "load", "rounds"],
+    ids=["model", "sparsity", "precision", "load", "rounds"],
 )
 def test_definitions_are_refused_in_one_line(change: Mapping[str, Any], message: str) -> None:
     given = {"model": "llama-2-7b", "blocks": None, "sparsity": 0.45, "precisions": ["bf16"], "loads": [], "rounds": 3}

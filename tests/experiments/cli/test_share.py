@@ -1,5 +1,6 @@
 """`hts pack` and `hts push`: what others run of a checkpoint, and the card that goes with it."""
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -173,7 +174,7 @@ def test_numbers_of_16_bits_are_not_those_of_weights_packed_in_8(tmp_path: Path,
 
 
 def test_what_was_quantised_in_float32_is_packed_and_evaluated(
-    hts: Any, pruned: Path, tiny_text: Path, tmp_path: Path
+    hts: Any, pruned: Path, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     for command in (
         ("quantise", pruned, "--precision", "int8", "--out", tmp_path / "int8"),
@@ -184,6 +185,15 @@ def test_what_was_quantised_in_float32_is_packed_and_evaluated(
         assert code == 0, err
     code, _, err = hts("pack", tmp_path / "int8", tmp_path / "again", "--dtype", "float8_e4m3fn")
     assert code == 1 and "its weights are INT8 already, and packed so: leave out --dtype" in err
+    # The card is of all that was done to the dense model.
+    code, _, err = hts("push", tmp_path / "packed", "me/tiny", "--out", tmp_path / "sent", "--licence", "mit")
+    assert code == 0, err
+    text = (tmp_path / "sent" / "README.md").read_text()
+    assert "| Base model | tiny" in text and "4 windows of 16 tokens of " in text
+    made = re.search(r"\| Made by \| (.*) \|", text)
+    assert made and re.search("prune .*--method wanda.* && .*quantise .*--precision int8", html.unescape(made[1]))
+    code, _, err = hts("prune", tmp_path / "int8", "--method", "magnitude", "--structure", "2:4")
+    assert code == 1 and f"prune or learn on {tiny_model}" in err
     code, out, _ = hts("audit", tmp_path / "int8")
     assert code == 0 and out.count("8 bits, a scale for each output feature") == 1
     code, _, err = hts("export", pruned, tmp_path / "masks.zip")
@@ -224,6 +234,29 @@ def test_recovered_weights_are_said_to_be_trained(tmp_path: Path) -> None:
         assert said in text
     assert "then trained" not in written(tmp_path, {})
     assert "recovered_from" in card.KEPT
+
+
+def test_a_card_says_every_step_from_the_dense_model_on(tmp_path: Path) -> None:
+    seen = {"source": "c4", "windows": 8, "length": 64}
+    pruned = {"definition": {"model": "/home/me/base", "calibration": seen}, "command": "hts prune /home/me/base"}
+    came = {"path": "/home/me/pruned", "checkpoint": "beef", "tokens": 12345}
+    recovery = {"source": "novels", "recipe": {"steps": 20}}
+    recovered = {**pruned, "definition": {**pruned["definition"], "recovery": recovery}, "recovered_from": came}
+    rounding = {"precision": "int4", "calibration": {**seen, "windows": 2}}
+    definition = {"model": "/home/me/recovered", "calibration": None, "quantisation": rounding}
+    about = {"definition": definition, "made_from": recovered, "command": "hts quantise /home/me/recovered"}
+    text = written(tmp_path, about)
+    for said in (
+        "| Base model | base |",
+        "| Calibration | 8 windows of 64",
+        "| Rounded on | 2 windows of 64",
+        "| Recovered on | novels |",
+        "12,345",
+        "| hts prune base && hts quantise recovered |".replace("&", "&amp;"),
+    ):
+        assert said in text
+    assert "/home/me" not in text
+    assert card.base_of({"imported": {"base": "me/base"}}) == "me/base"
 
 
 def test_the_flag_that_runs_a_repositorys_code_is_not_the_way_to_load(tmp_path: Path) -> None:
