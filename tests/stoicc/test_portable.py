@@ -20,6 +20,15 @@ from stoicc.quantise import quantise_tokens
 
 SHAPES = [(64, 64, 1), (136, 152, 5), (128, 192, 33), (72, 8, 16)]
 SHARES = [0.0, 0.5, 1.0]
+DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "int8")
+# Of the ragged shape all; each of the others with each dtype once, or nearly.
+CASES = [
+    (shape, share, dtype)
+    for row, shape in enumerate(SHAPES)
+    for column, share in enumerate(SHARES)
+    for place, dtype in enumerate(DTYPES)
+    if shape == (136, 152, 5) or place == (row + column) % len(DTYPES)
+]
 EXPANDED = [(64, 128), (136, 384), (1, 256)]
 # The interpreter cuts bfloat16 off where a GPU rounds.
 TOLERANCE = {"float16": 5e-4, "bfloat16": 5e-3, "float8_e4m3fn": 5e-4, "int8": 5e-4}
@@ -53,13 +62,11 @@ def expands(n: int, k: int, share: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, Any]:
-    return printed_by(__file__)
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return printed_by(__file__, tmp_path_factory)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("share", SHARES, ids=["dense", "mixed", "two-four"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("shape", "share", "dtype"), CASES, ids=str)
 def test_portable_kernel(errors: dict[str, Any], shape: tuple[int, int, int], share: float, dtype: str) -> None:
     assert errors[f"{shape} {share} {dtype}"] <= TOLERANCE[dtype]
 
@@ -72,8 +79,6 @@ def test_four_bits_expand_to_what_they_stand_for(errors: dict[str, Any], shape: 
 
 if __name__ == "__main__":
     found: dict[str, Any] = {f"{shape} {share}": expands(*shape, share) for shape in EXPANDED for share in SHARES}
-    for shape in SHAPES:
-        for share in SHARES:
-            for dtype in TOLERANCE:
-                found[f"{shape} {share} {dtype}"] = relative_error(*shape, share, getattr(torch, dtype))
+    for size, dense, kind in CASES:
+        found[f"{size} {dense} {kind}"] = relative_error(*size, dense, getattr(torch, kind))
     print(json.dumps(found))

@@ -84,8 +84,8 @@ def test_a_gpu_without_fp8_has_its_tokens_made_by_torch(
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[float]]:
-    return printed_by(__file__)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return printed_by(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])

@@ -46,8 +46,8 @@ def test_half_of_the_weights_take_less_than_two_thirds_of_the_bytes() -> None:
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
-    return printed_by(__file__)
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return printed_by(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

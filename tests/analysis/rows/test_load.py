@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,8 +194,3 @@ def test_one_trial_cannot_have_two_definitions(tmp_path: Path, rows: list[Row]) 
     changed["definition"]["pruning"]["sparsity"] = 0.25
     with pytest.raises(UserError, match="another definition"):
         load_rows(write(tmp_path / "rows.jsonl", [rows[0], changed]))
-
-
-def test_analysis_needs_no_torch() -> None:
-    code = "import sys, analysis.figures.study, analysis.tables.render; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

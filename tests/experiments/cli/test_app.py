@@ -356,6 +356,17 @@ def test_what_the_hubs_client_says_of_each_try_is_one_line() -> None:
     assert shown == ["the Hugging Face hub does not answer: trying again for up to half a minute", "another thing"]
 
 
+def test_ctrl_c_says_what_to_run_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(study: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["hts", "run", "my study"])
+    with pytest.raises(SystemExit) as end:
+        app.answer(app.build({"": {"run": run, "other": lambda: None}}))
+    assert end.value.code == 130
+    assert "the same command goes on: hts run 'my study'" in capsys.readouterr().err
+
+
 def test_the_installed_command_answers() -> None:
     command = shutil.which("hts", path=os.path.dirname(sys.executable))
     assert command, "the package is not installed in this environment"

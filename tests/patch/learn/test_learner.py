@@ -257,8 +257,11 @@ def test_logits_move_as_the_recipe_says(tmp_path: Path) -> None:
         assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(0.03, rel=1e-3)
 
 
-@every_mode
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [*((mode, torch.float32) for mode in MODES), ("joint", torch.bfloat16)],
+    ids=str,
+)
 def test_activation_checkpointing_changes_nothing(
     mode: str, dtype: torch.dtype, finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
 ) -> None:
@@ -301,8 +304,7 @@ def test_what_a_failed_capture_leaves_behind_is_not_used(
     assert same(*outcomes)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "checkpointing"), [("joint", False), *((mode, True) for mode in MODES)], ids=str)
 def test_masks_that_are_drawn_ahead_are_the_same(
     mode: str, checkpointing: bool, finished: Callable[[str], tuple[Learned, Path]], tmp_path: Path
 ) -> None:
@@ -504,9 +506,15 @@ def test_tiles_compete_across_weights(tmp_path: Path) -> None:
     assert sum(share for name, share in shares.items() if name not in idle) / (len(shares) - len(idle)) > 0.8
 
 
-@every_mode
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tile", [RAGGED, (32, 32), (7, 4), (32, 64)], ids=lambda t: f"{t[0]}x{t[1]}")
+@pytest.mark.parametrize(
+    ("mode", "dtype", "tile"),
+    [
+        pytest.param(mode, dtype, tile, id=f"{tile[0]}x{tile[1]}-{dtype}-{mode}")
+        for row, tile in enumerate([RAGGED, (32, 32), (7, 4), (32, 64)])
+        for column, mode in enumerate(MODES)
+        for dtype in [(torch.float32, torch.bfloat16)[(row + column) % 2]]
+    ],
+)
 def test_masks_meet_the_budget(mode: str, dtype: torch.dtype, tile: tuple, tmp_path: Path) -> None:
     model = tiny_model(dtype)
     learned = run(model, dataclasses.replace(SHORT[mode], steps=2), tmp_path, tile=tile)

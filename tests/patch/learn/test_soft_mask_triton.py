@@ -182,14 +182,20 @@ def assert_equal(
             torch.testing.assert_close(fused[name], exact[name], rtol=coarse, atol=2 * PRECISION * size)
 
 
+def some(number: int, of: Sequence[Any], several: int = 1) -> Sequence[Any]:
+    """The members of a list that case ``number`` has in the interpreter; all if all are asked for."""
+    return of if EVERY else [of[(number + each) % len(of)] for each in range(several)]
+
+
 @needs_kernels
-@every_mode
 @pytest.mark.parametrize(
-    ("shape", "tile", "temperatures"),
+    ("mode", "shape", "tile", "temperatures"),
     [
-        pytest.param(*shape.values, *temperatures.values, id=f"{shape.id}-{temperatures.id}")
+        pytest.param(mode, *shape.values, *temperatures.values, id=f"{shape.id}-{temperatures.id}-{mode}")
         for number, shape in enumerate(SHAPES)
-        for temperatures in (TEMPERATURES if EVERY else [TEMPERATURES[number % len(TEMPERATURES)]])
+        for temperatures in some(number, TEMPERATURES)
+        # The temperatures go round with the shapes, the modes once more slowly.
+        for mode in some(number + number // 3, MODES, 2 if shape.id == "ragged-both" else 1)
     ],
 )
 def test_values_and_gradients_are_the_eager_ones(
@@ -211,9 +217,15 @@ def test_values_and_gradients_of_large_weights_are_the_eager_ones(
 
 
 @needs_kernels
-@every_mode
-@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16], ids=["logits-float32", "logits-bfloat16"])
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "weights", "logits"),
+    [
+        pytest.param(mode, weights, logits, id=f"{weights}-logits-{logits}-{mode}")
+        for number, weights in enumerate((torch.bfloat16, torch.float16, torch.float32))
+        for place, logits in enumerate((torch.float32, torch.bfloat16))
+        for mode in some(number + place, MODES)
+    ],
+)
 def test_every_dtype_is_near_float64(mode: str, weights: torch.dtype, logits: torch.dtype) -> None:
     temperatures = Temperatures(0.7, 100.0, 50.0)
     case = make(mode, (8, 28), (8, 16), weights, logits)

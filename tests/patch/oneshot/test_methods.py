@@ -172,9 +172,16 @@ def assert_agree(keep: Tensor, expected_keep: Tensor, weight: Tensor, expected_w
     torch.testing.assert_close(weight[same].double(), expected_weight[same], rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "tile"), CASES)
+# Every two of shape, dtype and map meet.
+@pytest.mark.parametrize(
+    ("shape", "tile", "dtype", "kind"),
+    [
+        pytest.param(*case.values, *dtype.values, kind, id=f"{case.id}-{dtype.id}-{kind}")
+        for row, case in enumerate(CASES)
+        for column, kind in enumerate(MAPS)
+        for dtype in [DTYPES[(row + column) % len(DTYPES)]]
+    ],
+)
 class TestHybrid:
     """2:4 is the map without dense tiles."""
 

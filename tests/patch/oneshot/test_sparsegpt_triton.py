@@ -70,10 +70,10 @@ def measured(case: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def by_case() -> dict[str, dict[str, float]]:
+def by_case(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     if GPU:
         return {case.values[0]: measured(case.values[0]) for case in CASES}  # type: ignore[misc]
-    return printed_by(__file__)
+    return printed_by(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)
