@@ -211,7 +211,8 @@ def _in_vllm(precision: str) -> str:
     """Output tokens a second of packed weights over those of dense ones, in vLLM: the range of a precision."""
     table = _serving()
     place = [column.name for column in table.columns].index("speedup")
-    found = [row[place].value for row in table.rows if row[0] == precision and isinstance(row[place], Measured)]
+    cells = (row[place] for row in table.rows if row[0] == precision)
+    found = [cell.value for cell in cells if isinstance(cell, Measured)]
     return f"{min(found):.2f} to {max(found):.2f}"
 
 
