@@ -247,7 +247,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
     "recovered": partial(_study_table, "smollm2-recovered", "accuracy", _ACCURACY),
     "recovered-mixture": partial(_study_table, "smollm2-recovered-mixture", "accuracy", _ACCURACY),
-    "qwen": partial(_study_table, "qwen-coder-0.5b", "accuracy", _PERPLEXITY),
+    "qwen": partial(_study_table, "qwen-coder-0.5b", "accuracy", (*_PERPLEXITY, "accuracy humaneval")),
     "qwen-cost": partial(
         _study_table,
         "qwen-coder-0.5b",

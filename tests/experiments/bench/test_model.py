@@ -1,6 +1,9 @@
 """The bench of whole models on a CPU: fused and quantised models are the model, and rows become tables."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +68,28 @@ def test_a_block_of_another_model_is_told(tiny: str) -> None:
     assert model.disagreement(expected, expected) == 0 and model.disagreement(found, expected) > 0.1
     last.weight[0, 0] = float("nan")
     assert not model.disagreement(found, expected) <= 1
+
+
+def test_a_feature_of_the_states_that_is_huge_condemns_no_block() -> None:
+    """As in Qwen2.5, whose blocks add less than the step in which bfloat16 counts such a feature."""
+    torch.manual_seed(0)
+    attention, mlp = (torch.randn(1, 4, 64, dtype=torch.bfloat16) for _ in range(2))
+    states = torch.randn(1, 4, 64, dtype=torch.bfloat16)
+    states[..., 0], attention[..., 0], mlp[..., 0] = 752, 1.9, 1.9
+
+    def at_once(hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden.float() + attention.float() + mlp.float()).bfloat16()
+
+    def one_after_the_other(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + attention + mlp
+
+    def passes(add: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return SimpleNamespace(blocks=[add], embedded=lambda: states, block=lambda _, hidden: add(hidden))
+
+    found, expected = passes(at_once), passes(one_after_the_other)
+    assert float((at_once(states) - one_after_the_other(states)).abs().max()) == 4
+    assert model.disagreement(found, expected) < 0.01
+    assert model.disagreement(passes(lambda hidden: hidden + attention), expected) > model.BOUNDS["bf16"]
 
 
 def test_biases_are_fused_too() -> None:
