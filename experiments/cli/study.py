@@ -142,7 +142,7 @@ def compare(
     from experiments.run.store import Store
 
     trials = trials_of(study, None)
-    frames = [frame(trials, Store(root)) for root in (results, against or results)]
+    frames = [frame(trials, Store(root), parts=False) for root in (results, against or results)]
     chosen = [select(gather(rows), selector) for rows, selector in zip(frames, (left, right), strict=True)]
     shown = [rows[rows.trial.isin(point.trials)] for rows, point in zip(frames, chosen, strict=True)]
     (table,) = warned({"": comparison(*chosen)}, pd.concat(shown)).values()
@@ -200,7 +200,7 @@ def _print_report(study: str, trials: "list[Trial]", store: "Store") -> None:
     from analysis.tables.study import study_tables
     from experiments.publish import measured, reports
 
-    tables = study_tables(measured.frame(trials, store))
+    tables = study_tables(measured.frame(trials, store, parts=False))
     for table in tables.values():
         console.print(rich_table(table, console.width))
     if not tables:

@@ -20,13 +20,16 @@ from patch.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def frame(trials: Iterable[Trial], store: Store) -> DataFrame:
+def frame(trials: Iterable[Trial], store: Store, parts: bool = True) -> DataFrame:
     """What was measured of some trials; those whose files are damaged are named and left out.
+
+    Args:
+        parts: as `rows_of`; tables need none.
 
     Raises:
         UserError: if nothing was.
     """
-    return some(rows_of({key(trial) for trial in trials}, store), store)
+    return some(rows_of({key(trial) for trial in trials}, store, parts), store)
 
 
 def rows_of(trials: Collection[str], store: Store, parts: bool = True) -> DataFrame:
@@ -71,7 +74,7 @@ def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside
         UserError: if the rows have nothing for that table.
     """
     trials = list(trials)
-    rows = frame(trials, store)
+    rows = frame(trials, store, parts=False)
     found = study_tables(rows, beside_published)
     if not found:
         raise UserError("nothing was timed: speed is measured on a CUDA GPU, run the study on one")

@@ -65,17 +65,18 @@ def _points(study: str) -> list[Point]:
 
 @cache
 def _frame(study: str) -> DataFrame:
-    return measured.frame(STUDIES[check_name("study", study, STUDIES)].trials(), Store(RESULTS))
+    return measured.frame(STUDIES[check_name("study", study, STUDIES)].trials(), Store(RESULTS), parts=False)
 
 
 @cache
-def _tables(study: str) -> dict[str, Table]:
+def tables_of(study: str) -> dict[str, Table]:
+    """The tables of the committed rows of a study."""
     return study_tables(_frame(study))
 
 
 def _study_table(study: str, name: str, columns: Sequence[str]) -> Table:
     """A study's table with some of its columns, by the beginning of their names."""
-    return only(_tables(study)[name], columns)
+    return only(tables_of(study)[name], columns)
 
 
 def _front() -> Table:
@@ -87,7 +88,7 @@ def _front() -> Table:
         *(f"method=patch-joint,target={target},variant=guided" for target in (0.45, 0.25)),
     )
     columns = ("method", "structure", "variant", "achieved", "seeds", "perplexity", "mean_acc")
-    shown = only(_tables(_MAIN)["accuracy"], columns)
+    shown = only(tables_of(_MAIN)["accuracy"], columns)
     points = [select(_points(_MAIN), selector) for selector in chosen]
     speedups = _decoding()
     rows = tuple(
@@ -395,7 +396,7 @@ def value(name: str) -> str:
 @cache
 def cell(study: str, name: str, column: str, selector: str) -> str:
     """What a study's table shows of one point, without its error."""
-    found = _tables(study)[check_name("table", name, _tables(study))]
+    found = tables_of(study)[check_name("table", name, tables_of(study))]
     trials = select(_points(study), selector).trials
     shown = only(found, (column,))
     if len(shown.columns) != 1:

@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 from analysis.tables.render import Table, render
-from analysis.tables.study import WARNING, study_tables
-from experiments.publish import figures, measured, pages
-from experiments.run.store import Store
-from experiments.studies.registry import STUDIES
+from analysis.tables.study import WARNING
+from experiments.publish import figures, pages
 from patch.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-STORE = Store(ROOT / "results")
 REPORTED = (
     "demo",
     "smollm2-oneshot",
@@ -122,7 +119,7 @@ def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
 
 @pytest.mark.parametrize("study", REPORTED)
 def test_committed_tables_are_those_of_the_rows(study: str) -> None:
-    for name, table in study_tables(measured.frame(STUDIES[study].trials(), STORE)).items():
+    for name, table in pages.tables_of(study).items():
         for format, suffix in (("md", "md"), ("csv", "csv"), ("latex", "tex")):
             text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text(encoding="utf-8")
             assert text == render(table, format) + "\n"
