@@ -144,7 +144,7 @@ def recovered_bits() -> Trials:
         plain, as_rounded = (recovered(mask, "embedded/train", precision=name, **steps) for name in (None, "int4"))
         each += [mask, plain, *(quantised(some, "int4", _CALIBRATION, sink_aware=True) for some in (mask, plain))]
         each.append(quantised(as_rounded, "int4", _CALIBRATION, sink_aware=True))
-    return trials(each, Evaluation((Perplexity("embedded/validation", 256),)))
+    return trials([dense("embedded"), *each], Evaluation((Perplexity("embedded/validation", 256),)))
 
 
 def refit() -> Trials:
