@@ -1,5 +1,6 @@
 """One run of recovery: what both of its phases do with its state at every step."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,19 @@ from patch.recover.kept import Kept
 from patch.recover.recipe import RecoveryRecipe
 from patch.recover.state import State, Training
 
+logger = logging.getLogger(__name__)
+
 Metrics = Mapping[str, float]
+
+# How many times the first loss of distillation a later one may be before the rate is thought too high.
+RISEN = 1.5
+
+
+def has_risen(history: Sequence[Metrics]) -> bool:
+    """Whether the last entry is the first of distillation whose loss is far above where it began."""
+    losses = [entry["loss"] for entry in history if "block" not in entry]
+    above = [loss > RISEN * losses[0] for loss in losses]
+    return "block" not in history[-1] and above[-1] and not any(above[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +96,14 @@ class Run:
             state.history.append({"step": state.step, **about, **dict(zip(fields, means, strict=True)), "lr": lr})
             state.unlogged = []
             self.board(state.history[-1])
+            if self.ranks.rank == 0 and has_risen(state.history):
+                logger.warning(
+                    "step %d of recovery: the loss is %.3g and began far lower: the rate, %.2g, is too high for this model, "
+                    "and what comes out may be worse than what went in: take a smaller lr",
+                    state.step,
+                    state.history[-1]["loss"],
+                    lr,
+                )
         if state.step % self.recipe.checkpoint_every == 0:
             state.save()
         if self.on_step:

@@ -20,6 +20,7 @@ from patch.learn.saved import CHECKPOINT
 from patch.oneshot.gptq import quantise_model
 from patch.quantise.precisions import PRECISIONS
 from patch.recover.distil import Implementation
+from patch.recover.run import has_risen
 
 every_phase = pytest.mark.parametrize("phase", PHASES)
 
@@ -232,6 +233,16 @@ def test_the_history_says_which_block_and_step(tmp_path: Path) -> None:
     assert [entry.get("block") for entry in recovered.history] == [0, 0, 1, 1, None, None, None]
     assert [entry["step"] for entry in recovered.history] == [3, 4, 6, 8, 9, 12, 14]
     assert "cross_entropy" in recovered.history[-1] and "cross_entropy" not in recovered.history[0]
+
+
+def test_a_loss_that_rises_is_told_once_and_blocks_are_no_part_of_it() -> None:
+    history: list[dict[str, float]] = [{"block": 0, "loss": 0.1}]
+    told = []
+    for loss in (0.2, 0.29, 0.31, 0.7, 0.2, 0.8):
+        history.append({"loss": loss})
+        told.append(has_risen(history))
+    assert told == [False, False, True, False, False, False]
+    assert not has_risen([*history, {"block": 1, "loss": 9.0}])
 
 
 def test_an_unstructured_mask_is_recovered_too(tmp_path: Path) -> None:
