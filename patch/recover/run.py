@@ -98,7 +98,7 @@ class Run:
             self.board(state.history[-1])
             if self.ranks.rank == 0 and has_risen(state.history):
                 logger.warning(
-                    "step %d of recovery: the loss is %.3g and began far lower: the rate, %.2g, is too high for this model, "
+                    "step %d of recovery: the loss is %.3g and began far lower: the rate, %.2g, is too high here, "
                     "and what comes out may be worse than what went in: take a smaller lr",
                     state.step,
                     state.history[-1]["loss"],
