@@ -1,7 +1,7 @@
 """Accuracy against speed of the same checkpoints: what a reader gives up for how much."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -33,7 +33,7 @@ from analysis.names import SOURCES, rank, workload_name
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.packed import workloads
-from analysis.tables.speed_frontier import Placed, pareto, placed
+from analysis.tables.speed_frontier import Placed, pareto, placed, placed_on_shapes, workloads_of
 from patch.errors import UserError
 from patch.methods import METHODS, label_of
 
@@ -69,6 +69,37 @@ def draw_speed_frontier(
     gpu = timed_on(frame)
     gathered = gather(frame) if points is None else points
     by_workload = {workload: placed(frame, workload, shape, gathered) for workload in timed}
+    shown = [each.point for each in by_workload[timed[0]]]
+    tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in shown if point.tile}
+    on = f"tile statistics on {shape} shapes, " if shape else ""
+    models = listed(dict.fromkeys(point.model for point in shown))
+    tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
+    title = f"{models}, {on}{tiled}, timed on one {gpus([gpu])}"
+    return _draw_frontiers(by_workload, gathered, title, width)
+
+
+@in_paper_style
+def draw_front_on_shapes(points: Sequence[Point], timed: pd.DataFrame, shape: str, width: Width = "double") -> Figure:
+    """As `draw_speed_frontier`, at the speed of a larger model (`analysis.tables.speed_frontier.placed_on_shapes`).
+
+    Args:
+        points: of one model, as from `analysis.rows.points.gather`.
+        timed: as from `analysis.tables.kernels.load_bench`, of whole models.
+        shape: the larger model.
+    """
+    own = timed[timed.model == shape]
+    packed = own[(own.implementation == "hybrid") & (own.metric == "time")]
+    by_workload = {work: placed_on_shapes(points, own, work) for work in workloads_of(packed)}
+    models = listed(dict.fromkeys(point.model for point in points))
+    tile = listed(dict.fromkeys(packed.tile))
+    title = f"quality of {models}, speed of {shape} with random weights and tiles of {tile}, {gpus(packed.gpu)}"
+    return _draw_frontiers(by_workload, points, title, width)
+
+
+def _draw_frontiers(
+    by_workload: Mapping[str, Sequence[Placed]], gathered: Sequence[Point], title: str, width: Width
+) -> Figure:
+    timed = list(by_workload)
     text = texts(gathered)[0]
     shown = [each.point for each in by_workload[timed[0]]]
     quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [
@@ -79,11 +110,6 @@ def draw_speed_frontier(
     columns = min(len(timed), 4 if width == "double" else 2)
     blocks = math.ceil(len(timed) / columns)
     rows = blocks * len(quantities)
-    tiles = _timed_tiles(frame, shape) if shape else {point.tile for point in shown if point.tile}
-    on = f"tile statistics on {shape} shapes, " if shape else ""
-    models = listed(dict.fromkeys(point.model for point in shown))
-    tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
-    title = f"{models}, {on}{tiled}, timed on one {gpus([gpu])}"
     figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
     # Between blocks stand the name of an axis and the titles of the next panels.
     between = (0.36, 0.12 if blocks == 1 else 0.5)

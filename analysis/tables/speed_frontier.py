@@ -1,17 +1,20 @@
 """Which checkpoints are on the frontier of quality and speed: no other is both better and as fast."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from analysis.names import percent, workload_name, workload_of
+from analysis.rows.load import records
 from analysis.rows.paired import gap
-from analysis.rows.points import Measured, Point, gather, texts
+from analysis.rows.points import Measured, Point, Text, gather
 from analysis.tables.accuracy import heading
-from analysis.tables.packed import workloads, wrong
+from analysis.tables.kernels import DENSE, PRECISIONS, typical
+from analysis.tables.packed import wrong
 from analysis.tables.render import Column, Table, Value
 from patch.methods import label_of
+from patch.structures import TILED
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,37 @@ def on_front(found: Sequence[Placed], quality: Callable[[Point], Measured | None
     return [each for step in best for each, value in measured if (each.speedup, value) == step]
 
 
-def front_table(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> Table:
-    """One row per checkpoint on the frontier of perplexity and speed, a section a workload, the slowest first.
+def workloads_of(timed: pd.DataFrame) -> list[str]:
+    """What whole models were timed at, as from `analysis.tables.kernels.load_bench`: decoding first, smallest first."""
+    found = timed[["kind", "batch", "length"]].drop_duplicates().sort_values(["kind", "batch", "length"])
+    return [f"{row.kind}@{row.batch:.0f}x{row.length:.0f}" for row in records(found)]
+
+
+def placed_on_shapes(points: Sequence[Point], timed: pd.DataFrame, workload: str) -> list[Placed]:
+    """Points at the speed of a larger model of random weights, in as many bits and with as many zeros in random tiles.
 
     Args:
-        frame: as from `analysis.rows.load.load_rows`, of one model.
-        points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
+        timed: of that model, as from `analysis.tables.kernels.load_bench`, of whole models.
+        workload: such as ``decode@1x1``.
     """
-    gathered = gather(frame) if points is None else points
-    text = texts(gathered)[0]
+    times = timed[timed.metric == "time"]
+    here = times[[f"{row.kind}@{row.batch:.0f}x{row.length:.0f}" == workload for row in records(times)]]
+    found = []
+    for point in points:
+        precision = next((name for name, label in PRECISIONS.items() if label == (point.precision or "bfloat16")), None)
+        if point.structure == "dense":
+            speeds = typical(here[here.implementation.isin(DENSE.get(precision or "", ()))], "speedup")
+        else:
+            packed = here[(here.implementation == "hybrid") & (here.precision == precision)]
+            same = packed.sparsity == point.sparsity
+            speeds = typical(packed[same & (point.structure in TILED)], "speedup")
+        if len(speeds):
+            found.append(Placed(point, float(speeds.max()), agrees=True))
+    return found
+
+
+def front_table(by_workload: Mapping[str, Sequence[Placed]], text: Text) -> Table:
+    """One row per point on the frontier of perplexity and speed, a section a workload, the slowest first."""
     columns = (
         Column("workload", "Workload", "text"),
         Column("speedup", "Speedup (x)", "ratio"),
@@ -97,9 +122,9 @@ def front_table(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> T
     )
     rows: list[tuple[Value, ...]] = []
     trials: list[tuple[str, ...]] = []
-    for workload in workloads(frame):
+    for workload, found in by_workload.items():
         before: Measured | None = None
-        for each in on_front(placed(frame, workload, points=gathered), lambda point: point.perplexity.get(text)):
+        for each in on_front(found, lambda point: point.perplexity.get(text)):
             point, value = each.point, each.point.perplexity[text]
             rows.append(
                 (

@@ -12,7 +12,7 @@ from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
 from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
 from analysis.tables.precisions import precision_table
 from analysis.tables.render import Table
-from analysis.tables.speed_frontier import front_table
+from analysis.tables.speed_frontier import front_table, placed
 from analysis.tables.spent import cost_table
 
 GRID_STAGES = ("kernels:", "model:")
@@ -49,7 +49,8 @@ def study_tables(
     if (frame.stage == "pack").any():
         found["speed"] = speed_table(frame, points)
         if len({point.model for point in points}) == 1 and workloads(frame):
-            found["front"] = front_table(frame, points)
+            by_workload = {workload: placed(frame, workload, points=points) for workload in workloads(frame)}
+            found["front"] = front_table(by_workload, texts(points)[0])
     for text in texts(points) if len({point.model for point in points}) == 1 else ():
         costs = precision_table(points, text)
         if costs.rows:

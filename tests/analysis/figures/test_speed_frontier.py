@@ -8,6 +8,7 @@ import pytest
 
 from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.figures.study import study_drawings
+from analysis.rows.points import Text
 from analysis.tables.packed import workloads
 from analysis.tables.render import shown_cells
 from analysis.tables.speed_frontier import front_table, on_front, pareto, placed
@@ -136,7 +137,8 @@ def test_points_of_fewer_bits_are_marked_and_in_the_key(in_few_bits: pd.DataFram
 
 
 def test_the_frontier_in_words_names_precisions_and_differences(in_few_bits: pd.DataFrame) -> None:
-    table = front_table(in_few_bits)
+    found = placed(in_few_bits, "decode@1x1")
+    table = front_table({"decode@1x1": found}, Text("wikitext2/test", 2048))
     cells = [[str(cell) for cell in row] for row in shown_cells(table)]
     assert [row[1:5] for row in cells[:3]] == [
         ["1.00", "Dense", "", "bfloat16"],
@@ -144,5 +146,4 @@ def test_the_frontier_in_words_names_precisions_and_differences(in_few_bits: pd.
         ["1.60", "MaskLLM", "50%", "FP8"],
     ]
     assert [row[-1].partition(" ")[0] for row in cells[:3]] == ["", "4.00", "16.00"]
-    found = placed(in_few_bits, "decode@1x1")
     assert [each.point.precision for each in on_front(found, lambda point: None)] == []
