@@ -39,7 +39,7 @@ from patch.methods import METHODS, label_of
 
 # What lies in the middle of the marker of a point of fewer bits, in white.
 _PRECISION_MARKS: dict[str, dict[str, Any]] = {
-    "FP8": {"marker": ".", "markersize": 2.0},
+    "FP8": {"marker": ".", "markersize": 1.7},
     "INT8": {"marker": "+", "markersize": 2.8, "markeredgewidth": 0.7},
     "INT4": {"marker": "_", "markersize": 3.2, "markeredgewidth": 1.0},
 }
@@ -113,7 +113,7 @@ def _draw_frontiers(
     figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
     # Between blocks stand the name of an axis and the titles of the next panels.
     between = (0.36, 0.12 if blocks == 1 else 0.5)
-    place_of = room(figure, title, rows, columns, left=0.62, bottom=0.62, above=0.19, between=between)
+    place_of = room(figure, title, rows, columns, left=0.62, right=0.09, bottom=0.62, above=0.19, between=between)
     grid = figure.add_gridspec(rows, columns, **place_of)
     written: list[Panel] = []
     for place, workload in enumerate(timed):

@@ -18,7 +18,8 @@ RECIPE = "learning.recipe."
 # Fields of a definition that have a place of their own in tables and figures, its prior's likewise.
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published method has; a definition leaves them out where they are as published.
-_DEPARTURES = {"recipe", "tile_ranking", "refit.source", "recovery.source", "quantisation.precision"}
+_DEPARTURES = {"recipe", "tile_ranking", "refit.source", "recovery.source"}
+_DEPARTURES |= {"quantisation.precision", "quantisation.sink_aware"}
 _DEPARTURES |= {RECIPE + name for name in OURS}
 # Said wherever it is not so of all.
 _ALWAYS_SAID = _DEPARTURES | {"earlier"}

@@ -5,8 +5,11 @@ They are drawn as reports draw them, and `docs/figures` is the one place where f
 
 from collections.abc import Iterator, Mapping
 
+from analysis.figures.speed_frontier import draw_front_on_shapes
 from analysis.figures.study import Drawing, study_drawings
 from analysis.figures.style import save_figure
+from analysis.rows.points import gather
+from analysis.tables.kernels import load_bench
 from experiments.publish import measured, reports
 from experiments.publish.pages import BENCH, RESULTS, ROOT
 from experiments.run.store import Store
@@ -33,7 +36,9 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
         "end-to-end-h100": "end-to-end-llama-2-7b",
     },
 }
-SHOWN = tuple(name for kept in FIGURES.values() for name in kept)
+# Of a study, beside the speed of which larger model its quality is shown.
+ON_SHAPES: Mapping[str, Mapping[str, str]] = {"frontier-qwen-coder-0.5b": {"front-qwen-coder-bits": "llama-2-7b"}}
+SHOWN = tuple(name for shown in (FIGURES, ON_SHAPES) for kept in shown.values() for name in kept)
 
 
 def _drawings(study: str | None) -> Iterator[Drawing]:
@@ -52,3 +57,8 @@ if __name__ == "__main__":
             if not names:
                 break
         assert not names, f"{study}: no drawings {', '.join(names)}"
+    for study, kept in ON_SHAPES.items():
+        points = gather(measured.frame(STUDIES[study].trials(), Store(RESULTS)))
+        for name, shape in kept.items():
+            drawn = draw_front_on_shapes(points, load_bench([BENCH], "model"), shape)
+            print(*save_figure(drawn, FOLDER / name, ["png"]))

@@ -22,12 +22,13 @@ from pandas import DataFrame
 
 from analysis.rows import layout
 from analysis.rows.paired import gap
-from analysis.rows.points import Measured, Point, gather
+from analysis.rows.points import Measured, Point, gather, texts
 from analysis.tables.compare import select
 from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.serving import throughput_table
+from analysis.tables.speed_frontier import front_table, placed_on_shapes, workloads_of
 from analysis.tables.study import WARNING, study_tables
 from experiments.publish import goals, measured, reproduction, steps
 from experiments.run.store import Store
@@ -77,6 +78,18 @@ def tables_of(study: str) -> dict[str, Table]:
 def _study_table(study: str, name: str, columns: Sequence[str]) -> Table:
     """A study's table with some of its columns, by the beginning of their names."""
     return only(tables_of(study)[name], columns)
+
+
+def _bits(study: str, text: str = "") -> Table:
+    """What fewer bits cost each mask of a study."""
+    return _tables(study)[f"precisions{text}"]
+
+
+def _front_on_shapes() -> Table:
+    """What is on the frontier of Qwen2.5-Coder's quality and the speed of LLaMA-2-7B's shapes."""
+    points = _points("frontier-qwen-coder-0.5b")
+    placed = {work: placed_on_shapes(points, _model(), work) for work in workloads_of(_packed(_model(), "fp8"))}
+    return front_table(placed, texts(points)[0])
 
 
 def _front() -> Table:
@@ -231,8 +244,11 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "front": _front,
     "paired": _paired,
     "demo": partial(_study_table, "demo", "accuracy", (*_ABOUT, "perplexity", "accuracy")),
-    "bits": partial(_study_table, "frontier-embedded", "accuracy", (*_ABOUT, "perplexity")),
-    "bits-smollm2": partial(_study_table, "frontier-smollm2-bits", "accuracy", _PERPLEXITY),
+    "bits": partial(_bits, "frontier-embedded"),
+    "bits-smollm2": partial(_bits, "frontier-smollm2-bits"),
+    "bits-qwen": partial(_bits, "frontier-qwen-coder-0.5b"),
+    "bits-qwen-python": partial(_bits, "frontier-qwen-coder-0.5b", "-python-test@2048"),
+    "bits-qwen-front": _front_on_shapes,
     "sinks": partial(_study_table, "smollm2-sinks", "accuracy", _PERPLEXITY),
     "masks-for-bits": partial(_study_table, "embedded-precisions", "accuracy", _PERPLEXITY),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
