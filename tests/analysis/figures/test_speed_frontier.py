@@ -6,12 +6,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures.speed_frontier import draw_speed_frontier
+from analysis.figures.speed_frontier import draw_front_on_shapes, draw_speed_frontier
 from analysis.figures.study import study_drawings
-from analysis.rows.points import Text
+from analysis.rows.points import Text, gather
 from analysis.tables.packed import workloads
 from analysis.tables.render import shown_cells
-from analysis.tables.speed_frontier import front_table, on_front, pareto, placed
+from analysis.tables.speed_frontier import front_table, on_front, pareto, placed, placed_on_shapes, workloads_of
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -147,3 +147,25 @@ def test_the_frontier_in_words_names_precisions_and_differences(in_few_bits: pd.
     ]
     assert [row[-1].partition(" ")[0] for row in cells[:3]] == ["", "4.00", "16.00"]
     assert [each.point.precision for each in on_front(found, lambda point: None)] == []
+
+
+def test_quality_is_shown_beside_the_speed_of_a_larger_model(in_few_bits: pd.DataFrame) -> None:
+    """As many zeros and bits, wherever that was timed; what was not is left out."""
+    about = {"model": "large", "kind": "decode", "batch": 1.0, "length": 1.0, "metric": "time", "tile": "128x128"}
+    timed = pd.DataFrame(
+        about | {"gpu": "NVIDIA H100", "implementation": name, "precision": precision, "sparsity": s, "speedup": speed}
+        for name, precision, s, speed in (
+            ("fused", "bf16", float("nan"), 1.0),
+            ("hybrid", "bf16", 0.5, 1.6),
+            ("hybrid", "bf16", 0.45, 1.5),
+            ("hybrid", "fp8", 0.5, 2.1),
+        )
+    )
+    points = gather(in_few_bits)
+    assert workloads_of(timed) == ["decode@1x1"]
+    found = {each.point.method: each.speedup for each in placed_on_shapes(points, timed, "decode@1x1")}
+    assert found == {"dense": 1.0, "wanda": 1.6, "maskllm": 2.1, "patch-joint": 1.5}
+    figure = draw_front_on_shapes(points, timed, "large")
+    said = " ".join(figure.get_suptitle().split())
+    assert said == "quality of m, speed of large with random weights and tiles of 128x128, H100"
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_gid() == "FP8"] == [[2.1]]
