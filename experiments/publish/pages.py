@@ -82,7 +82,7 @@ def _study_table(study: str, name: str, columns: Sequence[str]) -> Table:
 
 def _bits(study: str, text: str = "") -> Table:
     """What fewer bits cost each mask of a study."""
-    return _tables(study)[f"precisions{text}"]
+    return tables_of(study)[f"precisions{text}"]
 
 
 def _front_on_shapes() -> Table:
