@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,10 +216,17 @@ def check_files(folder: Path, weights: Sequence[str] = ()) -> None:
             )
 
 
+def _packed_shapes(shapes: Mapping[str, Sequence[int]]) -> Counter[tuple[Any, ...]]:
+    """How many packed parts there are of each kind and shape, wherever they are."""
+    kinds = ((name.rpartition(".")[2], tuple(shape)) for name, shape in shapes.items())
+    return Counter(each for each in kinds if each[0] in ("records", "starts", "columns", "sparse_blocks", "leads"))
+
+
 def _check_tensors(model: "PreTrainedModel", files: Sequence[Path], hashed: bool) -> None:
     """The files hold the model's tensors, none more or less, each of its shape and kind.
 
-    Where the files are those that were saved, by their hashes, names on disk may differ from those in memory.
+    Where the files are those that were saved, by their hashes, names on disk may differ from those in memory, of packed
+    parts as long as there are as many of each shape: what is packed has one place, whatever that is called.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return
@@ -233,7 +241,9 @@ def _check_tensors(model: "PreTrainedModel", files: Sequence[Path], hashed: bool
     tied = {name for name in own for pattern in model._tied_weights_keys or () if ties and re.fullmatch(pattern, name)}
     missing, unexpected = sorted(own.keys() - found.keys() - tied), sorted(found.keys() - own.keys())
     if hashed and missing and unexpected:
-        return
+        there = _packed_shapes({name: found[name][1] for name in unexpected})
+        if there == _packed_shapes({name: own[name].shape for name in missing}):
+            return
     for names, what in ((missing, "is missing"), (unexpected, "is no part of the model")):
         if names:
             raise UserError(

@@ -24,7 +24,7 @@ def pack(
 ) -> None:
     """Write a hybrid checkpoint as a packed one, which transformers and vLLM load as it is."""
     from experiments.data.models import load_packable, processor_files
-    from experiments.publish.card import base_of, licence_of, origin, public_origin
+    from experiments.publish.card import base_of, licence_of, origin, public_origin, said_by
     from patch.checkpoint import load_masks
     from patch.structures import TILED
     from stoicc.format import SCALED
@@ -37,7 +37,10 @@ def pack(
         raise UserError(f"--dtype {dtype}: packed weights have {' or '.join(eight)}, or, without it, 16 bits")
     if out.exists():
         raise UserError(f"{out} is already there: choose another place or remove it")
-    about = origin(checkpoint)
+    with said_by(checkpoint):
+        about = origin(checkpoint)
+        # The card of a local base model is not found again by the name alone that is kept of its path.
+        told = {**public_origin(about), "licence": licence_of(base_of(about), offline=True)}
     if "packed" in about:
         raise UserError(f"{checkpoint}: packed already: pack the checkpoint that it was made of")
     if about["structure"] not in TILED:
@@ -47,12 +50,7 @@ def pack(
         raise UserError(f"{checkpoint}: its weights are {precision.label} already, and packed so: leave out --dtype")
     model, tokenizer = load_packable(str(checkpoint))
     report = compile_model(model, load_masks(checkpoint), dtype=eight[dtype] if dtype else None)
-    # The card of a local base model is not found again by the name alone that is kept of its path.
-    told = {
-        **public_origin(about),
-        "packed": ", ".join(sorted({spec.dtype for spec in report.packed})),
-        "licence": licence_of(base_of(about), offline=True),
-    }
+    told["packed"] = ", ".join(sorted({spec.dtype for spec in report.packed}))
     save_packed(out, model, tokenizer, told, processor_files(str(checkpoint)))
     console.print(f"{report}: {out}", soft_wrap=True)
 
@@ -70,18 +68,22 @@ def push(
     """Put a checkpoint on the hub, with a card that says what it is, what was measured of it and how it loads."""
     from huggingface_hub import constants
 
-    from experiments.publish.card import CARD, base_of, card, licence_of, measured_of, origin
+    from experiments.publish.card import CARD, base_of, card, check_whole, licence_of, measured_of, origin, said_by
     from patch.files import check_inside, new_directory
 
+    name = _repository(repo)
+    if out is not None and out.resolve().is_relative_to(checkpoint.resolve()):
+        raise UserError(f"{out}: lies in the checkpoint that is copied to it: choose another place")
     for file in sorted(checkpoint.rglob("*")):
         check_inside(file, checkpoint)
-    organisation, slash, name = repo.partition("/")
-    if not (organisation and slash and name) or "/" in name:
-        raise UserError(f"{repo}: a repository is named organisation/name")
     offline = bool(constants.HF_HUB_OFFLINE)
-    about = origin(checkpoint)
-    licence = licence or about.get("licence") or licence_of(base_of(about), offline)
-    text = card(checkpoint, repo, measured_of(checkpoint, results), licence)
+    with said_by(checkpoint):
+        about = origin(checkpoint)
+        licence = licence or about.get("licence") or licence_of(base_of(about), offline)
+    check_whole(checkpoint)
+    measured = measured_of(checkpoint, results)
+    with said_by(checkpoint):
+        text = card(checkpoint, repo, measured, licence)
     if out is None and offline:
         out = Path(name)
     if out is not None:
@@ -94,6 +96,21 @@ def push(
         console.print(f"{repo}: sent", soft_wrap=True)
     if licence is None:
         console.print("warning: the base model's licence is not known: --licence names it", style="yellow")
+
+
+def _repository(named: str) -> str:
+    """The name of a repository ``organisation/name`` without the organisation."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(named)
+    except HFValidationError as error:
+        raise UserError(f"{named}: no repository can be named so: {one_line(error)}") from error
+    organisation, _, name = named.partition("/")
+    if not (organisation and name):
+        raise UserError(f"{named}: a repository is named organisation/name")
+    return name
 
 
 def _send(checkpoint: Path, repo: str, text: str, private: bool) -> None:

@@ -7,7 +7,8 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from experiments.eval import humaneval
 from experiments.run.origin import definition_of, dense_model, steps_of
 from patch import install
 from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 from patch.files import existing, read_json
 from patch.learn.recipe import HOW_IT_RUNS
 from patch.methods import label_of
 from patch.quantise.precisions import PRECISIONS, Precision
 from patch.structures import TILED
+from stoicc.quantizer import check_config, check_files
 from stoicc.spec import CODE_FILE, METHOD
 
 CARD = "README.md"
@@ -79,6 +81,33 @@ def origin(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: neither a hybrid checkpoint nor one that `hts pack` wrote: nothing is known of it")
     # Those of before do not say it there.
     return {"packed": ", ".join(sorted({module["dtype"] for module in packing.get("modules", [])}))} | about
+
+
+@contextmanager
+def said_by(folder: Path) -> Iterator[None]:
+    """What a checkpoint says of itself may be anything: where it cannot be read, the error names the checkpoint.
+
+    Raises:
+        UserError: if it is of another kind than what is saved.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: what it says of itself cannot be read ({one_line(error)}): damaged?") from error
+
+
+def check_whole(folder: Path) -> None:
+    """Raise if a file of a checkpoint is another than was saved; about a second per GiB.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if (folder / INFO_FILE).exists():
+        load_info(folder, verify=True)
+    elif "files" in check_config(folder):
+        check_files(folder, [file.name for file in folder.glob("*.safetensors")])
 
 
 def _weights_dtype(folder: Path, precision: Precision | None) -> str:
@@ -196,8 +225,8 @@ def _summary(about: Mapping[str, Any], base: str) -> str:
     elif structure == "shallow":
         done = f"without some of its blocks, {share} of their weights (chosen by {_escaped(method)})"
     else:
-        zeros = f": {_ZEROS[structure]}" if structure in _ZEROS else ""
-        done = f"pruned by {_escaped(method)} to {share} zeros among the weights of its blocks ({structure}{zeros})"
+        kind = f"{_escaped(structure)}{f': {_ZEROS[structure]}' if structure in _ZEROS else ''}"
+        done = f"pruned by {_escaped(method)} to {share} zeros among the weights of its blocks ({kind})"
     trained = " The weights that were kept were then trained towards the dense model." if _recovery(about) else ""
     quantised = f" The weights of its blocks are quantised to {precision.label}." if precision else ""
     made = "Made by Hybrid Tile Sparsity."

@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from patch.checkpoint import INFO_FILE, load_masks
-from patch.errors import UserError
+from patch.checkpoint import INFO_FILE, load_info, load_masks
+from patch.errors import UserError, one_line
 from patch.mask import HybridMask
 from stoicc.format import DTYPES, GROUPED, HybridWeight
 from stoicc.matmul import product
@@ -147,8 +147,8 @@ class PackedConfig(_Layers):
         return kind(about.files is not None, specs)
 
     def _method(self, names: Sequence[str]) -> LinearMethodBase:
-        if self._hashed and Path(str(self.folder)).is_dir():
-            _checked(str(self.folder))
+        if self._hashed:
+            _checked(str(self.folder), self.revision)
         return PackedLinearMethod(names, self._specs)
 
 
@@ -164,18 +164,33 @@ for _name, _config in (("", MaskedConfig), ("-fp8", Float8Config), ("-int8", Int
     register_quantization_config(METHOD + _name)(_config)
 
 
-def _read_masks(folder: str, revision: str | None) -> dict[str, HybridMask]:
-    if Path(folder).is_dir():
-        return load_masks(folder)
-    from huggingface_hub import snapshot_download
-
-    return load_masks(snapshot_download(folder, revision=revision, allow_patterns=["hybrid.*"]), alone=True)
+def _read_masks(named: str, revision: str | None) -> dict[str, HybridMask]:
+    """The masks of a checkpoint, all of whose files are what was saved."""
+    folder = _folder(named, revision, ["hybrid.*"])
+    folder = _folder(named, revision, [INFO_FILE, *load_info(folder, masks_alone=True)["files"]])
+    load_info(folder, verify=True)
+    return load_masks(folder)
 
 
 @cache
-def _checked(folder: str) -> None:
+def _checked(named: str, revision: str | None) -> None:
     # vLLM loads whatever lies beside the configuration.
-    check_files(Path(folder), [file.name for file in Path(folder).glob("*.safetensors")])
+    folder = _folder(named, revision, ["config.json", "*.safetensors"])
+    check_files(folder, [file.name for file in folder.glob("*.safetensors")])
+
+
+def _folder(named: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Where some files of a checkpoint lie: of one on the hub, the place where vLLM loads them from."""
+    if Path(named).is_dir():
+        return Path(named)
+    from huggingface_hub import snapshot_download
+
+    config = get_current_vllm_config_or_none()
+    place = None if config is None else config.load_config.download_dir
+    try:
+        return Path(snapshot_download(named, revision=revision, cache_dir=place, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{named}: {', '.join(files)} cannot be had from the hub: {one_line(error)}") from error
 
 
 def _refuse_adapters() -> None:

@@ -119,6 +119,17 @@ def test_a_damaged_configuration_is_told_as_damage(entry: str, checkpoint: Any, 
             load(str(path))
 
 
+def test_parts_that_have_no_place_are_refused_though_all_hashes_are_right(checkpoint: Any, tmp_path: Path) -> None:
+    """Names on disk may be others, but a linear that nothing is packed for would start from random weights."""
+    path = shutil.copytree(checkpoint[0], tmp_path / "copy")
+    content = json.loads((path / "config.json").read_text())
+    content["quantization_config"]["modules"].pop()
+    content["quantization_config"]["digest"] = _digest(content)
+    (path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tensor .*\.weight is missing: incomplete or damaged"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
 def test_the_configuration_of_another_directory_is_not_looked_at(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     origin = json.loads(config)["quantization_config"]["origin"]
     assert (origin["dtype"], origin["packed"]) == ("float32", "bfloat16")
     assert str(tmp_path) not in text + config
+    for kind, whole in (("masked", pruned), ("packed", tmp_path / "packed")):
+        damaged = shutil.copytree(whole, tmp_path / f"damaged {kind}")
+        content = bytearray((damaged / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (damaged / "model.safetensors").write_bytes(content)
+        code, _, err = hts("push", damaged, "me/tiny", "--out", tmp_path / "never")
+        assert code == 1 and f"{damaged}/model.safetensors: its SHA-256 is not the one in" in err
     # A card beside it does not make it another checkpoint.
     AutoModelForCausalLM.from_pretrained(tmp_path / "sent packed")
 
@@ -79,6 +87,9 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     ("arguments", "message"),
     [
         (("push", "masked", "tiny"), "a repository is named organisation/name"),
+        (("push", "masked", "me/a`b"), "me/a`b: no repository can be named so"),
+        (("push", "masked", "me/tiny", "--out", "masked/new"), "masked/new: lies in the checkpoint that is copied"),
+        (("push", "odd", "me/tiny"), "odd: what it says of itself cannot be read"),
         (("push", ".", "me/tiny"), "not a model directory, it has no config.json: name one of those in"),
         (("pack", "masked", "masked"), "is already there"),
         (("push", "linked", "me/tiny"), "linked/weights.safetensors: is a link to .*, outside of linked"),
@@ -92,6 +103,9 @@ def test_refused_in_one_line(
     for folder in ("masked", "linked"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "odd").mkdir()
+    odd = {"quantization_config": {"origin": {"definition": [1]}}}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(odd))
     (tmp_path / "linked" / "weights.safetensors").symlink_to("/etc/hostname")
     (tmp_path / "linked" / "inside").symlink_to("config.json")
     monkeypatch.chdir(tmp_path)
@@ -292,6 +306,7 @@ def test_nothing_that_is_quoted_becomes_markup(tmp_path: Path) -> None:
     }
     command = "hts prune /home/me/a --out=/home/me/b --perplexity wikitext2/test,/home/me/t@32 '`|`'"
     text = written(tmp_path, {"definition": definition, "command": command}, licence="mit\nextra: yes")
+    assert "[x](" not in written(tmp_path, {"structure": "[x](y)", "method": "[x](y)"})
     about = yaml.safe_load(text.split("---\n")[1])
     assert about["license"] == "mit\nextra: yes" and "extra" not in about and "2:4" in about["tags"]
     assert "<script>" not in text and "\n## z" not in text and "/home/me" not in text

@@ -243,6 +243,34 @@ def test_files_that_are_none_of_the_checkpoint_are_refused(spoil: str, tmp_path:
         generated(packed)
 
 
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_weights_that_are_not_those_that_were_saved_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints("llama", tmp_path)
+    # As of the hub, whose files the plugin looks up where vLLM finds them.
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / kind))
+    load_general_plugins()
+    file = tmp_path / kind / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    for spoiled in (False, True):
+        if spoiled:
+            content[-1] ^= 1
+            file.write_bytes(content)
+        about = json.loads((tmp_path / kind / ("hybrid.json" if kind == "masked" else "config.json")).read_text())
+        config: Any = get_quantization_config("stoicc").from_config(about.get("quantization_config", about))
+        config.maybe_update_config(f"me/{tmp_path.name}", revision=f"{spoiled}")
+        look = (
+            config.masks if kind == "masked" else lambda config=config: config._method(["model.layers.0.mlp.down_proj"])
+        )
+        if not spoiled:
+            assert look()
+            continue
+        with pytest.raises(UserError, match=r"model.safetensors: its SHA-256 is not the one in") as refused:
+            look()
+        assert "\n" not in str(refused.value)
+
+
 # Layers as one of several processes has them
 
 
