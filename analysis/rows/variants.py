@@ -19,7 +19,7 @@ RECIPE = "learning.recipe."
 _SHOWN_ANYHOW = ("sparsity", "tile")
 # Settings that no published method has; a definition leaves them out where they are as published.
 _DEPARTURES = {"recipe", "tile_ranking", "refit.source", "recovery.source"}
-_DEPARTURES |= {"quantisation.precision", "quantisation.sink_aware"}
+_DEPARTURES |= {"quantisation.precision", "quantisation.sink_aware", "recovery.recipe.precision"}
 _DEPARTURES |= {RECIPE + name for name in OURS}
 # Said wherever it is not so of all.
 _ALWAYS_SAID = _DEPARTURES | {"earlier"}

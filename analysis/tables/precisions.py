@@ -9,8 +9,8 @@ from analysis.tables.accuracy import heading
 from analysis.tables.render import Column, Table, Value
 from patch.methods import label_of
 
-# Parts of a variant that say how it was quantised.
-_HOW = ("sink-aware", "pruned and rounded in one sweep")
+# How parts of a variant begin that say how it was quantised.
+_HOW = ("sink-aware", "pruned and rounded in one sweep", "trained as ")
 _Mask = tuple[str, str, str, float, str]
 
 
@@ -54,12 +54,12 @@ def _parts(point: Point) -> list[str]:
 
 def _mask(point: Point) -> _Mask:
     """What tells a mask from others, whatever its precision."""
-    variant = ", ".join(part for part in _parts(point) if part not in _HOW)
+    variant = ", ".join(part for part in _parts(point) if not part.startswith(_HOW))
     return point.method, point.structure, point.tile or "", point.sparsity, variant
 
 
 def _how(point: Point) -> str:
-    return ", ".join(part for part in _parts(point) if part in _HOW)
+    return ", ".join(part for part in _parts(point) if part.startswith(_HOW))
 
 
 def _cost(plain: Point, quantised: Point, text: Text) -> str:

@@ -249,6 +249,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "bits-qwen": partial(_bits, "frontier-qwen-coder-0.5b"),
     "bits-qwen-python": partial(_bits, "frontier-qwen-coder-0.5b", "-python-test@2048"),
     "bits-qwen-front": _front_on_shapes,
+    "recovered-bits": partial(_bits, "embedded-recovered-bits"),
     "sinks": partial(_study_table, "smollm2-sinks", "accuracy", _PERPLEXITY),
     "masks-for-bits": partial(_study_table, "embedded-precisions", "accuracy", _PERPLEXITY),
     "learned": partial(_study_table, "smollm2-learned", "accuracy", _ACCURACY),
