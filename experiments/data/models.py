@@ -65,8 +65,7 @@ def load_model(
     # Without, whoever sits at a terminal is asked whether to run what the model brings.
     at["trust_remote_code"] = False
     stored = _check_quantisation(name, source, quantised, at.get("revision"))
-    if (Path(source) / INFO_FILE).is_file():
-        load_info(source, verify=True)
+    _verify(source, at.get("revision"))
     auto: Any = AutoModelForCausalLM
     try:
         if stored == "simulated":
@@ -90,6 +89,18 @@ def load_model(
     _check_finite(name, model)
     model.requires_grad_(False)
     return model.eval().to(device), tokenizer
+
+
+def _verify(source: str, commit: str | None) -> None:
+    """Raise if a file of a hybrid checkpoint, a directory or on the hub, is not what was saved."""
+    if Path(source).is_dir():
+        folder = Path(source)
+    else:
+        folder = _fetched(source, ["hybrid.*"], commit)
+        if (folder / INFO_FILE).is_file():
+            folder = _fetched(source, [INFO_FILE, *load_info(folder, masks_alone=True)["files"]], commit)
+    if (folder / INFO_FILE).is_file():
+        load_info(folder, verify=True)
 
 
 def _check_finite(name: str, model: "PreTrainedModel") -> None:

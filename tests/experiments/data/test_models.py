@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from tiny_checkpoint import save_tiny as save_hybrid
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import (
@@ -233,6 +234,16 @@ def test_hub_trouble_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         use("llama-3.2-1b")
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_on_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_hybrid(tmp_path / "pruned")
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(saved))
+    with pytest.raises(UserError, match=r"model\.safetensors: .*SHA-256"):
+        load_model("someone/pruned", commit="0" * 40)
 
 
 def test_fingerprint_of_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
