@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from matplotlib.collections import QuadMesh
 
 from analysis.figures.about import short_gpu
 from analysis.figures.study import Drawing, WholeRows, study_drawings
@@ -246,8 +247,9 @@ def _definitions(studies: Sequence[Study]) -> list[dict[str, str]]:
 
 def _figure(drawing: Drawing) -> dict[str, Any]:
     width = drawing.figure.get_figwidth()
-    # Single masks are maps of many cells, which are smaller as pixels.
-    kind, data = ("png", png_bytes(drawing.figure)) if drawing.minor else ("svg+xml", svg_bytes(drawing.figure))
+    # Maps of many cells are smaller as pixels.
+    cells = any(isinstance(part, QuadMesh) for axes in drawing.figure.axes for part in axes.collections)
+    kind, data = ("png", png_bytes(drawing.figure)) if cells else ("svg+xml", svg_bytes(drawing.figure))
     return {
         "caption": drawing.caption,
         "data": f"data:image/{kind};base64," + base64.b64encode(data).decode(),

@@ -24,6 +24,7 @@ import io
 import json
 import lzma
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -243,22 +244,27 @@ def _read(
         columns = next(lines)
         places = {column: place for place, column in enumerate(columns)}
         last = places["runs"]
+        # The last columns, most of them empty in any line.
         labels = [
-            (place, (label := column.removesuffix(_MARK)), f"{_canonical(label)}:")
+            (label := column.removesuffix(_MARK), f"{_canonical(label)}:")
             for column, place in places.items()
             if place > last and column not in WHERE
         ]
+        first = len(columns) - len(labels)
         stage, on, metric, unit = (places[column] for column in ("stage", "on", "metric", "unit"))
         value, stderr, p20, p80, runs = (places[column] for column in NUMBERS)
         trial = places.get("trial")
         found: _Facts = []
         numbers, values, texts = _Numbers(), _Values(), _Texts()
-        of_parts = [place for place, label, _ in labels if label in PARTS]
+        of_parts = [first + place for place, (label, _) in enumerate(labels) if label in PARTS]
         begun: set[tuple[str, str, str]] = set()
         for cells in lines:
             if trial is not None and trials is not None and cells[trial] not in trials:
                 continue
-            told = [(label, head, values[cell]) for place, label, head in labels if (cell := cells[place])]
+            tail = cells[first:]
+            told = [
+                (label, head, values[cell]) for (label, head), cell in compress(zip(labels, tail, strict=False), tail)
+            ]
             spelled = ",".join([head + text for _, head, (_, text) in told])
             said = (
                 f"[{texts[cells[metric]]},{texts[cells[unit]]},{{{spelled}}},{cells[value] or 'null'},"
