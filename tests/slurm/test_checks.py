@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.data import models
+from experiments.data import registry
 from experiments.studies import build, cost
 from experiments.studies.registry import STUDIES
 from experiments.studies.trial import Calibration
@@ -25,7 +25,7 @@ ON_THE_HUB = [
 @pytest.fixture(autouse=True)
 def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model of the hub is there."""
-    monkeypatch.setattr(models, "fingerprint", lambda name: "commit")
+    monkeypatch.setattr(registry, "fingerprint", lambda name: "commit")
 
 
 @pytest.mark.parametrize("study", ON_THE_HUB)
@@ -50,7 +50,7 @@ def test_a_model_that_cannot_be_had_is_named_first(monkeypatch: pytest.MonkeyPat
     def unreachable(name: str) -> str:
         raise UserError(f"{name}: the Hugging Face hub cannot be reached")
 
-    monkeypatch.setattr(models, "fingerprint", unreachable)
+    monkeypatch.setattr(registry, "fingerprint", unreachable)
     with pytest.raises(UserError, match=r"qwen2\.5-0\.5b: .* cannot be reached"):
         checks.check_definitions(STUDIES["sparsities"].trials(), None, Cluster())
 
