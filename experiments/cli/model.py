@@ -20,6 +20,7 @@ from experiments.cli.options import (
     RunsCode,
     Tile,
     Track,
+    check_out,
     console,
     listed,
     machine_on,
@@ -254,7 +255,7 @@ def recover(
     from patch.positions import check_length
 
     tracked(track)
-    _check_out(out)
+    check_out(out, checkpoint)
     usual = RecoveryRecipe()
     recovery = Recovery(text, dataclasses.replace(usual, **changes(set_ or [], usual)), seed)
     source = recovered.opened(checkpoint, base)
@@ -452,7 +453,7 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     from experiments.studies.trial import Evaluation, Trial
     from patch.checkpoint import copy_checkpoint, load_info
 
-    _check_out(out)
+    check_out(out, pruning.model)
     store = Store(results)
     if pruning.method != "dense":
         checkpoints.check_unpruned(pruning.model)
@@ -495,8 +496,3 @@ def _show_settings(rows: Iterable[tuple[str, str, str]], beside: str) -> None:
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
         console.print(line, style="yellow" if line.startswith("warning") else None, soft_wrap=True)
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists():
-        raise UserError(f"{out} is already there: choose another --out or remove it")

@@ -112,6 +112,16 @@ def of_a_checkpoint(path: Path) -> Path:
     return path
 
 
+def check_out(out: Path | None, source: str | Path) -> None:
+    """Raise if something cannot be made new at ``out``, or would be in the directory that it is made of."""
+    if out is None:
+        return
+    if out.exists():
+        raise UserError(f"{out} is already there: choose another place or remove it")
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"{out}: lies in {source}, which it is made of: choose another place")
+
+
 def tracked(track: str | None) -> None:
     """Have this process, and those that it starts, send the curves of learning to a tracker.
 

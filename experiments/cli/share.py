@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.options import DEFAULT_RESULTS, Results, console, of_a_checkpoint, without_bars
+from experiments.cli.options import DEFAULT_RESULTS, Results, check_out, console, of_a_checkpoint, without_bars
 from patch.errors import UserError, one_line
 from patch.quantise.precisions import PRECISIONS
 
@@ -35,8 +35,7 @@ def pack(
     eight = {str(kind).removeprefix("torch."): kind for kind in SCALED}
     if dtype is not None and dtype not in eight:
         raise UserError(f"--dtype {dtype}: packed weights have {' or '.join(eight)}, or, without it, 16 bits")
-    if out.exists():
-        raise UserError(f"{out} is already there: choose another place or remove it")
+    check_out(out, checkpoint)
     with said_by(checkpoint):
         about = origin(checkpoint)
         # The card of a local base model is not found again by the name alone that is kept of its path.
@@ -72,8 +71,7 @@ def push(
     from patch.files import check_inside, new_directory
 
     name = _repository(repo)
-    if out is not None and out.resolve().is_relative_to(checkpoint.resolve()):
-        raise UserError(f"{out}: lies in the checkpoint that is copied to it: choose another place")
+    check_out(out, checkpoint)
     for file in sorted(checkpoint.rglob("*")):
         check_inside(file, checkpoint)
     offline = bool(constants.HF_HUB_OFFLINE)

@@ -88,10 +88,11 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     [
         (("push", "masked", "tiny"), "a repository is named organisation/name"),
         (("push", "masked", "me/a`b"), "me/a`b: no repository can be named so"),
-        (("push", "masked", "me/tiny", "--out", "masked/new"), "masked/new: lies in the checkpoint that is copied"),
+        (("push", "masked", "me/tiny", "--out", "masked/new"), "masked/new: lies in masked, which it is made of"),
         (("push", "odd", "me/tiny"), "odd: what it says of itself cannot be read"),
         (("push", ".", "me/tiny"), "not a model directory, it has no config.json: name one of those in"),
         (("pack", "masked", "masked"), "is already there"),
+        (("pack", "masked", "masked/new"), "masked/new: lies in masked, which it is made of"),
         (("push", "linked", "me/tiny"), "linked/weights.safetensors: is a link to .*, outside of linked"),
         (("pack", "masked", "new", "--dtype", "int4"), "float8_e4m3fn or int8"),
     ],
