@@ -41,12 +41,9 @@ class Agreement:
     decided_same: int
 
     def shares(self) -> dict[str, float]:
-        """As rows have them: of decided tokens those that are the same, of all those that are, and the decided ones."""
-        return {
-            "greedy_agreement": self.decided_same / self.decided if self.decided else 1.0,
-            "greedy_same": self.same / self.tokens,
-            "greedy_decided": self.decided / self.tokens,
-        }
+        """As rows have them: of decided tokens, if any are, those that are the same; of all, these and the decided."""
+        agreed = {"greedy_agreement": self.decided_same / self.decided} if self.decided else {}
+        return agreed | {"greedy_same": self.same / self.tokens, "greedy_decided": self.decided / self.tokens}
 
 
 @torch.inference_mode()

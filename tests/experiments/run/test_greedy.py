@@ -89,5 +89,7 @@ def test_what_rounding_decides_is_not_counted() -> None:
     found = agreement(Counting([1.0] * 5), unpacked, exact, start, 4, 1.0)
     assert found == Agreement(4, 3, 2, 2)
     assert found.shares() == {"greedy_agreement": 1.0, "greedy_same": 0.75, "greedy_decided": 0.5}
+    # Of no token is nothing said.
+    assert Agreement(4, 3, 0, 0).shares() == {"greedy_same": 0.75, "greedy_decided": 0.0}
     other = Counting([1.0, -1.0, 1.0, 1.0, 1.0])
     assert agreement(other, unpacked, exact, start, 2, 1.0) == Agreement(2, 1, 2, 1)
