@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from analysis.figures.about import gpus, listed
 from analysis.figures.labels import Label, Panel, write_labels
+from analysis.figures.sparsities import along_sparsities, finish
 from analysis.figures.style import (
     FAINT,
     INK,
@@ -66,9 +67,7 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     labels = []
     for color, tokens in zip(_shades(len(shown)), shown, strict=True):
         line = means[tokens]
-        axes.plot(100 * line.index, line.to_numpy(), color=color, marker="|", markersize=5, linewidth=1.1)
-        name = f"{tokens} token" + ("s" if tokens > 1 else "")
-        labels.append(Label(name, (100 * float(line.index[-1]), float(line.iloc[-1])), "right", color))
+        labels.append(_draw_tokens(axes, line, tokens, color))
     grid = np.linspace(0, 0.5, 51)
     for limit, name, dashes in ((compute_limit, "compute limit", "--"), (memory_limit, "memory limit", ":")):
         axes.plot(100 * grid, limit(grid), color=FAINT, linewidth=0.9, linestyle=dashes, gid="limit")
@@ -76,11 +75,17 @@ def draw_speedup(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width = 
     axes.axhline(1, color=INK, linewidth=0.6, gid="dense")
     lowest = min((means[tokens].min() for tokens in shown), default=1.0)
     axes.set(xlabel="Sparsity (%)", ylabel="Speedup over dense", ylim=(min(0.9, lowest - 0.04), 2.05))
-    axes.set_xlim(-1, 50 + _RIGHT)
-    axes.set_xticks(range(0, 51, 10))
+    where = along_sparsities(axes, _RIGHT)
     set_title(figure, title)
-    write_labels(figure, [(axes, labels, {"right": (52.0, 50 + _RIGHT)})])
+    write_labels(figure, [(axes, labels, where)])
     return figure
+
+
+def _draw_tokens(axes: Axes, line: pd.Series, tokens: int, color: str) -> Label:
+    """Speedups by sparsity with one number of tokens, and what that line is called."""
+    axes.plot(100 * line.index, line.to_numpy(), color=color, marker="|", markersize=5, linewidth=1.1)
+    name = f"{tokens} token" + ("s" if tokens > 1 else "")
+    return Label(name, (100 * float(line.index[-1]), float(line.iloc[-1])), "right", color)
 
 
 @in_paper_style
@@ -109,25 +114,15 @@ def draw_precisions(frame: pd.DataFrame, model: str = "llama-2-7b", width: Width
         dense = best_of_linears(timed[is_dense(timed, precision)], "speedup")
         labels = []
         for count in tokens:
-            line, color = means[count], colors[count]
-            axis.plot(100 * line.index, line.to_numpy(), color=color, marker="|", markersize=5, linewidth=1.1)
+            labels.append(_draw_tokens(axis, means[count], count, colors[count]))
             if quantity == "speedup" and count in dense:
-                axis.plot([-4, -1], [dense[count]] * 2, color=color, linewidth=2.2, gid="dense of its own")
-            said = f"{count} token" + ("s" if count > 1 else "")
-            labels.append(Label(said, (100 * float(line.index[-1]), float(line.iloc[-1])), "right", color))
+                axis.plot([-4, -1], [dense[count]] * 2, color=colors[count], linewidth=2.2, gid="dense of its own")
         axis.axhline(1, color=INK, linewidth=0.6, gid="dense")
         over = f"bfloat16 (dashes: dense {name})" if quantity == "speedup" else name
         axis.set_title(f"{name} over dense {over}", loc="left")
-        axis.set_xlim(-4, 50 + _RIGHT)
-        axis.set_xticks(range(0, 51, 10))
         axis.margins(y=0.1)
-        panels.append((axis, labels, {"right": (52.0, 50 + _RIGHT)}))
-    for axis in axes[-1]:
-        axis.set_xlabel("Sparsity (%)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("Speedup")
-    set_title(figure, title)
-    write_labels(figure, panels)
+        panels.append((axis, labels, along_sparsities(axis, _RIGHT, begin=-4)))
+    finish(figure, axes, panels, title, "Speedup")
     return figure
 
 

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures.about import gpus
-from analysis.figures.labels import Label, Panel, write_labels
-from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, room, set_title
+from analysis.figures.labels import Label, Panel
+from analysis.figures.sparsities import along_sparsities, finish
+from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, room
 from analysis.names import workload_name
 from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical
 
@@ -53,16 +54,9 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
         axis.axhline(1, color=INK, linewidth=0.6, gid="dense")
         labels.append(Label("dense bfloat16", (50.0, 1.0), "right", INK))
         axis.set_title(workload_name("{}@{:.0f}x{:.0f}".format(*work)), loc="left")
-        axis.set_xlim(-1, 50 + _RIGHT)
-        axis.set_xticks(range(0, 51, 10))
         axis.margins(y=0.1)
-        panels.append((axis, labels, {"right": (52.0, 50 + _RIGHT)}))
+        panels.append((axis, labels, along_sparsities(axis, _RIGHT)))
     for axis in axes.flat[len(works) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("Sparsity (%)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("Speedup over dense bfloat16")
-    set_title(figure, title)
-    write_labels(figure, panels)
+    finish(figure, axes, panels, title, "Speedup over dense bfloat16")
     return figure
