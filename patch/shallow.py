@@ -4,18 +4,19 @@
     >>> [each.block for each in dropped]
 
 What is missed is measured on the model's predictions: the Kullback-Leibler divergence of the next token's distribution
-from that of the whole model, in the mean over calibration text. Nothing is trained.
+from that of the whole model, in the mean over calibration text. Nothing is trained. Up to the block that is tried a
+window's states are those of the model with it, so of each window they are computed once.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patch.contexts import evaluating
+from patch.contexts import evaluating, standing_in
 from patch.errors import UserError
 from patch.layers import check_shared, decoder_blocks
 from patch.positions import check_model_length
@@ -45,10 +46,10 @@ def drop_blocks(
     """Drop ``count`` blocks of a causal language model, in place; its configuration says so too.
 
     Args:
-        windows: calibration token ids, integer ``[n, length]``, run through the whole model for every block that is
-            tried, one at a time.
+        windows: calibration token ids, integer ``[n, length]``, one at a time run through what comes after every block
+            that is tried.
         device: where the model runs meanwhile; it ends where it was.
-        on_trial: called after each block tried with how many were, and of how many.
+        on_trial: called after each window with how many blocks were tried, in whole, and of how many.
 
     Returns:
         The dropped blocks, in the order in which they went.
@@ -70,15 +71,15 @@ def drop_blocks(
         whole = [_states(model, window.to(device)) for window in windows.split(1)]
         while len(dropped) < count:
             gone = {each.block for each in dropped}
-            costs: dict[int, float] = {}
-            for index in range(len(blocks)):
-                if index in gone:
-                    continue
-                with _without([blocks[each] for each in (*gone, index)]):
-                    costs[index] = _divergence(model, windows.split(1), whole, device)
-                tried += 1
+            left = len(blocks) - len(gone)
+            totals = dict.fromkeys((index for index in range(len(blocks)) if index not in gone), 0.0)
+            for done, (window, states) in enumerate(zip(windows.split(1), whole, strict=True), start=1):
+                for index, divergence in _divergences(model, blocks, gone, window.to(device), states).items():
+                    totals[index] += divergence
                 if on_trial is not None:
-                    on_trial(tried, trials)
+                    on_trial(tried + left * done // len(windows), trials)
+            tried += left
+            costs = {index: total / windows.numel() for index, total in totals.items()}
             least = min(costs, key=lambda index: (costs[index], index))
             dropped.append(Dropped(least, costs[least]))
     remove_blocks(model, {each.block for each in dropped})
@@ -128,28 +129,46 @@ def _states(model: Any, tokens: Tensor) -> Tensor:
     return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
 
-def _divergence(model: Any, windows: tuple[Tensor, ...], whole: list[Tensor], device: torch.device | str) -> float:
-    total, tokens = 0.0, 0
+def _divergences(
+    model: Any, blocks: Sequence[nn.Module], gone: set[int], tokens: Tensor, whole: Tensor
+) -> dict[int, float]:
+    """Of the model without one more block, for each that is left, the divergence in nats, summed over the tokens.
+
+    Args:
+        gone: blocks that are dropped already.
+        whole: the states of the whole model.
+    """
     head = model.get_output_embeddings()
-    for window, states in zip(windows, whole, strict=True):
-        wanted = head(states).float().log_softmax(-1)
-        found = head(_states(model, window.to(device))).float().log_softmax(-1)
-        total += float((wanted.exp() * (wanted - found)).sum())
-        tokens += window.numel()
-    return total / tokens
+    wanted = head(whole).float().log_softmax(-1)
+    given: dict[nn.Module, Tensor] = {}
+    beside: dict[nn.Module, tuple[Any, ...] | None] = {}
 
+    def watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Of every block what it is given, and what it returns beside states; one that is gone passes states on."""
+        given[module] = args[0] if args else kwargs["hidden_states"]
+        beside[module] = output[1:] if isinstance(output, tuple) else None
+        return returned(module, given[module]) if module in skipped else output
 
-@contextmanager
-def _without(blocks: list[nn.Module]) -> Iterator[None]:
-    """While this lasts, blocks pass on what they are given."""
+    def returned(module: nn.Module, states: Tensor) -> Any:
+        rest = beside[module]
+        return states if rest is None else (states, *rest)
 
-    def passed_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+    def passed_on(module: nn.Module, states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return returned(module, (args[0] if args else kwargs["hidden_states"]) if states is None else states)
 
-    handles = [block.register_forward_hook(passed_on, with_kwargs=True) for block in blocks]
+    skipped = {blocks[index] for index in gone}
+    handles = [block.register_forward_hook(watched, with_kwargs=True) for block in blocks]
     try:
-        yield
+        _states(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
+    found = {}
+    for index in (each for each in range(len(blocks)) if each not in gone):
+        # What comes before is not computed again: all give what this one is given.
+        before = {block: partial(passed_on, block, given[blocks[index]]) for block in blocks[: index + 1]}
+        later = {block: partial(passed_on, block, None) for block in skipped if block not in before}
+        with standing_in(before | later):
+            ours = head(_states(model, tokens)).float().log_softmax(-1)
+        found[index] = float((wanted.exp() * (wanted - ours)).sum())
+    return found

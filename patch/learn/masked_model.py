@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from patch.contexts import evaluating, full_float32
+from patch.contexts import evaluating, full_float32, standing_in
 from patch.layers import decoder_blocks
 from patch.learn.distributed import Ranks
 from patch.learn.recipe import Settings
@@ -274,9 +274,9 @@ class Losses:
         run = functools.partial(self._model, input_ids=tokens, use_cache=False, output_hidden_states=factor > 0)
         dense = None
         if self._recipe.follows_dense:
-            with torch.no_grad(), _forwards(self._plain):
+            with torch.no_grad(), standing_in(self._plain):
                 dense = run()
-        with _forwards(self._masked):
+        with standing_in(self._masked):
             if self._ahead:
                 self._ahead.begin()
             ours = run()
@@ -329,18 +329,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-
-
-@contextmanager
-def _forwards(stand_ins: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forward functions for some modules; on leaving, their own."""
-    own = {module: vars(module).get("forward") for module in stand_ins}
-    try:
-        for module, forward in stand_ins.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, before in own.items():
-            vars(module).pop("forward", None)
-            if before is not None:
-                vars(module)["forward"] = before

@@ -16,7 +16,9 @@ def learned_tokens(trials: Trials) -> set[int]:
 
 def test_seeds_and_tokens_of_the_larger_models() -> None:
     half, larger = qwen_coder.half_billion(), qwen_coder.one_and_a_half_billion()
-    assert learned_tokens(half) == {65_536_000} and learned_tokens(larger) == {131_072_000}
+    assert learned_tokens(half) == {65_536_000}
+    # The smaller number is that of one mask.
+    assert learned_tokens(larger) == {131_072_000, 32_768_000}
     seeds = Counter((t.pruning.method, t.pruning.sparsity, "guided" in describe(t.pruning)) for t in half)
     for mask in (("maskllm", 0.5, False), *(("patch-joint", target, True) for target in (0.45, 0.35, 0.25))):
         assert seeds[mask] == 3
