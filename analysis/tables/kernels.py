@@ -23,8 +23,8 @@ from patch.errors import UserError
 # What is dense, by precision; of a whole model, "dense" has separate projections and counts only where nothing else is.
 DENSE = {
     "bf16": ("cublas", "compiled", "fused", "dense"),
-    "fp8": ("fp8_rowwise", "fp8_tensorwise"),
-    "fp8_precise": ("fp8_precise_rowwise", "fp8_precise_tensorwise"),
+    "fp8": ("fp8_rowwise", "fp8_tensorwise", "fp8_dense8"),
+    "fp8_precise": ("fp8_precise_rowwise", "fp8_precise_tensorwise", "fp8_precise_dense8"),
     "int4": ("int4",),
 }
 # Tiles of the products that tables and figures show.
@@ -378,7 +378,8 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
     )
     notes = [] if fused else [SUPERSEDED]
     if precision != "bf16":
-        notes.append(f"Over the faster dense {PRECISIONS[precision]} model; activations are quantised within both.")
+        of_activations = "stay in 16 bits in" if precision == "int4" else "are quantised within"
+        notes.append(f"Over the fastest dense {PRECISIONS[precision]} model; activations {of_activations} both.")
     return _plain(columns, rows, notes)
 
 

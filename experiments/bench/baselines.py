@@ -1,10 +1,11 @@
 """Dense products of the precisions that people deploy, for hybrid weights to be compared with.
 
-FP8 is e4m3 for weights and activations (``torch._scaled_mm`` with fast accumulation), in two ways of which the faster
-counts: *rowwise*, a scale for each output feature and one for each token, found on the fly, and *tensorwise*, one scale
-for the weight and one for the activations, known beforehand as after calibration. Activations are quantised within what
-is timed, by a kernel that ``torch.compile`` makes of it, or fuses into what comes before. INT4 is symmetric, in groups
-of as many inputs as hybrid weights have, with 16-bit activations (``aten._weight_int4pack_mm``).
+FP8 is e4m3 for weights and activations (``torch._scaled_mm`` with fast accumulation), in ways of which the fastest
+counts: *rowwise*, a scale for each output feature and one for each token, found on the fly; *tensorwise*, one scale for
+the weight and one for the activations, known beforehand as after calibration; and *dense8*, rowwise as it runs here in
+place of packed tiles that would be slower (`stoicc.dense8`). Activations are quantised within what is timed, by a
+kernel that ``torch.compile`` makes of it, or fuses into what comes before. INT4 is symmetric, in groups of as many
+inputs as hybrid weights have, with 16-bit activations (``aten._weight_int4pack_mm``).
 """
 
 import copy
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from patch.layers import prunable_linears
 from patch.quantise.linear import QuantisedLinear as Simulated
+from stoicc import dense8
 from stoicc.format import SCALE_GROUP
 from stoicc.linear import Fused, groups, install
 
 Model = TypeVar("Model", bound=nn.Module)
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# Of `quantised`.
+WAYS = ("fp8_rowwise", "fp8_tensorwise", "fp8_dense8", "int4")
 # K tiles that a thread of the INT4 kernel takes together.
 INNER_K_TILES = 8
 
@@ -138,7 +142,7 @@ def quantised(model: nn.Module, way: str, largest: Mapping[str, Tensor]) -> None
     """Compute siblings as one, from weights of eight or four bits.
 
     Args:
-        way: ``fp8_rowwise``, ``fp8_tensorwise`` or ``int4``.
+        way: one of `WAYS`.
         largest: of what each linear is applied to the largest magnitude, by its name; for ``fp8_tensorwise``.
     """
 
@@ -148,9 +152,9 @@ def quantised(model: nn.Module, way: str, largest: Mapping[str, Tensor]) -> None
         operands: Sequence[Tensor]
         if way == "int4":
             function, operands = int4, pack_int4(*to_int4(weight))
-        elif way == "fp8_rowwise":
+        elif way != "fp8_tensorwise":
             scale = fp8_scale(weight, dim=1)
-            function, operands = fp8_rowwise, (to_fp8(weight, scale), scale)
+            function, operands = rowwise(to_fp8(weight, scale), scale, ours=way == "fp8_dense8")
         else:
             scale, x_scale = fp8_scale(weight), fp8_scale(torch.stack([largest[name] for name in names]))
             function, operands = fp8_tensorwise, (to_fp8(weight, scale), scale, x_scale)
@@ -170,14 +174,24 @@ def deployed(model: nn.Module) -> None:
         given = [linear.quantised for linear in linears if isinstance(linear, Simulated)]
         values = torch.cat([part.values.view(torch.int8) for part in given]).view(given[0].values.dtype)
         scales = torch.cat([part.scales for part in given])
-        function: Callable[..., Tensor] = fp8_rowwise
-        operands = (values, scales)
-        if values.dtype != FP8:
+        function: Callable[..., Tensor]
+        if values.dtype == FP8:
+            n, k = values.shape
+            ours = dense8.runs(values.device, n, k, values.dtype, linears[0].weight.dtype)
+            function, operands = rowwise(values, scales, ours=ours)
+        else:
             function = partial(int4, group=given[0].group)
             operands = pack_int4((values + 8).to(torch.uint8), scales.to(linears[0].weight.dtype))
         return QuantisedLinear(_parts(names, linears), values.shape[1], function, operands, _bias(linears))
 
     _replace(model, make)
+
+
+def rowwise(values: Tensor, scales: Tensor, ours: bool) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """`fp8_rowwise` or, if ``ours``, `stoicc.dense8`, and its operands: e4m3 values ``[N, K]``, scales ``[N, 1]``."""
+    if ours:
+        return dense8.linear, (values, scales[:, 0], scales.new_ones(()))
+    return fp8_rowwise, (values, scales)
 
 
 @contextmanager

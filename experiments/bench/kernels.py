@@ -200,10 +200,13 @@ def compiled(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
 
 def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
-    """Both ways to scale, activations quantised by a compiled kernel, each with fast accumulation and without."""
+    """All ways to scale, activations quantised by a compiled kernel, each with fast accumulation and without."""
     by_row, whole = baselines.fp8_scale(given.weight, dim=1), baselines.fp8_scale(given.weight)
     quantised = {"rowwise": (by_row, baselines.to_fp8(given.weight, by_row))}
     quantised["tensorwise"] = (whole, baselines.to_fp8(given.weight, whole))
+    n, k = given.weight.shape
+    if given.weight.device.type == "cpu" or dense8.runs(given.weight.device, n, k, baselines.FP8, given.weight.dtype):
+        quantised["dense8"] = quantised["rowwise"]
 
     def entries(x: Tensor) -> Iterator[Entry]:
         def prepare(way: str, fast: bool = True) -> Ready:
@@ -211,7 +214,12 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             weights = [weight, *(weight.clone() for _ in range(copies(x, weight.nbytes) - 1))]
             torch._dynamo.maybe_mark_dynamic(x, 0)
             calls: list[Call]
-            if way == "rowwise":
+            if way == "dense8":
+                x_scale = baselines.fp8_scale(x, dim=1)
+                dense = torch.compile(dense8.linear, fullgraph=True)
+                scales, unit = scale[:, 0].contiguous(), scale.new_ones(())
+                calls = [partial(dense, x, one, scales, unit, precise=not fast) for one in weights]
+            elif way == "rowwise":
                 x_scale = baselines.fp8_scale(x, dim=1)
                 rowwise = torch.compile(baselines.fp8_rowwise)
                 calls = [partial(rowwise, x, one, scale, fast) for one in weights]

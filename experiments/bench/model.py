@@ -11,8 +11,9 @@ and value as one product, and gate and up, as servers do and as packed weights a
     prefill  a batch of prompts
 
 A case is a workload. Its entries are the dense models (part ``model:dense``), or the fused dense model and that whose
-weights are packed at one sparsity (part ``model:25%``), in 16 bits and, beside dense FP8, in FP8. Each of their blocks
-must compute what an eager block with the same masked weights does, up to the rounding of its precision.
+weights are packed at one sparsity (part ``model:25%``), in 16 bits and, beside dense models of the same precision, in
+FP8 and INT4. Each of their blocks must compute what an eager block with the same masked weights does, up to the
+rounding of its precision.
 """
 
 import gc
@@ -31,10 +32,14 @@ from experiments.bench.harness import BEGIN_EARLY, SECONDS, Bench, Case, Entry, 
 from experiments.bench.kernels import Variant, random_mask
 from experiments.data.registry import REGISTRY
 from experiments.studies.trial import DENSE_PART, ModelGrid, Trial, Workload
+from patch import simulate
 from patch.errors import UserError
 from patch.layers import decoder_blocks, prunable_linears
+from patch.mask import HybridMask
+from patch.quantise.precisions import PRECISIONS
+from patch.quantise.values import quantise_groups
 from patch.tiles import TileShape
-from stoicc.format import unpack
+from stoicc.format import SCALE_GROUP, unpack
 from stoicc.linear import Fused, HybridLinear, Report, compile_model, install, packed_modules
 
 if TYPE_CHECKING:
@@ -74,6 +79,10 @@ class FullCache:
         self.keys[:, :, -1:] = keys
         self.values[:, :, -1:] = values
         return self.keys, self.values
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
 
 def config_of(name: str, blocks: int | None = None) -> "LlamaConfig":
@@ -120,13 +129,34 @@ def make_hybrid(
     Args:
         keep_dense, dtype: as `stoicc.linear.compile_model`.
     """
+    return compile_model(model, random_masks(model, sparsity, tile), keep_dense=keep_dense, dtype=dtype)
+
+
+def random_masks(
+    model: "PreTrainedModel", sparsity: float | Mapping[str, float], tile: TileShape
+) -> dict[str, HybridMask]:
+    """Random uneven maps of the model's linears, by name: all at one sparsity or each at its own."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     masks = {}
     for name, linear in prunable_linears(model).items():
         variant = Variant(sparsity[name] if isinstance(sparsity, Mapping) else sparsity, tile, "uneven")
         masks[name] = random_mask(linear.out_features, linear.in_features, variant, linear.weight.abs(), generator)
-    return compile_model(model, masks, keep_dense=keep_dense, dtype=dtype)
+    return masks
+
+
+def make_hybrid_int4(model: "PreTrainedModel", sparsity: float, tile: TileShape) -> list[Report]:
+    """As `make_hybrid`, rounded to nearest INT4; a block at a time, so that no second model is in memory meanwhile."""
+    masks = random_masks(model, sparsity, tile)
+    reports = []
+    for block in sorted({name.rpartition(".layers.")[2].partition(".")[0] for name in masks}, key=int):
+        here = {name: mask for name, mask in masks.items() if f".layers.{block}." in name}
+        linears = prunable_linears(model)
+        weights = {name: quantise_groups(mask.apply(linears[name].weight), SCALE_GROUP) for name, mask in here.items()}
+        simulate.install(model, weights, PRECISIONS["int4"])
+        del linears, weights
+        reports.append(compile_model(model, here, keep_dense=False))
+    return reports
 
 
 def prepare(model: "PreTrainedModel") -> None:
@@ -178,11 +208,28 @@ class Pass:
         )
 
 
-def make_pass(model: "PreTrainedModel", work: Workload, wrap: Callable[[Any], Any]) -> Pass:
+def make_caches(model: "PreTrainedModel", work: Workload) -> list[FullCache | None]:
+    """Random cached keys and values of each block; none where a workload has no earlier tokens."""
+    config = model.config
+    blocks = decoder_blocks(model)
+    if work.kind != "decode":
+        return [None] * len(blocks)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (work.batch, config.num_key_value_heads, head_dim)
+    return [FullCache(*shape, model.model.embed_tokens.weight) for _ in blocks]
+
+
+def make_pass(
+    model: "PreTrainedModel",
+    work: Workload,
+    wrap: Callable[[Any], Any],
+    caches: Sequence[FullCache | None] | None = None,
+) -> Pass:
     """A pass on random tokens, after random cached keys and values.
 
     Args:
         wrap: applied to each decoder block, such as ``torch.compile``.
+        caches: of `make_caches`, which passes that run in turns may share; None makes them.
     """
     body: Any = model.model
     config = model.config
@@ -192,28 +239,33 @@ def make_pass(model: "PreTrainedModel", work: Workload, wrap: Callable[[Any], An
     positions = torch.arange(first, first + work.length, device=device)[None]
     rotary = body.rotary_emb(body.embed_tokens(ids), positions)
     blocks = [wrap(block) for block in decoder_blocks(model)]
-    caches: list[FullCache | None] = [None] * len(blocks)
-    if work.kind == "decode":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (work.batch, config.num_key_value_heads, head_dim)
-        caches = [FullCache(*shape, body.embed_tokens.weight) for _ in blocks]
-    return Pass(model, blocks, caches, ids, positions, rotary)
+    return Pass(model, blocks, make_caches(model, work) if caches is None else caches, ids, positions, rotary)
 
 
-def seeded_pass(model: "PreTrainedModel", work: Workload, wrap: Callable[[Any], Any]) -> Pass:
+def seeded_pass(
+    model: "PreTrainedModel",
+    work: Workload,
+    wrap: Callable[[Any], Any],
+    caches: Sequence[FullCache | None] | None = None,
+) -> Pass:
     """`make_pass` on the same tokens, and cached keys and values, every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return make_pass(model, work, wrap)
+        return make_pass(model, work, wrap, caches)
 
 
-def plain_pass(model: "PreTrainedModel", work: Workload) -> Pass:
+def plain_pass(model: "PreTrainedModel", work: Workload, caches: Sequence[FullCache | None] | None = None) -> Pass:
     """`seeded_pass` without compilation."""
-    return seeded_pass(model, work, lambda block: block)
+    return seeded_pass(model, work, lambda block: block, caches)
 
 
 def ready(
-    model: "PreTrainedModel", work: Workload, reference: "PreTrainedModel", bound: float, mode: str | None = None
+    model: "PreTrainedModel",
+    work: Workload,
+    reference: "PreTrainedModel",
+    bound: float,
+    mode: str | None = None,
+    caches: Sequence[FullCache | None] | None = None,
 ) -> Ready:
     """A model's pass, compiled, with the peak of memory that it takes.
 
@@ -222,9 +274,11 @@ def ready(
         reference: each block must compute what this model's computes of the same states.
         bound: how far from them it may be, as `disagreement`.
         mode: of ``torch.compile``.
+        caches: as `make_pass`; they count as this model's memory.
     """
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    run = seeded_pass(model, work, partial(torch.compile, dynamic=False, mode=mode))
+    before -= sum(cache.nbytes for cache in caches or () if cache is not None)
+    run = seeded_pass(model, work, partial(torch.compile, dynamic=False, mode=mode), caches)
 
     def call() -> Tensor:
         with compiling(RECOMPILATIONS):
@@ -241,7 +295,7 @@ def ready(
 
     def check(logits: Tensor) -> tuple[float, float]:
         with compiling(RECOMPILATIONS):
-            error = disagreement(run, plain_pass(reference, work))
+            error = disagreement(run, plain_pass(reference, work, caches))
         return error if bool(logits.isfinite().all()) else float("nan"), bound
 
     return Ready([call], check, facts=[Fact("peak_memory", peak, "B", {})])
@@ -328,21 +382,18 @@ def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, I
             plain_pass(dense, work)()
     fused = baselines.sharing(dense)
     baselines.fused(fused)
-    eight = {way: baselines.sharing(dense) for way in ("fp8_rowwise", "fp8_tensorwise")}
-    for way, model in eight.items():
-        baselines.quantised(model, way, largest)
     # Weights of four bits cannot be arranged for its kernel elsewhere.
-    four = {"int4": baselines.sharing(dense)} if lab.device != "cpu" and DENSE_PART in parts else {}
-    for model in four.values():
-        baselines.quantised(model, "int4", largest)
+    ways = [way for way in baselines.WAYS if way != "int4" or lab.device != "cpu"]
+    few = {way: baselines.sharing(dense) for way in ways}
+    for way, model in few.items():
+        baselines.quantised(model, way, largest)
     if DENSE_PART in parts:
-        models = {"dense": dense, "fused": fused, AUTOTUNED: fused} | eight | four
+        models = {"dense": dense, "fused": fused, AUTOTUNED: fused} | few
         yield DENSE_PART, workloads(trial, DENSE_PART, lambda: Side(models, dict.fromkeys(models, dense), {}), lab)
         models.clear()
-        four.clear()
     for sparsity in grid.sparsities:
         if (part := grid.part(sparsity)) in parts:
-            make = partial(beside, {"fused": fused} | eight, dense, sparsity, grid.tile)
+            make = partial(beside, {"fused": fused} | few, dense, sparsity, grid.tile)
             yield part, workloads(trial, part, make, lab)
     forget_compiled()
 
@@ -362,13 +413,20 @@ class Side:
 
 
 def beside(others: Mapping[str, "PreTrainedModel"], dense: "PreTrainedModel", sparsity: float, tile: TileShape) -> Side:
-    """A dense model packed in 16 bits and in FP8, with the same masks, beside dense ones."""
+    """A dense model packed in 16 bits, FP8 and, beside dense INT4, INT4, with the same masks, and other dense ones."""
     models, about = {}, dict[str, Labels]()
-    for name, dtype in (("hybrid", None), ("hybrid_fp8", baselines.FP8)):
+    makers: dict[str, Callable[..., Sequence[Report]]] = {
+        "hybrid": lambda model: [make_hybrid(model, sparsity, tile, keep_dense=False)],
+        "hybrid_fp8": lambda model: [make_hybrid(model, sparsity, tile, keep_dense=False, dtype=baselines.FP8)],
+    }
+    if "int4" in others:
+        makers["hybrid_int4"] = lambda model: make_hybrid_int4(model, sparsity, tile)
+    for name, make in makers.items():
         models[name] = baselines.sharing(dense)
-        report = make_hybrid(models[name], sparsity, tile, keep_dense=False, dtype=dtype)
-        about["fused"] = {"bytes": report.bytes_before}
-        about[name] = {"sparsity": sparsity, "tile": list(tile), "tiles": "uneven", "bytes": report.bytes_after}
+        reports = make(models[name])
+        before, after = sum(report.bytes_before for report in reports), sum(report.bytes_after for report in reports)
+        about["fused"] = {"bytes": before}
+        about[name] = {"sparsity": sparsity, "tile": list(tile), "tiles": "uneven", "bytes": after}
     references = dict.fromkeys(others, dense) | dict.fromkeys(models, unpacked(models["hybrid"]))
     return Side({**others, **models}, references, about)
 
@@ -385,6 +443,8 @@ def workloads(trial: Trial, part: str, make: Callable[[], Side], lab: Lab) -> It
         gc.collect()
         lab.progress(f"{trial.pruning.model} {part.partition(':')[2]}", done, len(grid.workloads))
         entries = []
+        # Of all models alike: caches of their own would not fit beside each other.
+        caches = make_caches(references["fused"], work)
         for implementation, model in models.items():
             precision = next((name for name in BOUNDS if name in implementation.split("_")), "bf16")
             # The kernel of 4-bit weights is for decoding, and there alone max-autotune finds what cuBLAS does not have.
@@ -393,11 +453,11 @@ def workloads(trial: Trial, part: str, make: Callable[[], Side], lab: Lab) -> It
                 shown = "hybrid" if implementation.startswith("hybrid") else implementation
                 labels = {"implementation": shown, "precision": precision} | about.get(implementation, {})
                 mode = "max-autotune-no-cudagraphs" if implementation == AUTOTUNED else None
-                prepared = partial(ready, model, work, references[implementation], BOUNDS[precision], mode)
+                prepared = partial(ready, model, work, references[implementation], BOUNDS[precision], mode, caches)
                 entries.append(Entry(labels, prepared))
         cell = {"model": trial.pruning.model, "kind": work.kind, "batch": work.batch, "length": work.length}
         yield Case(cell, entries, grid.rounds, flush=False, tokens=work.batch * work.length)
-        del entries
+        del entries, caches
 
 
 class Unpacked(Fused):

@@ -16,7 +16,7 @@ from experiments.studies.build import dense
 from experiments.studies.trial import Evaluation, ModelGrid, Trial, Workload
 from patch.errors import UserError
 from patch.layers import prunable_linears
-from stoicc.linear import Fused
+from stoicc.linear import Fused, packed_modules
 
 WORKLOADS = (Workload("decode", 2, 1), Workload("prefill", 1, 16))
 
@@ -43,7 +43,7 @@ def test_a_fused_model_computes_what_its_linears_do(tiny: str, work: Workload) -
     assert {part.untyped_storage().data_ptr() for part in plain.state_dict().values()} == storages
 
 
-@pytest.mark.parametrize("way", ["fp8_rowwise", "fp8_tensorwise"])
+@pytest.mark.parametrize("way", ["fp8_rowwise", "fp8_tensorwise", "fp8_dense8"])
 def test_a_quantised_model_is_close_to_the_model(tiny: str, way: str) -> None:
     torch.manual_seed(0)
     plain = model.build(tiny, "cpu")
@@ -56,6 +56,23 @@ def test_a_quantised_model_is_close_to_the_model(tiny: str, way: str) -> None:
     baselines.quantised(eight, way, largest)
     found, expected = (model.plain_pass(each, WORKLOADS[1]) for each in (eight, plain))
     assert 0.01 < model.disagreement(found, expected) < model.BOUNDS["fp8"]
+
+
+def test_tiles_of_four_bits_are_close_to_the_masked_model(tiny: str) -> None:
+    torch.manual_seed(0)
+    plain = model.build(tiny, "cpu")
+    model.prepare(plain)
+    sixteen, four = baselines.sharing(plain), baselines.sharing(plain)
+    model.make_hybrid(sixteen, 0.25, (64, 64), keep_dense=False)
+    reports = model.make_hybrid_int4(four, 0.25, (64, 64))
+    model.prepare(four)
+    assert {str(module.spec.values) for module in packed_modules(four)} == {"torch.int4"}
+    assert len(reports) == 2 and not prunable_linears(four) and len(prunable_linears(plain)) == 14
+    expected = model.plain_pass(model.unpacked(sixteen), WORKLOADS[0])
+    caches = model.make_caches(four, WORKLOADS[0])
+    assert 0.01 < model.disagreement(model.plain_pass(four, WORKLOADS[0]), expected) < model.BOUNDS["int4"]
+    found, expected = (model.plain_pass(each, WORKLOADS[0], caches) for each in (four, model.unpacked(sixteen)))
+    assert 0.01 < model.disagreement(found, expected) < model.BOUNDS["int4"], "sharing what they keep of earlier tokens"
 
 
 def test_a_block_of_another_model_is_told(tiny: str) -> None:
@@ -112,7 +129,7 @@ def test_whole_models_are_compared_with_the_fused_dense_one(tiny: str, lab: Lab,
     assert model.BENCH.parts(wanted) == ["model:dense", "model:0%", "model:25%"]
     for part, facts, _ in harness.measure(model.BENCH, wanted, model.BENCH.parts(wanted), lab):
         timed = {fact.labels["implementation"] for fact in facts if fact.metric == "time"}
-        beside = {"fused", "fp8_rowwise", "fp8_tensorwise"}
+        beside = {"fused", "fp8_rowwise", "fp8_tensorwise", "fp8_dense8"}
         assert timed == beside | ({"dense", "autotuned"} if part == "model:dense" else {"hybrid"})
         rows.write(model.BENCH, wanted, part, facts, 0.0, path)
     frame = load_bench([path], "model")
@@ -120,18 +137,18 @@ def test_whole_models_are_compared_with_the_fused_dense_one(tiny: str, lab: Lab,
     assert [column.heading for column in table.columns] == [
         "Workload", "0%", "25%", "Dense, separate projections", "Dense, max-autotune", "Dense FP8",
     ]  # fmt: skip
-    # The made-up clock gives 1 us to what stands first, 2 us to what is next: beside packed models fused, FP8 by row
-    # and by tensor, packed, packed FP8; beside other dense ones "dense" is in front of them, and max-autotune, which is
+    # The made-up clock gives 1 us to what stands first, 2 us to what is next: beside packed models fused, FP8 in
+    # three ways, packed, packed FP8; beside other dense ones "dense" is in front of them, and max-autotune, which is
     # for decoding, behind fused.
     decode, prefill = (line[1:] for line in shown_cells(table)[:2])
-    assert decode == ["0.25", "0.25", "2.00", "0.67", "0.50"] and prefill == ["0.25", "0.25", "2.00", "—", "0.50"]
+    assert decode == ["0.20", "0.20", "2.00", "0.67", "0.50"] and prefill == ["0.20", "0.20", "2.00", "—", "0.50"]
     assert table.notes == ()
     assert float(shown_cells(table)[2][1]) == pytest.approx(1, abs=0.1)
     eight = model_table(frame, "fp8")
     assert [column.heading for column in eight.columns] == [
         "Workload", "0%", "25%", "Dense FP8 over bfloat16", "25% over bfloat16",
     ]  # fmt: skip
-    assert [line[1:] for line in shown_cells(eight)[:2]] == [["0.40", "0.40", "0.50", "0.20"]] * 2
+    assert [line[1:] for line in shown_cells(eight)[:2]] == [["0.33", "0.33", "0.50", "0.17"]] * 2
     assert float(shown_cells(eight)[2][1]) == pytest.approx(0.5, abs=0.1)
     energy = energy_table(frame)
     assert energy is not None and [line[1] for line in shown_cells(energy)] == ["0.2500", "0.03125"]
