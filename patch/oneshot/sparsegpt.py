@@ -22,8 +22,10 @@ group's scale is chosen.
 were, and what is kept stays as it was.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from patch.mask import HybridMask, best_patterns, decode_patterns, encode_patter
 from patch.oneshot.method import Method
 from patch.oneshot.select import check_unstructured, drop_lowest, hybrid_mask
 from patch.quantise.precisions import Precision
-from patch.quantise.values import GroupRounding, Quantised, ScaledRounding, weight_scales
+from patch.quantise.values import GroupRounding, Quantised, ScaledRounding, nearest, weight_scales
 from patch.tiles import GROUP, TileShape, tile_grid
 
 COLUMNS = 128
@@ -295,7 +297,7 @@ def _sweep(
         choose: called before each block with the scores ``[N, columns]`` of updated weights and their first column.
         rounding: of the whole weight, to be filled with what is kept.
     """
-    settled = _fastest(weight.device)
+    settled = _fastest(weight.device).settle
     # Columns are contiguous.
     left = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format).T
     left.masked_fill_(factor.dead, 0)
@@ -311,7 +313,7 @@ def _sweep(
             if rounding is None:
                 errors = settled(block, upper, keep[:, here], chosen_here)
             else:
-                errors = _settle_rounded(block, upper, keep[:, here], chosen_here, rounding, start)
+                errors = _settle_groups(block, upper, keep[:, here], chosen_here, rounding, start)
             left[:, stop:].addmm_(errors, factor.upper[here, stop:], alpha=-1)
     return left.contiguous()
 
@@ -341,7 +343,33 @@ def settle(block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None) ->
     return errors
 
 
-def _settle_rounded(
+def settle_rounded(
+    block: Tensor, upper: Tensor, keep: Tensor, chosen: Tensor | None, scales: Tensor, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """`settle` a block's first columns, as many as have scales, rounding what is kept: what that loses is an error too.
+
+    Args:
+        scales: of each element, float32 ``[N, settled]``.
+
+    Returns:
+        What columns to the right have to make up for, which those of the block did, and the values that elements are
+        rounded to, whose scales are to be multiplied by; float32 ``[N, settled]``.
+    """
+    steps = upper.diagonal()
+    errors, values = torch.empty_like(block[:, : scales.shape[1]]), torch.empty_like(block[:, : scales.shape[1]])
+    for column in range(scales.shape[1]):
+        if chosen is not None and column % GROUP == 0:
+            group = slice(column, column + GROUP)
+            chosen[:, group] = decode_patterns(best_patterns(block[:, group].abs() / steps[group]))
+        kept = keep[:, column] if chosen is None else keep[:, column] | chosen[:, column]
+        scale = scales[:, column]
+        values[:, column] = nearest(block[:, column].masked_fill(~kept, 0) / scale, precision)
+        errors[:, column] = (block[:, column] - values[:, column] * scale) / steps[column]
+        block[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+    return errors, values
+
+
+def _settle_groups(
     block: Tensor,
     upper: Tensor,
     keep: Tensor,
@@ -349,38 +377,41 @@ def _settle_rounded(
     rounding: GroupRounding | ScaledRounding,
     start: int,
 ) -> Tensor:
-    """`settle` that rounds what it keeps: all of a column that is not what it becomes is an error.
+    """`settle_rounded` all of a block, scales being chosen on the way where they are not yet; the errors.
 
     Args:
         start: the block's first column in the weight, of whole groups where scales are chosen on the way.
     """
-    steps = upper.diagonal()
-    errors = torch.empty_like(block)
-    for column in range(block.shape[1]):
-        if rounding.group is not None and column % rounding.group == 0:
-            here = slice(column, column + rounding.group)
-            likely = keep[:, here]
+    settled = _fastest(block.device).settle_rounded
+    columns, errors = block.shape[1], torch.empty_like(block)
+    for first in range(0, columns, rounding.group or columns):
+        here, still = slice(first, first + (rounding.group or columns)), slice(first, columns)
+        if rounding.group is not None:
+            steps, likely = upper.diagonal()[here], keep[:, here]
             if chosen is not None:
                 # Which two of each four stay is settled later; those that are largest now mostly do.
-                likely = likely | decode_patterns(best_patterns(block[:, here].abs() / steps[here]))
-            rounding.open(start + column, block[:, here].masked_fill(~likely, 0), steps[here].square().reciprocal())
-        if chosen is not None and column % GROUP == 0:
-            four = slice(column, column + GROUP)
-            chosen[:, four] = decode_patterns(best_patterns(block[:, four].abs() / steps[four]))
-        kept = keep[:, column] if chosen is None else keep[:, column] | chosen[:, column]
-        becomes = rounding.settle(start + column, block[:, column].masked_fill(~kept, 0))
-        errors[:, column] = (block[:, column] - becomes) / steps[column]
-        block[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+                likely = likely | decode_patterns(best_patterns(block[:, here].abs() / steps))
+            rounding.open(start + first, block[:, here].masked_fill(~likely, 0), steps.square().reciprocal())
+        errors[:, here], values = settled(
+            block[:, still],
+            upper[still, still],
+            keep[:, still],
+            None if chosen is None else chosen[:, still],
+            rounding.scales_of(start + first, start + min(here.stop, columns)),
+            rounding.precision,
+        )
+        rounding.take(start + first, values)
     return errors
 
 
-def _fastest(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+def _fastest(device: torch.device) -> ModuleType:
+    """The module whose `settle` and `settle_rounded` are the fastest on a device."""
     if device.type != "cuda":
-        return settle
+        return sys.modules[__name__]
     # Triton is there on Linux alone.
     from patch.oneshot import sparsegpt_triton
 
-    return sparsegpt_triton.settle
+    return sparsegpt_triton
 
 
 _METHOD = Method(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patch.errors import UserError
-from patch.quantise.precisions import Precision
+from patch.quantise.precisions import PRECISIONS, Precision
 
 # Of 8 bits, the largest magnitude of each.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -49,7 +49,8 @@ class Quantised:
             )
         if scales.is_meta:
             return
-        if not bool(values.float().isfinite().all()):
+        # e4m3 has no infinity, and is no number where all bits but that of the sign are set; integers always are.
+        if values.dtype == torch.float8_e4m3fn and bool(((values.view(torch.uint8) & 0x7F) == 0x7F).any()):
             raise UserError("quantised values are not all finite: damaged")
         wrong = (~(scales.isfinite() & (scales > 0))).nonzero()
         if len(wrong):
@@ -110,13 +111,18 @@ def quantise_groups(weight: Tensor, group: int) -> Quantised:
     return Quantised(values.reshape(weight.shape), scales.reshape(len(weight), -1))
 
 
+def limits(precision: Precision) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    if precision.grouped:
+        return INT4_RANGE
+    largest = LARGEST[getattr(torch, precision.dtype)]
+    return -largest, largest
+
+
 def nearest(scaled: Tensor, precision: Precision) -> Tensor:
     """The nearest values of a precision, float32, of weights divided by their scales; of what is beyond, the last."""
-    if precision.grouped:
-        return scaled.round().clamp(*INT4_RANGE)
-    dtype = getattr(torch, precision.dtype)
-    inside = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
-    return inside.round() if dtype == torch.int8 else inside.to(dtype).float()
+    inside, dtype = scaled.clamp(*limits(precision)), getattr(torch, precision.dtype)
+    return inside.to(dtype).float() if dtype.is_floating_point else inside.round()
 
 
 def weight_scales(weight: Tensor, precision: Precision, group: int, importance: Tensor) -> Tensor:
@@ -129,9 +135,7 @@ def weight_scales(weight: Tensor, precision: Precision, group: int, importance: 
     """
     if not precision.grouped:
         return quantise_rows(weight, getattr(torch, precision.dtype))[1][:, None]
-    starts = range(0, weight.shape[1], group)
-    here = (slice(start, start + group) for start in starts)
-    return torch.stack([group_scales(weight[:, part].float(), importance[part]) for part in here], 1)
+    return group_scales(weight.float().unflatten(1, (-1, group)), importance.unflatten(0, (-1, group)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +190,8 @@ class GroupRounding:
         group: inputs that share a scale; ``K`` is a multiple of it.
     """
 
+    precision = PRECISIONS["int4"]
+
     def __init__(self, shape: tuple[int, int], group: int, device: torch.device) -> None:
         self.group = group
         self.values = torch.zeros(shape, dtype=torch.int8, device=device)
@@ -200,12 +206,13 @@ class GroupRounding:
         """
         self.scales[:, column // self.group] = group_scales(weight, importance)
 
-    def settle(self, column: int, weight: Tensor) -> Tensor:
-        """What a column ``[N]`` of the weight becomes: its nearest values times its scales."""
-        scales = self.scales[:, column // self.group]
-        values = (weight / scales).round().clamp(*INT4_RANGE)
-        self.values[:, column] = values.to(torch.int8)
-        return values * scales
+    def scales_of(self, start: int, stop: int) -> Tensor:
+        """Those of some columns of one group, ``[N, columns]``."""
+        return self.scales[:, start // self.group, None].expand(-1, stop - start)
+
+    def take(self, start: int, values: Tensor) -> None:
+        """Keep the values ``[N, columns]`` of columns from ``start`` on."""
+        self.values[:, start : start + values.shape[1]] = values.to(torch.int8)
 
     @property
     def quantised(self) -> Quantised:
@@ -223,37 +230,44 @@ class ScaledRounding:
     group = None
 
     def __init__(self, precision: Precision, scales: Tensor, order: Tensor) -> None:
-        self._precision = precision
+        self.precision = precision
         self._scales = scales
-        self._columns = order.tolist()
-        self._group = len(order) // scales.shape[1]
+        self._order = order
+        self._groups = order // (len(order) // scales.shape[1])
+        # In the order in which they are settled.
         shape = len(scales), len(order)
         self._values = torch.zeros(shape, dtype=getattr(torch, precision.dtype), device=scales.device)
 
-    def settle(self, place: int, weight: Tensor) -> Tensor:
-        """What the column ``[N]`` that is settled at this place becomes: its nearest values times its scales."""
-        column = self._columns[place]
-        scales = self._scales[:, column // self._group]
-        values = nearest(weight / scales, self._precision)
-        self._values[:, column] = values.to(self._values.dtype)
-        return values * scales
+    def scales_of(self, start: int, stop: int) -> Tensor:
+        """Those of the columns that are settled from ``start`` on, ``[N, columns]``."""
+        return self._scales[:, self._groups[start:stop]]
+
+    def take(self, start: int, values: Tensor) -> None:
+        """Keep the values ``[N, columns]`` of the columns that are settled from ``start`` on."""
+        self._values[:, start : start + values.shape[1]] = values.to(self._values.dtype)
 
     @property
     def quantised(self) -> Quantised:
-        return Quantised(self._values, self._scales)
+        # As bytes: torch moves all numbers of 8 bits, but knows indices of few of them.
+        values = torch.empty_like(self._values)
+        values.view(torch.uint8)[:, self._order] = self._values.view(torch.uint8)
+        return Quantised(values, self._scales)
 
 
 def group_scales(weight: Tensor, importance: Tensor) -> Tensor:
-    """The scales ``[N]`` at which a group of INT4, ``[N, columns]``, loses least, of `SHARES`; float32.
+    """The scales ``[N, ...]`` at which groups of INT4, ``[N, ..., columns]``, lose least, of `SHARES`; float32.
 
     They are numbers of bfloat16, which servers hold scales in: all read the same weight. A group of zeros gets 1.
+
+    Args:
+        importance: ``[..., columns]``, of the elements of every row.
     """
-    largest = weight.abs().amax(1)
+    largest = weight.abs().amax(-1)
     best = torch.ones_like(largest)
     least = torch.full_like(largest, torch.inf)
     for scales in _candidates(largest):
-        values = (weight / scales[:, None]).round().clamp(*INT4_RANGE)
-        loss = ((weight - values * scales[:, None]).square() * importance).sum(1)
+        values = (weight / scales[..., None]).round().clamp(*INT4_RANGE)
+        loss = ((weight - values * scales[..., None]).square() * importance).sum(-1)
         better = loss < least
         best, least = torch.where(better, scales, best), torch.where(better, loss, least)
     return best

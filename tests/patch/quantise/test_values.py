@@ -8,7 +8,15 @@ from patch.errors import UserError
 from patch.quantise import reference
 from patch.quantise.linear import QuantisedLinear
 from patch.quantise.precisions import PRECISIONS, group_size
-from patch.quantise.values import LARGEST, GroupRounding, Quantised, group_scales, quantise_rows, quantise_weight
+from patch.quantise.values import (
+    LARGEST,
+    GroupRounding,
+    Quantised,
+    group_scales,
+    nearest,
+    quantise_rows,
+    quantise_weight,
+)
 
 SHAPES = [pytest.param(shape, id="x".join(map(str, shape))) for shape in ((1, 1), (5, 12), (33, 96), (7, 344))]
 
@@ -49,13 +57,20 @@ def test_a_groups_scale_loses_least(columns: int) -> None:
             assert losses[0] <= losses[1] * (1 + 1e-5)
 
 
+def settle(rounding: GroupRounding, column: int, weight: Tensor) -> Tensor:
+    scales = rounding.scales_of(column, column + 1)
+    values = nearest(weight[:, None] / scales, rounding.precision)
+    rounding.take(column, values)
+    return (values * scales)[:, 0]
+
+
 def test_groups_are_settled_column_by_column() -> None:
     rounding = GroupRounding((3, 64), 32, torch.device("cpu"))
     weight = random((3, 64))
     for column in range(64):
         if column % 32 == 0:
             rounding.open(column, weight[:, column : column + 32], torch.ones(32))
-        becomes = rounding.settle(column, weight[:, column])
+        becomes = settle(rounding, column, weight[:, column])
         torch.testing.assert_close(becomes, rounding.quantised.dequantised()[:, column])
     assert rounding.quantised.group == 32
     # Half a step each, but where what is largest is cut off.
@@ -72,7 +87,7 @@ def quantised(precision: str, n: int = 24, k: int = 96) -> Quantised:
     for column in range(k):
         if column % 32 == 0:
             rounding.open(column, weight[:, column : column + 32], torch.ones(32))
-        rounding.settle(column, weight[:, column])
+        settle(rounding, column, weight[:, column])
     return rounding.quantised
 
 
