@@ -61,6 +61,11 @@ STUDIES = {
     "smollm2-recipes": Study("recipes and seeds of SmolLM2-135M at 45% on equal tokens", smollm2.recipes),
     "smollm2-refit": Study("what fitting the kept weights adds to masks of SmolLM2-135M", smollm2.refit),
     "recipe-ablation": Study("what each change of the published recipe does, on SmolLM2-135M", smollm2.recipe_ablation),
+    "recipe-effects": Study(
+        "the large effects of recipe-ablation from the right start, and tiles over SparseGPT's mask",
+        smollm2.recipe_effects,
+    ),
+    "guided-ideas": Study("what could make guided masks better still, on SmolLM2-135M at 45%", smollm2.guided_ideas),
     "smollm2-recovered": Study(
         "what training the kept weights adds to masks of SmolLM2-135M, on equal tokens", smollm2.recovered_masks
     ),

@@ -299,6 +299,45 @@ def refit() -> Trials:
     return _by_perplexity(fitted_guided, [*prunings, *fitted, *guided])
 
 
+_VALIDATION = Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8)
+
+
+def _briefly(method: str = "patch-joint", **changes: Any) -> Pruning:
+    """A mask at 45% from the right start, learned on 6.6 million tokens."""
+    return _as_published(method, 0.45, **({"steps": 400} | changes))
+
+
+# Changes of the guided recipe, each of which sees as many tokens as that.
+IDEAS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "kept outputs rewarded": {"weight_penalty_by": "outputs"},
+    "four masks a step": {"microbatch": 4},
+    "twice the steps": {"batch": 8, "microbatch": 8, "steps": 800},
+    "from Wanda": {"start": "wanda"},
+    "harder masks": {"tau": (2.0, 0.05)},
+    "faster": {"lr": 2e-3},
+    "quiet where gradients are small": {"eps": 1e-5},
+    "tiles may move": {"tile_prior": 3.0},
+}
+
+
+def guided_ideas() -> Trials:
+    """Whether the guided recipe can be made better, at 45% on SmolLM2, 6.6 million tokens each.
+
+    Compared on WikiText-2's validation text, which is not reported elsewhere.
+    """
+    prunings = [_briefly(seed=seed, **(GUIDED | change)) for seed in range(3) for change in IDEAS.values()]
+    return trials([dense("smollm2-135m"), *prunings], _VALIDATION)
+
+
+def recipe_effects() -> Trials:
+    """The large effects of `recipe_ablation` from the right start, and tiles over SparseGPT's mask; validation text."""
+    distilled = {"distillation": 1.0}
+    joint = [_briefly(**change) for change in ({}, distilled, RANKED, GUIDED)]
+    tile = [_briefly("patch-tile", start="sparsegpt", **change) for change in ({}, distilled, RANKED)]
+    return trials([dense("smollm2-135m"), *joint, *tile], _VALIDATION)
+
+
 def recipe_ablation() -> Trials:
     """What each change of the published recipe does: PATCH joint at 45% on SmolLM2, 6.6 million tokens each.
 
@@ -332,4 +371,4 @@ def recipe_ablation() -> Trials:
     ]
     changes = [*finalists, *others, *(change | {"seed": 1} for change in finalists)]
     prunings = [_learned("patch-joint", 0.45, steps=400, **change) for change in changes]
-    return trials([dense("smollm2-135m"), *prunings], Evaluation((Perplexity("wikitext2/validation", 2048),), batch=8))
+    return trials([dense("smollm2-135m"), *prunings], _VALIDATION)

@@ -34,8 +34,9 @@ from patch.learn import soft_mask
 from patch.learn.cuda_graph import Passes
 from patch.learn.descent import Stopped, check_finite, check_tokens, clip_together
 from patch.learn.distributed import ALONE, Ranks
+from patch.learn.inputs import input_scales
 from patch.learn.masked_model import Losses, MaskedLinear, frozen
-from patch.learn.prior import Prior, content_digest, first_dense, masked_linears, ranks_the_model
+from patch.learn.prior import Prior, content_digest, first_dense, first_sequences, masked_linears, ranks_the_model
 from patch.learn.recipe import Recipe, Settings
 from patch.learn.saved import CHECKPOINT, TEXTS
 from patch.learn.soft_mask import SampledWeight
@@ -148,7 +149,10 @@ def learn(
 
     if ranks_the_model(recipe, prior) and not ranks.agree((work / CHECKPOINT).exists(), device):
         start = replace(prior, dense_tiles=first_dense(model, recipe, tokens, sparsity, tile, seed, prior, ranks))
-    linears = masked_linears(model, recipe, sparsity, tile, seed, start, device, how.sampled_weight, ranks)
+    scales = None
+    if recipe.weight_penalty_by == "outputs":
+        scales = input_scales(model, first_sequences(recipe, tokens), ranks, max(1, recipe.microbatch // ranks.size))
+    linears = masked_linears(model, recipe, sparsity, tile, seed, start, device, how.sampled_weight, ranks, scales)
     fingerprint = {
         "recipe": recipe.substance(),
         "sparsity": sparsity,
@@ -204,9 +208,7 @@ class _Run:
         self._sparsity = sparsity
         self._seed = seed
         self._elements = sum(m.linear.weight.numel() for m in linears.values())
-        self._dense_size = sum(
-            float(torch.linalg.vector_norm(m.linear.weight.detach().float())) for m in linears.values()
-        )
+        self._dense_size = sum(m.size() for m in linears.values())
         state.logged = self._best()
         state.started = {name: dense for name, (dense, _) in state.logged.items()}
 

@@ -29,6 +29,7 @@ class MaskedLinear:
 
     Args:
         weight: what is masked, ``[N, K]``: the linear's own weight, or what it will be rounded to.
+        scale: powers of two ``[K]`` that inputs count by in the size of the kept weights, or None for all alike.
 
     Attributes:
         here: the rows that this rank holds; ``tiles_here``, their rows of tiles.
@@ -37,7 +38,8 @@ class MaskedLinear:
         fixed: the fixed patterns of the whole weight, uint8 ``[N, K/4]`` on the CPU, or None.
         sizes: elements of each tile of the whole weight, int64 ``[R, C]`` on the CPU; ``sizes_here``, of the tiles
             here, float32 on the device.
-        sums: kept elements and squares of the kept weights here in this micro-batch; None until `draw` has run.
+        sums: kept elements and squares of the kept weights, by ``scale``, here in this micro-batch; None until
+            `draw` has run.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class MaskedLinear:
         sampled_weight: SampledWeight,
         ranks: Ranks,
         weight: Tensor,
+        scale: Tensor | None = None,
     ) -> None:
         self.linear = linear
         self.tile = tile
@@ -65,6 +68,10 @@ class MaskedLinear:
         rows = weight.detach()[self.here]
         # A view would keep the rows of other ranks, of what was rounded for this alone.
         self._weight = rows if weight is linear.weight else rows.clone()
+        self._scale = None
+        if scale is not None:
+            self._scale = scale.to(rows.dtype)
+            self._weight = rows * self._scale
         self._fixed_here = None if fixed is None else fixed[self.here].to(linear.weight.device)
 
     def begin(self, settings: Settings, stream: tuple[int, ...], packed: Tensor | None) -> None:
@@ -95,7 +102,13 @@ class MaskedLinear:
         # the recomputed masks of the whole model.
         if self.sums is None:
             self.sums = part.kept, part.squares
-        return part.weight
+        # Exactly what it is without: the scale is of powers of two.
+        return part.weight if self._scale is None else part.weight / self._scale
+
+    def size(self) -> float:
+        """The norm of the whole weight, inputs counted by their scale."""
+        weight = self.linear.weight.detach().float()
+        return float(torch.linalg.vector_norm(weight if self._scale is None else weight * self._scale.float()))
 
     def _known_patterns(self) -> Tensor:
         known = self._fixed_here if self.patterns is None else self.patterns

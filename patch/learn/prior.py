@@ -24,7 +24,8 @@ from patch.quantise.precisions import PRECISIONS, group_size
 from patch.quantise.values import rounded
 from patch.tiles import GROUP, TileShape, check_sparsity
 
-# Sequences that tell what a tile costs the model: a mean of 128 squares has a standard error of an eighth.
+# Sequences that the dense model is looked at on: a mean of 128 squares, as of what a tile costs it, has a standard
+# error of an eighth.
 RANKED_BY = 128
 
 
@@ -45,6 +46,12 @@ class Prior:
     dense_tiles: Mapping[str, Tensor] | None = None
 
 
+def first_sequences(recipe: Recipe, batches: Callable[[int], Tensor]) -> Tensor:
+    """The sequences of the text that the dense model is looked at on, before learning begins."""
+    steps = range(-(-RANKED_BY // recipe.batch))
+    return torch.cat([batches(step) for step in steps])[:RANKED_BY]
+
+
 def ranks_the_model(recipe: Recipe, prior: Prior) -> bool:
     return recipe.tile_ranking == "model" and prior.dense_tiles is None
 
@@ -62,9 +69,7 @@ def first_dense(
     """The tiles that cost the model most, by the first sequences of the text."""
     linears = prunable_linears(model)
     patterns = prior.patterns or {name: best_patterns(linear.weight.abs()) for name, linear in linears.items()}
-    steps = range(-(-RANKED_BY // recipe.batch))
-    tokens = torch.cat([batches(step) for step in steps])[:RANKED_BY]
-    return most_sensitive_tiles(model, patterns, tile, tokens, seed, sparsity, ranks)
+    return most_sensitive_tiles(model, patterns, tile, first_sequences(recipe, batches), seed, sparsity, ranks)
 
 
 def masked_linears(
@@ -77,8 +82,9 @@ def masked_linears(
     device: torch.device,
     sampled_weight: SampledWeight,
     ranks: Ranks,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, MaskedLinear]:
-    """Check everything and initialise the logits."""
+    """Check everything and initialise the logits; ``scales`` are of `patch.learn.inputs`."""
     check_sparsity(sparsity)
     if recipe.mode == "maskllm" and sparsity != 0.5:
         raise UserError(f"mode maskllm prunes every tile: its target sparsity is 0.5, not {sparsity}")
@@ -98,7 +104,7 @@ def masked_linears(
             known = _of(prior, name)
             patterns, tiles, fixed = _prepare_linear(linear, recipe, sparsity, tile, (seed, index), known, device)
             weight = linear.weight if precision is None else rounded(linear.weight.detach(), precision, group)
-            masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks, weight)
+            masked = MaskedLinear(linear, tile, fixed, sampled_weight, ranks, weight, scales[name] if scales else None)
             dtype = getattr(torch, recipe.logit_dtype)
             if patterns is not None:
                 masked.patterns = patterns[:, masked.here].to(dtype, copy=ranks.size > 1).requires_grad_()

@@ -22,6 +22,7 @@ Density = Literal["sampled", "expected"]
 TileRanking = Literal["weight", "model"]
 LogitDtype = Literal["float32", "bfloat16"]
 PatternStart = Literal["noisy", "prior"]
+PenaltyBy = Literal["weights", "outputs"]
 Span = tuple[float, float]
 
 # Marks fields younger than published rows: where they hold their default, a recipe's definition leaves them out, so
@@ -86,8 +87,8 @@ class Recipe:
     """Everything that decides how masks are learned, but for model, text, target, tile shape and seed.
 
     Penalties, priors and schedules are those of PATCH (Hourri et al., arXiv:2509.23410) and MaskLLM (Fang et al.,
-    arXiv:2409.17481); ``distillation``, ``block_distillation``, ``density``, ``logit_dtype``, ``tile_ranking`` and
-    ``precision`` are in neither.
+    arXiv:2409.17481); ``distillation``, ``block_distillation``, ``density``, ``logit_dtype``, ``tile_ranking``,
+    ``precision`` and ``weight_penalty_by`` are in neither.
 
     Attributes:
         mode: ``joint`` learns tiles and patterns, ``tile`` tiles over the prior's patterns, ``maskllm`` patterns alone.
@@ -133,6 +134,8 @@ class Recipe:
         tile_ranking: which tiles start as dense: ``weight``, of every weight the same share, the best by the prior's
             scores; ``model``, the most sensitive of all weights by what making each 2:4 would cost the model
             (`patch.learn.sensitivity`), exactly at the target.
+        weight_penalty_by: what the size of a kept weight is: ``weights``, its magnitude; ``outputs``, that times the
+            size of its input (`patch.learn.inputs`), as in Wanda's scores: what is rewarded is output that is kept.
 
     Raises:
         UserError: naming the first value that does not fit.
@@ -170,6 +173,7 @@ class Recipe:
     pattern_start: PatternStart = field(default="noisy", metadata=ADDED)
     tile_tau: Span | None = field(default=None, metadata=ADDED)
     precision: str | None = field(default=None, metadata=DEPARTURE)
+    weight_penalty_by: PenaltyBy = field(default="weights", metadata=DEPARTURE)
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
@@ -178,6 +182,7 @@ class Recipe:
         check_choice("logit_dtype", self.logit_dtype, get_args(LogitDtype))
         check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
         check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
+        check_choice("weight_penalty_by", self.weight_penalty_by, get_args(PenaltyBy))
         if self.precision is not None:
             check_choice("precision", self.precision, tuple(PRECISIONS))
         if not isinstance(self.activation_checkpointing, bool):

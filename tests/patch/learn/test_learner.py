@@ -35,6 +35,7 @@ from patch.layers import decoder_blocks, prunable_linears
 from patch.learn import cuda_graph, saved, soft_mask
 from patch.learn import prior as prior_of_learning
 from patch.learn.descent import LearningDiverged, Stopped
+from patch.learn.inputs import input_scales
 from patch.learn.learner import Implementation, Learned, learn
 from patch.learn.prior import Prior
 from patch.learn.recipe import Recipe, Temperatures
@@ -173,8 +174,8 @@ def ranked_by(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @every_mode
-@pytest.mark.parametrize("kind", ["norm", "square"])
-def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "by"), [("norm", "weights"), ("square", "weights"), ("norm", "outputs")])
+def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, by: Any, tmp_path: Path) -> None:
     # Steps so small that the logits in the checkpoint are those that the step was taken from.
     penalty = 10.0 if kind == "norm" else 1e-2
     recipe = dataclasses.replace(
@@ -185,10 +186,14 @@ def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, tmp_path: Pa
         checkpoint_every=1,
         weight_penalty=penalty,
         weight_penalty_kind=kind,
+        weight_penalty_by=by,
     )
     recipe = dataclasses.replace(recipe, sparsity_penalty=7, tau=(1.5, 1.5), clip=None)
     model, seen = tiny_model(), []
     prior = magnitude_prior(model)
+    scales = dict.fromkeys(prunable_linears(model), torch.ones(()))
+    if by == "outputs":
+        scales = input_scales(model, prior_of_learning.first_sequences(recipe, words))
     run(model, recipe, tmp_path, on_step=seen.append, seed=5, prior=prior)
     state = torch.load(tmp_path / CHECKPOINT)
     logits = {name: value.double().requires_grad_() for name, value in learned_logits(state).items()}
@@ -204,9 +209,9 @@ def test_loss_and_gradient_are_the_definition(mode: str, kind: Any, tmp_path: Pa
             mask = naive_mask(logits, name, prior.patterns[name], stream, 1.5, recipe)
             weights[f"{name}.weight"] = linear.weight * mask
             kept, elements = kept + mask.sum(), elements + mask.numel()
-            squares = (linear.weight * mask).square().sum()
+            squares = (linear.weight * mask * scales[name]).square().sum()
             size = size + (squares.sqrt() if kind == "norm" else squares)
-            dense_size += linear.weight.norm().item()
+            dense_size += (linear.weight * scales[name]).norm().item()
         out = torch.func.functional_call(model, weights, kwargs={"input_ids": tokens}).logits
         losses.append(F.cross_entropy(out[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
         densities.append(kept / elements)

@@ -138,6 +138,7 @@ BAD = [
     ("sparsity_penalty", -7),
     ("weight_penalty", None),
     ("weight_penalty_kind", "cube"),
+    ("weight_penalty_by", "inputs"),
     ("pattern_start", "random"),
     ("tile_tau", (2.0, 0.0)),
     ("activation_checkpointing", 1),
