@@ -49,7 +49,8 @@ def test_they_are_shares_of_each_token_to_the_nearest_power_of_two() -> None:
 
 
 def test_ranks_share_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = tiny_model(), []
+    model = tiny_model()
+    given: list[list[Tensor]] = []
     alone = input_scales(model, SEQUENCES)
     monkeypatch.setattr(Ranks, "total", lambda self, part: given[-1].append(part) or part)
     for rank in range(4):
