@@ -24,7 +24,7 @@ file ``hybrid.safetensors``, which servers that read all files of that kind took
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,6 +290,22 @@ def load_info(path: str | Path, verify: bool = False, masks_alone: bool = False)
         if verify:
             _check_hash(file, info)
     return info
+
+
+def fetch_whole(fetch: Callable[[Sequence[str]], Path]) -> Path:
+    """The folder of a checkpoint that lies elsewhere, all of whose files are what was saved; of another model nothing.
+
+    Args:
+        fetch: brings files by their names, in which ``*`` stands for anything, and tells the folder.
+
+    Raises:
+        UserError: as `load_info`.
+    """
+    folder = fetch([f"{Path(INFO_FILE).stem}.*"])
+    if (folder / INFO_FILE).is_file():
+        folder = fetch([INFO_FILE, *load_info(folder, masks_alone=True)["files"]])
+        load_info(folder, verify=True)
+    return folder
 
 
 def content_hash(path: str | Path) -> str:

@@ -74,6 +74,7 @@ def sweep(sweep: "Sweep", retry_failed: bool, console: Console) -> None:
     from slurm import submit
 
     _checked(sweep, retry_failed, set())
+    sweep.store.make()
     submitted = submit.submit(sweep, retry_failed)
     for batch, _ in submitted:
         what = f"process {batch.job}" if batch.executor == "local" else f"job {batch.job}: {batch.kind}"

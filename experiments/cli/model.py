@@ -262,6 +262,7 @@ def recover(
     texts.check_source(text, data)
     check_length(source.model, models.longest_text(source.model, data), recovery.recipe.length, "recovery sequences")
     about, store = recovered.definition_of(source, recovery), Store(results)
+    store.make()
     path = store.root / layout.CHECKPOINTS / name_of(about)
     label = f"{checkpoint.name} recovered"
     with machine_on(device, data) as machine:
@@ -310,6 +311,7 @@ def evaluate(
     trial = Trial(build.dense(model), Evaluation(tuple(items), tuple(task or ()), limit, batch))
     store = Store(results)
     pipeline.validate([trial], data, runs_code)
+    store.make()
     with machine_on(device, data, runs_code) as machine:
         pipeline.run_trial(trial, store, machine)
     table = Table(box=None, pad_edge=False)
@@ -460,6 +462,7 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     if pruning.learning:
         checkpoints.check_learnable(pruning.model)
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
+    store.make()
     with machine_on(device, data) as machine:
         if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():
             _say_what_it_takes(pruning, machine)

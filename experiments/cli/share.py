@@ -77,11 +77,12 @@ def push(
     offline = bool(constants.HF_HUB_OFFLINE)
     with said_by(checkpoint):
         about = origin(checkpoint)
+        content = about["content"]
         licence = licence or about.get("licence") or licence_of(base_of(about), offline)
     check_whole(checkpoint)
-    measured = measured_of(checkpoint, results)
+    measured = measured_of(content, results)
     with said_by(checkpoint):
-        text = card(checkpoint, repo, measured, licence)
+        text = card(checkpoint, about, repo, measured, licence)
     if out is None and offline:
         out = Path(name)
     if out is not None:

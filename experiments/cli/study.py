@@ -62,6 +62,7 @@ def run(
             console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}")
         return
     pipeline.validate(trials, data, runs_code)
+    store.make()
     console.print(f"{study}: {len(trials)} trials, results in {results}", soft_wrap=True)
     ended: list[Exception | None] = []
     with machine_on(device, data, runs_code) as machine:

@@ -20,7 +20,7 @@ from experiments.data.registry import (
     processors_in,
     resolve,
 )
-from patch.checkpoint import INFO_FILE, content_hash, load_info
+from patch.checkpoint import INFO_FILE, content_hash, fetch_whole
 from patch.compressed import precision_of
 from patch.errors import UserError
 from patch.positions import longest
@@ -61,11 +61,11 @@ def load_model(
 
     source = directory_or_hub_id(name, data)
     # All files of one commit, whatever is pushed while they are fetched.
-    at: dict[str, Any] = {} if Path(source).is_dir() else {"revision": commit or newest_commit(source)}
+    commit = None if Path(source).is_dir() else commit or newest_commit(source)
     # Without, whoever sits at a terminal is asked whether to run what the model brings.
-    at["trust_remote_code"] = False
-    stored = _check_quantisation(name, source, quantised, at.get("revision"))
-    _verify(source, at.get("revision"))
+    at: dict[str, Any] = {"trust_remote_code": False} | ({"revision": commit} if commit else {})
+    stored = _check_quantisation(name, source, quantised, commit)
+    fetch_whole(functools.partial(_fetched, source, commit=commit) if commit else lambda _: Path(source))
     auto: Any = AutoModelForCausalLM
     try:
         if stored == "simulated":
@@ -89,18 +89,6 @@ def load_model(
     _check_finite(name, model)
     model.requires_grad_(False)
     return model.eval().to(device), tokenizer
-
-
-def _verify(source: str, commit: str | None) -> None:
-    """Raise if a file of a hybrid checkpoint, a directory or on the hub, is not what was saved."""
-    if Path(source).is_dir():
-        folder = Path(source)
-    else:
-        folder = _fetched(source, ["hybrid.*"], commit)
-        if (folder / INFO_FILE).is_file():
-            folder = _fetched(source, [INFO_FILE, *load_info(folder, masks_alone=True)["files"]], commit)
-    if (folder / INFO_FILE).is_file():
-        load_info(folder, verify=True)
 
 
 def _check_finite(name: str, model: "PreTrainedModel") -> None:
@@ -132,6 +120,17 @@ def load_packable(
     if model.dtype in (torch.bfloat16, torch.float16):
         return model, tokenizer
     return load_model(name, device=device, dtype=torch.bfloat16, data=data, quantised=True, commit=commit)
+
+
+def check_changeable(name: str) -> None:
+    """What cannot be pruned or quantised is told before anything else is, of a model in a directory.
+
+    Raises:
+        UserError: if its weights are quantised already.
+    """
+    source = resolve(name)
+    if isinstance(source, str) and Path(source).is_dir():
+        _check_quantisation(name, source, wanted=False, commit=None)
 
 
 def _config(source: str, commit: str | None) -> dict[str, Any]:

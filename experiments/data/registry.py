@@ -122,6 +122,8 @@ def resolve(name: str) -> ModelSpec | str:
     if path.is_dir():
         check_directory(path)
         return str(path)
+    if path.exists():
+        raise UserError(f"{name}: is a file, not a model: name the directory of one, with its config.json")
     if _HUB_ID.fullmatch(name) and name[0] not in "./~":
         return name
     if "/" in name:

@@ -1,6 +1,7 @@
 """The model card of a checkpoint: what it is, what was measured of it, how it loads, and under which licence.
 
->>> text = card(folder, "me/llama-pruned", measured_of(folder, Path("runs")), "apache-2.0")
+>>> about = origin(folder)
+>>> text = card(folder, about, "me/llama-pruned", measured_of(about["content"], Path("runs")), "apache-2.0")
 """
 
 import html
@@ -141,12 +142,12 @@ def public_origin(about: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def measured_of(folder: Path, results: Path) -> pd.DataFrame:
-    """The rows of a results directory that were measured of a checkpoint; none if there is no such directory."""
+def measured_of(content: str, results: Path) -> pd.DataFrame:
+    """What a results directory holds of the checkpoint of a content hash; nothing if there is no such directory."""
     if not results.exists():
         return pd.DataFrame()
     rows = load_rows(results)
-    own = rows[(rows.checkpoint == origin(folder)["content"]) & rows.metric.isin(_METRICS)]
+    own = rows[(rows.checkpoint == content) & rows.metric.isin(_METRICS)]
     return own if own.empty else own[own.stage.str.partition(":")[0].isin(_STAGES)]
 
 
@@ -181,9 +182,13 @@ def licence_of(base: str, offline: bool) -> str | None:
         return None
 
 
-def card(folder: Path, repo: str, measured: pd.DataFrame, licence: str | None) -> str:
-    """The card as Markdown, with the front matter that the hub reads."""
-    about = public_origin(origin(folder))
+def card(folder: Path, about: Mapping[str, Any], repo: str, measured: pd.DataFrame, licence: str | None) -> str:
+    """The card as Markdown, with the front matter that the hub reads.
+
+    Args:
+        about: the checkpoint's `origin`, which takes about a second per GiB.
+    """
+    about = public_origin(about)
     base, definition = base_of(about), definition_of(about)
     config = read_json(folder / "config.json")
     packed = config.get("quantization_config", {}).get("quant_method") == METHOD

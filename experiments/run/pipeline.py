@@ -69,6 +69,8 @@ def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False
     """
     trials = list(trials)
     grids.validate(trials)
+    for model in {t.pruning.model for t in trials if t.pruning.method != "dense" or t.pruning.quantisation}:
+        models.check_changeable(model)
     for model, tile in {(trial.pruning.model, trial.pruning.tile) for trial in trials}:
         for shape in models.linear_shapes(model):
             if tile:

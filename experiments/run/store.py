@@ -37,6 +37,18 @@ class Store:
 
     root: Path
 
+    def make(self) -> None:
+        """Have the directory, before there is anything to write.
+
+        Raises:
+            UserError: if it is not there and cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror}): name another with --results"
+            raise UserError(f"results directory {self.root}: {problem}") from error
+
     def listed(self, folder: str) -> list[str]:
         """The names in one of its folders (`analysis.rows.layout`); none if it is not there yet."""
         try:

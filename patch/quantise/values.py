@@ -166,7 +166,11 @@ class Grid:
         return Grid(self.precision, self.scales[part].to(device))
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The nearest of its values to each element of a weight, like the weight."""
+        """The nearest of its values to each element of a weight, like the weight.
+
+        Divided by their scales, as in sweeps; `quantise_rows` multiplies by their reciprocals, as kernels do, and of
+        two values that are as near takes the other once in some thousand weights.
+        """
         wide = weight.float().unflatten(1, (self.scales.shape[1], -1))
         return (
             (nearest(wide / self.scales[..., None], self.precision) * self.scales[..., None])

@@ -1,7 +1,7 @@
 """What vLLM asks a quantization method for: which layers are packed, how their tensors load, how they are applied."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from patch.checkpoint import INFO_FILE, load_info, load_masks
+from patch.checkpoint import INFO_FILE, fetch_whole, load_masks
 from patch.errors import UserError, one_line
 from patch.mask import HybridMask
 from stoicc.format import DTYPES, GROUPED, HybridWeight
@@ -166,10 +166,7 @@ for _name, _config in (("", MaskedConfig), ("-fp8", Float8Config), ("-int8", Int
 
 def _read_masks(named: str, revision: str | None) -> dict[str, HybridMask]:
     """The masks of a checkpoint, all of whose files are what was saved."""
-    folder = _folder(named, revision, ["hybrid.*"])
-    folder = _folder(named, revision, [INFO_FILE, *load_info(folder, masks_alone=True)["files"]])
-    load_info(folder, verify=True)
-    return load_masks(folder)
+    return load_masks(fetch_whole(partial(_folder, named, revision)))
 
 
 @cache

@@ -88,6 +88,8 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["audit", "embedded"], "embedded is a model, and this takes a checkpoint"),
         (["recover", "embedded"], "embedded is a model, and this takes a checkpoint"),
         (["table", "demo", "--results", "/dev/null"], "results directory /dev/null: is a file"),
+        (["prune", "embedded", "--method", "magnitude", "--results", "/proc/1/x"], "/proc/1/x: cannot be made"),
+        (["prune", __file__, "--method", "magnitude"], "test_app.py: is a file, not a model: name the directory of"),
         (["restore", "/nowhere"], "/nowhere: no such file"),
         (["quantise", "embedded", "--precision", "fp16"], "did you mean fp8"),
         (["learn", "embedded", "--set", "length=100000"], r"choose 512 or fewer (--set length=512)"),

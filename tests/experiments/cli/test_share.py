@@ -49,6 +49,8 @@ def test_a_checkpoint_is_packed_and_both_are_pushed_with_a_card(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dtype == torch.bfloat16
     code, _, err = hts("pack", tmp_path / "packed", tmp_path / "packed again")
     assert code == 1 and "packed already" in err
+    code, _, err = hts("learn", tmp_path / "packed")
+    assert code == 1 and "packed: a packed checkpoint, which can be evaluated but not pruned" in err
     code, _, err = hts("export", tmp_path / "packed", tmp_path / "masks.tar.xz")
     assert code == 1 and "packed" in err and "export the checkpoint that it was made of" in err
     code, _, err = hts("audit", pruned / "config.json")
@@ -161,7 +163,7 @@ def written(
     if packed:
         config["quantization_config"] |= {"quant_method": "stoicc", "modules": [{"dtype": packed}]}
     (folder / "config.json").write_text(json.dumps(config))
-    return card.card(folder, "me/tiny", pd.DataFrame() if measured is None else measured, licence)
+    return card.card(folder, card.origin(folder), "me/tiny", pd.DataFrame() if measured is None else measured, licence)
 
 
 def row(stage: str, metric: str, value: float, **labels: object) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def test_what_was_quantised_in_float32_is_packed_and_evaluated(
 def test_a_checkpoint_without_rows_among_others_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, {})
     monkeypatch.setattr(card, "load_rows", lambda _: ROWS.assign(checkpoint="another"))
-    assert card.measured_of(tmp_path, tmp_path).empty
+    assert card.measured_of(card.origin(tmp_path)["content"], tmp_path).empty
 
 
 def test_numbers_of_the_packed_dtype_are_its_own(tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_numbers_of_the_packed_dtype_are_its_own(tmp_path: Path) -> None:
 def test_pass_at_1_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, {})
     monkeypatch.setattr(card, "load_rows", lambda _: ROWS)
-    text = written(tmp_path, {}, None, card.measured_of(tmp_path, tmp_path))
+    text = written(tmp_path, {}, None, card.measured_of(card.origin(tmp_path)["content"], tmp_path))
     assert "| pass@1 | humaneval | 0.2500 |" in text
 
 
