@@ -138,6 +138,8 @@ _KNOWN = {
     "novels": _Source("train/novels96.jsonl.xz", _json_texts),
     "wiki_docs": _Source("train/wiki_docs.jsonl", _json_texts),
     "wiki_leads": _Source("train/wiki_leads.jsonl", _json_texts),
+    # What a model wrote itself, by `experiments.data.written`.
+    "written": _Source("train/written.jsonl", _json_texts),
     # Source code, as `experiments.data.python_source` collects it.
     "python": _Source("train/python.jsonl.xz", _json_texts),
     "python/test": _Source("code/python_test.jsonl", _json_texts),

@@ -105,9 +105,9 @@ def learned_masks() -> Trials:
 _MIXTURE = Calibration(_TEXT, 128, 2048, drawn_from="stream")
 
 
-def _as_published(method: str, sparsity: float, **changes: Any) -> Pruning:
+def _as_published(method: str, sparsity: float, text: str = _TEXT, **changes: Any) -> Pruning:
     """A mask of SmolLM2 learned on `_STEPS`, but for ``changes``, from a start as published."""
-    return learned("smollm2-135m", method, sparsity, (64, 64), _TEXT, _MIXTURE, **(_STEPS | changes))
+    return learned("smollm2-135m", method, sparsity, (64, 64), text, _MIXTURE, **(_STEPS | changes))
 
 
 def _one_shot(method: str, structure: str, sparsity: float, ranking: str = "weight", **changes: Any) -> Pruning:
@@ -321,12 +321,22 @@ IDEAS: dict[str, dict[str, Any]] = {
 }
 
 
+# What guided masks may be learned on instead.
+OTHER_TEXTS = {
+    "40% encyclopedia": _ENCYCLOPEDIC[0.4],
+    "written by the model": "written",
+    "half of it written by the model": "0.5*written+0.45*novels+0.05*wiki_leads",
+}
+
+
 def guided_ideas() -> Trials:
     """Whether the guided recipe can be made better, at 45% on SmolLM2, 6.6 million tokens each.
 
-    Compared on WikiText-2's validation text, which is not reported elsewhere.
+    Compared on WikiText-2's validation text, which is not reported elsewhere. Text that is nearer to it is no better
+    recipe: what that does is there to be told from what recipes do, and from text that the dense model wrote itself.
     """
     prunings = [_briefly(seed=seed, **(GUIDED | change)) for seed in range(3) for change in IDEAS.values()]
+    prunings += [_briefly(text=text, **GUIDED) for text in OTHER_TEXTS.values()]
     return trials([dense("smollm2-135m"), *prunings], _VALIDATION)
 
 
