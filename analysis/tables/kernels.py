@@ -383,6 +383,30 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
     return _plain(columns, rows, notes)
 
 
+def precision_table(frame: pd.DataFrame, sparsities: Sequence[float] = (0.25, 0.45)) -> Table:
+    """Speedup of a whole model over dense of 16 bits, by workload: dense and tiles of every precision that was timed.
+
+    Args:
+        frame: as from `load_bench`, of one whole model.
+    """
+    times = frame[frame.metric == "time"]
+    kinds: dict[str, pd.DataFrame] = {}
+    for precision in PRECISIONS:
+        own = times[times.precision == precision]
+        name = PRECISIONS[precision]
+        if precision != "bf16" and is_dense(own, precision).any():
+            kinds[f"{name}, dense"] = own[is_dense(own, precision)]
+        packed = own[own.implementation == "hybrid"]
+        kinds |= {f"{name}, {percent(s)}": packed[packed.sparsity == s] for s in sparsities if s in set(packed.sparsity)}
+    columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "ratio") for name in kinds)]
+    best = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in kinds.values()]
+    rows: list[tuple[Value, ...]] = [
+        (_workload(work), *(Measured(found[work]) if work in found else None for found in best))
+        for work, _ in times.groupby(_WORKLOAD)
+    ]
+    return _plain(columns, rows)
+
+
 def energy_table(frame: pd.DataFrame) -> Table | None:
     """Joules a token of a whole model by workload, dense and packed; None where they were not counted.
 

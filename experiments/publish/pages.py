@@ -24,7 +24,7 @@ from analysis.rows import layout
 from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.tables.compare import select
-from analysis.tables.kernels import energy_table, kernel_table, load_bench, measurements, model_table
+from analysis.tables.kernels import TILE, energy_table, kernel_table, load_bench, measurements, model_table, precision_table
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.serving import throughput_table
@@ -290,6 +290,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "kernels-fp8-precise": lambda: kernel_table(_kernels(), precision="fp8_precise"),
     "kernels-int4": lambda: kernel_table(_kernels(), precision="int4"),
     "serving": _serving,
+    "precisions": lambda: precision_table(_model()),
     "model": lambda: model_table(_model()),
     "model-fp8": lambda: model_table(_model(), "fp8"),
     "model-8b": lambda: model_table(_model("llama-3.1-8b")),
@@ -319,6 +320,14 @@ def _of_tile(tile: str) -> str:
     """The perplexity of the embedded model at 35% with tiles of this shape."""
     (found,) = (_perplexity(point).value for point in _points("embedded-tiles") if point.tile == tile)
     return f"{found:.1f}"
+
+
+def _left_dense(precision: str) -> str:
+    """How many of the products that could be packed ran dense, since that was expected to be faster."""
+    timed = _kernels()
+    packed = timed[(timed.implementation == "hybrid") & (timed.metric == "time") & (timed.precision == precision)]
+    packed = packed[packed.tile == TILE]
+    return f"{packed.fallback.str.startswith('predicted').fillna(value=False).sum()} of {len(packed)}"
 
 
 def _max_autotune_gain() -> str:
@@ -380,6 +389,8 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "joint-below-tile": partial(_below, "method=patch-joint,target=0.45", "method=patch-tile,target=0.45"),
     "closed": partial(_closed, ""),
     "closed-guided": partial(_closed, "guided"),
+    "left-bf16": partial(_left_dense, "bf16"),
+    "left-fp8": partial(_left_dense, "fp8"),
     "max-autotune": _max_autotune_gain,
     "end-to-end-autotuned": _end_to_end_autotuned,
     "fp8-over-fp8": partial(_eight_bits, 0.45, "own_speedup"),
