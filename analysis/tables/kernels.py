@@ -396,8 +396,8 @@ def precision_table(frame: pd.DataFrame, sparsities: Sequence[float] = (0.25, 0.
         name = PRECISIONS[precision]
         if precision != "bf16" and is_dense(own, precision).any():
             kinds[f"{name}, dense"] = own[is_dense(own, precision)]
-        packed = own[own.implementation == "hybrid"]
-        kinds |= {f"{name}, {percent(s)}": packed[packed.sparsity == s] for s in sparsities if s in set(packed.sparsity)}
+        packed = own[(own.implementation == "hybrid") & own.sparsity.isin(sparsities)]
+        kinds |= {f"{name}, {percent(float(str(s)))}": some for s, some in packed.groupby("sparsity")}
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "ratio") for name in kinds)]
     best = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in kinds.values()]
     rows: list[tuple[Value, ...]] = [

@@ -24,7 +24,15 @@ from analysis.rows import layout
 from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.tables.compare import select
-from analysis.tables.kernels import TILE, energy_table, kernel_table, load_bench, measurements, model_table, precision_table
+from analysis.tables.kernels import (
+    TILE,
+    energy_table,
+    kernel_table,
+    load_bench,
+    measurements,
+    model_table,
+    precision_table,
+)
 from analysis.tables.learning import learning_tables, rates_table
 from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
 from analysis.tables.serving import throughput_table
