@@ -313,8 +313,9 @@ def test_every_study_is_well_formed(study: str) -> None:
     assert len({key(trial) for trial in trials}) == len(trials)
     # A label is of one trial alone, and leaves out on what and for how long it learns, which few studies vary.
     learned = [trial.pruning.learning for trial in trials]
-    lengths = [(each.source, each.recipe.steps, each.recipe.batch) if each else () for each in learned]
-    assert len({(trial.label, *length) for trial, length in zip(trials, lengths, strict=True)}) == len(trials)
+    sizes = ("steps", "batch", "microbatch")
+    told = [(each.source, *(getattr(each.recipe, size) for size in sizes)) if each else () for each in learned]
+    assert len({(trial.label, *more) for trial, more in zip(trials, told, strict=True)}) == len(trials)
     for model in {trial.pruning.model for trial in trials}:
         assert any(trial.pruning.method == "dense" for trial in trials if trial.pruning.model == model)
 
