@@ -313,6 +313,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "kept outputs rewarded": {"weight_penalty_by": "outputs"},
     "four masks a step": {"microbatch": 4},
     "twice the steps": {"batch": 8, "microbatch": 8, "steps": 800},
+    "four times the steps": {"batch": 4, "microbatch": 4, "steps": 1600},
     "from Wanda": {"start": "wanda"},
     "harder masks": {"tau": (2.0, 0.05)},
     "faster": {"lr": 2e-3},
