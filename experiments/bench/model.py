@@ -17,7 +17,7 @@ rounding of its precision.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -319,12 +319,15 @@ def disagreement(found: Pass, expected: Pass) -> float:
     return float(torch.stack(errors).max())
 
 
-def measure(models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int) -> dict[str, Speed]:
+def measure(
+    models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int, eight_bits: Collection[str] = ()
+) -> dict[str, Speed]:
     """Time models in turns, on the GPU that they are on, with their energy and the memory that each takes.
 
     Args:
         models: by name, each of its own weights; `prepare` is called on them.
         rounds: timed runs of each.
+        eight_bits: the models that round activations to 8 bits, where the last bit of 16 decides between two values.
 
     Raises:
         UserError: as `prepare`, and if a compiled pass returns something else than the blocks as they are.
@@ -332,7 +335,7 @@ def measure(models: Mapping[str, "PreTrainedModel"], work: Workload, rounds: int
     made: dict[str, Ready] = {}
     for name, model in models.items():
         prepare(model)
-        made[name] = ready(model, work, model, BOUNDS["bf16"])
+        made[name] = ready(model, work, model, BOUNDS["fp8" if name in eight_bits else "bf16"])
         error, bound = made[name].check(made[name].calls[0]())
         if not error <= bound:
             raise UserError(f"the {name} model's compiled pass is wrong: a block is off by {error:.2g}")

@@ -53,6 +53,7 @@ from patch.compressed import tensors_of
 from patch.contexts import evaluating
 from patch.layers import prunable_linears
 from patch.quantise.linear import QuantisedLinear
+from patch.quantise.precisions import PRECISIONS
 from patch.structures import TILED
 
 if TYPE_CHECKING:
@@ -364,7 +365,10 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
     pair = {"dense": dense}
     if not artefact.pruning.as_it_is:
         pair["packed"] = artefact.packed
-    return speed_facts(measure(pair, work, about.rounds), work, {"dtype": _name(artefact.unpacked.dtype)}), {}
+    rounded = artefact.pruning.quantisation
+    eight = ("packed",) if rounded and not PRECISIONS[rounded.precision].grouped else ()
+    speeds = measure(pair, work, about.rounds, eight)
+    return speed_facts(speeds, work, {"dtype": _name(artefact.unpacked.dtype)}), {}
 
 
 def _projected(about: Packed, shape: str, artefact: Artefact) -> tuple[list[Fact], dict[str, str]]:
