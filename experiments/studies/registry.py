@@ -66,6 +66,10 @@ STUDIES = {
         smollm2.recipe_effects,
     ),
     "guided-ideas": Study("what could make guided masks better still, on SmolLM2-135M at 45%", smollm2.guided_ideas),
+    "guided-further": Study(
+        "guided masks of SmolLM2-135M in four times as many steps, and on more of an encyclopedia, on equal tokens",
+        smollm2.guided_further,
+    ),
     "smollm2-recovered": Study(
         "what training the kept weights adds to masks of SmolLM2-135M, on equal tokens", smollm2.recovered_masks
     ),
