@@ -30,7 +30,7 @@ from stoicc.timing import Call, Graph, Timing
 
 Labels = dict[str, Any]
 # Settings of torch.compile's kernels: they begin while the one before them ends, as those of packed weights do.
-BEGIN_EARLY = {"triton.enable_pdl": True}
+BEGIN_EARLY: dict[str, Any] = {"triton.enable_pdl": True}
 # For how long an entry works while its energy is counted.
 SECONDS = 1.0
 

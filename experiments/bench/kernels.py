@@ -9,6 +9,7 @@ with float64, of the quantised operands where they are.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from stoicc.tune import faster_packed
 
 # From here on a product is long enough to be timed alone, with a cold cache.
 LONG = 512
+# Up to here what is timed is so short that it counts when a kernel begins; a kernel of many blocks may lose by it.
+FEW = 64
+# How often a function may be compiled for one linear: for numbers of tokens, sums, and when its kernels begin.
+RECOMPILATIONS = 64
 CHECKED_TOKENS = 256
 # Kernels of 4-bit weights are for decoding.
 INT4_TOKENS = 128
@@ -143,12 +148,11 @@ def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, I
 
 def products(linear: Linear, grid: Any, lab: Lab) -> Iterator[Case]:
     """A linear with every number of tokens of a `KernelGrid`."""
-    # Otherwise a function's ninth shape would meet dynamo's limit, and run uncompiled without a word.
     torch.compiler.reset()
     generator = torch.Generator(lab.device).manual_seed(0)
     given = operands(linear, grid, lab.device, generator)
-    # Until the last case has been verified, which compiles.
-    with torch._inductor.config.patch(BEGIN_EARLY):
+    # Until the last case has been verified, which compiles. Beyond dynamo's own limit a function would run uncompiled.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
         ready = [implementation(given) for implementation in IMPLEMENTATIONS]
         for done, tokens in enumerate(grid.tokens):
             lab.progress(f"{linear.model} {linear.name}", done, len(grid.tokens))
@@ -159,6 +163,16 @@ def products(linear: Linear, grid: Any, lab: Lab) -> Iterator[Case]:
 
 
 # Implementations
+
+
+def beginnings(x: Tensor) -> tuple[bool, ...]:
+    """Whether kernels of ``torch.compile`` begin while the one before them ends: both, where either may be faster."""
+    return (True,) if len(x) <= FEW else (False, True)
+
+
+def quantising(function: Callable[..., Tensor], early: bool, **how: Any) -> Callable[..., Tensor]:
+    """A function compiled, so that its quantisation of activations is one kernel, which begins early or does not."""
+    return torch.compile(function, options=BEGIN_EARLY if early else None, **how)
 
 
 def copies(x: Tensor, nbytes: int) -> int:
@@ -209,23 +223,23 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
         quantised["dense8"] = quantised["rowwise"]
 
     def entries(x: Tensor) -> Iterator[Entry]:
-        def prepare(way: str, fast: bool = True) -> Ready:
+        def prepare(way: str, early: bool, fast: bool = True) -> Ready:
             scale, weight = quantised[way]
             weights = [weight, *(weight.clone() for _ in range(copies(x, weight.nbytes) - 1))]
             torch._dynamo.maybe_mark_dynamic(x, 0)
             calls: list[Call]
             if way == "dense8":
                 x_scale = baselines.fp8_scale(x, dim=1)
-                dense = torch.compile(dense8.linear, fullgraph=True)
+                dense = quantising(dense8.linear, early, fullgraph=True)
                 scales, unit = scale[:, 0].contiguous(), scale.new_ones(())
                 calls = [partial(dense, x, one, scales, unit, precise=not fast) for one in weights]
             elif way == "rowwise":
                 x_scale = baselines.fp8_scale(x, dim=1)
-                rowwise = torch.compile(baselines.fp8_rowwise)
+                rowwise = quantising(baselines.fp8_rowwise, early)
                 calls = [partial(rowwise, x, one, scale, fast) for one in weights]
             else:
                 x_scale = baselines.fp8_scale(x)
-                tensorwise = torch.compile(baselines.fp8_tensorwise)
+                tensorwise = quantising(baselines.fp8_tensorwise, early)
                 calls = [partial(tensorwise, x, one, scale, x_scale, fast) for one in weights]
 
             def check(y: Tensor) -> tuple[float, float]:
@@ -234,9 +248,10 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
             return Ready(calls, check)
 
-        for way in quantised:
-            yield Entry({"implementation": f"fp8_{way}", "precision": "fp8"}, partial(prepare, way))
-            yield Entry({"implementation": f"{PRECISE}_{way}", "precision": PRECISE}, partial(prepare, way, fast=False))
+        for way, early in product(quantised, beginnings(x)):
+            for precision, fast in (("fp8", True), (PRECISE, False)):
+                labels = {"implementation": f"{precision}_{way}", "precision": precision, "early": early}
+                yield Entry(labels, partial(prepare, way, early, fast))
 
     return entries
 
@@ -276,14 +291,14 @@ def libraries(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
             return Ready([partial(multiply, one) for one in held], lambda y: (error(x, masked, y), BOUND))
 
-        def cusparselt_fp8() -> Ready:
+        def cusparselt_fp8(early: bool) -> Ready:
             # Masked, then quantised: the scale is that of what is kept. It is left to whatever follows to multiply by.
             masked = mask.apply(given.weight)
             scale, x_scale = baselines.fp8_scale(masked), baselines.fp8_scale(x)
             weight = baselines.to_fp8(masked, scale)
             held = [torch._cslt_compress(weight) for _ in range(copies(x, weight.nbytes))]
             torch._dynamo.maybe_mark_dynamic(padded, 0)
-            quantise = torch.compile(baselines.to_fp8)
+            quantise = quantising(baselines.to_fp8, early)
             how: dict[str, Any] = {"transpose_result": True, "out_dtype": torch.bfloat16}
             algorithm = int(torch._cslt_sparse_mm_search(held[0], quantise(padded, x_scale).T, **how))
 
@@ -300,12 +315,11 @@ def libraries(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
             made = [torch.sparse.to_sparse_semi_structured(masked.clone()) for _ in range(copies(x, masked.nbytes))]
             return Ready([partial(dense_linear, x, one) for one in made], lambda y: (error(x, masked, y), BOUND))
 
-        for name, precision, prepare in (
-            ("cusparselt", "bf16", cusparselt),
-            ("cusparselt_fp8", "fp8", cusparselt_fp8),
-            ("semi_structured", "bf16", semi_structured),
-        ):
-            yield Entry({"implementation": name, "precision": precision} | variant.labels, prepare)
+        for name, prepare in (("cusparselt", cusparselt), ("semi_structured", semi_structured)):
+            yield Entry({"implementation": name, "precision": "bf16"} | variant.labels, prepare)
+        for early in beginnings(x):
+            labels = {"implementation": "cusparselt_fp8", "precision": "fp8", "early": early} | variant.labels
+            yield Entry(labels, partial(cusparselt_fp8, early))
 
     return entries
 
@@ -372,8 +386,8 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
                     about["fallback"] = "predicted slower than dense"
                     weights = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
                     one = scales.new_ones(())
-                    product = partial(torch.compile(dense8.linear, fullgraph=True), precise=precise)
-                    return Ready([partial(product, x, each, scales, one) for each in weights], check, about)
+                    dense = partial(quantising(dense8.linear, len(x) <= FEW, fullgraph=True), precise=precise)
+                    return Ready([partial(dense, x, each, scales, one) for each in weights], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
             return Ready([partial(matmul.linear, x, one, precise=precise) for one in held], check, about)
 

@@ -48,7 +48,8 @@ from patch.methods import label_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-# The GPU whose speed is shown.
+# The GPU whose products and whole models are shown first, and the one for which learning and serving are.
+SPEED = RESULTS / layout.BENCH / "nvidia-h200"
 BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
 # What a test found of small models of every family (tests/decoder_lives.py).
 FAMILIES = ROOT / "docs" / "families.csv"
@@ -195,16 +196,16 @@ def _families() -> Table:
 
 
 @cache
-def _bench(kind: str) -> DataFrame:
-    return load_bench([BENCH], kind)
+def _bench(kind: str, gpu: Path = SPEED) -> DataFrame:
+    return load_bench([gpu], kind)
 
 
-def _kernels(model: str = "llama-2-7b") -> DataFrame:
-    return _bench("kernels")[_bench("kernels").model == model]
+def _kernels(model: str = "llama-2-7b", gpu: Path = SPEED) -> DataFrame:
+    return _bench("kernels", gpu)[_bench("kernels", gpu).model == model]
 
 
-def _model(model: str = "llama-2-7b") -> DataFrame:
-    return _bench("model")[_bench("model").model == model]
+def _model(model: str = "llama-2-7b", gpu: Path = SPEED) -> DataFrame:
+    return _bench("model", gpu)[_bench("model", gpu).model == model]
 
 
 def _energy() -> Table:
@@ -341,7 +342,7 @@ def _left_dense(precision: str) -> str:
 def _max_autotune_gain() -> str:
     """How much less time than cuBLAS torch.compile's choice takes with one token: the range over linears."""
     # Of the benches that have both, since only what one process timed is compared.
-    rows = [row for row in measurements(BENCH) if row["metric"] == "time" and row["labels"].get("tokens") == 1]
+    rows = [row for row in measurements(SPEED) if row["metric"] == "time" and row["labels"].get("tokens") == 1]
     both = {row["trial"] for row in rows if row["labels"]["implementation"] == "compiled"}
     one = DataFrame([row["labels"] | {"value": row["value"]} for row in rows if row["trial"] in both])
     one = one[(one.model == "llama-2-7b") & one.implementation.isin(["cublas", "compiled"])]

@@ -55,10 +55,13 @@ def test_every_linear_is_compared_with_dense_of_every_precision(tiny: str, lab: 
     assert [line[0] for line in shown_cells(of_four)] == ["1", "20"]
 
 
-def test_what_is_compiled_begins_as_early_as_packed_weights_while_a_linear_is_timed(tiny: str, lab: Lab) -> None:
+def test_what_is_compiled_begins_early_with_few_tokens_and_either_way_with_many(tiny: str, lab: Lab) -> None:
     linear = kernels.Linear(tiny, "o", 64, 128)
-    set_in_cases = [torch._inductor.config.triton.enable_pdl for _ in kernels.products(linear, GRID, lab)]
-    assert set_in_cases == [True, True] and not torch._inductor.config.triton.enable_pdl
+    grid = dataclasses.replace(GRID, tokens=(1, kernels.FEW, kernels.FEW + 1))
+    labels = [[entry.labels for entry in case.entries] for case in kernels.products(linear, grid, lab)]
+    for name in ("fp8_rowwise", "fp8_precise_dense8"):
+        early = [[about["early"] for about in case if about["implementation"] == name] for case in labels]
+        assert early == [[True], [True], [False, True]]
 
 
 def test_a_wrong_product_is_left_out_of_the_times(tiny: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
