@@ -132,6 +132,8 @@ def _said(name: str, fields: Mapping[str, Any], equals: str) -> str:
         return f"from {label_of(value)}"
     if name == "tile_prior.method":
         return f"tiles from {label_of(value)}"
+    if name == "learning.source":
+        return f"learned on {value}"
     if name == "refit.source":
         return f"refitted on {value}"
     if name == "quantisation.precision":

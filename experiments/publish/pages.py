@@ -182,6 +182,25 @@ def _pair(point: Point, against: Point) -> tuple[Value, ...]:
     return Measured(point.sparsity), names[0], ppl, names[1], against_ppl, shown
 
 
+def _changes(study: str, base: str) -> Table:
+    """What each change of a recipe does: differences over the same windows from the one that says ``base`` alone."""
+    points = [point for point in _points(study) if point.method != "dense"]
+    plain = {point.sparsity: point for point in points if point.variant == base}
+    rows = []
+    for point in points:
+        found = None if point.variant == base else gap(_perplexity(plain[point.sparsity]), _perplexity(point))
+        assert found is None or found.paired
+        shown = "—" if found is None else f"{found.value:.2f} ± {found.error:.2f}"
+        rows.append((Measured(point.sparsity), point.variant, _perplexity(point), shown))
+    columns = (
+        Column("sparsity", "Sparsity (%)", "percent"),
+        Column("variant", "Recipe", "text"),
+        Column("perplexity", "PPL", "perplexity"),
+        Column("difference", "Difference", "number"),
+    )
+    return Table(columns, tuple(rows), tuple("" for _ in rows), frozenset(), ())
+
+
 def _below(selector: str, against: str) -> str:
     """How far one recipe's perplexity is below another's, over the same windows."""
     *_, shown = _pair(select(_points(_MAIN), selector), select(_points(_MAIN), against))
@@ -271,6 +290,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "recipes": partial(_study_table, "smollm2-recipes", "accuracy", ("method", "variant", "seeds", "perplexity")),
     "oneshot": partial(_study_table, "smollm2-oneshot", "accuracy", _ACCURACY),
     "ablation": partial(_study_table, "recipe-ablation", "accuracy", ("method", "variant", "perplexity")),
+    "ideas": partial(_changes, "guided-ideas", "guided"),
+    "further": partial(_changes, "guided-further", "guided"),
     "refit": partial(_study_table, "smollm2-refit", "accuracy", _PERPLEXITY),
     "recovered": partial(_study_table, "smollm2-recovered", "accuracy", _ACCURACY),
     "recovered-mixture": partial(_study_table, "smollm2-recovered-mixture", "accuracy", _ACCURACY),

@@ -219,6 +219,18 @@ def test_what_was_refitted_is_said_of_it(
     assert sorted(point.variant for point in gather(frame)) == sorted(variants)
 
 
+def test_the_text_that_was_learned_on_is_said_where_it_differs(
+    study: Study, make_pruning: Make, make_trial: Make
+) -> None:
+    texts = ("novels", "novels", "0.5*novels+0.5*python")
+    about = [
+        make_pruning("m", "patch-joint", "hybrid", target, learning={"source": text, "recipe": RECIPE})
+        for target, text in zip((0.25, 0.35, 0.25), texts, strict=True)
+    ]
+    frame = study({name: make_trial(name, part, 30.0) for name, part in zip("abc", about, strict=True)})
+    assert {point.variant for point in gather(frame)} == {"", "learned on 0.5*novels+0.5*python"}
+
+
 def test_settings_of_recovery_are_words(study: Study, make_pruning: Make, make_trial: Make) -> None:
     about = make_pruning("m", "sparsegpt", "2:4", 0.5)
     recipes = ({"block_epochs": 0, "distillation": 0.5}, {"block_epochs": 2, "distillation": 0.0})
