@@ -185,6 +185,8 @@ def _pair(point: Point, against: Point) -> tuple[Value, ...]:
 def _changes(study: str, base: str) -> Table:
     """What each change of a recipe does: differences over the same windows from the one that says ``base`` alone."""
     points = [point for point in _points(study) if point.method != "dense"]
+    changed = {point.sparsity for point in points if point.variant != base}
+    points = [point for point in points if point.sparsity in changed]
     plain = {point.sparsity: point for point in points if point.variant == base}
     rows = []
     for point in points:
