@@ -50,9 +50,7 @@ def test_facts_are_one_line_of_pandas() -> None:
         assert sorted(mine.value) == pytest.approx(sorted(theirs.value)) and len(mine) > 100
     assert {"trial", "model", "tile", "achieved", "seed", "stderr", "gpu", "revision", "time"} <= set(facts.columns)
     guided = facts[(facts.method == "patch-joint") & (facts.target == 0.45) & (facts.on == "wikitext2/test@2048")]
-    variant = guided.variant.fillna("")
-    frozen = variant.str.startswith("guided") & ~variant.str.contains("recovered")
-    guided = guided[(guided.metric == "perplexity") & frozen]
+    guided = guided[(guided.metric == "perplexity") & (guided.variant == "guided")]
     assert guided.value.min() == pytest.approx(31.66, abs=0.005)
     assert facts.spread.notna().sum() > 50 and facts.seeds.max() > 1
 
