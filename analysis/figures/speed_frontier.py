@@ -105,7 +105,8 @@ def _draw_frontiers(
     quantities: list[tuple[str, Callable[[Point], Measured | None], float]] = [
         (f"{SOURCES.get(text.source, text.source)}\nperplexity @{text.length}", lambda p: p.perplexity.get(text), 1.0)
     ]
-    if any(point.mean_accuracy for point in shown):
+    # A point alone is beside nothing.
+    if sum(point.mean_accuracy is not None for point in shown) > 1:
         quantities.append((accuracy_label(gathered).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
     columns = min(len(timed), 4 if width == "double" else 2)
     blocks = math.ceil(len(timed) / columns)

@@ -30,6 +30,7 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
     "qwen-coder-0.5b-recovered": {"cost-qwen-coder": "cost"},
     "smollm2-oneshot": {"frontier-smollm2-oneshot": "frontier"},
     "frontier-smollm2": {"speed-smollm2": "speed"},
+    "frontier-qwen-coder-0.5b": {"speed-qwen-coder": "speed"},
     None: {
         "speedup-h100": "speedup-llama-2-7b",
         "precisions-h100": "precisions-llama-2-7b",
