@@ -113,7 +113,7 @@ def _draw_frontiers(
     rows = blocks * len(quantities)
     figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
     # Between blocks stand the name of an axis and the titles of the next panels.
-    between = (0.36, 0.12 if blocks == 1 else 0.5)
+    between = (0.36, 0.12 if blocks == 1 else 0.66)
     place_of = room(figure, title, rows, columns, left=0.62, right=0.09, bottom=0.62, above=0.19, between=between)
     grid = figure.add_gridspec(rows, columns, **place_of)
     written: list[Panel] = []
