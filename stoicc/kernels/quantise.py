@@ -20,9 +20,12 @@ from patch.quantise.values import LARGEST
 
 # Added and taken away again it rounds to the nearest integer, to even at the half, for magnitudes below 2**22.
 _ROUND = tl.constexpr(12582912.0)
+# The bits of 1e-30 in float32, below which no magnitude counts.
+_LEAST = tl.constexpr(int(torch.tensor(1e-30).view(torch.int32)))
 
 
-@triton.jit(do_not_specialize=["columns", "padded"])
+# Columns of which Triton does not know that they are a multiple of 16 are loaded and stored one by one.
+@triton.jit
 def quantise_kernel(
     x, norm, values, scales, columns, padded, x_stride, eps, largest,
     BLOCK: tl.constexpr, NORM: tl.constexpr, INTEGERS: tl.constexpr, PDL: tl.constexpr,
@@ -55,11 +58,12 @@ def quantise_kernel(
         # Rounded as often as transformers does it: before the weight and after.
         weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
         wide = (wide.to(row.dtype).to(tl.float32) * weight).to(row.dtype).to(tl.float32)
-    # A maximum passes NaNs over: they must reach the scale, for integers cannot hold them.
-    bad = tl.sum((wide != wide).to(tl.int32), 0) > 0
+    # Of magnitudes as integers, whose order is the same: a maximum of floats passes NaNs over, and they must reach the
+    # scale, for values of 8 bits cannot all hold them.
+    magnitude = tl.max(tl.abs(wide).to(tl.int32, bitcast=True), 0)
+    magnitude = tl.maximum(magnitude, _LEAST).to(tl.float32, bitcast=True)
     # As rounded as torch's divisions: Triton's own are not, and some values would come to lie on another side.
-    scale = tl.math.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), 1e-30), largest)
-    scale = tl.where(bad, float("nan"), scale)
+    scale = tl.math.div_rn(magnitude, largest)
     wide = wide * tl.math.div_rn(1.0, scale)
     if INTEGERS:
         wide = (wide + _ROUND) - _ROUND

@@ -98,6 +98,19 @@ def test_the_kernel_does_as_the_reference(found: dict[str, list[float]], shape: 
     assert padding == 0
 
 
+def test_the_kernel_passes_on_what_is_not_finite(found: dict[str, list[float]]) -> None:
+    assert found["finite"] == [True, False, False, False, True]
+
+
+def finite() -> list[bool]:
+    """Whether the kernel's scales of five tokens are finite: an infinity, a NaN, and one beside a large value."""
+    x = torch.ones(5, 16, dtype=torch.float16)
+    x[1, 3], x[2, 7], x[3, 0], x[3, 1] = float("inf"), float("nan"), float("nan"), 6e4
+    values, scales = torch.empty(5, 16, dtype=torch.int8), torch.empty(5)
+    quantise.launch(x, torch.int8, None, 1e-5, values, scales)
+    return scales.isfinite().tolist()
+
+
 def differences(shape: tuple[int, int], norm: bool) -> list[float]:
     """Share of values that differ, largest difference of scales, largest magnitude behind the last column."""
     x = torch.randn(shape).to(torch.float16)
@@ -114,4 +127,5 @@ def differences(shape: tuple[int, int], norm: bool) -> list[float]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps({f"{shape} {norm}": differences(shape, norm) for shape in SHAPES for norm in (False, True)}))
+    compared = {f"{shape} {norm}": differences(shape, norm) for shape in SHAPES for norm in (False, True)}
+    print(json.dumps(compared | {"finite": finite()}))

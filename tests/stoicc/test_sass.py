@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 from compiled import KINDS, compile_for, decode, said_by_ptxas, sass
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 
 from stoicc import configs
 from stoicc.kernels.decode import DecodeConfig
 from stoicc.kernels.hopper import HopperConfig, hopper_linear
 from stoicc.kernels.hopper_decode import HopperDecodeConfig, hopper_decode_linear
+from stoicc.kernels.quantise import quantise_kernel
 
 # Shared memory that one thread block may have, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -223,6 +227,24 @@ def test_float16_has_its_own_instructions() -> None:
     assert (
         "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16" in hopper(HopperConfig(64, 8, 8, 1), "fp16").asm["ptx"]
     )
+
+
+@pytest.mark.parametrize("columns", [4096, 11008])
+def test_tokens_are_quantised_sixteen_bytes_at_a_time(columns: int) -> None:
+    names = quantise_kernel.arg_names
+    block = triton.next_power_of_2(columns)
+    constants = {"BLOCK": block, "NORM": False, "INTEGERS": False, "PDL": True, "EARLY": False}
+    types = {"x": "*bf16", "norm": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "eps": "fp32", "largest": "fp32"}
+    signature = dict.fromkeys(names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    # What Triton finds out by itself where it is launched.
+    aligned = ("x", "norm", "values", "scales", "columns", "padded", "x_stride")
+    assert not any(parameter.do_not_specialize for parameter in quantise_kernel.params if parameter.name in aligned)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=quantise_kernel, signature=signature, constexprs=values, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": min(16, block // 512)})
+    moved = re.findall(r"(?:ld|st)\.global[.\w:]*", kernel.asm["ptx"])
+    assert {name for name in moved if ".v4." not in name} == {"st.global.b32"}, "the scale, once a token"
 
 
 OTHER_KERNELS = """
