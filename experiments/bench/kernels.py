@@ -170,9 +170,13 @@ def beginnings(x: Tensor) -> tuple[bool, ...]:
     return (True,) if len(x) <= FEW else (False, True)
 
 
-def quantising(function: Callable[..., Tensor], early: bool, **how: Any) -> Callable[..., Tensor]:
-    """A function compiled, so that its quantisation of activations is one kernel, which begins early or does not."""
-    return torch.compile(function, options=BEGIN_EARLY if early else None, **how)
+def quantising(function: Callable[..., Tensor], early: bool | None, **how: Any) -> Callable[..., Tensor]:
+    """A function compiled, so that its quantisation of activations is one kernel, which begins early or does not.
+
+    Args:
+        early: None for the function as it is, which has a kernel for that.
+    """
+    return function if early is None else torch.compile(function, options=BEGIN_EARLY if early else None, **how)
 
 
 def copies(x: Tensor, nbytes: int) -> int:
@@ -223,7 +227,7 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
         quantised["dense8"] = quantised["rowwise"]
 
     def entries(x: Tensor) -> Iterator[Entry]:
-        def prepare(way: str, early: bool, fast: bool = True) -> Ready:
+        def prepare(way: str, early: bool | None, fast: bool) -> Ready:
             scale, weight = quantised[way]
             weights = [weight, *(weight.clone() for _ in range(copies(x, weight.nbytes) - 1))]
             torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -248,10 +252,12 @@ def fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 
             return Ready(calls, check)
 
-        for way, early in product(quantised, beginnings(x)):
-            for precision, fast in (("fp8", True), (PRECISE, False)):
-                labels = {"implementation": f"{precision}_{way}", "precision": precision, "early": early}
-                yield Entry(labels, partial(prepare, way, early, fast))
+        ways: list[tuple[str, bool | None]] = [*product(quantised, beginnings(x))]
+        # As it is dense8 quantises by the kernel that packed weights have.
+        ways += [("dense8", None)] if "dense8" in quantised else []
+        for (way, early), (precision, fast) in product(ways, (("fp8", True), (PRECISE, False))):
+            labels: Labels = {"implementation": f"{precision}_{way}", "precision": precision, "early": early}
+            yield Entry(labels, partial(prepare, way, early, fast))
 
     return entries
 
@@ -386,7 +392,9 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
                     about["fallback"] = "predicted slower than dense"
                     weights = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
                     one = scales.new_ones(())
-                    dense = partial(quantising(dense8.linear, len(x) <= FEW, fullgraph=True), precise=precise)
+                    # What splits its sums needs a compiler for what comes after them.
+                    early = True if dense8.splits(len(x), n, k) else None
+                    dense = partial(quantising(dense8.linear, early, fullgraph=True), precise=precise)
                     return Ready([partial(dense, x, each, scales, one) for each in weights], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
             return Ready([partial(matmul.linear, x, one, precise=precise) for one in held], check, about)
