@@ -48,9 +48,9 @@ from patch.methods import label_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-# The GPU whose products and whole models are shown first, and the one for which learning and serving are.
-SPEED = RESULTS / layout.BENCH / "nvidia-h200"
+# The GPU whose speed is shown first, and the other one.
 BENCH = RESULTS / layout.BENCH / "nvidia-h100-80gb-hbm3"
+H200 = RESULTS / layout.BENCH / "nvidia-h200"
 # What a test found of small models of every family (tests/decoder_lives.py).
 FAMILIES = ROOT / "docs" / "families.csv"
 # The study of learned masks that is shown first.
@@ -217,15 +217,15 @@ def _families() -> Table:
 
 
 @cache
-def _bench(kind: str, gpu: Path = SPEED) -> DataFrame:
+def _bench(kind: str, gpu: Path = BENCH) -> DataFrame:
     return load_bench([gpu], kind)
 
 
-def _kernels(model: str = "llama-2-7b", gpu: Path = SPEED) -> DataFrame:
+def _kernels(model: str = "llama-2-7b", gpu: Path = BENCH) -> DataFrame:
     return _bench("kernels", gpu)[_bench("kernels", gpu).model == model]
 
 
-def _model(model: str = "llama-2-7b", gpu: Path = SPEED) -> DataFrame:
+def _model(model: str = "llama-2-7b", gpu: Path = BENCH) -> DataFrame:
     return _bench("model", gpu)[_bench("model", gpu).model == model]
 
 
@@ -330,12 +330,20 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "kernels-fp8-precise": lambda: kernel_table(_kernels(), precision="fp8_precise"),
     "kernels-int4": lambda: kernel_table(_kernels(), precision="int4"),
     "serving": _serving,
-    "precisions": lambda: precision_table(_model()),
+    "precisions": lambda: precision_table(_model(gpu=H200)),
     "model": lambda: model_table(_model()),
     "model-fp8": lambda: model_table(_model(), "fp8"),
     "model-8b": lambda: model_table(_model("llama-3.1-8b")),
     "model-fp8-8b": lambda: model_table(_model("llama-3.1-8b"), "fp8"),
+    "kernels-h200": lambda: kernel_table(_kernels(gpu=H200)),
+    "kernels-fp8-h200": lambda: kernel_table(_kernels(gpu=H200), precision="fp8"),
+    "kernels-fp8-precise-h200": lambda: kernel_table(_kernels(gpu=H200), precision="fp8_precise"),
+    "kernels-int4-h200": lambda: kernel_table(_kernels(gpu=H200), precision="int4"),
+    "model-h200": lambda: model_table(_model(gpu=H200)),
+    "model-fp8-h200": lambda: model_table(_model(gpu=H200), "fp8"),
+    "model-int4-h200": lambda: model_table(_model(gpu=H200), "int4"),
     "goals": lambda: goals.table(_bench("kernels"), _bench("model")),
+    "goals-h200": lambda: goals.table(_bench("kernels", H200), _bench("model", H200)),
     "decode-steps": lambda: steps.table(_bench("kernels"), _bench("model")),
     "energy": _energy,
     "masks": partial(_learning_table, 0),
@@ -373,7 +381,7 @@ def _left_dense(precision: str) -> str:
 def _max_autotune_gain() -> str:
     """How much less time than cuBLAS torch.compile's choice takes with one token: the range over linears."""
     # Of the benches that have both, since only what one process timed is compared.
-    rows = [row for row in measurements(SPEED) if row["metric"] == "time" and row["labels"].get("tokens") == 1]
+    rows = [row for row in measurements(BENCH) if row["metric"] == "time" and row["labels"].get("tokens") == 1]
     both = {row["trial"] for row in rows if row["labels"]["implementation"] == "compiled"}
     one = DataFrame([row["labels"] | {"value": row["value"]} for row in rows if row["trial"] in both])
     one = one[(one.model == "llama-2-7b") & one.implementation.isin(["cublas", "compiled"])]
