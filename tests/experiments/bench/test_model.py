@@ -164,3 +164,20 @@ def test_workloads_that_are_none_are_refused(text: str) -> None:
 
 def test_workloads_read_as_they_are_written() -> None:
     assert [Workload.named(str(work)) for work in WORKLOADS] == list(WORKLOADS)
+
+
+def test_of_two_models_that_are_timed_each_is_held_to_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where activations are rounded to 8 bits, one bit more or less of what comes before moves them by a whole step."""
+    asked: dict[Any, float] = {}
+
+    def ready(each: Any, work: Workload, reference: Any, bound: float) -> harness.Ready:
+        asked[each] = bound
+        return harness.Ready([lambda: None], lambda _: (0.2, bound))
+
+    monkeypatch.setattr(model, "prepare", lambda each: None)
+    monkeypatch.setattr(model, "ready", ready)
+    monkeypatch.setattr(model, "read_gpu", lambda calls, *_: pytest.fail("timed"))
+    models: Any = {"packed": "eight", "dense": "sixteen"}
+    with pytest.raises(UserError, match="the dense model's compiled pass is wrong"):
+        model.measure(models, WORKLOADS[0], 3, ["packed"])
+    assert asked == {"eight": model.BOUNDS["fp8"], "sixteen": model.BOUNDS["bf16"]}
