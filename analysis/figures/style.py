@@ -227,7 +227,7 @@ def png_bytes(figure: Figure) -> bytes:
         palette, white = mapped.getpalette() or [], 3 * int(np.asarray(mapped)[0, 0])
         palette[white : white + 3] = [255, 255, 255]
         mapped.putpalette(palette)
-        mapped.save(small, "PNG", dpi=(DPI, DPI))
+        mapped.save(small, "PNG", dpi=(DPI, DPI), optimize=True)
         return small.getvalue()
 
 

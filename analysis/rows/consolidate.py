@@ -97,7 +97,7 @@ def write(folder: Path, stages: Stages) -> list[Path]:
             first, more = split(stages[trial][stage])
             headlines += (about[trial] | _where(row) | row for row in first)
             details += more
-        lines.append(json.dumps(_trial(trial, stages[trial])) + "\n")
+        lines.append(json.dumps(_trial(trial, stages[trial]), separators=(",", ":")) + "\n")
         path = folder / DETAILS / f"{trial}.csv.xz"
         if details:
             changed += _write_packed(path, table(details, ()))
@@ -185,7 +185,8 @@ def _where(row: Row) -> dict[str, Any]:
     provenance = row["provenance"]
     return {
         "gpu": provenance.get("gpu"),
-        "revision": provenance.get("git"),
+        # Whole in the list of trials: thousands of lines have it.
+        "revision": provenance["git"][:10] if provenance.get("git") else None,
         "dirty": provenance.get("dirty"),
         "time": provenance.get("time"),
     }

@@ -223,7 +223,7 @@ DAMAGES = {
     "facts not utf-8": (FACTS, lambda data: data.replace(b"wanda", b"w\xffnda")),
     "a cell too many": (FACTS, lambda data: data.replace(b",20.0,", b",20.0,,")),
     "trials cut within a line": (TRIALS, lambda data: data[:-30]),
-    "a definition changed": (TRIALS, lambda data: data.replace(b'"method": "wanda"', b'"method": "wandb"')),
+    "a definition changed": (TRIALS, lambda data: data.replace(b'"method":"wanda"', b'"method":"wandb"')),
     "a stage's name changed": (TRIALS, lambda data: data.replace(b'"prune"', b'"prone"')),
     "details cut at a line's end": (DETAILS, lambda data: b"".join(data.splitlines(keepends=True)[:-1])),
     "details not a table": (DETAILS, lambda data: b"\xff" + data),

@@ -74,7 +74,8 @@ def test_what_is_not_a_bench_file_is_named(text: str | None, message: str, tmp_p
 
 def test_figures_are_drawn_of_every_model() -> None:
     drawings = list(kernel_drawings(load_bench([folder(GPUS[0])], "kernels")))
-    assert [drawing.name for drawing in drawings][:2] == ["speedup-llama-2-7b", "speedup-llama-3.1-8b"]
+    named = ["speedup-llama-2-7b", "precisions-llama-2-7b", "speedup-llama-3.1-8b"]
+    assert [drawing.name for drawing in drawings][:3] == named
     assert drawings[-1].name == "roof" and all("128x128" in drawing.caption for drawing in drawings)
     assert all("H200" in drawing.caption for drawing in drawings)
     assert len(png_bytes(drawings[0].figure)) > 5000

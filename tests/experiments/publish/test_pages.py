@@ -1,4 +1,4 @@
-"""README and docs: tables, numbers, links and figures; and the committed reports are what the committed rows say."""
+"""README and docs: tables, numbers, links and figures are what the committed rows say."""
 
 import dataclasses
 import re
@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables.render import Table, render
+from analysis.tables.render import Table
 from analysis.tables.study import WARNING
 from experiments.publish import figures, pages
 from patch.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-REPORTED = (
-    "demo",
-    "smollm2-oneshot",
-    "smollm2-learned",
-    "recipe-ablation",
-    "frontier",
-    "frontier-smollm2",
-    "embedded-tiles",
-)
 LINKED = [*pages.pages(), ROOT / "CONTRIBUTING.md"]
 EVERYTHING = "".join(page.read_text(encoding="utf-8") for page in pages.pages())
 
@@ -115,11 +106,3 @@ def test_figures_that_are_shown_are_those_that_are_drawn() -> None:
     shown = {Path(name).stem for name in re.findall(r"""(?:!\[[^]]*\]\(|<img src=")([^)"]+)""", EVERYTHING)}
     assert shown == set(figures.SHOWN) == {path.stem for path in figures.FOLDER.iterdir()}
     assert sum(path.stat().st_size for path in figures.FOLDER.iterdir()) < 2**20
-
-
-@pytest.mark.parametrize("study", REPORTED)
-def test_committed_tables_are_those_of_the_rows(study: str) -> None:
-    for name, table in pages.tables_of(study).items():
-        for format, suffix in (("md", "md"), ("csv", "csv"), ("latex", "tex")):
-            text = (ROOT / "results" / "reports" / study / f"{name}.{suffix}").read_text(encoding="utf-8")
-            assert text == render(table, format) + "\n"
