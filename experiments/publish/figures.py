@@ -11,7 +11,7 @@ from analysis.figures.style import save_figure
 from analysis.rows.points import gather
 from analysis.tables.kernels import load_bench
 from experiments.publish import measured, reports
-from experiments.publish.pages import BENCH, RESULTS, ROOT
+from experiments.publish.pages import BENCH, H200, RESULTS, ROOT
 from experiments.run.store import Store
 from experiments.studies.registry import STUDIES
 
@@ -37,7 +37,7 @@ FIGURES: Mapping[str | None, Mapping[str, str]] = {
         "end-to-end-h100": "end-to-end-llama-2-7b",
     },
 }
-# Of a study, beside the speed of which larger model its quality is shown.
+# Of a study, beside the speed of which larger model its quality is shown: on an H200, where INT4 tiles were timed too.
 ON_SHAPES: Mapping[str, Mapping[str, str]] = {"frontier-qwen-coder-0.5b": {"front-qwen-coder-bits": "llama-2-7b"}}
 SHOWN = tuple(name for shown in (FIGURES, ON_SHAPES) for kept in shown.values() for name in kept)
 
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     for study, kept in ON_SHAPES.items():
         points = gather(measured.frame(STUDIES[study].trials(), Store(RESULTS)))
         for name, shape in kept.items():
-            drawn = draw_front_on_shapes(points, load_bench([BENCH], "model"), shape)
+            drawn = draw_front_on_shapes(points, load_bench([H200], "model"), shape)
             print(*save_figure(drawn, FOLDER / name, ["png"]))

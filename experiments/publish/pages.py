@@ -96,8 +96,8 @@ def _bits(study: str, text: str = "") -> Table:
 
 def _front_on_shapes() -> Table:
     """What is on the frontier of Qwen2.5-Coder's quality and the speed of LLaMA-2-7B's shapes."""
-    points = _points("frontier-qwen-coder-0.5b")
-    placed = {work: placed_on_shapes(points, _model(), work) for work in workloads_of(_packed(_model(), "fp8"))}
+    points, timed = _points("frontier-qwen-coder-0.5b"), _model(gpu=H200)
+    placed = {work: placed_on_shapes(points, timed, work) for work in workloads_of(_packed(timed, "fp8"))}
     return front_table(placed, texts(points)[0])
 
 
