@@ -108,8 +108,8 @@ def _draw_frontiers(
     # A point alone is beside nothing.
     if sum(point.mean_accuracy is not None for point in shown) > 1:
         quantities.append((accuracy_label(gathered).replace(", ", ",\n"), lambda p: p.mean_accuracy, 100.0))
-    columns = min(len(timed), 4 if width == "double" else 2)
-    blocks = math.ceil(len(timed) / columns)
+    blocks = math.ceil(len(timed) / (4 if width == "double" else 2))
+    columns = math.ceil(len(timed) / blocks)
     rows = blocks * len(quantities)
     figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
     # Between blocks stand the name of an axis and the titles of the next panels.
