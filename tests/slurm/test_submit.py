@@ -101,7 +101,9 @@ def test_a_dry_run_writes_nothing(hts, tiny: tuple, tmp_path: Path) -> None:  # 
 def test_the_list_shows_every_study(hts) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = hts("sweep", "--list")
     assert code == 0 and "GPU hours" in out
-    rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split()) and words[0] in STUDIES}
+    # Lines that go on with what a study shows may begin with another's name.
+    lines = [words for line in out.splitlines() if (words := line.split()) and words[0] in STUDIES]
+    rows = {name: told for name, *told in lines if told and told[0].isdecimal()}
     for name, study in STUDIES.items():
         trials, steps, hours = rows[name][:3]
         assert int(trials) == len(study.trials()) and int(steps) >= int(trials), name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_the_rows_of_a_timed_trial(
 ) -> None:
     timed: list[tuple[set[str], Workload]] = []
 
-    def measure(named: dict[str, Any], work: Workload, rounds: int) -> dict[str, Speed]:
+    def measure(named: dict[str, Any], work: Workload, rounds: int, eight: Sequence[str] = ()) -> dict[str, Speed]:
         timed.append((set(named), work))
         made_up = {"dense": Timing(30.0, 29.0, 31.0, rounds), "packed": Timing(20.0, 19.0, 22.0, rounds)}
         return {name: Speed(Reading(made_up[name]), bench.tensor_bytes(model)) for name, model in named.items()}
