@@ -159,6 +159,19 @@ def test_of_what_was_measured_again_the_newest_counts_over_what_was_timed_beside
     assert shown_cells(kernel_table(load_bench(paths, kind))) == [["1", expected]]
 
 
+@pytest.mark.parametrize("times", [(6.0, 8.0), (8.0, 6.0)], ids=["late-wins", "early-wins"])
+def test_of_what_begins_early_or_late_the_faster_counts(times: tuple[float, float], tmp_path: Path) -> None:
+    eight, variant = {"precision": "fp8"}, {"sparsity": 0.5, "tile": [128, 128], "tiles": "even"}
+    rows = [HEADER, row("cublas", 12.0), row("hybrid", 4.0, **variant, **eight)]
+    for early, value in zip((False, True), times, strict=True):
+        rows.append(row("fp8_tensorwise", value, **eight, early=early))
+        rows.append(row("cusparselt_fp8", value, **variant, **eight, early=early))
+    path = tmp_path / kind / "rows.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert shown_cells(kernel_table(load_bench([path], kind), precision="fp8")) == [["1", "1.50", "1.00", "2.00"]]
+
+
 @pytest.mark.parametrize("metric", ["time", "error"])
 def test_what_is_wrong_is_named(metric: str, tmp_path: Path) -> None:
     rows = [HEADER, row("cublas", 12.0), row("hybrid", 0.5) | {"metric": metric}]
