@@ -206,7 +206,11 @@ def cublas(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
 def compiled(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
     def entries(x: Tensor) -> Iterator[Entry]:
         def prepare() -> Ready:
-            best = torch.compile(dense_linear, mode="max-autotune-no-cudagraphs", dynamic=False)
+            # Of a single token it makes a kernel of its own, which may begin early as packed weights' do.
+            how = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | (
+                BEGIN_EARLY if len(x) <= FEW else {}
+            )
+            best = torch.compile(dense_linear, options=how, dynamic=False)
             weights = [given.weight, *(given.weight.clone() for _ in range(copies(x, given.weight.nbytes) - 1))]
             calls = [partial(best, x, weight) for weight in weights]
             return Ready(calls, lambda y: (error(x, given.weight, y), BOUND))
