@@ -29,11 +29,16 @@ from patch.files import replacing
 def written(model: Any, first: Tensor, length: int, at_once: int) -> Iterator[Tensor]:
     """Texts of ``length`` tokens, int64 ``[1..at_once, length]`` at a time, sampled with torch's own generator.
 
+    What a model's directory says of how to generate, such as a penalty of repetition, is left out: it changes the
+    distribution.
+
     Args:
-        model: a transformers causal language model on its device.
+        model: a transformers causal language model on its device; it is left without a configuration of generation.
         first: what each begins with, int64 ``[texts]``.
     """
-    device = model.get_input_embeddings().weight.device
+    from transformers import GenerationConfig
+
+    device, model.generation_config = model.get_input_embeddings().weight.device, GenerationConfig()
     for part in first.split(at_once):
         with torch.no_grad():
             yield model.generate(

@@ -20,6 +20,7 @@ def test_each_text_goes_on_from_its_token_by_the_models_distribution() -> None:
         for block in model.model.layers:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
+    model.generation_config.suppress_tokens = [5, 9]
     parts = list(written(model, torch.tensor([3, 30, 7]), 5, at_once=2))
     assert [len(part) for part in parts] == [2, 1]
     expected = [[3, 4, 5, 6, 7], [30, 31, 0, 1, 2], [7, 8, 9, 10, 11]]
