@@ -41,13 +41,15 @@ class Store:
         """Have the directory, before there is anything to write.
 
         Raises:
-            UserError: if it is not there and cannot be made.
+            UserError: if it is not there and cannot be made, or nothing can be written to it.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = f"cannot be made ({error.strerror}): name another with --results"
             raise UserError(f"results directory {self.root}: {problem}") from error
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise UserError(f"results directory {self.root}: cannot be written to: name another with --results")
 
     def listed(self, folder: str) -> list[str]:
         """The names in one of its folders (`analysis.rows.layout`); none if it is not there yet."""

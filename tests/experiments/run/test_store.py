@@ -40,6 +40,15 @@ def test_rows_carry_definition_and_provenance(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rows" / key(TRIAL) / "definition.json").read_text()) == definition(TRIAL)
 
 
+def test_a_directory_that_cannot_be_written_to_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Who runs the tests may be allowed everything.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to: name another with --results"):
+        Store(tmp_path).make()
+    Store(tmp_path / "new").make()
+    assert (tmp_path / "new").is_dir()
+
+
 def test_stages_have_files_of_their_own_inside_the_trial(tmp_path: Path) -> None:
     stages = ["prune", "task:piqa", "perplexity:wikitext2/test@2048", "perplexity:../../etc@5", "task:arc_easy"]
     paths = [Store(tmp_path).rows_path(TRIAL, stage) for stage in stages]
