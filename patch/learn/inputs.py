@@ -59,6 +59,8 @@ def input_scales(model: Any, sequences: Tensor, ranks: Ranks = ALONE, at_once: i
 def _powers(weight: Tensor, share: Tensor) -> Tensor:
     """Powers of two nearest to the roots of ``share`` that leave the norm of ``weight`` about as it is."""
     sizes, weight = share.sqrt(), weight.detach().float()
-    tiny = torch.finfo(sizes.dtype).tiny
-    factor = torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(weight * sizes).clamp_min(tiny)
+    tiny, most = torch.finfo(sizes.dtype).tiny, torch.finfo(sizes.dtype).max
+    # Of a linear that was given nothing but zeros all inputs count alike.
+    scaled = torch.linalg.vector_norm(weight * sizes).clamp_min(tiny)
+    factor = (torch.linalg.vector_norm(weight) / scaled).clamp_max(most)
     return (sizes * factor).clamp_min(tiny).log2().round().clamp(-_MOST, _MOST).exp2()

@@ -48,6 +48,15 @@ def test_they_are_shares_of_each_token_to_the_nearest_power_of_two() -> None:
     assert float(found["model.layers.0.mlp.up_proj"][5]) == 1 / 16
 
 
+def test_of_nothing_but_zeros_all_count_alike() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.zero_()
+        model.model.layers[0].self_attn.q_proj.weight *= 1000
+    scale = input_scales(model, SEQUENCES)["model.layers.0.self_attn.q_proj"]
+    assert bool(scale.isfinite().all()) and len(scale.unique()) == 1
+
+
 def test_ranks_share_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     given: list[list[Tensor]] = []
