@@ -183,9 +183,17 @@ def test_what_is_wrong_is_named(metric: str, tmp_path: Path) -> None:
         load_bench([path], kind)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_older_rows_of_whole_models_are_marked_superseded(gpu: str) -> None:
-    frame = load_bench([folder(gpu)], "model")
-    for name, table in speed_tables(frame).items():
-        fused = bool((frame.implementation == "fused").any())
-        assert name != "model-llama-2-7b" or (table.notes == (() if fused else (SUPERSEDED,)) and len(table.rows) >= 4)
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_older_rows_of_whole_models_are_marked_superseded(fused: bool, tmp_path: Path) -> None:
+    variant = {"sparsity": 0.5, "tile": [128, 128], "tiles": "uneven"}
+    rows = [HEADER, row("dense", 12.0, sparsity=0.5), row("hybrid", 6.0, **variant)]
+    rows += [row("fused", 9.0, sparsity=0.5)] * fused
+    for each in rows[1:]:
+        each["cell"] |= {"kind": "decode", "batch": 1, "length": 1}
+        del each["cell"]["linear"], each["cell"]["tokens"]
+    path = tmp_path / "model" / "rows.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    table = speed_tables(load_bench([path], "model"))["model-m"]
+    assert table.notes == (() if fused else (SUPERSEDED,))
+    assert shown_cells(table)[0][:2] == ["Decoding, batch 1", "1.50" if fused else "2.00"]
