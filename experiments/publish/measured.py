@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pandas import DataFrame
@@ -81,8 +82,11 @@ def table(trials: Iterable[Trial], store: Store, about: str = "accuracy", beside
     if about not in found:
         raise UserError(f"nothing that was measured is for a table '{about}': there is {', '.join(found)}")
     table = found[about]
-    if absent := [trial.label for trial in trials if key(trial) not in set(rows.trial)]:
-        return dataclasses.replace(table, notes=(*table.notes, f"Without rows, so not shown: {', '.join(absent)}."))
+    if absent := [trial for trial in trials if key(trial) not in set(rows.trial)]:
+        labels = Counter(trial.label for trial in trials)
+        # On what and for how long a mask is learned is not in its label.
+        told = [each.label if labels[each.label] == 1 else f"{each.label} ({key(each)})" for each in absent]
+        return dataclasses.replace(table, notes=(*table.notes, f"Without rows, so not shown: {', '.join(told)}."))
     return table
 
 
