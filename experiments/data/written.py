@@ -8,7 +8,8 @@ model writes is of all that it knows (as quantisation-aware training does it: Li
 
 Each text begins with a random token of the vocabulary and goes on by sampling from the model's whole distribution. The
 text source ``written`` is such a file in a data directory; which model wrote it, its rows do not say, but their digest
-of it tells one from another. Another kind of device writes other texts from the same seed.
+of it tells one from another. Another kind of device, or another number of texts side by side, writes other texts from
+the same seed.
 """
 
 import argparse
