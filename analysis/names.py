@@ -31,10 +31,10 @@ PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openb
 _WORKLOADS = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
 
 
-def workload_of(labels: Mapping[str, Any]) -> str:
+def workload_of(labels: Mapping[Any, Any]) -> str:
     """What was timed, from the labels of its row: ``decode@16x1``; parts that they lack are left out."""
-    kind, batch, length = (labels.get(name, "") for name in ("kind", "batch", "length"))
-    return f"{kind}@{batch}x{length}"
+    batch, length = (f"{labels[name]:.0f}" if name in labels else "" for name in ("batch", "length"))
+    return f"{labels.get('kind', '')}@{batch}x{length}"
 
 
 def workload_name(workload: str) -> str:

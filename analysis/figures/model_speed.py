@@ -11,8 +11,7 @@ from analysis.figures.about import gpus
 from analysis.figures.labels import Label, Panel
 from analysis.figures.sparsities import along_sparsities, finish
 from analysis.figures.style import FAINT, INK, WIDTHS, Width, in_paper_style, light_shades, new_figure, room
-from analysis.names import workload_name
-from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical
+from analysis.tables.kernels import DENSE, PRECISIONS, precisions, typical, workload_title
 
 _RIGHT = 26.0
 
@@ -53,7 +52,7 @@ def draw_model_speed(frame: pd.DataFrame, model: str, width: Width = "double") -
             labels.append(Label(f"dense {PRECISIONS[precision]}", (50.0, float(dense.max())), "right", INK))
         axis.axhline(1, color=INK, linewidth=0.6, gid="dense")
         labels.append(Label("dense bfloat16", (50.0, 1.0), "right", INK))
-        axis.set_title(workload_name("{}@{:.0f}x{:.0f}".format(*work)), loc="left")
+        axis.set_title(workload_title(work), loc="left")
         axis.margins(y=0.1)
         panels.append((axis, labels, along_sparsities(axis, _RIGHT)))
     for axis in axes.flat[len(works) :]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.names import percent, workload_name
+from analysis.names import percent, workload_name, workload_of
 from analysis.rows.format import Row
 from analysis.rows.load import records, stored_rows
 from analysis.rows.points import Measured
@@ -368,7 +368,7 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
     for work, group in hybrid.groupby(_WORKLOAD):
         by_sparsity = group.set_index("sparsity").own_speedup
         speedups = [*(by_sparsity.get(s) for s in sparsities), *(other.get(work) for other in others)]
-        rows.append((_workload(work), *(Measured(float(x)) if x is not None else None for x in speedups)))
+        rows.append((workload_title(work), *(Measured(float(x)) if x is not None else None for x in speedups)))
     shares = _shares(frame, precision)
     rows.append(
         (
@@ -402,7 +402,7 @@ def precision_table(frame: pd.DataFrame, sparsities: Sequence[float] = (0.25, 0.
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "ratio") for name in kinds)]
     best = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in kinds.values()]
     rows: list[tuple[Value, ...]] = [
-        (_workload(work), *(Measured(found[work]) if work in found else None for found in best))
+        (workload_title(work), *(Measured(found[work]) if work in found else None for found in best))
         for work, _ in times.groupby(_WORKLOAD)
     ]
     return _plain(columns, rows)
@@ -431,16 +431,16 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
     rows: list[tuple[Value, ...]] = []
     least = [typical(some, "value").groupby(_WORKLOAD).min().to_dict() for some in kinds.values()]
     for work, _ in energy.groupby(_WORKLOAD):
-        rows.append((_workload(work), *(Measured(found[work]) if work in found else None for found in least)))
+        rows.append((workload_title(work), *(Measured(found[work]) if work in found else None for found in least)))
     notes = ["Of the whole GPU, by its own counter, over a second of work."]
     if energy.origin.str.partition(" ")[0].nunique() > 1:
         notes.append("Columns are of several benches, whose joules of the same model differ by up to a seventh.")
     return _plain(columns, rows, notes)
 
 
-def _workload(work: Any) -> str:
-    kind, batch, length = work
-    return workload_name(f"{kind}@{batch:.0f}x{length:.0f}")
+def workload_title(work: Any) -> str:
+    """What a kind of pass, its batch and its length are called, as frames are grouped by them."""
+    return workload_name(workload_of(dict(zip(_WORKLOAD, work, strict=True))))
 
 
 def _shares(frame: pd.DataFrame, precision: str) -> dict[float, float]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.names import percent, workload_name, workload_of
-from analysis.rows.load import records
 from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, Text, gather
 from analysis.tables.accuracy import heading
@@ -83,7 +82,7 @@ def on_front(found: Sequence[Placed], quality: Callable[[Point], Measured | None
 def workloads_of(timed: pd.DataFrame) -> list[str]:
     """What whole models were timed at, as from `analysis.tables.kernels.load_bench`: decoding first, smallest first."""
     found = timed[["kind", "batch", "length"]].drop_duplicates().sort_values(["kind", "batch", "length"])
-    return [f"{row.kind}@{row.batch:.0f}x{row.length:.0f}" for row in records(found)]
+    return [workload_of(each) for each in found.to_dict("records")]
 
 
 def placed_on_shapes(points: Sequence[Point], timed: pd.DataFrame, workload: str) -> list[Placed]:
@@ -94,7 +93,7 @@ def placed_on_shapes(points: Sequence[Point], timed: pd.DataFrame, workload: str
         workload: such as ``decode@1x1``.
     """
     times = timed[timed.metric == "time"]
-    here = times[[f"{row.kind}@{row.batch:.0f}x{row.length:.0f}" == workload for row in records(times)]]
+    here = times[[workload_of(each) == workload for each in times[["kind", "batch", "length"]].to_dict("records")]]
     found = []
     for point in points:
         precision = next((name for name, label in PRECISIONS.items() if label == (point.precision or "bfloat16")), None)
