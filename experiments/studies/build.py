@@ -188,6 +188,24 @@ def in_fewer_bits(
     ]
 
 
+def rounded_and_recovered(
+    masks: Iterable[Pruning], precision: str, text: str, calibration: Calibration, **changes: Any
+) -> list[Pruning]:
+    """Each mask, itself recovered, both in a precision, and recovered as it will be rounded to that.
+
+    Args:
+        text: what is recovered on.
+        calibration: on which errors of rounding are passed on.
+        changes: as `recovered`.
+    """
+    each = []
+    for mask in masks:
+        plain, as_rounded = (recovered(mask, text, precision=name, **changes) for name in (None, precision))
+        rounded = (quantised(some, precision, calibration, sink_aware=True) for some in (mask, plain, as_rounded))
+        each += [mask, plain, *rounded]
+    return each
+
+
 def trials(prunings: Iterable[Pruning], evaluation: Evaluation) -> Trials:
     """Each pruning, evaluated alike."""
     return tuple(Trial(pruning, evaluation) for pruning in prunings)

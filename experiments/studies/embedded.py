@@ -16,8 +16,8 @@ from experiments.studies.build import (
     one_shot,
     one_shot_frontier,
     quantised,
-    recovered,
     refitted,
+    rounded_and_recovered,
     trials,
 )
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
@@ -139,11 +139,8 @@ def recovered_bits() -> Trials:
     """
     one = functools.partial(one_shot, "embedded", tile=_TILE, calibration=_CALIBRATION)
     steps: dict[str, Any] = {"steps": 60, "batch": 16, "microbatch": 16, "length": 128, "warmup": 10}
-    each = []
-    for mask in (one("magnitude", "hybrid", 0.0), one("sparsegpt", "hybrid", 0.45, tile_ranking="model")):
-        plain, as_rounded = (recovered(mask, "embedded/train", precision=name, **steps) for name in (None, "int4"))
-        each += [mask, plain, *(quantised(some, "int4", _CALIBRATION, sink_aware=True) for some in (mask, plain))]
-        each.append(quantised(as_rounded, "int4", _CALIBRATION, sink_aware=True))
+    masks = (one("magnitude", "hybrid", 0.0), one("sparsegpt", "hybrid", 0.45, tile_ranking="model"))
+    each = rounded_and_recovered(masks, "int4", "embedded/train", _CALIBRATION, **steps)
     return trials([dense("embedded"), *each], Evaluation((Perplexity("embedded/validation", 256),)))
 
 

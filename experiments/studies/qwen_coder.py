@@ -14,6 +14,7 @@ from experiments.studies.build import (
     learned,
     one_shot,
     recovered,
+    rounded_and_recovered,
     trials,
 )
 from experiments.studies.trial import WORKLOADS, Calibration, Evaluation, Perplexity, Pruning, Workload
@@ -109,3 +110,15 @@ def recovered_half_billion() -> Trials:
         *(recovered(mask, _TEXT, **(steps | {"lr": 2e-5})) for mask in masks if mask.method == "patch-joint"),
     ]
     return trials([dense(model), *masks, *published, *trained], _EVALUATION)
+
+
+def recovered_bits() -> Trials:
+    """Whether what is kept had better be trained as it will be rounded: INT4 of two masks, 16.4 million tokens each.
+
+    One drops nothing, so that training it is training the dense model.
+    """
+    model = "qwen2.5-coder-0.5b"
+    steps: dict[str, Any] = {"steps": 1000, "batch": 16, "microbatch": 16, "length": 1024, "lr": 2e-5}
+    masks = (_one_shot(model, "magnitude", "hybrid", 0.0), _learned(model, "patch-joint", 0.45, **GUIDED))
+    each = rounded_and_recovered(masks, "int4", _TEXT, _CALIBRATION, **steps)
+    return trials([dense(model), *each], Evaluation(_TEXTS))

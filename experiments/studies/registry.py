@@ -84,6 +84,10 @@ STUDIES = {
     "qwen-coder-0.5b-recovered": Study(
         "what training the kept weights adds to masks of Qwen2.5-Coder-0.5B", qwen_coder.recovered_half_billion
     ),
+    "qwen-coder-0.5b-recovered-bits": Study(
+        "whether kept weights had better be trained as they will be rounded, Qwen2.5-Coder-0.5B",
+        qwen_coder.recovered_bits,
+    ),
     "speed-kernels": Study("kernel speed of four models by tokens, sparsity and tile shape", speed.kernels),
     "speed-models": Study("end-to-end speed of LLaMA-2-7B and LLaMA-3.1-8B shapes", speed.models),
     "accuracy-small": Study("published accuracy table, models up to 1B", published.accuracy_small),
