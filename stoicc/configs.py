@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -68,6 +68,10 @@ class Entry:
     microseconds: float
     dense_microseconds: float
     dtype: str = "bfloat16"
+
+
+# Of the lines of a table.
+_COLUMNS = [field.name for field in fields(Entry)]
 
 
 def kernel_name(config: Config) -> str:
@@ -276,20 +280,31 @@ def read_table(path: Path) -> tuple[Entry, ...]:
         return ()
     try:
         return tuple(_entries(from_json(path.read_text(encoding="utf-8"))))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
 
 
 def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
-    """Write a table atomically, sorted, one entry a line.
+    """Write a table atomically, sorted, one entry a line, each configuration once; entries tell theirs by its number.
 
     Args:
         provenance: where the entries are from, by their ``dtype``, the latest first.
     """
     ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.band, e.tokens))
-    lines = ",\n".join("    " + json.dumps(_as_json(entry)) for entry in ordered)
-    text = f'{{\n  "provenance": {json.dumps(provenance)},\n  "entries": [\n{lines}\n  ]\n}}\n'
-    write_atomic(path, text)
+    numbers = {config: number for number, config in enumerate(sorted({e.config for e in ordered}, key=str))}
+    rows = [[numbers[e.config] if name == "config" else getattr(e, name) for name in _COLUMNS] for e in ordered]
+    configs = [{"kernel": kernel_name(config), **asdict(config)} for config in numbers]
+    parts = (
+        f'"provenance": {json.dumps(provenance)}',
+        f'"configs": {_lines(configs)}',
+        f'"columns": {json.dumps(_COLUMNS)}',
+        f'"entries": {_lines(rows)}',
+    )
+    write_atomic(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _lines(items: Iterable[Any]) -> str:
+    return "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in items) + "\n]"
 
 
 @cache
@@ -320,7 +335,7 @@ def _provenance(path: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, Any] = table["provenance"]
     if all(isinstance(each, list) for each in found.values()):
         return found
-    return {dtype: [found] for dtype in {entry.get("dtype", Entry.dtype) for entry in table["entries"]}}
+    return {dtype: [found] for dtype in {entry.dtype for entry in _entries(table)}}
 
 
 def token_bucket(tokens: int) -> int:
@@ -333,10 +348,6 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
-    return {**asdict(entry), "config": {"kernel": kernel_name(entry.config), **asdict(entry.config)}}
-
-
 def config_named(kernel: str, fields: dict[str, Any]) -> Config:
     """A configuration as tables and rows write it: its kernel's name, then or now, and its fields."""
     kind: Any = KERNELS[_FORMER.get(kernel, kernel)]
@@ -344,6 +355,14 @@ def config_named(kernel: str, fields: dict[str, Any]) -> Config:
 
 
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:
+    known = [_config(**fields) for fields in table.get("configs", ())]
     for item in table["entries"]:
-        fields: dict[str, Any] = dict(item["config"])
-        yield Entry(**{**item, "config": config_named(fields.pop("kernel"), fields)})
+        if isinstance(item, list):
+            entry = dict(zip(table["columns"], item, strict=True))
+            yield Entry(**entry | {"config": known[entry["config"]]})
+        else:  # of an earlier version: with the names of its fields, and its configuration in full
+            yield Entry(**item | {"config": _config(**item["config"])})
+
+
+def _config(kernel: str, **settings: Any) -> Config:
+    return config_named(kernel, settings)

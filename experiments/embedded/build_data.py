@@ -11,7 +11,7 @@ Reads ``DIR/train/wiki_leads.jsonl`` (Wikipedia lead sections), ``wiki_docs.json
   does not depend on what else is in the file. Nothing is trained on `validation` and `test`; hyperparameters may look
   at `validation` only. `train` is an excerpt of what the model is trained on, for calibration and mask learning.
 * ``model/tokenizer*.json``: a lossless byte-level BPE of 4096 tokens. ``<|endoftext|>`` begins and ends documents.
-* ``tasks/wiki_continuation.jsonl``: which of four sentences follows the opening of a lead of `test`?
+* ``tasks/wiki_continuation.jsonl.xz``: which of four sentences follows the opening of a lead of `test`?
 
 ``--tokens-out`` also writes all training text as token ids, which is what `experiments.embedded.train` reads. The
 outcome is the same on every run.
@@ -32,7 +32,7 @@ import numpy as np
 
 from experiments.embedded import MODEL, TASKS, TEXT
 from patch.errors import UserError
-from patch.files import replacing, sha256, write_atomic
+from patch.files import replacing, sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -136,9 +136,9 @@ def training_articles(splits: Splits, articles: Iterable[Article]) -> list[str]:
     return [lead.text for lead in splits.train] + longer
 
 
-def write_articles(path: Path, articles: Iterable[Article]) -> None:
-    """Write articles as ``.jsonl.xz``, one JSON object a line."""
-    lines = [json.dumps({"title": lead.title, "text": lead.text}, ensure_ascii=False) + "\n" for lead in articles]
+def write_packed(path: Path, objects: Iterable[dict[str, Any]]) -> None:
+    """Write ``.jsonl.xz``, one JSON object a line."""
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in objects]
     with replacing(path) as temporary:
         temporary.write_bytes(lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME))
 
@@ -274,15 +274,15 @@ def build(data: Path, tokens_out: Path | None) -> None:
     excerpt = [lead for lead in splits.train if position(lead.title) >= 1 - EXCERPT_SHARE]
     for name, leads in (("train", excerpt), ("validation", splits.validation), ("test", splits.test)):
         path = TEXT / f"{name}.jsonl.xz"
-        write_articles(path, leads)
+        write_packed(path, ({"title": lead.title, "text": lead.text} for lead in leads))
         print(f"{path}: {len(leads)} leads, {sum(len(lead.text.encode()) for lead in leads)} bytes of text")
     # As much of the novels as there is of Wikipedia: 70 kB from inside each, past the front matter.
     tokenizer = train_tokenizer([*wiki, *(novel[10_000:80_000] for novel in novels)])
     save_tokenizer(tokenizer, MODEL)
     items = continuation_items(splits.test)
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    write_atomic(TASKS / "wiki_continuation.jsonl", lines)
-    print(f"{TASKS / 'wiki_continuation.jsonl'}: {len(items)} items")
+    path = TASKS / "wiki_continuation.jsonl.xz"
+    write_packed(path, items)
+    print(f"{path}: {len(items)} items")
     if tokens_out is not None:
         write_tokens(tokens_out, tokenizer, splits, wiki, novels)
         print(f"{tokens_out}: {tokens_out.stat().st_size} bytes")

@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import lzma
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -254,10 +255,10 @@ def _local_fingerprint(task: str, data: Path | None) -> str | None:
     """SHA-256 of a task's files; None of one that is taken from the hub."""
     check_tasks([task], data)
     if task == EMBEDDED_TASK:
-        local = [embedded.TASKS / f"{EMBEDDED_TASK}.jsonl"]
-    elif data is None:
+        return hashlib.sha256(hashlib.sha256(_embedded_text()).hexdigest().encode()).hexdigest()
+    if data is None:
         return None
-    elif task == HUMANEVAL:
+    if task == HUMANEVAL:
         humaneval.check_file(data)
         local = [data / humaneval.LOCAL]
     else:
@@ -412,11 +413,16 @@ def _write_local_task(definition: TaskDefinition, data: Path, official: Path, fo
         raise UserError(f"task {definition.name}: the data directory has no rows for {', '.join(missing)}")
 
 
+def _embedded_text() -> bytes:
+    """The rows of the embedded task as lines of JSON, whose hash is on record in rows of when they lay unpacked."""
+    return lzma.decompress((embedded.TASKS / f"{EMBEDDED_TASK}.jsonl.xz").read_bytes())
+
+
 def _write_embedded_task(folder: Path) -> None:
     # A suffix that the task index does not look at: this is only to be included.
     base = folder / f"{EMBEDDED_TASK}.base"
     base.write_bytes((embedded.TASKS / f"{EMBEDDED_TASK}.yaml").read_bytes())
-    rows = [json.loads(line) for line in _lines(embedded.TASKS / f"{EMBEDDED_TASK}.jsonl")]
+    rows = [json.loads(line) for line in _embedded_text().splitlines()]
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     _write_task(folder, EMBEDDED_TASK, base, {"test": rows}, splits)
 

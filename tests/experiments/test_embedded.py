@@ -1,6 +1,8 @@
 """The embedded model's text, tokenizer, task and training script."""
 
+import hashlib
 import json
+import lzma
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from experiments.embedded import DIRECTORY, MODEL, TASKS, TEXT, build_data, train
 from experiments.embedded.build_data import Article, continuation_items, position, read_articles, sentences, split
+from experiments.eval.tasks import fingerprint
 from patch.errors import UserError
 
 PARTS = ("train", "validation", "test")
@@ -32,7 +35,8 @@ def parts() -> dict[str, list[Article]]:
 
 @pytest.fixture(scope="module")
 def items() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (TASKS / "wiki_continuation.jsonl").read_text().splitlines()]
+    with lzma.open(TASKS / "wiki_continuation.jsonl.xz") as lines:
+        return [json.loads(line) for line in lines]
 
 
 class TestTokenizer:
@@ -125,6 +129,12 @@ class TestText:
 
 
 class TestTask:
+    def test_its_rows_are_those_that_published_rows_were_scored_on(self) -> None:
+        digest = hashlib.sha256(lzma.decompress((TASKS / "wiki_continuation.jsonl.xz").read_bytes())).hexdigest()
+        assert digest == "e57095259f81e35d4763c480bd8ad57e6aa511de126c5f5118a75631dac3dd8f"
+        # As rows have it among the sources of what they say.
+        assert fingerprint("wiki_continuation", None) == hashlib.sha256(digest.encode()).hexdigest()
+
     def test_there_are_enough(self, items: list[dict[str, Any]]) -> None:
         assert 200 <= len(items) <= 300
         assert len({item["title"] for item in items}) == len(items)

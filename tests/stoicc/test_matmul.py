@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,28 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
 def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
     entry = Entry(64, 128, 1, 8, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0)
     path = tmp_path / "gpu.json"
-    configs.write_table(path, [entry], {})
-    path.write_text(path.read_text().replace('"kernel": "decode"', '"kernel": "stream"'))
+    text = """{"provenance": {"gpu": "one"}, "entries": [
+        {"n": 64, "k": 128, "band": 1, "tokens": 8, "config": {"kernel": "stream", "rows": 16, "tokens": 8,
+         "warps": [2, 1, 1], "records": 1, "stages": 0, "blocks": 4}, "microseconds": 3.5, "dense_microseconds": 4.0}
+    ]}"""
+    path.write_text(text)
     assert configs.read_table(path) == (entry,)
+    another = replace(entry, tokens=16)
+    configs.remember(path, [another], {"gpu": "two"})
+    assert configs.read_table(path) == (entry, another)
+    assert json.loads(path.read_text())["provenance"] == {"bfloat16": [{"gpu": "two"}, {"gpu": "one"}]}
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", '{"entries": [{"config": {"kernel": "none"}}]}'], ids=["cut", "empty", "unknown"]
+    "text",
+    [
+        "{",
+        "{}",
+        '{"entries": [{"config": {"kernel": "none"}}]}',
+        '{"columns": ["config"], "entries": [[0]]}',
+        '{"columns": ["config"], "entries": [[0, 1]]}',
+    ],
+    ids=["cut", "empty", "unknown", "unnumbered", "unnamed"],
 )
 def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
