@@ -373,16 +373,32 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
+def largest_inputs(model: "PreTrainedModel", works: Sequence[Workload]) -> dict[str, Tensor]:
+    """The largest magnitude of what each prunable linear is applied to in some workloads, by its name.
+
+    The tokens are random: this is for time, not for accuracy. `prepare` is called on the model.
+    """
+    prepare(model)
+    largest: dict[str, Tensor] = {}
+    with baselines.watching(model, largest):
+        for work in works:
+            plain_pass(model, work)()
+    return largest
+
+
+def single_scales(dense: "PreTrainedModel", work: Workload) -> "PreTrainedModel":
+    """A dense model in FP8 with one scale a weight, and one for what it is applied to, that is known beforehand."""
+    model = baselines.sharing(dense)
+    baselines.quantised(model, "fp8_tensorwise", largest_inputs(model, (work,)))
+    return model
+
+
 def cases(trial: Trial, parts: Sequence[str], lab: Lab) -> Iterator[tuple[str, Iterator[Case]]]:
     """The dense models and each sparsity, with every workload."""
     grid = trial.evaluation.grid
     assert isinstance(grid, ModelGrid)
     dense = build(trial.pruning.model, lab.device, grid.blocks)
-    prepare(dense)
-    largest: dict[str, Tensor] = {}
-    with baselines.watching(dense, largest):
-        for work in grid.workloads:
-            plain_pass(dense, work)()
+    largest = largest_inputs(dense, grid.workloads)
     fused = baselines.sharing(dense)
     baselines.fused(fused)
     # Weights of four bits cannot be arranged for its kernel elsewhere.

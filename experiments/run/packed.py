@@ -15,7 +15,10 @@ Facts are ``packed_bytes``, ``masked_bytes`` (of the prunable linears packed and
 2:4 and hybrid checkpoints are packed into `stoicc`'s format, written as a packed checkpoint, and loaded from there:
 what is measured is what a user would load. Unstructured ones, for contrast, go through `stoicc.unstructured`.
 A dense model has nothing to pack, with fewer blocks either; of fewer bits, it is timed by the product that people
-deploy (`experiments.bench.baselines`), from the checkpoint's own values.
+deploy (`experiments.bench.baselines`), from the checkpoint's own values. Beside a dense model in FP8, whose activations
+have a scale a token, one with single scales is timed (``fp8_tensorwise_time``), which is faster where quantising on the
+fly is what takes long. Nothing else is measured of it: it stands for how fast dense FP8 can be, at what perplexity is
+not known.
 
 Checkpoints of 8 bits are packed as they are: the values that were evaluated are those that are timed.
 
@@ -64,6 +67,8 @@ if TYPE_CHECKING:
 # The label ``dense`` of speeds whose dense model computes query, key and value, and gate and up, as one; older rows
 # have none, and are over a dense model with separate projections.
 FUSED = "fused"
+# Of `experiments.bench.baselines.WAYS`, beside a dense model in FP8.
+SINGLE_SCALES = "fp8_tensorwise"
 LOGIT_BOUND = 2.0
 PERPLEXITY_BOUND = 0.005
 
@@ -358,16 +363,20 @@ def _speed(about: Packed, work: Workload, artefact: Artefact) -> tuple[list[Fact
     if not artefact.machine.can_time:
         return skipped(artefact.machine), {}
     from experiments.bench import baselines
-    from experiments.bench.model import measure
+    from experiments.bench.model import measure, single_scales
 
     dense = baselines.sharing(artefact.dense)
     baselines.fused(dense)
-    pair = {"dense": dense}
-    if not artefact.pruning.as_it_is:
-        pair["packed"] = artefact.packed
+    models = {"dense": dense}
+    eight = []
     rounded = artefact.pruning.quantisation
-    eight = ("packed",) if rounded and not PRECISIONS[rounded.precision].grouped else ()
-    speeds = measure(pair, work, about.rounds, eight)
+    if not artefact.pruning.as_it_is:
+        models["packed"] = artefact.packed
+        eight = ["packed"] if rounded and not PRECISIONS[rounded.precision].grouped else []
+    if rounded and rounded.precision == "fp8" and artefact.pruning.structure == "dense":
+        models[SINGLE_SCALES] = single_scales(artefact.dense, work)
+        eight.append(SINGLE_SCALES)
+    speeds = measure(models, work, about.rounds, eight)
     return speed_facts(speeds, work, {"dtype": _name(artefact.unpacked.dtype)}), {}
 
 
@@ -405,7 +414,8 @@ def speed_facts(speeds: "dict[str, Speed]", work: Workload, about: dict[str, obj
     """The facts of one workload: times in microseconds, memory in bytes, and dense time over packed time.
 
     Args:
-        speeds: of ``dense`` and, but for the dense model itself, whose speedup is 1 by definition, of ``packed``.
+        speeds: of ``dense`` and, but for the dense model itself, whose speedup is 1 by definition, of ``packed``;
+            perhaps of others.
         about: further labels.
     """
     labels = about | {"kind": work.kind, "batch": work.batch, "length": work.length, "dense": FUSED}

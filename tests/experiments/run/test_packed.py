@@ -185,6 +185,24 @@ class Timer(Machine):
     can_time = True
 
 
+def test_dense_fp8_is_timed_with_single_scales_too(
+    ran: tuple[list[Trial], Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(named: dict[str, Any], work: Workload, rounds: int, eight: Sequence[str] = ()) -> dict[str, Speed]:
+        assert set(eight) == {"packed", "fp8_tensorwise"} and not prunable_linears(named["fp8_tensorwise"])
+        return {name: Speed(Reading(Timing(20.0, 19.0, 22.0, rounds)), 1) for name in named}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    work = Workload("decode", 2, 1)
+    dense = dataclasses.replace(ran[0][0].evaluation, perplexity=(), packed=Packed((work,)))
+    trial = Trial(build.quantised(ran[0][0].pruning, "fp8", Calibration("unused", 8, 16)), dense)
+    store = Store(tmp_path)
+    for machine in (CPU, Timer("cpu", None, lambda *_: None)):
+        pipeline.run_trial(trial, store, machine)
+    found = rows(trial, store, f"speed:{work}")
+    assert {"dense_time", "packed_time", "fp8_tensorwise_time", "speedup"} <= set(found)
+
+
 def test_the_rows_of_a_timed_trial(
     ran: tuple[list[Trial], Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
