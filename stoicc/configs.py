@@ -1,8 +1,9 @@
 """Which kernel with which configuration: what can run, what is worth trying, and what the tables say.
 
 A table is one JSON file per GPU model: the fastest configuration found for each shape and number of tokens. Those in
-``stoicc/tuning`` are committed; a GPU without one gets its own, kept in the user's cache directory, from ``hts tune``
-or the first time a shape is used.
+``stoicc/tuning`` are committed; a GPU without one gets its own, kept in the user's cache directory, from ``hts tune``.
+Of such tables the nearest shape counts. What none of them knows is measured when it is first used, and kept beside
+them: that tells of the very shape and number of tokens that it was measured with, and of no other.
 """
 
 import json
@@ -270,6 +271,11 @@ def user_table(device_name: str) -> Path:
     return cache_directory() / "tuning" / f"{gpu_slug(device_name)}.json"
 
 
+def measured_table(device_name: str) -> Path:
+    """Where what was measured at its first use is kept, beside `user_table`."""
+    return user_table(device_name).with_suffix(".measured.json")
+
+
 def read_table(path: Path) -> tuple[Entry, ...]:
     """The entries of a table; none if there is no such file.
 
@@ -309,10 +315,37 @@ def _lines(items: Iterable[Any]) -> str:
 
 @cache
 def tables(device_name: str) -> tuple[Entry, ...]:
-    """All that is known of a GPU: the user's own entries, and the committed ones of dtypes of which there are none."""
+    """What was tuned of a GPU: the user's own entries, and the committed ones of what there are none of.
+
+    That is, of the same dtype and number of tokens.
+    """
     own = read_table(user_table(device_name))
-    measured = {entry.dtype for entry in own}
-    return (*own, *(entry for entry in read_table(committed_table(device_name)) if entry.dtype not in measured))
+    tuned = {(entry.dtype, entry.tokens) for entry in own}
+    committed = read_table(committed_table(device_name))
+    return (*own, *(entry for entry in committed if (entry.dtype, entry.tokens) not in tuned))
+
+
+@cache
+def measured(device_name: str) -> tuple[Entry, ...]:
+    """What was measured of a GPU at its first use."""
+    return read_table(measured_table(device_name))
+
+
+def known(
+    device_name: str,
+    n: int,
+    k: int,
+    band: int,
+    tokens: int,
+    capability: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Entry | None:
+    """The entry that decides for a shape: of what was tuned with so many tokens the nearest, else its very own."""
+    bucket = token_bucket(tokens)
+    tuned = (entry for entry in tables(device_name) if entry.tokens == bucket)
+    own = (e for e in measured(device_name) if (e.n, e.k, e.band, e.tokens) == (n, k, band, bucket))
+    about = (n, k, band, bucket, capability, dtype)
+    return nearest(tuned, *about) or nearest(own, *about)
 
 
 def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
@@ -325,6 +358,7 @@ def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -
         known[dtype] = [provenance, *(known.get(dtype, []) if dtype in left else [])]
     write_table(path, (before | added).values(), known)
     tables.cache_clear()
+    measured.cache_clear()
 
 
 def _provenance(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -217,9 +217,22 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: 
     if isinstance(options[0], PortableConfig):
         warnings.warn(f"{name} has no 2:4 tensor cores for {said}: using the portable kernel", stacklevel=2)
         return options[0]
-    entry = configs.nearest(configs.tables(name), n, k, band, tokens, capability, dtype)
+    entry = configs.known(name, n, k, band, tokens, capability, dtype)
     if entry is not None:
         return entry.config
-    if torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_current_stream_capturing():
+        warnings.warn(
+            f"no tuning table of {name} knows {said} with {tokens} tokens: each shape is measured when it is first "
+            "used, for a minute or less; `hts tune` does it once for all",
+            stacklevel=2,
+        )
+        return tune_shape(device, n, k, band, tokens, dtype).config
+    entry = configs.nearest((*configs.tables(name), *configs.measured(name)), n, k, band, tokens, capability, dtype)
+    if entry is None:
         raise UserError(f"no tuning table for {name}, and it cannot be measured during a graph capture: run `hts tune`")
-    return tune_shape(device, n, k, band, tokens, dtype).config
+    warnings.warn(
+        f"no tuning table of {name} knows {n}x{k} of {said} with {tokens} tokens, and it cannot be measured during a "
+        f"graph capture: it runs as {entry.n}x{entry.k} with {entry.tokens} does, maybe slowly: run `hts tune`",
+        stacklevel=2,
+    )
+    return entry.config

@@ -60,10 +60,10 @@ def _compile(work: tuple[Any, ...]) -> None:
 def tune_shape(
     device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
 ) -> Entry:
-    """Measure all candidates for one shape, and add the fastest to the user's table."""
+    """Measure all candidates for one shape, and keep the fastest for its next use."""
     entry = measure_shape(device, n, k, band, tokens, dtype)
     name = torch.cuda.get_device_name(device)
-    configs.remember(configs.user_table(name), [entry], {"gpu": name, "torch": torch.__version__})
+    configs.remember(configs.measured_table(name), [entry], {"gpu": name, "torch": torch.__version__})
     return entry
 
 
@@ -88,8 +88,7 @@ def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[i
     If nothing is known of the GPU, whether it has fewer bytes. With ``precise`` as `stoicc.linear` adds up.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
-    table = configs.tables(name)
-    known = [configs.nearest(table, *hybrid.shape, hybrid.band, count, capability, hybrid.dtype) for count in tokens]
+    known = [configs.known(name, *hybrid.shape, hybrid.band, count, capability, hybrid.dtype) for count in tokens]
     speedups = [expected_speedup(entry, hybrid.sparse_share, precise=precise) for entry in known if entry]
     return statistics.geometric_mean(speedups) >= MARGIN if speedups else hybrid.sparse_share > 0
 

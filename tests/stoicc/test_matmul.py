@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from patch.errors import UserError
 from patch.quantise.values import quantise_weight
-from stoicc import configs, reference
+from stoicc import configs, reference, tune
 from stoicc.configs import Entry
 from stoicc.dispatch import check_operands, check_quantised
 from stoicc.format import GROUPED, HybridWeight, pack, unpack
@@ -162,6 +163,84 @@ def test_a_fallback_says_what_it_does(
     assert isinstance(config, ExpandConfig if dtype == GROUPED else PortableConfig)
     assert len(found) == len(said)
     assert all(re.search(part, str(each.message)) for part, each in zip(said, found, strict=True))
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[int, ...]]]:
+    """A GPU without a table, whose every measurement takes another candidate; what was measured so far."""
+    done: list[tuple[int, ...]] = []
+
+    def measure(_: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype) -> Entry:
+        found = configs.candidates(tokens, (8, 0), band, dtype)
+        done.append((n, k, band, tokens))
+        return Entry(n, k, band, tokens, found[len(done) % len(found)], 1.0, 2.0, configs.table_dtype(dtype))
+
+    monkeypatch.setenv("HTS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Unknown GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(configs, "capability_of", lambda _: (8, 0))
+    monkeypatch.setattr(tune, "measure_shape", measure)
+    forget_tables()
+    yield done
+    forget_tables()
+
+
+def forget_tables() -> None:
+    for cached in (configs.tables, configs.measured, choose):
+        cached.cache_clear()
+
+
+def test_what_was_measured_at_its_first_use_tells_of_nothing_else(unknown_gpu: list[tuple[int, ...]]) -> None:
+    gpu = torch.device("cuda")
+    wanted = [(256, 512, 2, 1), (256, 512, 2, 16), (512, 512, 2, 1), (256, 1024, 2, 1), (256, 512, 1, 1)]
+    with pytest.warns(UserWarning, match="Unknown GPU knows bfloat16 with 1 tokens: .*hts tune"):
+        chosen = [choose(gpu, *shape) for shape in wanted]
+    assert unknown_gpu == wanted
+    # Another process finds them, and measures what differs by its dtype alone.
+    forget_tables()
+    assert [choose(gpu, *shape) for shape in wanted] == chosen and unknown_gpu == wanted
+    choose(gpu, *wanted[0], torch.int8)
+    assert unknown_gpu == [*wanted, wanted[0]]
+    # Whether to pack is not asked of what is known of other shapes.
+    assert configs.known("Unknown GPU", 512, 512, 2, 16, (8, 0)) is None
+    assert configs.known("Unknown GPU", 256, 512, 2, 14, (8, 0)) is not None
+
+
+def test_a_table_that_was_tuned_tells_of_shapes_near_its_own(unknown_gpu: list[tuple[int, ...]]) -> None:
+    entry = Entry(4096, 4096, 2, 16, DecodeConfig(32, 16, (1, 1, 1), 2, 4, 1), 3.5, 4.0)
+    configs.remember(configs.user_table("Unknown GPU"), [entry], {"gpu": "one"})
+    assert choose(torch.device("cuda"), 256, 512, 2, 16) == entry.config and not unknown_gpu
+    # With so many tokens nothing was tuned.
+    assert choose(torch.device("cuda"), 4096, 4096, 2, 4096) != entry.config
+    assert unknown_gpu == [(4096, 4096, 2, 4096)]
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    unknown_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UserError, match=r"no tuning table for Unknown GPU.*run `hts tune`"):
+        choose(gpu, 256, 512, 2, 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    measured = choose(gpu, 256, 512, 2, 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="512x512 of bfloat16 with 1 tokens.* as 256x512 with 1 does"):
+        assert choose(gpu, 512, 512, 2, 1) == measured
+    assert unknown_gpu == [(256, 512, 2, 1)]
+
+
+def test_own_entries_replace_committed_ones_of_the_same_number_of_tokens(
+    unknown_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few, many = (
+        Entry(4096, 4096, 2, tokens, configs.candidates(tokens, (8, 0), 2)[0], 3.5, 4.0) for tokens in (1, 4096)
+    )
+    other = replace(few, n=1024, config=configs.candidates(1, (8, 0), 2)[1])
+    monkeypatch.setattr(configs, "committed_table", lambda _: tmp_path / "committed.json")
+    configs.write_table(tmp_path / "committed.json", [few, many], {})
+    configs.remember(configs.user_table("Unknown GPU"), [other], {"gpu": "one"})
+    assert configs.tables("Unknown GPU") == (other, many)
 
 
 @pytest.mark.parametrize("tokens", configs.TOKENS)
