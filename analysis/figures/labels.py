@@ -98,7 +98,7 @@ def write_labels(figure: Figure, panels: Iterable[Panel]) -> None:
             members = [label for label in labels if label.side == side]
             width = abs(axes.transData.transform((near, 1))[0] - axes.transData.transform((far, 1))[0])
             texts = [wrapped(label.text, max(8, int(width / (0.56 * pitch)))) for label in members]
-            sizes = [(1.25 * (text.count("\n") + 1) + 0.1) * pitch for text in texts]
+            sizes = [1.35 * (text.count("\n") + 1) * pitch for text in texts]
             wanted = [axes.transData.transform(label.at)[1] for label in members]
             box = axes.get_window_extent()
             heights = spread(wanted, sizes, box.y0 - 0.3 * pitch, box.y1 + 0.3 * pitch)

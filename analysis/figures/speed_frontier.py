@@ -32,8 +32,8 @@ from analysis.figures.style import (
 from analysis.names import SOURCES, rank, workload_name
 from analysis.rows.points import Measured, Point, gather, texts
 from analysis.rows.same_checkpoint import timed_on
-from analysis.tables.packed import workloads
-from analysis.tables.speed_frontier import Placed, pareto, placed, placed_on_shapes, workloads_of
+from analysis.tables.packed import unfused, workloads
+from analysis.tables.speed_frontier import Placed, more_of, pareto, placed, placed_on_shapes, workloads_of
 from patch.errors import UserError
 from patch.methods import METHODS, label_of
 
@@ -44,7 +44,7 @@ _PRECISION_MARKS: dict[str, dict[str, Any]] = {
     "INT4": {"marker": "_", "markersize": 3.2, "markeredgewidth": 1.0},
 }
 _FRONT: dict[str, Any] = {"color": FAINT, "linewidth": 0.9}
-# What is slower than this share of the next one stands at the edge of the panel, with its speed.
+# What is slower than this share of the next faster one stands at the edge of the panel, with its speed.
 _FAR = 0.75
 
 
@@ -75,6 +75,8 @@ def draw_speed_frontier(
     models = listed(dict.fromkeys(point.model for point in shown))
     tiled = f"tiles of {listed(sorted(tiles))}" if tiles else "no tiles"
     title = f"{models}, {on}{tiled}, timed on one {gpus([gpu])}"
+    if unfused(frame[frame.stage.str.startswith("carried:" if shape else "speed:")]):
+        title += "; superseded: the dense model was not fused"
     return _draw_frontiers(by_workload, gathered, title, width)
 
 
@@ -146,7 +148,10 @@ def _key(points: Sequence[Point]) -> list[Line2D]:
     handles = []
     for method in sorted({point.method for point in points}, key=lambda method: rank(METHODS, method)):
         look = marking(method, "2:4") | (DENSE_POINT if method == "dense" else {})
-        handles.append(Line2D([], [], label=label_of(method), **(look | {"linestyle": "none"})))
+        # What is true of all of a method's points is said with its name, such as a recipe's.
+        said = {more_of(point) for point in points if point.method == method}
+        name = " ".join((label_of(method), *(said if len(said) == 1 else ()))).strip()
+        handles.append(Line2D([], [], label=name, **(look | {"linestyle": "none"})))
     if any(point.structure == "unstructured" for point in points):
         hollow = marking("", "unstructured") | {"color": "0.4", "markeredgecolor": "0.4", "marker": "o"}
         handles.append(Line2D([], [], label="unstructured", **hollow))
@@ -192,15 +197,17 @@ def _draw(axis: Axes, measured: Sequence[tuple[Placed, Measured, float]], lower_
         scale_perplexity(axis, min(ends), max(ends))
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     low, high = axis.get_xlim()
-    if edge:
+    if any(each.speedup < edge for each, _, _ in measured):
         low = edge - 0.06 * (high - edge)
         axis.set_xlim(low, high)
     return axis, labels, {"right": (edge + 0.08 * (high - low), edge + 0.4 * (high - low))}
 
 
 def _edge(speedups: Sequence[float]) -> float:
-    """Where what is far slower than all others is drawn; zero if nothing is."""
-    near = [speedup for speedup in speedups if speedup > _FAR]
-    if not near or len(near) == len(speedups):
+    """Where what is far slower than all others is drawn, with room for its speed beside them; zero if nothing is."""
+    ordered = sorted(speedups, reverse=True)
+    gap = next((place for place in range(1, len(ordered)) if ordered[place] < _FAR * ordered[place - 1]), 0)
+    if not gap:
         return 0.0
-    return min(near) - 0.35 * max(max(near) - min(near), 0.1)
+    fastest, slowest = ordered[0], ordered[gap - 1]
+    return slowest - 0.65 * max(fastest - slowest, 0.1)

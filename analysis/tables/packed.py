@@ -118,8 +118,12 @@ def projected_table(frame: pd.DataFrame, shape: str, points: Sequence[Point] | N
 
 def _superseded(rows: pd.DataFrame) -> list[str]:
     """What must be said of speedups over a dense model that was not the fastest."""
-    old = [labels for labels in rows[rows.metric == "speedup"].labels if labels.get("dense") != "fused"]
-    return [SUPERSEDED] if old else []
+    return [SUPERSEDED] if unfused(rows) else []
+
+
+def unfused(rows: pd.DataFrame) -> bool:
+    """Whether some speedups are over a dense model with separate projections."""
+    return any(labels.get("dense") != "fused" for labels in rows[rows.metric == "speedup"].labels)
 
 
 def _size(workload: str) -> tuple[str, list[int]]:

@@ -129,7 +129,7 @@ def front_table(by_workload: Mapping[str, Sequence[Placed]], text: Text) -> Tabl
                 (
                     workload_name(workload),
                     Measured(each.speedup),
-                    f"{label_of(point.method)} {_more(point)}".strip(),
+                    f"{label_of(point.method)} {more_of(point)}".strip(),
                     "" if point.structure == "dense" else percent(point.sparsity),
                     point.precision or "bfloat16",
                     value,
@@ -142,7 +142,7 @@ def front_table(by_workload: Mapping[str, Sequence[Placed]], text: Text) -> Tabl
     return Table(columns, tuple(rows), tuple(str(row[0]) for row in rows), frozenset(), notes, trials=tuple(trials))
 
 
-def _more(point: Point) -> str:
+def more_of(point: Point) -> str:
     """What a point's variant says beside its precision."""
     said = [part for part in point.variant.split(", ") if part and part not in (point.precision, "sink-aware")]
     return f"({', '.join(said)})" if said else ""

@@ -1,6 +1,7 @@
 """Accuracy against speed: who is on the frontier, who is no result, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -36,7 +37,8 @@ def frame(study: Make, make_pruning: Make, make_trial: Make) -> pd.DataFrame:
             row["provenance"] = row["provenance"] | {"checkpoint": trial * 4}
         last = rows[-1]
         for workload, value in (("decode@1x1", decode), ("prefill@8x2048", prefill)):
-            rows.append(last | {"stage": f"speed:{workload}", "metric": "speedup", "value": value, "labels": {}})
+            over = {"metric": "speedup", "value": value, "labels": {"dense": "fused"}}
+            rows.append(last | {"stage": f"speed:{workload}"} | over)
         labels = {"source": "wikitext2/test", "length": 2048, "agrees": agrees}
         rows.append(
             last
@@ -97,6 +99,38 @@ def test_what_is_far_slower_stands_at_the_edge_with_its_speed(frame: pd.DataFram
     assert "0.20x" in [text.get_text() for text in panel.texts]
     xs = [float(x) for line in panel.lines if line.get_marker() in ("^", "D", "o", "*") for x in line.get_xdata()]
     assert sorted(xs)[1:] == [1.0, 1.3, 1.5, 1.6] and panel.get_xlim()[0] < min(xs) < 1.0
+
+
+def test_what_is_slower_by_steps_stands_where_it_is(frame: pd.DataFrame) -> None:
+    steps = {"1" * 12: 0.9, "3" * 12: 0.72, "4" * 12: 0.6}
+    values = [
+        steps.get(trial, value) if metric == "speedup" else value
+        for trial, metric, value in zip(frame.trial, frame.metric, frame.value, strict=True)
+    ]
+    changed = frame.assign(value=values)
+    panel = draw_speed_frontier(changed[changed.trial.ne("2" * 12)]).axes[0]
+    assert not [text for text in panel.texts if text.get_gid() == "label"]
+    xs = [float(x) for line in panel.lines if line.get_marker() in ("^", "o", "*") for x in line.get_xdata()]
+    assert sorted(xs) == [0.6, 0.72, 0.9, 1.0]
+
+
+def test_a_dense_model_that_was_not_fused_is_said_in_the_title(frame: pd.DataFrame) -> None:
+    before = frame.assign(labels=[labels if "dense" not in labels else {} for labels in frame.labels])
+    title = draw_speed_frontier(before).get_suptitle()
+    assert " ".join(title.split()).endswith("superseded: the dense model was not fused")
+
+
+@pytest.mark.parametrize(
+    ("variants", "name"), [(("guided, FP8", "guided"), "PATCH joint (guided)"), (("guided", ""), "PATCH joint")]
+)
+def test_the_key_says_what_is_true_of_all_points_of_a_method(
+    frame: pd.DataFrame, variants: tuple[str, str], name: str
+) -> None:
+    points = gather(frame)
+    for place, variant in zip([i for i, p in enumerate(points) if p.method == "patch-joint"], variants, strict=True):
+        points[place] = replace(points[place], variant=variant, precision="FP8" if "FP8" in variant else "")
+    (key,) = draw_speed_frontier(frame, points=points).legends
+    assert [text.get_text() for text in key.get_texts()][:4] == ["Dense", "Wanda", "MaskLLM", name]
 
 
 def test_without_speed_there_is_nothing_to_plot(demo: pd.DataFrame) -> None:
