@@ -409,7 +409,7 @@ def precision_table(frame: pd.DataFrame, sparsities: Sequence[float] = (0.25, 0.
 
 
 def energy_table(frame: pd.DataFrame) -> Table | None:
-    """Joules a token of a whole model by workload, dense and packed; None where they were not counted.
+    """Joules a token of a whole model, dense and packed, by workload; None where they were not counted.
 
     Args:
         frame: as from `load_bench`, of one whole model.
@@ -427,14 +427,19 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
         hybrid = energy[(energy.implementation == "hybrid") & (energy.precision == precision)]
         own = "" if precision == "bf16" else f" {PRECISIONS[precision]}"
         kinds |= {f"{percent(s)}{own}": hybrid[hybrid.sparsity == s] for s in sorted(hybrid.sparsity.unique())}
-    columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "number") for name in kinds)]
-    rows: list[tuple[Value, ...]] = []
+    works = list(energy.groupby(_WORKLOAD).groups)
+    columns = [
+        Column("model", "Model", "text"),
+        *(Column(title.lower(), title, "number") for title in map(workload_title, works)),
+    ]
     least = [typical(some, "value").groupby(_WORKLOAD).min().to_dict() for some in kinds.values()]
-    for work, _ in energy.groupby(_WORKLOAD):
-        rows.append((workload_title(work), *(Measured(found[work]) if work in found else None for found in least)))
+    rows: list[tuple[Value, ...]] = [
+        (name, *(Measured(found[work]) if work in found else None for work in works))
+        for name, found in zip(kinds, least, strict=True)
+    ]
     notes = ["Of the whole GPU, by its own counter, over a second of work."]
     if energy.origin.str.partition(" ")[0].nunique() > 1:
-        notes.append("Columns are of several benches, whose joules of the same model differ by up to a seventh.")
+        notes.append("Rows are of several benches, whose joules of the same model differ by up to a seventh.")
     return _plain(columns, rows, notes)
 
 

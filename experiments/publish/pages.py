@@ -280,11 +280,14 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "bits-qwen-python": partial(_bits, "frontier-qwen-coder-0.5b", "-python-test@2048"),
     "bits-qwen-front": _front_on_shapes,
     "bits-qwen-own-front": lambda: tables_of("frontier-qwen-coder-0.5b")["front"],
-    "bits-qwen-speed": partial(
+    "bits-qwen-size": partial(
         _study_table,
         "frontier-qwen-coder-0.5b",
         "speed",
-        (*_PERPLEXITY, "packed_perplexity", "disk", "peak_memory", "speedup"),
+        (*_PERPLEXITY, "packed_perplexity", "disk", "peak_memory"),
+    ),
+    "bits-qwen-speed": partial(
+        _study_table, "frontier-qwen-coder-0.5b", "speed", ("method", "variant", "achieved_sparsity", "speedup")
     ),
     "larger": partial(_study_table, "qwen-coder-1.5b", "accuracy", _PERPLEXITY),
     "recovered-bits": partial(_bits, "embedded-recovered-bits"),
