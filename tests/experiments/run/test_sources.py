@@ -372,6 +372,20 @@ def test_the_commit_that_is_noted_is_the_one_that_was_loaded(
     assert {commit_of(of_hub(kind, words), words, Store(tmp_path / "runs"))} == loaded == {"a" * 40}
 
 
+def test_a_quantised_model_of_the_hub_is_refused_by_its_configuration_alone(
+    hub: Callable[[str], None], words: Path, tmp_path: Path
+) -> None:
+    """Of its other files, which may be hundreds of gigabytes, none is there, and no hub to fetch them from."""
+    hub("a" * 40)
+    folder = tmp_path / "cache" / "models--some--model" / "snapshots" / ("a" * 40)
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match=r"some/model: its weights are quantised .*gptq"):
+        commit_of(of_hub("pruned", words), words, Store(tmp_path / "runs"))
+
+
 def test_processors_are_those_of_the_commit_that_was_loaded(hub: Callable[[str], None], tmp_path: Path) -> None:
     for commit in ("a" * 40, "b" * 40):
         hub(commit)
