@@ -1,7 +1,7 @@
 """Temporary states of a model and of torch, as they were again when the block ends."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,11 +36,20 @@ def unwritten(model: nn.Module) -> Iterator[None]:
             raise UserError(f"{type(model).__name__} changes its own weights when it runs, such as {name}")
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32() -> AbstractContextManager[None]:
     """Matrix products of float32 without TF32, which keeps ten bits of their mantissas."""
+    return _float32_products("highest")
+
+
+def short_float32() -> AbstractContextManager[None]:
+    """Matrix products of float32 in TF32 where the GPU has it: values of 8 bits are exact, sums are of float32."""
+    return _float32_products("high")
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from analysis.page.findings import Finding, errors_said, findings, kernel_findin
 from analysis.page.origins import origins
 from analysis.page.questions import QUESTIONS, Question, is_smallest, question, reading_order
 from analysis.page.tables import anchor, page_table
-from analysis.rows.load import records
+from analysis.rows.load import records, uncollected
 from analysis.rows.points import Point, gather, trial_labels
 from analysis.tables.render import Table
 from analysis.tables.study import GRID_STAGES, study_tables, title
@@ -151,14 +151,11 @@ def _content(study: Study) -> _Content:
 @contextmanager
 def _rows_set_apart() -> Iterator[None]:
     """Cycles are looked for once, and not among the rows that were read: figures have them by the thousand."""
-    collects = gc.isenabled()
     gc.freeze()
-    gc.disable()
     try:
-        yield
+        with uncollected():
+            yield
     finally:
-        if collects:
-            gc.enable()
         gc.collect()
         gc.unfreeze()
 

@@ -112,7 +112,7 @@ def load_rows(
         raise UserError(f"no rows at {root}: run a study first, or name the results directory that has them")
     table = _Table()
     refused: set[str] = set()
-    with _uncollected():
+    with uncollected():
         for trial, rows in _chunks(root, trials, parts):
             try:
                 if isinstance(rows, UserError):
@@ -127,7 +127,7 @@ def load_rows(
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Rows are plain data without cycles: looking for these among all that was read, again and again, takes longer."""
     collects = gc.isenabled()
     gc.disable()

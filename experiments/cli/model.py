@@ -39,7 +39,7 @@ from patch.structures import TILED
 
 if TYPE_CHECKING:
     from experiments.run.runtime import Machine
-    from experiments.studies.trial import Pruning
+    from experiments.studies.trial import Calibration, Pruning
 
 WINDOW = 2048
 _WINDOW = f"Tokens of a window; {WINDOW} unless the model takes fewer."
@@ -91,14 +91,20 @@ def prune(
         pruning = build.fewer_blocks(model, sparsity, seen)
     else:
         pruning = build.one_shot(model, method, structure, sparsity, tile_shape(tile), seen, tile_ranking)
+    pruning = _then(pruning, seen, refit, precision, partial)
+    _check_seen(context, pruning, "calibration", "windows", "length", "seed")
+    _checkpoint(pruning, out, results, data, device)
+
+
+def _then(pruning: "Pruning", seen: "Calibration", refit: bool, precision: str | None, partial: bool) -> "Pruning":
+    """A pruning with what else is asked for."""
+    from experiments.studies import build
+
     if refit:
         pruning = build.refitted(pruning, seen)
     if precision:
         pruning = build.quantised(pruning, precision, seen, sink_aware=_passes_on(precision))
-    _check_seen(context, pruning, "calibration", "windows", "length", "seed")
-    if partial:
-        pruning = build.in_part(pruning)
-    _checkpoint(pruning, out, results, data, device)
+    return build.in_part(pruning) if partial else pruning
 
 
 def _passes_on(precision: str) -> bool:
@@ -177,12 +183,7 @@ def learn(
     pruning = build.learned(
         model, method, sparsity, tile_shape(tile), text, seen, seed, recipe=PUBLISHED.get(recipe), **given
     )
-    if refit:
-        pruning = build.refitted(pruning, seen)
-    if precision:
-        pruning = build.quantised(pruning, precision, seen, sink_aware=_passes_on(precision))
-    if partial:
-        pruning = build.in_part(pruning)
+    pruning = _then(pruning, seen, refit, precision, partial)
     _checkpoint(pruning, out, results, data, device)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,14 +36,14 @@ from patch.tiles import tile_grid
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Measurement = Callable[[nn.Module, "PreTrainedTokenizerBase", Machine], tuple[list[Fact], dict[str, str]]]
+
 
 def stages(trial: Trial) -> list[str]:
     """The names of a trial's stages, in the order in which they run."""
     if trial.evaluation.grid:
         return grids.stages(trial)
-    perplexities = [f"perplexity:{item}" for item in trial.evaluation.perplexity]
-    tasks_ = [f"task:{task}" for task in trial.evaluation.tasks]
-    return ["prune", *perplexities, *tasks_, *packed.measurements(trial)]
+    return ["prune", *_evaluations(trial), *packed.measurements(trial)]
 
 
 def missing_stages(trial: Trial, store: Store, can_time: bool = False) -> list[str]:
@@ -240,13 +241,25 @@ def _take_over(trial: Trial, stage: str, content: str, store: Store, sources: So
     return True
 
 
+def _evaluations(trial: Trial) -> dict[str, Measurement]:
+    """The stages of the unpacked model by name, in the order in which they run, and what runs each.
+
+    A measurement returns facts, and the SHA-256 of what it read.
+    """
+    found: dict[str, Measurement] = {}
+    for item in trial.evaluation.perplexity:
+        found[f"perplexity:{item}"] = partial(_perplexity, trial, item)
+    for task in trial.evaluation.tasks:
+        found[TASK + task] = partial(_task, trial, task)
+    return found
+
+
 def _evaluate(
     trial: Trial, missing: Collection[str], source: str, content: str, store: Store, machine: Machine
 ) -> None:
     """The stages of the unpacked model that are missing."""
-    perplexities = {f"perplexity:{item}": item for item in trial.evaluation.perplexity}
-    tasks_ = {f"task:{task}": task for task in trial.evaluation.tasks}
-    if not any(stage in missing for stage in (*perplexities, *tasks_)):
+    wanted = {stage: measure for stage, measure in _evaluations(trial).items() if stage in missing}
+    if not wanted:
         return
     model, tokenizer = models.load_model(
         source,
@@ -256,25 +269,15 @@ def _evaluate(
         quantised=True,
         commit=machine.sources.commit(source),
     )
-    for stage, item in perplexities.items():
-        if stage in missing:
-            _perplexity_stage(trial, stage, item, model, tokenizer, content, store, machine)
-    for stage, task in tasks_.items():
-        if stage in missing:
-            _task_stage(trial, task, model, tokenizer, content, store, machine)
+    for stage, measure in wanted.items():
+        started = time.monotonic()
+        facts, read = measure(model, tokenizer, machine)
+        store.write_rows(trial, stage, facts, provenance(time.monotonic() - started, read, content))
 
 
-def _perplexity_stage(
-    trial: Trial,
-    stage: str,
-    item: Perplexity,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    content: str,
-    store: Store,
-    machine: Machine,
-) -> None:
-    started = time.monotonic()
+def _perplexity(
+    trial: Trial, item: Perplexity, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", machine: Machine
+) -> tuple[list[Fact], dict[str, str]]:
     documents = text.load_documents(item.source, machine.data)
     windows = text.perplexity_windows(documents, tokenizer, item.length)
     label = f"{trial.label}: {item.source}"
@@ -287,24 +290,15 @@ def _perplexity_stage(
     )
     labels = {"source": item.source, "length": item.length, "windows": result.windows, "tokens": result.tokens}
     labels["window_losses"] = [float(f"{loss:.6g}") for loss in result.window_losses]
-    facts = [Fact("perplexity", result.value, "ppl", labels, result.stderr)]
-    origin = provenance(time.monotonic() - started, {item.source: documents.sha256}, content)
-    store.write_rows(trial, stage, facts, origin)
+    return [Fact("perplexity", result.value, "ppl", labels, result.stderr)], {item.source: documents.sha256}
 
 
-def _task_stage(
-    trial: Trial,
-    task: str,
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    content: str,
-    store: Store,
-    machine: Machine,
-) -> None:
-    started = time.monotonic()
-    label, name = f"{trial.label}: {task}", TASK + task
+def _task(
+    trial: Trial, task: str, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", machine: Machine
+) -> tuple[list[Fact], dict[str, str]]:
+    label = f"{trial.label}: {task}"
     # Before the items are read: of a file that is edited meanwhile, rows must not name what was not read.
-    read = {name: tasks.fingerprint(task, machine.data, trial.evaluation.limit)}
+    read = {TASK + task: tasks.fingerprint(task, machine.data, trial.evaluation.limit)}
 
     def on_batch(done: int, total: int) -> None:
         machine.progress(label, done, total)
@@ -329,4 +323,4 @@ def _task_stage(
         )
         for result in results
     ]
-    store.write_rows(trial, name, facts, provenance(time.monotonic() - started, read, content))
+    return facts, read

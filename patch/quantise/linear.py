@@ -4,12 +4,10 @@ With 8 bits activations are quantised too, a scale for each token on the fly, an
 summed in float32. With 4 bits activations stay as they are and weights are widened to their dtype.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
+from patch.contexts import short_float32
 from patch.quantise.precisions import Precision
 from patch.quantise.values import Quantised, quantise_rows
 
@@ -43,7 +41,7 @@ class QuantisedLinear(nn.Linear):
             return nn.functional.linear(input, self.weight, self.bias)
         tokens = input.reshape(-1, self.in_features)
         values, token_scales = quantise_rows(tokens, self.values.dtype)
-        with _short_products():
+        with short_float32():
             y = values.float() @ self.values.float().T
         y = y * self.scales.T * token_scales[:, None]
         if self.bias is not None:
@@ -52,14 +50,3 @@ class QuantisedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision.name}"
-
-
-@contextmanager
-def _short_products() -> Iterator[None]:
-    """Products in TF32 where the GPU has it, in which values of 8 bits are exact and sums are of float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
