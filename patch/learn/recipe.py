@@ -10,6 +10,7 @@ A recipe is plain JSON data, because it is part of a trial's definition and so o
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -183,10 +184,6 @@ class Recipe:
         check_choice("tile_ranking", self.tile_ranking, get_args(TileRanking))
         check_choice("pattern_start", self.pattern_start, get_args(PatternStart))
         check_choice("weight_penalty_by", self.weight_penalty_by, get_args(PenaltyBy))
-        if self.precision is not None:
-            check_choice("precision", self.precision, tuple(PRECISIONS))
-        if not isinstance(self.activation_checkpointing, bool):
-            raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         for name, least in (("steps", 0), ("warmup", 0), ("batch", 1), ("microbatch", 1), ("length", 2)):
             check_whole(name, getattr(self, name), least)
         for name in ("checkpoint_every", "log_every"):
@@ -195,33 +192,14 @@ class Recipe:
             raise UserError(
                 f"recipe: microbatch {self.microbatch} does not divide batch {self.batch}: choose one that does"
             )
-        for name in ("lr", "eps", "logit_std"):
-            self._set(name, number(name, getattr(self, name), positive=True))
-        for name in ("lr_end", "weight_decay", "pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"):
-            self._set(name, number(name, getattr(self, name), positive=False))
-        for name in ("distillation", "block_distillation"):
-            self._set(name, number(name, getattr(self, name), positive=False))
-        if self.clip is not None:
-            self._set("clip", number("clip", self.clip, positive=True))
-        for name in ("tau", "pattern_scale", "tile_scale"):
-            self._set(name, span(name, getattr(self, name), positive=True))
+        check_descent(self)
+        respell(self, number, ("logit_std",), positive=True)
+        respell(self, number, ("pattern_prior", "tile_prior", "sparsity_penalty", "weight_penalty"), positive=False)
+        respell(self, span, ("tau", "pattern_scale", "tile_scale"), positive=True)
         if self.tile_tau is not None:
-            self._set("tile_tau", span("tile_tau", self.tile_tau, positive=True))
-        self._set("betas", span("betas", self.betas, positive=False))
-        if max(self.betas) >= 1:
-            raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
+            respell(self, span, ("tile_tau",), positive=True)
         if self.mode == "maskllm" and self.tile_ranking == "model":
             raise UserError("recipe: tile_ranking 'model': maskllm has no dense tiles to choose; leave it at 'weight'")
-        if self.distillation > 1:
-            raise UserError(f"recipe: distillation {self.distillation}: give a share of the loss, 0 to 1")
-        if self.lr_end > self.lr:
-            raise UserError(
-                f"recipe: lr_end {self.lr_end} is above lr {self.lr}: the learning rate falls from lr to lr_end"
-            )
-
-    def _set(self, name: str, value: float | Span) -> None:
-        # One spelling for equal values, since a recipe is hashed: 1 becomes 1.0, a list from JSON a tuple.
-        object.__setattr__(self, name, value)
 
     @property
     def follows_dense(self) -> bool:
@@ -293,6 +271,38 @@ def span(name: str, value: object, positive: bool) -> Span:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise UserError(f"recipe: {name} {value!r}: give two numbers")
     return number(name, value[0], positive), number(name, value[1], positive)
+
+
+def respell(recipe: Any, read: Callable[[str, object, bool], object], names: Iterable[str], positive: bool) -> None:
+    """Read settings by `number` or `span`. Equal ones get one spelling, since a recipe is hashed: 1 becomes 1.0, a list
+    from JSON a tuple."""
+    for name in names:
+        object.__setattr__(recipe, name, read(name, getattr(recipe, name), positive))
+
+
+def check_descent(recipe: Any) -> None:
+    """Check what recipes of masks and of recovery have in common: how steps are taken, and towards what.
+
+    Raises:
+        UserError: naming the first value that does not fit.
+    """
+    if recipe.precision is not None:
+        check_choice("precision", recipe.precision, tuple(PRECISIONS))
+    if not isinstance(recipe.activation_checkpointing, bool):
+        raise UserError(f"recipe: activation_checkpointing {recipe.activation_checkpointing!r}: give true or false")
+    respell(recipe, number, ("lr", "eps"), positive=True)
+    respell(recipe, number, ("lr_end", "weight_decay", "distillation", "block_distillation"), positive=False)
+    if recipe.clip is not None:
+        respell(recipe, number, ("clip",), positive=True)
+    respell(recipe, span, ("betas",), positive=False)
+    if max(recipe.betas) >= 1:
+        raise UserError(f"recipe: betas {recipe.betas}: give two numbers from 0 up to, not including, 1")
+    if recipe.distillation > 1:
+        raise UserError(f"recipe: distillation {recipe.distillation}: give a share of the loss, 0 to 1")
+    if recipe.lr_end > recipe.lr:
+        raise UserError(
+            f"recipe: lr_end {recipe.lr_end} is above lr {recipe.lr}: the learning rate falls from lr to lr_end"
+        )
 
 
 # Hourri et al., PATCH: settings of each run as the released code's table has them. That code ran transformers' Trainer,

@@ -5,8 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from patch.errors import UserError
-from patch.learn.recipe import ADDED, HOW_IT_RUNS, RUNNING, Span, check_choice, check_whole, learning_rate, number, span
-from patch.quantise.precisions import PRECISIONS
+from patch.learn.recipe import (
+    ADDED,
+    HOW_IT_RUNS,
+    RUNNING,
+    Span,
+    check_choice,
+    check_descent,
+    check_whole,
+    learning_rate,
+    number,
+    respell,
+)
 
 BlockTargets = Literal["dense", "sparse"]
 
@@ -77,10 +87,6 @@ class RecoveryRecipe:
 
     def __post_init__(self) -> None:
         check_choice("block_targets", self.block_targets, get_args(BlockTargets))
-        if self.precision is not None:
-            check_choice("precision", self.precision, tuple(PRECISIONS))
-        if not isinstance(self.activation_checkpointing, bool):
-            raise UserError(f"recipe: activation_checkpointing {self.activation_checkpointing!r}: give true or false")
         least = {"steps": 0, "warmup": 0, "block_epochs": 0, "length": 2}
         for name in ("batch", "microbatch", "block_windows", "block_batch", "checkpoint_every", "log_every", *least):
             check_whole(name, getattr(self, name), least.get(name, 1))
@@ -88,27 +94,10 @@ class RecoveryRecipe:
             parts, all_ = getattr(self, part), getattr(self, whole)
             if all_ % parts:
                 raise UserError(f"recipe: {part} {parts} does not divide {whole} {all_}: choose one that does")
-        for name in ("lr", "eps", "block_lr"):
-            self._set(name, number(name, getattr(self, name), positive=True))
-        for name in ("lr_end", "weight_decay", "distillation", "block_distillation"):
-            self._set(name, number(name, getattr(self, name), positive=False))
-        if self.clip is not None:
-            self._set("clip", number("clip", self.clip, positive=True))
-        self._set("betas", span("betas", self.betas, positive=False))
-        if max(self.betas) >= 1:
-            raise UserError(f"recipe: betas {self.betas}: give two numbers from 0 up to, not including, 1")
-        if self.distillation > 1:
-            raise UserError(f"recipe: distillation {self.distillation}: give a share of the loss, 0 to 1")
-        if self.lr_end > self.lr:
-            raise UserError(
-                f"recipe: lr_end {self.lr_end} is above lr {self.lr}: the learning rate falls from lr to lr_end"
-            )
+        check_descent(self)
+        respell(self, number, ("block_lr",), positive=True)
         if not self.steps and not self.block_epochs:
             raise UserError("recipe: steps 0 and block_epochs 0 recover nothing: set one of them")
-
-    def _set(self, name: str, value: float | Span) -> None:
-        # One spelling for equal values, since a recipe is hashed.
-        object.__setattr__(self, name, value)
 
     @property
     def follows_dense(self) -> bool:
