@@ -397,7 +397,7 @@ def hybrid_fp8(given: Operands) -> Callable[[Tensor], Iterator[Entry]]:
                     weights = [values, *(values.clone() for _ in range(copies(x, values.nbytes) - 1))]
                     one = scales.new_ones(())
                     # What splits its sums needs a compiler for what comes after them.
-                    early = True if dense8.splits(len(x), n, k) else None
+                    early = beginnings(x)[0] if dense8.splits(len(x), n, k) else None
                     dense = partial(quantising(dense8.linear, early, fullgraph=True), precise=precise)
                     return Ready([partial(dense, x, each, scales, one) for each in weights], check, about)
             held = [weight, *(weight.copy() for _ in range(copies(x, weight.nbytes) - 1))]
