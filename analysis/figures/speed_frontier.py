@@ -114,9 +114,12 @@ def _draw_frontiers(
     columns = math.ceil(len(timed) / blocks)
     rows = blocks * len(quantities)
     figure = new_figure(WIDTHS[width], 0.75 + 1.75 * rows, constrained=False)
+    more_rows = 0.145 * (add_legend(figure, _key(shown), 7 if width == "double" else 3) - 1)
+    figure.set_figheight(figure.get_figheight() + more_rows)
     # Between blocks stand the name of an axis and the titles of the next panels.
     between = (0.36, 0.12 if blocks == 1 else 0.66)
-    place_of = room(figure, title, rows, columns, left=0.62, right=0.09, bottom=0.62, above=0.19, between=between)
+    beside = {"left": 0.62, "right": 0.09, "bottom": 0.62 + more_rows, "above": 0.19}
+    place_of = room(figure, title, rows, columns, **beside, between=between)
     grid = figure.add_gridspec(rows, columns, **place_of)
     written: list[Panel] = []
     for place, workload in enumerate(timed):
@@ -133,7 +136,6 @@ def _draw_frontiers(
             else:
                 axis.tick_params(labelbottom=False)
     set_title(figure, title)
-    add_legend(figure, _key(shown), 7 if width == "double" else 3)
     write_labels(figure, written)
     return figure
 

@@ -201,15 +201,20 @@ def room(
     }
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
-    """A legend below the panels, in as few rows as ``columns`` and the figure's width allow, these of equal length."""
+def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> int:
+    """A legend below the panels, in as few rows as ``columns`` and the figure's width allow, these of equal length.
+
+    Returns how many.
+    """
+    rows = 1
     for most in range(columns, 0, -1):
         rows = math.ceil(len(handles) / most)
         place: Any = "outside lower center" if figure.get_layout_engine() else "lower center"
         legend = figure.legend(handles=list(handles), loc=place, ncols=math.ceil(len(handles) / rows))
         if legend.get_window_extent().width <= figure.bbox.width or most == 1:
-            return
+            break
         legend.remove()
+    return rows
 
 
 def png_bytes(figure: Figure) -> bytes:
