@@ -21,6 +21,7 @@ import torch
 from patch.cache import cache_directory
 from patch.errors import UserError
 from patch.files import from_json, write_atomic
+from patch.leases import lease
 from stoicc.compat import VERSION
 from stoicc.format import GROUPED
 from stoicc.kernels.decode import DecodeConfig
@@ -286,7 +287,7 @@ def read_table(path: Path) -> tuple[Entry, ...]:
         return ()
     try:
         return tuple(_entries(from_json(path.read_text(encoding="utf-8"))))
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
 
 
@@ -296,7 +297,7 @@ def write_table(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]
     Args:
         provenance: where the entries are from, by their ``dtype``, the latest first.
     """
-    ordered = sorted(entries, key=lambda e: (e.dtype, e.n, e.k, e.band, e.tokens))
+    ordered = sorted(entries, key=_about)
     numbers = {config: number for number, config in enumerate(sorted({e.config for e in ordered}, key=str))}
     rows = [[numbers[e.config] if name == "config" else getattr(e, name) for name in _COLUMNS] for e in ordered]
     configs = [{"kernel": kernel_name(config), **asdict(config)} for config in numbers]
@@ -315,14 +316,13 @@ def _lines(items: Iterable[Any]) -> str:
 
 @cache
 def tables(device_name: str) -> tuple[Entry, ...]:
-    """What was tuned of a GPU: the user's own entries, and the committed ones of what there are none of.
+    """What was tuned of a GPU: the user's own entries, and the committed ones of shapes of which there are none.
 
-    That is, of the same dtype and number of tokens.
+    Who tunes one model, or with some numbers of tokens, leaves the others as they were.
     """
-    own = read_table(user_table(device_name))
-    tuned = {(entry.dtype, entry.tokens) for entry in own}
-    committed = read_table(committed_table(device_name))
-    return (*own, *(entry for entry in committed if (entry.dtype, entry.tokens) not in tuned))
+    own, committed = (read_table(path(device_name)) for path in (user_table, committed_table))
+    tuned = set(map(_about, own))
+    return (*own, *(entry for entry in committed if _about(entry) not in tuned))
 
 
 @cache
@@ -349,16 +349,22 @@ def known(
 
 
 def remember(path: Path, entries: Iterable[Entry], provenance: dict[str, Any]) -> None:
-    """Add entries of one provenance to a table, replacing those of the same shapes."""
-    added = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in entries}
-    before = {(e.dtype, e.n, e.k, e.band, e.tokens): e for e in read_table(path)}
-    left = {dtype for dtype, *_ in before.keys() - added.keys()}
-    known = _provenance(path)
-    for dtype in {dtype for dtype, *_ in added}:
-        known[dtype] = [provenance, *(known.get(dtype, []) if dtype in left else [])]
-    write_table(path, (before | added).values(), known)
+    """Add entries of one provenance to a table, replacing those of the same shapes; other processes may do so too."""
+    added = {_about(entry): entry for entry in entries}
+    with lease(path.with_name(f".{path.name}.lock")):
+        before = {_about(entry): entry for entry in read_table(path)}
+        left = {dtype for dtype, *_ in before.keys() - added.keys()}
+        known = _provenance(path)
+        for dtype in {dtype for dtype, *_ in added}:
+            known[dtype] = [provenance, *(known.get(dtype, []) if dtype in left else [])]
+        write_table(path, (before | added).values(), known)
     tables.cache_clear()
     measured.cache_clear()
+
+
+def _about(entry: Entry) -> tuple[str, int, int, int, int]:
+    """What an entry tells of; a table has one of each."""
+    return entry.dtype, entry.n, entry.k, entry.band, entry.tokens
 
 
 def _provenance(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -366,7 +372,9 @@ def _provenance(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.exists():
         return {}
     table = from_json(path.read_text(encoding="utf-8"))
-    found: dict[str, Any] = table["provenance"]
+    found = table.get("provenance")
+    if not isinstance(found, dict):
+        return {}
     if all(isinstance(each, list) for each in found.values()):
         return found
     return {dtype: [found] for dtype in {entry.dtype for entry in _entries(table)}}

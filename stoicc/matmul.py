@@ -8,6 +8,7 @@ have two: ``torch.ops.stoicc.quantise_tokens`` for the activations, ``torch.ops.
 """
 
 import warnings
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -202,8 +203,10 @@ quantise_tokens.register_autograd(_no_gradient)
 def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Config:
     """The configuration for a shape and the dtype of its values on a GPU: from its table, else measured now.
 
+    Where there is no memory to measure in, and while a graph is captured, that of what is nearest of all that is known.
+
     Raises:
-        UserError: if it would have to be measured while a graph is captured.
+        UserError: if nothing is known while a graph is captured.
     """
     capability = configs.capability_of(device)
     name = torch.cuda.get_device_name(device)
@@ -220,19 +223,23 @@ def choose(device: torch.device, n: int, k: int, band: int, tokens: int, dtype: 
     entry = configs.known(name, n, k, band, tokens, capability, dtype)
     if entry is not None:
         return entry.config
-    if not torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing:
         warnings.warn(
             f"no tuning table of {name} knows {said} with {tokens} tokens: each shape is measured when it is first "
             "used, for a minute or less; `hts tune` does it once for all",
             stacklevel=2,
         )
-        return tune_shape(device, n, k, band, tokens, dtype).config
+        with suppress(torch.OutOfMemoryError):
+            return tune_shape(device, n, k, band, tokens, dtype).config
     entry = configs.nearest((*configs.tables(name), *configs.measured(name)), n, k, band, tokens, capability, dtype)
-    if entry is None:
+    if entry is None and capturing:
         raise UserError(f"no tuning table for {name}, and it cannot be measured during a graph capture: run `hts tune`")
+    why = "it cannot be measured during a graph capture" if capturing else "there is too little memory to measure it"
+    like = f"as {entry.n}x{entry.k} with {entry.tokens} does" if entry else "with the likeliest configuration"
     warnings.warn(
-        f"no tuning table of {name} knows {n}x{k} of {said} with {tokens} tokens, and it cannot be measured during a "
-        f"graph capture: it runs as {entry.n}x{entry.k} with {entry.tokens} does, maybe slowly: run `hts tune`",
+        f"no tuning table of {name} knows {n}x{k} of {said} with {tokens} tokens, and {why}: it runs {like}, maybe "
+        "slowly: run `hts tune`",
         stacklevel=2,
     )
-    return entry.config
+    return entry.config if entry else options[0]

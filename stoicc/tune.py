@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import statistics
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from patch.errors import one_line
 from patch.mask import HybridMask, best_patterns
 from patch.quantise.values import quantise_groups, quantise_weight
 from patch.tiles import tile_grid
@@ -60,10 +62,17 @@ def _compile(work: tuple[Any, ...]) -> None:
 def tune_shape(
     device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
 ) -> Entry:
-    """Measure all candidates for one shape, and keep the fastest for its next use."""
+    """Measure all candidates for one shape, and keep the fastest for its next use, where there is a place for it."""
     entry = measure_shape(device, n, k, band, tokens, dtype)
     name = torch.cuda.get_device_name(device)
-    configs.remember(configs.measured_table(name), [entry], {"gpu": name, "torch": torch.__version__})
+    try:
+        configs.remember(configs.measured_table(name), [entry], {"gpu": name, "torch": torch.__version__})
+    except OSError as error:
+        warnings.warn(
+            f"what was measured cannot be kept, and every process measures it again ({one_line(error)}): set HTS_CACHE "
+            "to a folder that can be written",
+            stacklevel=2,
+        )
     return entry
 
 
@@ -71,12 +80,14 @@ def measure_shape(
     device: torch.device, n: int, k: int, band: int, tokens: int, dtype: torch.dtype = torch.bfloat16
 ) -> Entry:
     """The fastest of all candidates, on random weights with three quarters of the blocks 2:4, and cuBLAS beside it."""
-    weights = random_weights(device, n, k, band, tokens, dtype)
-    x = torch.randn(tokens, k, device=device, dtype=dtype if dtype in DTYPES else torch.bfloat16)
-    dense_time = _time(_dense_calls(x, n, dtype, len(weights)))
-    timed: list[tuple[float, Config]] = []
-    for config in configs.candidates(tokens, configs.capability_of(device), band, dtype):
-        timed.append((_time(_calls(x, weights, config)), config))
+    # A model may be in the middle of drawing tokens, and its other layers on other GPUs.
+    with torch.random.fork_rng([device]), torch.cuda.device(device):
+        weights = random_weights(device, n, k, band, tokens, dtype)
+        x = torch.randn(tokens, k, device=device, dtype=dtype if dtype in DTYPES else torch.bfloat16)
+        dense_time = _time(_dense_calls(x, n, dtype, len(weights)))
+        timed: list[tuple[float, Config]] = []
+        for config in configs.candidates(tokens, configs.capability_of(device), band, dtype):
+            timed.append((_time(_calls(x, weights, config)), config))
     microseconds, config = min(timed, key=lambda pair: pair[0])
     name = configs.table_dtype(dtype)
     return Entry(n, k, band, tokens, config, round(microseconds, 2), round(dense_time, 2), name)
@@ -85,7 +96,8 @@ def measure_shape(
 def faster_packed(device: torch.device, hybrid: HybridWeight, tokens: Sequence[int], *, precise: bool = False) -> bool:
     """Whether the tables expect a hybrid weight to beat dense, in the geometric mean over these numbers of tokens.
 
-    If nothing is known of the GPU, whether it has fewer bytes. With ``precise`` as `stoicc.linear` adds up.
+    Numbers of which nothing is known do not count; if nothing is known of any, whether it has fewer bytes. With
+    ``precise`` as `stoicc.linear` adds up.
     """
     name, capability = torch.cuda.get_device_name(device), configs.capability_of(device)
     known = [configs.known(name, *hybrid.shape, hybrid.band, count, capability, hybrid.dtype) for count in tokens]
@@ -136,7 +148,7 @@ def _dense_calls(x: Tensor, n: int, dtype: torch.dtype, copies: int) -> list[Cal
         # cuBLAS wants more than 16 rows of integers, and returns their sums unscaled.
         padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - len(values))))
         return [partial(torch._int_mm, padded, weight.T) for weight, _ in quantised]
-    one = torch.ones((), device=x.device)
+    one = torch.ones((), device=x.device, dtype=torch.float32)
     if configs.capability_of(x.device) < (9, 0):
         # A scale for each token is Hopper's.
         product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=x.dtype, use_fast_accum=True)

@@ -531,7 +531,9 @@ def test_what_no_table_knows_is_measured_and_kept(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(configs, "candidates", lambda *_: few)
     monkeypatch.setenv("HTS_CACHE", str(tmp_path))
     device = torch.device("cuda", torch.cuda.current_device())
+    drawn = torch.cuda.get_rng_state(device)
     entry = tune.tune_shape(device, 512, 512, 2, 1)
+    assert torch.equal(torch.cuda.get_rng_state(device), drawn)
     assert entry.config in few and entry.microseconds > 0 and entry.dense_microseconds > 0
     assert configs.read_table(configs.measured_table(torch.cuda.get_device_name(device))) == (entry,)
     configs.measured.cache_clear()

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,17 +231,57 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     assert unknown_gpu == [(256, 512, 2, 1)]
 
 
-def test_own_entries_replace_committed_ones_of_the_same_number_of_tokens(
+def test_own_entries_replace_committed_ones_of_the_same_shape_and_number_of_tokens(
     unknown_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    first, second, *_ = configs.candidates(1, (8, 0), 2)
     few, many = (
         Entry(4096, 4096, 2, tokens, configs.candidates(tokens, (8, 0), 2)[0], 3.5, 4.0) for tokens in (1, 4096)
     )
-    other = replace(few, n=1024, config=configs.candidates(1, (8, 0), 2)[1])
+    small, own = replace(few, n=1024, config=first), replace(few, n=1024, config=second)
     monkeypatch.setattr(configs, "committed_table", lambda _: tmp_path / "committed.json")
-    configs.write_table(tmp_path / "committed.json", [few, many], {})
-    configs.remember(configs.user_table("Unknown GPU"), [other], {"gpu": "one"})
-    assert configs.tables("Unknown GPU") == (other, many)
+    configs.write_table(tmp_path / "committed.json", [small, few, many], {})
+    configs.remember(configs.user_table("Unknown GPU"), [own], {"gpu": "one"})
+    assert configs.tables("Unknown GPU") == (own, few, many)
+    # Who tunes a small model still runs a large one as the committed table says.
+    assert choose(torch.device("cuda"), 4096, 4096, 2, 1) == few.config and not unknown_gpu
+    assert choose(torch.device("cuda"), 1024, 2048, 2, 1) == second and not unknown_gpu
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "another known"])
+def test_without_memory_to_measure_in_what_is_likely_runs(
+    known: bool, unknown_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    if known:
+        choose(gpu, 256, 512, 2, 1)
+
+    def full(*_: Any) -> Entry:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tune, "measure_shape", full)
+    said = "as 256x512 with 1 does" if known else "with the likeliest configuration"
+    with pytest.warns(UserWarning, match=f"512x512 of bfloat16 with 1 tokens.* too little memory.* {said}"):
+        config = choose(gpu, 512, 512, 2, 1)
+    assert config == (choose(gpu, 256, 512, 2, 1) if known else configs.candidates(1, (8, 0), 2)[0])
+
+
+def test_what_was_measured_counts_though_it_cannot_be_kept(
+    unknown_gpu: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HTS_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept.*HTS_CACHE"):
+        config = choose(torch.device("cuda"), 256, 512, 2, 1)
+    assert config == choose(torch.device("cuda"), 256, 512, 2, 1) and len(unknown_gpu) == 1
+
+
+def test_processes_that_measure_at_the_same_time_keep_what_each_found(tmp_path: Path) -> None:
+    entries = [Entry(64 * n, 128, 1, 8, DecodeConfig(16, 8, (2, 1, 1), 1, 0, 4), 3.5, 4.0) for n in range(1, 9)]
+    with ThreadPoolExecutor(len(entries)) as pool:
+        list(pool.map(lambda entry: configs.remember(tmp_path / "gpu.json", [entry], {"gpu": "one"}), entries))
+    assert configs.read_table(tmp_path / "gpu.json") == tuple(entries)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
 @pytest.mark.parametrize("tokens", configs.TOKENS)
@@ -318,11 +359,12 @@ def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
     [
         "{",
         "{}",
+        "[]",
         '{"entries": [{"config": {"kernel": "none"}}]}',
         '{"columns": ["config"], "entries": [[0]]}',
         '{"columns": ["config"], "entries": [[0, 1]]}',
     ],
-    ids=["cut", "empty", "unknown", "unnumbered", "unnamed"],
+    ids=["cut", "empty", "list", "unknown", "unnumbered", "unnamed"],
 )
 def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
