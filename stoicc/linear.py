@@ -341,8 +341,9 @@ def compile_model(
         fuse: pack siblings as one where their maps allow.
         tokens: how many tokens a pass will have, one or more typical numbers. On a GPU that has a tuning table, linears
             are packed if it says that this is faster, in the geometric mean over them: with one token, that may be
-            those whose tiles are all dense too. Otherwise all are packed but these, to save memory. Of 8 bits, others
-            become dense FP8 where the GPU has it; such a model runs, but is not to be saved.
+            those whose tiles are all dense too. Otherwise all are packed but these, to save memory. Of FP8, others
+            become dense FP8, of bfloat16 models on Hopper; such a model runs, but is not to be saved. Of INT8 and INT4,
+            and of FP8 elsewhere, all are packed.
         keep_dense: leave linears whose tiles are all dense as they are, as above; else they are packed like all others.
         dtype: ``float8_e4m3fn`` or ``int8``: weights are quantised to it, a scale for each output feature, and all of
             them packed but for ``tokens``. Those that are quantised already (`patch.simulate`) are packed as they are.

@@ -38,7 +38,7 @@ from analysis.tables.render import Column, Table, Value, markdown, only, shown_c
 from analysis.tables.serving import throughput_table
 from analysis.tables.speed_frontier import front_table, placed_on_shapes, workloads_of
 from analysis.tables.study import WARNING, study_tables
-from experiments.publish import goals, measured, reproduction, steps
+from experiments.publish import goals, measured, prompts, reproduction, steps
 from experiments.run.store import Store
 from experiments.studies.build import TARGETS
 from experiments.studies.registry import STUDIES
@@ -137,13 +137,13 @@ def _one_sequence(frame: DataFrame) -> DataFrame:
     return frame[(frame.kind == "decode") & (frame.batch == 1)]
 
 
-def _eight_bits(sparsity: float, over: str) -> str:
+def _eight_bits(sparsity: float, over: str, gpu: Path = BENCH) -> str:
     """How much faster LLaMA-2-7B is end to end in FP8 tiles: the range over what it was timed at.
 
     Args:
         over: ``speedup``, over dense of 16 bits, or ``own_speedup``, over dense FP8.
     """
-    timed = _packed(_model(), "fp8")
+    timed = _packed(_model(gpu=gpu), "fp8")
     found = timed[timed.sparsity == sparsity][over]
     return f"{found.min():.2f} to {found.max():.2f}"
 
@@ -348,6 +348,8 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "goals": lambda: goals.table(_bench("kernels"), _bench("model")),
     "goals-h200": lambda: goals.table(_bench("kernels", H200), _bench("model", H200)),
     "decode-steps": lambda: steps.table(_bench("kernels"), _bench("model")),
+    "prompts": lambda: prompts.table(_bench("model")),
+    "prompts-h200": lambda: prompts.table(_bench("model", H200)),
     "energy": _energy,
     "masks": partial(_learning_table, 0),
     "steps": partial(_learning_table, 1),
@@ -446,6 +448,8 @@ VALUES: Mapping[str, Callable[[], str]] = {
     "end-to-end-autotuned": _end_to_end_autotuned,
     "fp8-over-fp8": partial(_eight_bits, 0.45, "own_speedup"),
     "fp8-over-bf16": partial(_eight_bits, 0.45, "speedup"),
+    "fp8-over-fp8-h200": partial(_eight_bits, 0.45, "own_speedup", H200),
+    "fp8-over-bf16-h200": partial(_eight_bits, 0.45, "speedup", H200),
     "vllm-bf16": partial(_in_vllm, "bf16"),
     "vllm-fp8": partial(_in_vllm, "fp8"),
     "hours-8b": partial(_hours, "llama-3.1-8b", 90e6),
