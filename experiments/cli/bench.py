@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from experiments.cli.options import Results, console
-from patch.errors import UserError
+from patch.errors import UserError, check_name
 
 bench = typer.Typer(help="Time kernels and models on this GPU, side by side with dense and 2:4 libraries.")
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model of the registry; may be repeated.")]
@@ -37,26 +37,40 @@ def tune(
     import torch
 
     from experiments.bench.kernels import fused_linears
+    from experiments.data.registry import REGISTRY
     from experiments.run.provenance import provenance
     from experiments.studies.speed import TIMED
     from stoicc import configs
-    from stoicc.format import GROUPED, SCALED
+    from stoicc.format import GROUPED, SCALE_GROUP, SCALED
     from stoicc.tune import compile_candidates, measure_shape
 
-    device = _gpu()
-    started = time.time()
     names = dtype or ["bfloat16"]
     known = ("bfloat16", *(str(kind).removeprefix("torch.") for kind in (*SCALED, GROUPED)))
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--dtype {unknown[0]}: weights are {', '.join(known)}")
+    if strange := [count for count in tokens or () if count not in configs.TOKENS]:
+        made = ", ".join(map(str, configs.TOKENS))
+        raise UserError(f"--tokens {strange[0]}: tables are of {made}, and others run as the nearest does")
     dtypes: list[torch.dtype] = [getattr(torch, name) for name in names]
+    shapes = dict.fromkeys(
+        (linear.n, linear.k) for name in model or TIMED for linear in fused_linears(check_name("model", name, REGISTRY))
+    )
+    # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
+    both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
+    work = [
+        (n, k, band, count, kind)
+        for kind in dtypes
+        for n, k, band in both
+        if kind != GROUPED or k % SCALE_GROUP == 0
+        for count in tokens or configs.TOKENS
+    ]
+    if not work:
+        raise UserError(f"--dtype int4: no linear of these models has inputs in whole groups of {SCALE_GROUP}")
+    device = _gpu()
+    started = time.time()
     with console.status("compiling all candidates"):
         for kind in dtypes:
             compile_candidates(device, workers, kind)
-    shapes = dict.fromkeys((linear.n, linear.k) for name in model or TIMED for linear in fused_linears(name))
-    # Tiles of 64 rows allow fewer configurations; their choice varies little with the shape.
-    both = [(n, k, band) for n, k in shapes for band in (2, 1) if band == 2 or n >= 4096]
-    work = [(*shape, count, kind) for kind in dtypes for shape in both for count in tokens or configs.TOKENS]
     entries = []
     with Progress(console=console) as progress:
         for shape in progress.track(work, description="tuning"):

@@ -11,6 +11,7 @@ from analysis.tables.kernels import DENSE, load_bench, speed_tables
 from analysis.tables.render import shown_cells
 from experiments.bench import baselines, harness, kernels, rows
 from experiments.bench.harness import Lab
+from experiments.cli import bench as commands
 from experiments.studies.build import dense
 from experiments.studies.trial import LINEARS, Evaluation, KernelGrid, ModelGrid, Trial, key
 from patch.errors import UserError
@@ -126,3 +127,23 @@ def test_weights_are_taken_in_turns_until_none_is_left_in_a_cache(monkeypatch: p
     for nbytes in (1, 7, 50, 89, 90):
         assert kernels.copies(few, nbytes) * nbytes >= 1.5 * 60
     assert kernels.copies(few, 1000) == 2 and kernels.copies(many, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tokens": [1, 100]}, r"--tokens 100: tables are of 1, 8, 16, .*, 8192"),
+        ({"tokens": [0]}, r"--tokens 0: tables are of 1,"),
+        ({"dtype": ["float32"]}, r"--dtype float32: weights are bfloat16, float8_e4m3fn, int8, int4"),
+        ({"model": ["llama-2-7c"]}, r"llama-2-7c.*llama-2-7b"),
+        # 576 inputs, but of one linear 1536, which are whole groups.
+        ({"dtype": ["int4"], "model": ["smollm2-135m"]}, r"needs a CUDA GPU"),
+    ],
+    ids=["between", "none", "dtype", "model", "no groups"],
+)
+def test_what_cannot_be_tuned_is_refused_before_anything_is_compiled(
+    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        commands.tune(**asked)
