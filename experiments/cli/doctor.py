@@ -97,9 +97,13 @@ def _kernels() -> Finding:
         return Finding("kernels", False, "packed weights are unpacked for each product on a CPU: right, and slow")
     name, device = torch.cuda.get_device_name(), torch.device("cuda")
     kind = type(configs.candidates(16, configs.capability_of(device), 1)[0]).__module__.rpartition(".")[2]
-    kinds = f"{kind} kernels with few tokens, tuned for {name}" if configs.tables(name) else f"{kind} kernels"
-    missing = "" if configs.tables(name) else f", none tuned for {name}: `hts tune` once"
-    return Finding("kernels", not missing, kinds + missing)
+    try:
+        tuned = sorted({entry.dtype for entry in configs.tables(name)})
+    except UserError as error:
+        return Finding("kernels", False, one_line(error))
+    if not tuned:
+        return Finding("kernels", False, f"{kind} kernels, none tuned for {name}: `hts tune` once")
+    return Finding("kernels", True, f"{kind} kernels with few tokens, tuned for {name}: {', '.join(tuned)}")
 
 
 def _servers() -> list[Finding]:

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.cli import doctor
+from stoicc import configs
 
 
 def about(subject: str, found: list[doctor.Finding]) -> doctor.Finding:
@@ -74,3 +76,28 @@ def test_servers_are_named(
 def test_without_a_gpu_packed_weights_are_said_to_be_slow() -> None:
     finding = doctor._kernels()
     assert finding.ok or "on a CPU" in finding.detail or "hts tune" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("gpu", "table", "ok", "said"),
+    [
+        ("NVIDIA H200", "", True, "tuned for NVIDIA H200: bfloat16, float8_e4m3fn, int4"),
+        ("NVIDIA A100", "", False, "none tuned for NVIDIA A100: `hts tune` once"),
+        ("NVIDIA A100", "[]", False, "nvidia-a100.json cannot be read"),
+    ],
+    ids=["tuned", "not tuned", "damaged"],
+)
+def test_what_is_tuned_for_a_gpu_is_named(
+    gpu: str, table: str, ok: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HTS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
+    monkeypatch.setattr(configs, "capability_of", lambda _: (9, 0) if ok else (8, 0))
+    configs.tables.cache_clear()
+    if table:
+        configs.user_table(gpu).parent.mkdir(parents=True)
+        configs.user_table(gpu).write_text(table)
+    finding = doctor._kernels()
+    configs.tables.cache_clear()
+    assert finding.ok is ok and said in finding.detail
