@@ -14,8 +14,9 @@ PACKAGES = ("patch", "stoicc", "analysis", "experiments", "slurm")
 # What a room may import beside itself. A module belongs to the longest name here that it starts with.
 ARROWS: dict[str, set[str]] = {
     "patch.errors": set(),
-    "patch.quantise": set(),
-    "patch": {"patch.quantise"},
+    "patch.contexts": set(),
+    "patch.quantise": {"patch.contexts"},
+    "patch": {"patch.contexts", "patch.quantise"},
     "patch.oneshot": {"patch", "patch.methods", "patch.quantise"},
     "patch.learn": {"patch", "patch.quantise"},
     "patch.recover": {"patch", "patch.learn", "patch.oneshot", "patch.quantise"},
@@ -70,6 +71,7 @@ ARROWS["slurm"] = set(ARROWS)
 # Errors that users can cause are raised everywhere.
 for name, others in ARROWS.items():
     others |= {"patch.errors"} - {name}
+    others |= {"patch.contexts"} if "patch" in others else set()
 
 
 def modules() -> dict[str, Path]:
