@@ -92,6 +92,17 @@ def only(table: Table, names: Sequence[str]) -> Table:
     )
 
 
+def rows_of(table: Table, places: Sequence[int]) -> Table:
+    """A table with some of its rows, by their places."""
+    return dataclasses.replace(
+        table,
+        rows=tuple(table.rows[place] for place in places),
+        sections=tuple(table.sections[place] for place in places),
+        best=frozenset((places.index(row), column) for row, column in table.best if row in places),
+        trials=tuple(table.trials[place] for place in places) if table.trials else (),
+    )
+
+
 def markdown(table: Table, notes: bool = True) -> str:
     """A GitHub table, aligned for reading as it is, with its notes below."""
     cells = [[_escape_markdown(column.heading) for column in table.columns]]

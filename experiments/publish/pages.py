@@ -34,9 +34,10 @@ from analysis.tables.kernels import (
     precision_table,
 )
 from analysis.tables.learning import learning_tables, rates_table
-from analysis.tables.render import Column, Table, Value, markdown, only, shown_cells
+from analysis.tables.packed import workloads
+from analysis.tables.render import Column, Table, Value, markdown, only, rows_of, shown_cells
 from analysis.tables.serving import throughput_table
-from analysis.tables.speed_frontier import front_table, placed_on_shapes, workloads_of
+from analysis.tables.speed_frontier import front_table, placed, placed_on_shapes, workloads_of
 from analysis.tables.study import WARNING, study_tables
 from experiments.publish import goals, measured, prompts, reproduction, steps
 from experiments.run.store import Store
@@ -97,8 +98,23 @@ def _bits(study: str, text: str = "") -> Table:
 def _front_on_shapes() -> Table:
     """What is on the frontier of Qwen2.5-Coder's quality and the speed of LLaMA-2-7B's shapes."""
     points, timed = _points("frontier-qwen-coder-0.5b"), _model(gpu=H200)
-    placed = {work: placed_on_shapes(points, timed, work) for work in workloads_of(_packed(timed, "fp8"))}
-    return front_table(placed, texts(points)[0])
+    by_workload = {work: placed_on_shapes(points, timed, work) for work in workloads_of(_packed(timed, "fp8"))}
+    return front_table(by_workload, texts(points)[0])
+
+
+def _front_on_code() -> Table:
+    """What is on the frontier of Qwen2.5-Coder's own speed in decoding and its perplexity on code."""
+    study = "frontier-qwen-coder-0.5b"
+    frame, points = _frame(study), _points(study)
+    decoding = [workload for workload in workloads(frame) if workload.startswith("decode")]
+    return front_table({workload: placed(frame, workload, points=points) for workload in decoding}, texts(points)[1])
+
+
+def _timed(study: str, columns: Sequence[str]) -> Table:
+    """A study's table of speeds, of what was timed."""
+    table = _study_table(study, "speed", columns)
+    speeds = [place for place, column in enumerate(table.columns) if column.name.startswith("speedup")]
+    return rows_of(table, [row for row, line in enumerate(table.rows) if any(line[place] for place in speeds)])
 
 
 def _front() -> Table:
@@ -280,6 +296,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
     "bits-qwen-python": partial(_bits, "frontier-qwen-coder-0.5b", "-python-test@2048"),
     "bits-qwen-front": _front_on_shapes,
     "bits-qwen-own-front": lambda: tables_of("frontier-qwen-coder-0.5b")["front"],
+    "bits-qwen-own-front-python": _front_on_code,
     "bits-qwen-size": partial(
         _study_table,
         "frontier-qwen-coder-0.5b",
@@ -287,7 +304,7 @@ TABLES: Mapping[str, Callable[[], Table | str]] = {
         (*_PERPLEXITY, "packed_perplexity", "disk", "peak_memory"),
     ),
     "bits-qwen-speed": partial(
-        _study_table, "frontier-qwen-coder-0.5b", "speed", ("method", "variant", "achieved_sparsity", "speedup")
+        _timed, "frontier-qwen-coder-0.5b", ("method", "variant", "achieved_sparsity", "speedup")
     ),
     "larger": partial(_study_table, "qwen-coder-1.5b", "accuracy", _PERPLEXITY),
     "recovered-bits": partial(_bits, "embedded-recovered-bits"),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from analysis.tables import published
 from analysis.tables.accuracy import accuracy_table
-from analysis.tables.render import Table, render, rich_table, significant
+from analysis.tables.render import Table, render, rich_table, rows_of, significant
 from analysis.tables.study import study_tables
 from patch.errors import UserError
 
@@ -118,6 +118,14 @@ def test_the_best_at_equal_sparsity_is_bold(smollm: pd.DataFrame) -> None:
         ("SparseGPT", "2:4", "50"),
         *[("SparseGPT", "hybrid", target) for target in ("45", "35", "25")],
     ]
+
+
+def test_what_is_best_stays_bold_among_fewer_rows(smollm: pd.DataFrame) -> None:
+    table = accuracy_table(smollm)
+    row, column = min(table.best)
+    few = rows_of(table, [row])
+    assert (few.rows, few.trials, few.sections) == ((table.rows[row],), (table.trials[row],), (table.sections[row],))
+    assert (0, column) in few.best and len(few.best) == sum(place == row for place, _ in table.best)
 
 
 def test_what_is_best_within_noise_is_not_bold(study: Study, make_pruning: Make, make_trial: Make) -> None:
