@@ -38,8 +38,8 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
         try:
             yield temporary
         except OSError as error:
-            # A write that fails names no file.
-            if error.filename is None and error.errno is not None:
+            # A write that fails names no file, and one that is opened the temporary.
+            if error.filename in (None, str(temporary)) and error.errno is not None:
                 error.filename = str(path)
             raise
         with open(temporary, "rb") as file:

@@ -137,8 +137,12 @@ def _acquire(path: Path, owner: Owner) -> bool:
     """Try once to own ``path``, removing what is there if it has expired."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{owner.token}")
-    draft.write_text(json.dumps(asdict(owner)))
     try:
+        try:
+            draft.write_text(json.dumps(asdict(owner)))
+        except OSError as error:
+            error.filename = str(path)
+            raise
         if _link(draft, path):
             return True
         entry = _read(path)

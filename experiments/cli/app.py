@@ -1,5 +1,6 @@
 """``hts``: its commands put together, and how it ends when something is wrong."""
 
+import errno
 import io
 import logging
 import shlex
@@ -16,6 +17,9 @@ from patch.errors import UserError, one_line
 
 # Of typer, or in older versions of click: what was typed is no command line of ours.
 _UsageError: Any = typer.BadParameter.__base__
+# What the system says of a disk that takes no more, and of one that may not be written.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 # The exit code after Ctrl-C.
 _INTERRUPTED = 130
 HELP = """Hybrid tile sparsity: learn which tiles of a language model stay dense and which become 2:4.
@@ -102,7 +106,9 @@ def answer(app: typer.Typer) -> None:
             sys.exit(error.exit_code)
         said = " ".join(error.format_message().split()).rstrip(".")
         _end(f"{said}{'' if said.endswith('?') else ':'} see `{command} --help`", error.exit_code)
-    except (UserError, OSError) as error:
+    except OSError as error:
+        _end(_system_said(error))
+    except UserError as error:
         _end(one_line(error))
     except Exception as error:
         # Typer takes the end of any file for that of what is typed.
@@ -113,6 +119,18 @@ def answer(app: typer.Typer) -> None:
             again = shlex.join(["hts", *sys.argv[1:]])
             print(f"hts: interrupted; what is done is kept, and the same command goes on: {again}", file=sys.stderr)
         raise
+
+
+def _system_said(error: OSError) -> str:
+    """What the system said, and of what; of a disk that takes no more, what to do."""
+    if error.strerror is None:
+        return one_line(error)
+    said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if error.errno in _NO_ROOM:
+        said += ": make room, or name another place; what is done is kept"
+    elif error.errno in _NO_WRITING:
+        said += ": name another place, or ask for the right to this one"
+    return said
 
 
 def _end(said: str, code: int = 1) -> NoReturn:

@@ -43,6 +43,16 @@ def test_a_lease_is_exclusive_and_leaves_nothing(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_full_disk_names_the_lease(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as raised, lease(path):
+        pass
+    assert raised.value.filename == str(path)
+
+
 @pytest.mark.parametrize(
     ("age", "changes", "free"),
     [

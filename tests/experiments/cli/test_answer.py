@@ -1,5 +1,6 @@
 """How the command ends: one line, whatever happens."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def end(error: BaseException, capsys: pytest.CaptureFixture, monkeypatch: pytest
 def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed = end(UserError("no\nsuch [/x]"), capsys, monkeypatch)
     assert code == 1 and printed == "hts: error: no such [/x]"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device: make room, or name"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system: name another place"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+        (OSError("of a library"), "of a library"),
+    ],
+    ids=["full", "read-only", "missing", "unnumbered"],
+)
+def test_what_the_system_refuses_names_the_place(
+    error: OSError, said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, printed = end(error, capsys, monkeypatch)
+    assert code == 1 and printed.startswith(f"hts: error: {said}")
 
 
 def test_a_fault_is_one_line_and_its_traceback_a_file(
