@@ -286,8 +286,8 @@ def read_table(path: Path) -> tuple[Entry, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(_entries(from_json(path.read_text(encoding="utf-8"))))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return tuple(map(_checked, _entries(from_json(path.read_text(encoding="utf-8")))))
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"tuning table {path} cannot be read ({error}): delete it and run `hts tune`") from None
 
 
@@ -394,6 +394,20 @@ def config_named(kernel: str, fields: dict[str, Any]) -> Config:
     """A configuration as tables and rows write it: its kernel's name, then or now, and its fields."""
     kind: Any = KERNELS[_FORMER.get(kernel, kernel)]
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def _checked(entry: Entry) -> Entry:
+    """An entry whose numbers are such as can be compared: what is wrong is told where it is read."""
+    whole = (entry.n, entry.k, entry.band, entry.tokens)
+    times = (entry.microseconds, entry.dense_microseconds)
+    settings = [part for value in vars(entry.config).values() for part in (value if type(value) is tuple else (value,))]
+    if not all(isinstance(each, int) and each > 0 for each in whole):
+        raise ValueError(f"shape, band and tokens {whole} are not whole numbers from 1")
+    if not all(isinstance(each, int | float) and 0 < each < math.inf for each in times):
+        raise ValueError(f"microseconds {times} are not positive numbers")
+    if not all(isinstance(each, int) for each in settings):
+        raise ValueError(f"{entry.config} has settings that are not whole numbers")
+    return entry
 
 
 def _entries(table: dict[str, Any]) -> Iterator[Entry]:

@@ -354,6 +354,12 @@ def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["provenance"] == {"bfloat16": [{"gpu": "two"}, {"gpu": "one"}]}
 
 
+ENTRY = (
+    '{"entries": [{"n": 512, "k": 512, "band": 1, "tokens": %s, "config": {"kernel": "portable", "tokens": %s}, '
+    '"microseconds": 1, "dense_microseconds": %s}]}'
+)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -363,14 +369,44 @@ def test_a_table_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
         '{"entries": [{"config": {"kernel": "none"}}]}',
         '{"columns": ["config"], "entries": [[0]]}',
         '{"columns": ["config"], "entries": [[0, 1]]}',
+        ENTRY % ("0", "16", "1"),
+        ENTRY % ('"8"', "16", "1"),
+        ENTRY % ("8", '"16"', "1"),
+        ENTRY % ("8", "16", "null"),
+        ENTRY % ("8", "16", "NaN"),
     ],
-    ids=["cut", "empty", "list", "unknown", "unnumbered", "unnamed"],
+    ids=[
+        "cut",
+        "empty",
+        "list",
+        "unknown",
+        "unnumbered",
+        "unnamed",
+        "none",
+        "text",
+        "setting",
+        "no time",
+        "nan",
+    ],
 )
 def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"table\.json.*hts tune"):
         configs.read_table(path)
+
+
+def test_a_place_that_is_no_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read .*Is a directory"):
+        configs.read_table(tmp_path)
+
+
+def test_entries_are_added_to_a_table_that_does_not_say_where_its_own_are_from(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(ENTRY % ("8", "16", "1"))
+    (before,) = configs.read_table(path)
+    configs.remember(path, [replace(before, tokens=1)], {"gpu": "one"})
+    assert [entry.tokens for entry in configs.read_table(path)] == [1, 8]
 
 
 def test_the_nearest_entry_is_one_that_can_run() -> None:
