@@ -230,7 +230,13 @@ def _locate(name: str, data: Path | None) -> Callable[[], Iterable[str]]:
 def _parts(source: str, data: Path | None) -> dict[str, Callable[[], Iterable[str]]]:
     whole = Path(source).expanduser()
     alone = whole.is_dir() or (_FILE.search(source) and whole.is_file())
-    return {name: _locate(name, data) for name in ([source] if alone else source.split("+"))}
+    names = [source] if alone and source else source.split("+")
+    if not all(map(str.strip, names)):
+        # Of paths, nothing is the directory that one is in.
+        raise UserError(f"text source {source!r}: a part of it has no name: leave it out, or say . for this directory")
+    if len(set(names)) < len(names):
+        raise UserError(f"text source {source}: a part of it is named twice, and would count once: name it once")
+    return {name: _locate(name, data) for name in names}
 
 
 def shares_of(source: str) -> dict[str, float]:

@@ -538,6 +538,9 @@ def test_every_window_of_a_mixture_comes_as_often(tokenizer: PreTrainedTokenizer
         ("0*novels+1*wiki_leads", "a weight of 0"),
         ("0.5*novels+0.5*novels", "give every part a weight, once each"),
         ("0.5*novels+0.5*wiki_lead", "did you mean wiki_leads"),
+        ("novels+novels", "named twice"),
+        ("novels+", "a part of it has no name"),
+        ("", "a part of it has no name"),
     ],
 )
 def test_weights_that_make_no_sense(source: str, message: str, tmp_path: Path) -> None:
