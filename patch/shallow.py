@@ -61,7 +61,9 @@ def drop_blocks(
     check_model_length(model, windows.shape[1], "calibration windows")
     blocks = list(decoder_blocks(model))
     if not 0 < count < len(blocks):
-        raise UserError(f"{count} of {len(blocks)} decoder blocks cannot be dropped: give 1 to {len(blocks) - 1}")
+        raise UserError(
+            f"{count} of {len(blocks)} decoder blocks cannot be dropped: give a share that drops 1 to {len(blocks) - 1}"
+        )
     home = next(model.parameters()).device
     trials = sum(len(blocks) - step for step in range(count))
     dropped: list[Dropped] = []

@@ -159,6 +159,8 @@ def _hub() -> Finding:
 def _data(data: Path | None) -> list[Finding]:
     if data is None:
         return [_hub()]
+    if not data.is_dir():
+        return [Finding("data", False, f"{data}: no such directory")]
     from experiments.data import text
     from experiments.eval import tasks
 

@@ -109,6 +109,8 @@ def of_a_checkpoint(path: Path) -> Path:
                 f"{path} is a model, and this takes a checkpoint that was made of one: make it with "
                 f"`hts prune {path}` or `hts learn {path}`, which say where it lies"
             )
+        if not path.exists():
+            raise UserError(f"{path}: no such directory")
     return path
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from patch.errors import UserError, check_name
-from patch.learn.recipe import PATCH_JOINT, Recipe, Span, spelled
+from patch.learn.recipe import PATCH_JOINT, Recipe, Span, learning_rate, spelled
 from patch.recover.recipe import RecoveryRecipe
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def forecast(pruning: "Pruning", machine: "Machine") -> Iterator[str]:
     flops = [cost.pruning_flops(step) for step in steps]
     needs = [cost.memory(step, processes=size, width=width) for step in steps]
     yield from _said(f"learning takes {tokens:,} tokens", ", priors included", flops, needs, pruning.model, machine)
+    if pruning.learning:
+        yield from _cold(pruning.learning.recipe)
 
 
 def forecast_recovery(model: str, recipe: RecoveryRecipe, kept: float, machine: "Machine") -> Iterator[str]:
@@ -86,6 +88,17 @@ def forecast_recovery(model: str, recipe: RecoveryRecipe, kept: float, machine: 
     flops = [cost.recovery_flops(model, recipe)]
     needs = [cost.recovery_memory(model, recipe, kept, size, width)]
     yield from _said(f"recovery takes {recipe.tokens:,} tokens", "", flops, needs, model, machine)
+    yield from _cold(recipe)
+
+
+def _cold(recipe: Recipe | RecoveryRecipe) -> Iterator[str]:
+    """A warning of a warm-up that steps do not outlast."""
+    if 0 < recipe.steps <= recipe.warmup:
+        highest = spelled(learning_rate(recipe.steps - 1, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_end))
+        yield (
+            f"warning: {recipe.steps} steps end within the warm-up of {recipe.warmup}: the learning rate comes to "
+            f"{highest} of {spelled(recipe.lr)}: more steps, or --set warmup={recipe.steps // 10}"
+        )
 
 
 def _said(

@@ -173,7 +173,9 @@ class Pruning:
         else:
             check_sparsity(self.sparsity)
         if self.structure == "2:4" and self.sparsity != 0.5:
-            raise UserError(f"structure 2:4 has sparsity 0.5, not {self.sparsity}: use structure 'hybrid' for less")
+            tiled = ", ".join(name for name in members("learned") if METHODS[name].structure == "hybrid")
+            less = f"{tiled} reach less" if about.recipe else "use structure 'hybrid' for less"
+            raise UserError(f"structure 2:4 has sparsity 0.5, not {self.sparsity}: {less}")
         if self.structure in TILED:
             if self.tile is None:
                 raise UserError(f"structure {self.structure} needs a tile shape, such as 64x64")
@@ -191,8 +193,11 @@ class Pruning:
             if self.learning is None:
                 raise UserError(f"{self.method} needs text and a recipe to learn with")
             if self.learning.recipe.mode != about.recipe.mode:
+                mode = self.learning.recipe.mode
+                theirs = next(known.name for known in METHODS.values() if known.recipe and known.recipe.mode == mode)
                 raise UserError(
-                    f"{self.method} needs a recipe of mode {about.recipe.mode}, got {self.learning.recipe.mode}"
+                    f"{self.method} needs a recipe of mode {about.recipe.mode}, got {mode}, which is {theirs}'s: "
+                    f"take that method, or another recipe"
                 )
             if self.prior is not None and (self.prior.tile != self.tile or self.prior.model != self.model):
                 raise UserError(f"the prior of {self.method} must be on the same model and tile shape")

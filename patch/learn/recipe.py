@@ -264,7 +264,7 @@ def number(name: str, value: object, positive: bool) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not real or value < 0 or (positive and value == 0):  # type: ignore[operator]
         raise UserError(f"recipe: {name} {value!r}: give a {'positive number' if positive else 'number from 0'}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value) + 0.0  # type: ignore[arg-type]  # -0.0 becomes 0.0
 
 
 def span(name: str, value: object, positive: bool) -> Span:

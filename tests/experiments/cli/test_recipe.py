@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from experiments.cli.recipe import changes, forecast, settings
+from experiments.cli.recipe import changes, forecast, forecast_recovery, settings
 from experiments.run.runtime import Machine
 from experiments.studies.build import learned
 from experiments.studies.trial import Calibration, Pruning
 from patch.learn.recipe import MASKLLM, PATCH_JOINT, Recipe
+from patch.recover.recipe import RecoveryRecipe
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_what_is_not_as_published_is_shown_beside_it() -> None:
 
 
 def pruning(model: str = "embedded", method: str = "patch-joint", **changes: Any) -> Pruning:
-    short = {"steps": 2, "batch": 4, "microbatch": 4, "length": 32} | changes
+    short = {"steps": 2, "batch": 4, "microbatch": 4, "length": 32, "warmup": 0} | changes
     return learned(
         model, method, 0.45 if method != "maskllm" else 0.5, (64, 64), "c4", Calibration("c4", 8, 64), **short
     )
@@ -72,6 +73,15 @@ def test_the_published_recipe_on_a_cpu_is_warned_of() -> None:
     assert warned.startswith("warning:") and "on a CPU" in warned
     *_, memory = forecast(pruning("llama-2-7b", **published, activation_checkpointing=False), CPU)
     assert "microbatch" in memory
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 4, 50])
+def test_steps_that_end_within_the_warm_up_are_warned_of(warmup: int) -> None:
+    for lines in (
+        forecast(pruning(steps=4, warmup=warmup), CPU),
+        forecast_recovery("embedded", RecoveryRecipe(steps=4, warmup=warmup), 0.5, CPU),
+    ):
+        assert any("end within the warm-up" in line for line in lines) == (warmup >= 4)
 
 
 def test_a_model_of_unknown_shapes_is_said_to_be_unknown() -> None:

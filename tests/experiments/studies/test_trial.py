@@ -157,7 +157,12 @@ def test_another_evaluation_is_another_trial_of_the_same_pruning() -> None:
         pytest.param(joint, {"tile": None}, "needs a tile shape", id="no-tile"),
         pytest.param(joint, {"learning": None}, "needs text and a recipe", id="no-recipe"),
         pytest.param(joint, {"structure": "unstructured"}, "learns hybrid masks", id="learned-unstructured"),
-        pytest.param(joint, {"learning": Learning("c4", MASKLLM)}, "recipe of mode joint", id="other-mode"),
+        pytest.param(
+            joint,
+            {"learning": Learning("c4", MASKLLM)},
+            "recipe of mode joint, got maskllm.* take that method",
+            id="other-mode",
+        ),
         pytest.param(joint, {"prior": sparsegpt(tile=(32, 32))}, "same model and tile", id="prior-of-another-tile"),
         pytest.param(sparsegpt, {"calibration": None}, "needs calibration text", id="uncalibrated"),
         pytest.param(
