@@ -46,14 +46,36 @@ def short_float32() -> AbstractContextManager[None]:
     return _float32_products("high")
 
 
+def _float32_products(precision: str) -> AbstractContextManager[None]:
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Somebody gave libraries their own precision (`torch.backends`), as transformers' TrainingArguments do.
+        return _products_of_libraries({"highest": "ieee", "high": "tf32"}[precision])
+    return _products(precision)
+
+
 @contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
+def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _products_of_libraries(precision: str) -> Iterator[None]:
+    libraries: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+    before = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = precision
+        yield
+    finally:
+        for library, its_own in zip(libraries, before, strict=True):
+            library.fp32_precision = its_own
 
 
 @contextmanager
