@@ -356,10 +356,11 @@ def compile_model(
             tokens, ``dtype`` is not one of 8 bits, or ``precise`` has no FP8.
     """
     if dtype is not None and dtype not in SCALED:
-        raise UserError(f"cannot quantise to {dtype}: float8_e4m3fn or int8")
+        raise UserError(f"cannot quantise to {dtype!r}: torch.float8_e4m3fn or torch.int8")
     if not isinstance(tokens, Sequence) or any(type(count) is not int or count < 1 for count in tokens):
         raise UserError(f"tokens are {tokens!r}, must be positive whole numbers, such as (1, 2048)")
     check_present(model)
+    _check_not_foreign(model, masks)
     if hasattr(model, "get_decoder"):
         strange = masks.keys() - prunable_linears(model).keys()
         if strange & prunable_matrices(model).keys():
@@ -445,6 +446,17 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise UserError(f"there is a mask for {name!r}, which is a {type(module).__name__} and not a torch.nn.Linear")
     return module
+
+
+def _check_not_foreign(model: nn.Module, names: Collection[str]) -> None:
+    """Linears that another package quantised as they were loaded may have no ``weight`` at all."""
+    for name, module in model.named_modules():
+        foreign = isinstance(module, nn.Linear) and not isinstance(module, QuantisedLinear)
+        if name in names and foreign and hasattr(module, "weight_scale"):
+            raise UserError(
+                f"{name}: its weight is quantised as transformers loads it: pack the checkpoint with `hts pack`, or "
+                "load it with experiments.data.models.load_model(..., quantised=True)"
+            )
 
 
 def _check_linear(model: nn.Module, name: str, mask: HybridMask, dtype: torch.dtype | None) -> None:

@@ -441,6 +441,18 @@ def test_weights_are_quantised_to_eight_bits_only() -> None:
         stoicc.compile_model(model, some_masks(model), dtype=torch.float16)
 
 
+@pytest.mark.parametrize("kept", ["weight", "weight_packed"])
+def test_what_transformers_quantised_as_it_loaded_is_named(kept: str) -> None:
+    model = tiny_model()
+    masks = some_masks(model)
+    linear = model.get_submodule(next(iter(masks)))
+    del linear.weight
+    linear.register_buffer(kept, torch.zeros(4, dtype=torch.int32))
+    linear.register_buffer("weight_scale", torch.ones(4))
+    with pytest.raises(UserError, match=r"quantised as transformers loads it.*hts pack"):
+        stoicc.compile_model(model, masks)
+
+
 def test_a_weight_that_cannot_be_quantised_is_named_before_anything_changes() -> None:
     model = tiny_model()
     masks = some_masks(model)
