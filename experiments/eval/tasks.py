@@ -42,7 +42,7 @@ from experiments.eval import humaneval
 from experiments.eval.names import EMBEDDED_TASK, HUMANEVAL
 from experiments.eval.scoring import Encoded, encode, score
 from patch import install
-from patch.errors import UserError, check_name
+from patch.errors import UserError, check_name, one_line
 from patch.files import from_json, sha256
 
 if TYPE_CHECKING:
@@ -415,7 +415,13 @@ def _write_local_task(definition: TaskDefinition, data: Path, official: Path, fo
 
 def _embedded_text() -> bytes:
     """The rows of the embedded task as lines of JSON, whose hash is on record in rows of when they lay unpacked."""
-    return lzma.decompress((embedded.TASKS / f"{EMBEDDED_TASK}.jsonl.xz").read_bytes())
+    path = embedded.TASKS / f"{EMBEDDED_TASK}.jsonl.xz"
+    try:
+        return lzma.decompress(path.read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise UserError(
+            f"task {EMBEDDED_TASK}: {path} cannot be read ({one_line(error)}): reinstall the package"
+        ) from error
 
 
 def _write_embedded_task(folder: Path) -> None:

@@ -39,6 +39,15 @@ def items() -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"damaged"], ids=["missing", "empty", "damaged"])
+def test_a_damaged_task_is_named(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if content is not None:
+        (tmp_path / "wiki_continuation.jsonl.xz").write_bytes(content)
+    monkeypatch.setattr("experiments.embedded.TASKS", tmp_path)
+    with pytest.raises(UserError, match=r"wiki_continuation\.jsonl\.xz cannot be read .*reinstall"):
+        fingerprint("wiki_continuation", None)
+
+
 class TestTokenizer:
     @given(text=st.text())
     @settings(max_examples=300)
