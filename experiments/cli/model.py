@@ -460,9 +460,8 @@ def _checkpoint(pruning: "Pruning", out: Path | None, results: Path, data: Path 
     store = Store(results)
     if pruning.method != "dense":
         checkpoints.check_unpruned(pruning.model)
-    if pruning.learning:
-        checkpoints.check_learnable(pruning.model)
     pipeline.validate([Trial(pruning, Evaluation(perplexity=()))], data)
+    checkpoints.check_linears(pruning)
     store.make()
     with machine_on(device, data) as machine:
         if pruning.learning and not machine.ranks.rank and not store.checkpoint_path(pruning).exists():

@@ -189,14 +189,19 @@ def check_unpruned(model: str) -> None:
         raise UserError(f"{model}: pruned already ({info['method']}, {info['structure']}): prune or learn on {dense}")
 
 
-def check_learnable(model: str) -> None:
-    """Before anything is made that learning starts from; a model of the hub is looked at once it is loaded.
+def check_linears(pruning: Pruning) -> None:
+    """Before anything is made that a pruning starts from; a model of the hub is looked at once it is loaded.
 
     Raises:
-        UserError: if the model has matrices that no mask can be learned of.
+        UserError: if the model has matrices that no mask can be learned of, tiles be ranked, or values be rounded.
     """
-    if Path(model).is_dir():
-        require_linears(without_weights(Path(model)), "learning")
+    wanted = {
+        "learning": pruning.learning,
+        "ranking tiles over the model": pruning.tile_ranking == "model",
+        "quantising": pruning.quantisation,
+    }
+    for what in (what for what, asked in wanted.items() if asked and Path(pruning.model).is_dir()):
+        require_linears(without_weights(Path(pruning.model)), what)
 
 
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:

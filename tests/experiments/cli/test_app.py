@@ -178,12 +178,27 @@ def test_a_pruned_model_is_not_pruned_again(hts, pruned: Path, tiny_model: Path,
         assert_refused(hts(*command, "--tile", "16x16"), wanted)
 
 
-def test_experts_are_not_learned_and_that_is_said_before_anything_is_made(hts, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (("learn", "--tile", "16x16"), "learning"),
+        (("quantise",), "quantising"),
+        (("prune", "--method", "magnitude", "--tile", "16x16", "--precision", "fp8"), "quantising"),
+        (
+            ("prune", "--method", "wanda", "--structure", "hybrid", "--tile", "16x16", "--tile-ranking", "model"),
+            "ranking tiles over the model",
+        ),
+    ],
+    ids=["learned", "quantised", "pruned-and-quantised", "ranked"],
+)
+def test_what_experts_cannot_be_is_said_before_anything_is_made(  # type: ignore[no-untyped-def]
+    command: tuple[str, ...], what: str, hts, tmp_path: Path
+) -> None:
     about = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     MixtralConfig(**about, num_key_value_heads=2, num_local_experts=2, vocab_size=64).save_pretrained(tmp_path / "made")
-    outcome = hts("learn", tmp_path / "made", "--tile", "16x16")
-    assert_refused(outcome, "learning covers Linear weights alone, not experts")
-    assert not outcome[1] and files(tmp_path) == ["config.json"]
+    outcome = hts(*command, tmp_path / "made")
+    assert_refused(outcome, f"{what} covers Linear weights alone, not experts")
+    assert "made " not in outcome[1] and files(tmp_path) == ["config.json"]
 
 
 def test_tiles_of_a_hybrid_mask_are_ranked_over_the_model(
