@@ -357,6 +357,8 @@ def compile_model(
     """
     if dtype is not None and dtype not in SCALED:
         raise UserError(f"cannot quantise to {dtype!r}: torch.float8_e4m3fn or torch.int8")
+    if not isinstance(masks, Mapping):
+        raise UserError(f"masks are {masks!r}: give masks by name, such as patch.checkpoint.load_masks({masks!r})")
     if not isinstance(tokens, Sequence) or any(type(count) is not int or count < 1 for count in tokens):
         raise UserError(f"tokens are {tokens!r}, must be positive whole numbers, such as (1, 2048)")
     check_present(model)

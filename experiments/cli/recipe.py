@@ -78,6 +78,8 @@ def forecast(pruning: "Pruning", machine: "Machine") -> Iterator[str]:
     yield from _said(f"learning takes {tokens:,} tokens", ", priors included", flops, needs, pruning.model, machine)
     if pruning.learning:
         yield from _cold(pruning.learning.recipe)
+        if pruning.refit and pruning.learning.recipe.distillation:
+            yield "warning: what follows the dense model's predictions already had better not be refitted: it loses by it"
 
 
 def forecast_recovery(model: str, recipe: RecoveryRecipe, kept: float, machine: "Machine") -> Iterator[str]:

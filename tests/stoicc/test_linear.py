@@ -470,6 +470,12 @@ def test_numbers_of_tokens_that_cannot_be(tokens: Any) -> None:
         stoicc.compile_model(nn.Sequential(nn.Linear(64, 64)).bfloat16(), {}, tokens=tokens)
 
 
+def test_a_path_in_place_of_masks_says_what_loads_them() -> None:
+    masks: Any = "pruned"
+    with pytest.raises(UserError, match=r"masks are 'pruned': .*load_masks\('pruned'\)"):
+        stoicc.compile_model(nn.Sequential(nn.Linear(64, 64)).bfloat16(), masks)
+
+
 def test_checkpoint_holds_no_dense_weights(packed: tuple[Path, nn.Module, Tensor, Tensor]) -> None:
     path, model, *_ = packed
     tensors = load_file(path / "model.safetensors")

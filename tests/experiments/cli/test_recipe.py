@@ -84,6 +84,15 @@ def test_steps_that_end_within_the_warm_up_are_warned_of(warmup: int) -> None:
         assert any("end within the warm-up" in line for line in lines) == (warmup >= 4)
 
 
+@pytest.mark.parametrize("distillation", [0.0, 1.0])
+@pytest.mark.parametrize("refits", [False, True])
+def test_fitting_again_what_was_learned_from_the_dense_model_is_warned_of(distillation: float, refits: bool) -> None:
+    mask = pruning(distillation=distillation)
+    seen = dataclasses.replace(mask, refit=Calibration("embedded/train", 8, 64) if refits else None)
+    said = any("had better not be refitted" in line for line in forecast(seen, CPU))
+    assert said == (refits and distillation > 0)
+
+
 def test_a_model_of_unknown_shapes_is_said_to_be_unknown() -> None:
     (line,) = forecast(pruning("some/model"), CPU)
     assert "cannot be told" in line and "configuration of some/model" in line
