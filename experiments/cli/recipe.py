@@ -79,7 +79,7 @@ def forecast(pruning: "Pruning", machine: "Machine") -> Iterator[str]:
     if pruning.learning:
         yield from _cold(pruning.learning.recipe)
         if pruning.refit and pruning.learning.recipe.distillation:
-            yield "warning: what follows the dense model's predictions already had better not be refitted: it loses by it"
+            yield "warning: what follows the dense model already had better not be refitted: it loses by it"
 
 
 def forecast_recovery(model: str, recipe: RecoveryRecipe, kept: float, machine: "Machine") -> Iterator[str]:
