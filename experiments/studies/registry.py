@@ -84,7 +84,7 @@ STUDIES = {
     "qwen-coder-0.5b-recovered": Study(
         "what training the kept weights adds to masks of Qwen2.5-Coder-0.5B", qwen_coder.recovered_half_billion
     ),
-    "qwen-coder-0.5b-recovered-bits": Study(
+    "qwen-coder-recovered-bits": Study(
         "whether kept weights had better be trained as they will be rounded, Qwen2.5-Coder-0.5B",
         qwen_coder.recovered_bits,
     ),

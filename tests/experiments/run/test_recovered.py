@@ -115,7 +115,7 @@ def test_the_command_recovers_what_lies_anywhere(
     for again, message in (
         (tmp_path / "out", "is recovered already"),
         (tiny_model, "no mask to keep"),
-        (tmp_path / "nowhere", "not a model directory"),
+        (tmp_path / "nowhere", "no such directory"),
     ):
         code, _, err = hts("recover", again, "--text", tiny_text)
         assert code == 1 and message in err and len(err.strip().splitlines()) == 1
