@@ -14,8 +14,8 @@ INSTALLED_VLLM := .venv-vllm/.installed
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures and a page in runs/ (six to eleven minutes on two cores)
-	@echo "Demo: seven ways to prune a model of 4 million parameters, one also in FP8, six to eleven minutes on two CPU cores"
+demo: $(INSTALLED) ## prune and learn on the embedded model: a table, figures and a page in runs/ (six to twelve minutes on two cores)
+	@echo "Demo: seven ways to prune a model of 4 million parameters, one also in FP8, six to twelve minutes on two CPU cores"
 	$(BIN)/hts run demo
 	$(BIN)/hts report demo --results runs --out runs/report.html
 
