@@ -28,6 +28,8 @@ TASKS = {
 # Over these the published means are taken; RACE may be a subset, called so where it is shown.
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "race", "hellaswag")
 
+# The labels of a row that say what was timed of a whole model, and what that is called.
+WORKLOAD = ["kind", "batch", "length"]
 _WORKLOADS = {"decode": "Decoding, batch {batch}", "prefill": "Prefill, {batch} x {length} tokens"}
 
 

@@ -1,7 +1,9 @@
 """The one exception that means "the input is wrong": the command line prints its message as a single line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -31,3 +33,15 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """The whole message on one line; the class's name if there is none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def written_for(path: Path, temporary: Path) -> Iterator[None]:
+    """What the system says of a temporary file is said of the one that it stands for."""
+    try:
+        yield
+    except OSError as error:
+        # A write that fails names no file, and one that is opened the temporary.
+        if error.filename in (None, str(temporary)) and error.errno is not None:
+            error.filename = str(path)
+        raise

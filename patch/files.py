@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from patch.errors import UserError, one_line
+from patch.errors import UserError, one_line, written_for
 from patch.leases import lease
 
 
@@ -35,13 +35,8 @@ def replacing(path: Path, one_writer: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{'partial' if one_writer else secrets.token_hex(4)}")
     try:
-        try:
+        with written_for(path, temporary):
             yield temporary
-        except OSError as error:
-            # A write that fails names no file, and one that is opened the temporary.
-            if error.filename in (None, str(temporary)) and error.errno is not None:
-                error.filename = str(path)
-            raise
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from patch.errors import UserError
+from patch.errors import UserError, written_for
 
 RENEWAL = 15.0
 TERM = 120.0
@@ -138,11 +138,8 @@ def _acquire(path: Path, owner: Owner) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{owner.token}")
     try:
-        try:
+        with written_for(path, draft):
             draft.write_text(json.dumps(asdict(owner)))
-        except OSError as error:
-            error.filename = str(path)
-            raise
         if _link(draft, path):
             return True
         entry = _read(path)

@@ -343,7 +343,7 @@ def known(
     """The entry that decides for a shape: of what was tuned with so many tokens the nearest, else its very own."""
     bucket = token_bucket(tokens)
     tuned = (entry for entry in tables(device_name) if entry.tokens == bucket)
-    own = (e for e in measured(device_name) if (e.n, e.k, e.band, e.tokens) == (n, k, band, bucket))
+    own = (entry for entry in measured(device_name) if _about(entry) == (table_dtype(dtype), n, k, band, bucket))
     about = (n, k, band, bucket, capability, dtype)
     return nearest(tuned, *about) or nearest(own, *about)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.names import percent, workload_name, workload_of
+from analysis.names import WORKLOAD, percent, workload_name, workload_of
 from analysis.rows.format import Row
 from analysis.rows.load import records, stored_rows
 from analysis.rows.points import Measured
@@ -30,7 +30,6 @@ DENSE = {
 # Tiles of the products that tables and figures show.
 TILE = "128x128"
 KINDS = ("kernels", "model")
-_WORKLOAD = ["kind", "batch", "length"]
 LIBRARIES = ("cusparselt", "cusparselt_fp8", "semi_structured")
 PRECISIONS = {"bf16": "bfloat16", "fp8": "FP8", "fp8_precise": "FP8 with float32 sums", "int4": "INT4"}
 SUPERSEDED = (
@@ -75,7 +74,7 @@ def _timed(row: Row) -> tuple[str, str, Any] | None:
     if kind != "model":
         return None
     model = row["definition"].get("model") or row["definition"].get("pruning", {}).get("model", "")
-    return model, part, tuple(row["labels"].get(name) for name in ("kind", "batch", "length"))
+    return model, part, tuple(row["labels"].get(name) for name in WORKLOAD)
 
 
 def load_bench(paths: Iterable[Path], kind: str) -> pd.DataFrame:
@@ -141,7 +140,7 @@ def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 def _newest(frame: pd.DataFrame) -> pd.DataFrame:
     """Without rows of what was measured again later, in another file; of what began early and late, the faster."""
-    told = ["stage", "model", "linear", "tokens", "kind", "batch", "length", "metric"]
+    told = ["stage", "model", "linear", "tokens", *WORKLOAD, "metric"]
     told += ["implementation", "precision", "sparsity", "tile", "tiles"]
     same = [name for name in told if name in frame and not (name == "stage" and "linear" in frame)]
     ordered = frame.sort_values(["time", "value"], ascending=[True, False], na_position="first")
@@ -171,7 +170,7 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     else:
         # Older rows name the sparsity that the dense model was timed beside, newer ones the stage.
         frame["beside"] = frame.stage.where(frame.stage.str.contains(":"), frame.sparsity.astype(str))
-        cell = ["model", "beside", "kind", "batch", "length"]
+        cell = ["model", "beside", *WORKLOAD]
     timed = frame[frame.metric == "time"]
     fused = set(map(tuple, timed[timed.implementation == "fused"][cell].to_numpy().tolist()))
     superseded = [
@@ -242,7 +241,7 @@ def kind_of(kind: str, precision: str) -> str:
 
 def typical(rows: pd.DataFrame, quantity: str) -> pd.Series:
     """By workload and implementation the middle one of its rows: dense models are timed beside each sparsity."""
-    return rows.groupby([*_WORKLOAD, "implementation"])[quantity].median()
+    return rows.groupby([*WORKLOAD, "implementation"])[quantity].median()
 
 
 def speed_tables(frame: pd.DataFrame) -> dict[str, Table]:
@@ -364,8 +363,8 @@ def model_table(frame: pd.DataFrame, precision: str = "bf16") -> Table:
         *(Column(heading.lower(), heading, "ratio") for heading in beside),
     ]
     rows: list[tuple[Value, ...]] = []
-    others = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in beside.values()]
-    for work, group in hybrid.groupby(_WORKLOAD):
+    others = [typical(some, "speedup").groupby(WORKLOAD).max().dropna().to_dict() for some in beside.values()]
+    for work, group in hybrid.groupby(WORKLOAD):
         by_sparsity = group.set_index("sparsity").own_speedup
         speedups = [*(by_sparsity.get(s) for s in sparsities), *(other.get(work) for other in others)]
         rows.append((workload_title(work), *(Measured(float(x)) if x is not None else None for x in speedups)))
@@ -400,10 +399,10 @@ def precision_table(frame: pd.DataFrame, sparsities: Sequence[float] = (0.25, 0.
         packed = own[(own.implementation == "hybrid") & own.sparsity.isin(sparsities)]
         kinds |= {f"{name}, {percent(float(str(s)))}": some for s, some in packed.groupby("sparsity")}
     columns = [Column("workload", "Workload", "text"), *(Column(name.lower(), name, "ratio") for name in kinds)]
-    best = [typical(some, "speedup").groupby(_WORKLOAD).max().dropna().to_dict() for some in kinds.values()]
+    best = [typical(some, "speedup").groupby(WORKLOAD).max().dropna().to_dict() for some in kinds.values()]
     rows: list[tuple[Value, ...]] = [
         (workload_title(work), *(Measured(found[work]) if work in found else None for found in best))
-        for work, _ in times.groupby(_WORKLOAD)
+        for work, _ in times.groupby(WORKLOAD)
     ]
     return _plain(columns, rows)
 
@@ -427,12 +426,12 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
         hybrid = energy[(energy.implementation == "hybrid") & (energy.precision == precision)]
         own = "" if precision == "bf16" else f" {PRECISIONS[precision]}"
         kinds |= {f"{percent(s)}{own}": hybrid[hybrid.sparsity == s] for s in sorted(hybrid.sparsity.unique())}
-    works = list(energy.groupby(_WORKLOAD).groups)
+    works = list(energy.groupby(WORKLOAD).groups)
     columns = [
         Column("model", "Model", "text"),
         *(Column(title.lower(), title, "number") for title in map(workload_title, works)),
     ]
-    least = [typical(some, "value").groupby(_WORKLOAD).min().to_dict() for some in kinds.values()]
+    least = [typical(some, "value").groupby(WORKLOAD).min().to_dict() for some in kinds.values()]
     rows: list[tuple[Value, ...]] = [
         (name, *(Measured(found[work]) if work in found else None for work in works))
         for name, found in zip(kinds, least, strict=True)
@@ -445,7 +444,7 @@ def energy_table(frame: pd.DataFrame) -> Table | None:
 
 def workload_title(work: Any) -> str:
     """What a kind of pass, its batch and its length are called, as frames are grouped by them."""
-    return workload_name(workload_of(dict(zip(_WORKLOAD, work, strict=True))))
+    return workload_name(workload_of(dict(zip(WORKLOAD, work, strict=True))))
 
 
 def _shares(frame: pd.DataFrame, precision: str) -> dict[float, float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from analysis.names import workload_name, workload_of
+from analysis.names import WORKLOAD, workload_name, workload_of
 from analysis.rows.points import Measured, Point, Text, gather, texts
 from analysis.rows.same_checkpoint import timed_on
 from analysis.tables.accuracy import Field, heading, identity_fields
@@ -96,9 +96,7 @@ def projected_table(frame: pd.DataFrame, shape: str, points: Sequence[Point] | N
     fields = identity_fields(points)
     share = Column("packed_share", "Masked weights (x dense)", "ratio")
     fields.append((share, _ratio(frame, stage, ("packed_bytes", {}), ("masked_bytes", {}))))
-    works = {
-        workload_of(labels): {name: labels[name] for name in ("kind", "batch", "length")} for labels in rows.labels
-    }
+    works = {workload_of(labels): {name: labels[name] for name in WORKLOAD} for labels in rows.labels}
     timed = {name: works[name] for name in sorted(works, key=_size)}
     for name, work in list(timed.items())[:1]:
         peak = Column(f"peak_memory {stage} {name}", f"Peak memory, {workload_name(name).lower()} (x dense)", "ratio")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.names import percent, workload_name, workload_of
+from analysis.names import WORKLOAD, percent, workload_name, workload_of
 from analysis.rows.paired import gap
 from analysis.rows.points import Measured, Point, Text, gather
 from analysis.tables.accuracy import heading
@@ -81,7 +81,7 @@ def on_front(found: Sequence[Placed], quality: Callable[[Point], Measured | None
 
 def workloads_of(timed: pd.DataFrame) -> list[str]:
     """What whole models were timed at, as from `analysis.tables.kernels.load_bench`: decoding first, smallest first."""
-    found = timed[["kind", "batch", "length"]].drop_duplicates().sort_values(["kind", "batch", "length"])
+    found = timed[WORKLOAD].drop_duplicates().sort_values(WORKLOAD)
     return [workload_of(each) for each in found.to_dict("records")]
 
 
@@ -93,7 +93,7 @@ def placed_on_shapes(points: Sequence[Point], timed: pd.DataFrame, workload: str
         workload: such as ``decode@1x1``.
     """
     times = timed[timed.metric == "time"]
-    here = times[[workload_of(each) == workload for each in times[["kind", "batch", "length"]].to_dict("records")]]
+    here = times[[workload_of(each) == workload for each in times[WORKLOAD].to_dict("records")]]
     found = []
     for point in points:
         precision = next((name for name, label in PRECISIONS.items() if label == (point.precision or "bfloat16")), None)

@@ -7,14 +7,13 @@ timed in a part of the bench of their own too, where no tiles were.
 
 import pandas as pd
 
-from analysis.names import percent
+from analysis.names import WORKLOAD, percent
 from analysis.rows.points import Measured
 from analysis.tables.kernels import DENSE, PRECISIONS, workload_title
 from analysis.tables.render import Column, Table, Value
 from experiments.studies.trial import DENSE_PART
 
-_WORK = ["kind", "batch", "length"]
-_MODEL = ["stage", *_WORK, "implementation", "precision"]
+_MODEL = ["stage", *WORKLOAD, "implementation", "precision"]
 
 
 def table(models: pd.DataFrame, model: str = "llama-2-7b") -> Table:
@@ -36,7 +35,7 @@ def table(models: pd.DataFrame, model: str = "llama-2-7b") -> Table:
         *(Column(f"speedup {percent(s)}", percent(s), "ratio") for s in sparsities),
     )
     rows: list[tuple[Value, ...]] = []
-    for work, of_it in timed.groupby(_WORK):
+    for work, of_it in timed.groupby(WORKLOAD):
         for precision, name in PRECISIONS.items():
             own = of_it[of_it.precision == precision]
             packed = own[own.implementation == "hybrid"].set_index("sparsity")

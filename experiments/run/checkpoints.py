@@ -200,8 +200,11 @@ def check_linears(pruning: Pruning) -> None:
         "ranking tiles over the model": pruning.tile_ranking == "model",
         "quantising": pruning.quantisation,
     }
-    for what in (what for what, asked in wanted.items() if asked and Path(pruning.model).is_dir()):
-        require_linears(without_weights(Path(pruning.model)), what)
+    asked = [what for what, is_asked in wanted.items() if is_asked]
+    if asked and Path(pruning.model).is_dir():
+        model = without_weights(Path(pruning.model))
+        for what in asked:
+            require_linears(model, what)
 
 
 def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
