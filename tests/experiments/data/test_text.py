@@ -577,6 +577,24 @@ def test_python_source_is_collected_once_with_whole_packages_held_out(tmp_path: 
         python_source.collect(tmp_path / "nowhere", tmp_path / "other")
 
 
+def test_packages_of_other_content_are_not_taken_for_those_of_fixed_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(packages: Sequence[str], folder: Path, otherwise: str, platform: bool = False) -> None:
+        assert platform and {package.partition("==")[0] for package in packages} >= set(python_source.HELD_OUT)
+        assert all(package.count("==") == 1 for package in packages)
+        for package in ("rich", "sympy"):
+            (folder / package).mkdir(parents=True)
+            (folder / package / "a.py").write_text(f"# {package}\n" * 200)
+
+    monkeypatch.setattr(python_source, "unpack", unpack)
+    with pytest.raises(UserError, match=r"python: what the packages hold has digest [0-9a-f]{12}, not fefb14be1915"):
+        python_source.collect_packages(tmp_path)
+    found = {name: load_documents(name, tmp_path).sha256 for name in python_source.DIGESTS}
+    monkeypatch.setattr(python_source, "DIGESTS", found)
+    assert python_source.collect_packages(tmp_path) == (len("# sympy\n") * 200, len("# rich\n") * 200)
+
+
 def test_a_directory_may_be_called_like_a_file(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").mkdir()
     (tmp_path / "corpus.txt" / "a.txt").write_text("some words")
