@@ -54,6 +54,7 @@ _DTYPES = {
     "software": "object",
     "time": "object",
     "checkpoint": "object",
+    "sources": "object",
     "labels": "object",
     "definition": "object",
     "origin": "object",
@@ -100,7 +101,8 @@ def load_rows(
         ``tile`` reads ``64x64`` or is None. ``source``, ``length``, ``task``, ``layer`` and ``step`` are the labels of
         those names. ``limit`` is how many items of a task were evaluated, where not all. ``dirty`` says whether the
         working tree had changes that are not in ``git``. ``checkpoint`` is the content hash of what was measured, None
-        in rows that are older than it. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``,
+        in rows that are older than it. ``sources`` maps the names of the texts and tasks that were read to the SHA-256
+        of what they held, None in older rows. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``,
         relative to ``root``. No rows give an empty table.
 
     Raises:
@@ -310,7 +312,7 @@ _Fact = tuple[Row, Mapping[str, Any], Mapping[str, Any], str]
 
 _MEASURED = ("trial", "stage", "metric", "value", "unit", "stderr", "p20", "p80", "runs", "labels")
 _ABOUT = ("model", "method", "structure", "sparsity", "seed", "tile", "limit", "definition")
-_WHERE = ("gpu", "git", "dirty", "time", "checkpoint", "software")
+_WHERE = ("gpu", "git", "dirty", "time", "checkpoint", "sources", "software")
 
 
 def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +329,7 @@ def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint")},
+        **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint", "sources")},
         "software": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
     }
 

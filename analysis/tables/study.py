@@ -1,7 +1,7 @@
 """Every table of a study."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -65,14 +65,40 @@ def study_tables(
 
 
 def warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
-    """The tables with a note, if some of what they are made of cannot be traced to a revision."""
+    """The tables with notes, if some of what they are made of cannot be traced to a revision, or read other texts.
+
+    Of another text to learn or calibrate on a note tells, which the text of a page may take up; all else are warnings.
+    """
+    made = frame.stage == "prune"
+    notes = [f"{WARNING} {note}" for note in (*_untraced(frame), *_other_texts(frame[~made]))]
+    notes += [f"{note[0].upper()}{note[1:]}" for note in _other_texts(frame[made])]
+    return {name: dataclasses.replace(table, notes=(*table.notes, *notes)) for name, table in tables.items()}
+
+
+def _untraced(frame: pd.DataFrame) -> Iterator[str]:
     dirty = frame[frame.dirty.eq(True)]
-    if dirty.empty:
-        return tables
-    names = trial_labels(frame) if "pruning" in dirty.definition.iloc[0] else {}
-    told = ", ".join(sorted({names.get(trial, trial) for trial in dirty.trial}))
-    note = f"{WARNING} measured with changes that no revision has: {told}."
-    return {name: dataclasses.replace(table, notes=(*table.notes, note)) for name, table in tables.items()}
+    if len(dirty):
+        yield f"measured with changes that no revision has: {_told(dirty, frame)}."
+
+
+def _other_texts(frame: pd.DataFrame) -> Iterator[str]:
+    """A line for each text or task of which trials read another content than most did."""
+    read: dict[str, dict[str, set[str]]] = {}
+    once = frame.drop_duplicates(["trial", "stage"])
+    for trial, sources in zip(once.trial, once.sources, strict=True):
+        for name, digest in (sources or {}).items():
+            read.setdefault(name, {}).setdefault(digest, set()).add(trial)
+    for name, contents in sorted(read.items()):
+        usual, *others = sorted(contents, key=lambda digest: (-len(contents[digest]), digest))
+        for digest in others:
+            told = _told(frame[frame.trial.isin(contents[digest])], frame)
+            yield f"the text {name} had other content ({digest[:12]}, in other rows {usual[:12]}) for {told}."
+
+
+def _told(some: pd.DataFrame, frame: pd.DataFrame) -> str:
+    """The names of the trials of some rows of a frame."""
+    names = trial_labels(frame) if "pruning" in some.definition.iloc[0] else {}
+    return ", ".join(sorted({names.get(trial, trial) for trial in some.trial}))
 
 
 def title(name: str) -> str:

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from analysis.rows.points import trial_labels
 from analysis.tables import published
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.render import Table, render, rich_table, rows_of, significant
-from analysis.tables.study import study_tables
+from analysis.tables.study import WARNING, study_tables
 from patch.errors import UserError
 
 Row = dict[str, Any]
@@ -104,6 +105,23 @@ def test_rows_that_no_revision_made_are_warned_of(smollm: pd.DataFrame) -> None:
     tables = study_tables(smollm.assign(dirty=changed))
     assert tables.keys() == clean.keys()
     assert all(table.notes[-1].startswith("Warning: measured with changes") for table in tables.values())
+
+
+@pytest.mark.parametrize(("stage", "begins"), [("prune", "The text"), ("evaluated", f"{WARNING} the text")])
+def test_rows_of_a_text_of_other_content_are_told(smollm: pd.DataFrame, stage: str, begins: str) -> None:
+    first, *others = smollm.trial.unique()
+    assert len(others) > 1
+    reads = (smollm.stage == "prune") == (stage == "prune")
+
+    def read(digest_of_first: str) -> dict[str, Table]:
+        content = smollm.trial.map({first: digest_of_first}).fillna("a" * 64)
+        sources = [{"novels": digest} if here else None for digest, here in zip(content, reads, strict=True)]
+        return study_tables(smollm.assign(sources=sources))
+
+    contents = f"{'b' * 12}, in other rows {'a' * 12}"
+    said = f"{begins} novels had other content ({contents}) for {trial_labels(smollm)[first]}."
+    assert all(said in table.notes for table in read("b" * 64).values())
+    assert not any("other content" in note for table in read("a" * 64).values() for note in table.notes)
 
 
 def test_the_best_at_equal_sparsity_is_bold(smollm: pd.DataFrame) -> None:
