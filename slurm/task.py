@@ -17,7 +17,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 
 from analysis.rows import layout
 from experiments.run import checkpoints, pipeline, progress
-from experiments.run.runtime import Machine, code_allowed
+from experiments.run.runtime import Machine, code_allowed, leave_threads
 from experiments.run.store import Store
 from experiments.studies.trial import Trial, key
 from patch.errors import UserError
@@ -65,6 +65,7 @@ class Work:
             # torch counts the cores of the node, of which this job may have been given few.
             torch.set_num_threads(max(1, min(int(cores) // processes, torch.get_num_threads())))
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        leave_threads(device)
         return Machine(device, self.data, progress.lines(), runs_code=code_allowed())
 
 

@@ -184,7 +184,7 @@ def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -
 
     from experiments.run.progress import shown
     from experiments.run.provenance import revision
-    from experiments.run.runtime import Machine
+    from experiments.run.runtime import Machine, leave_threads
     from patch.learn.distributed import joined
 
     # What names no commit is refused before anything is made.
@@ -200,5 +200,6 @@ def machine_on(device: str | None, data: Path | None, runs_code: bool = False) -
     if data is not None and not data.is_dir():
         raise UserError(f"data directory {data} is not there")
     without_bars()
+    leave_threads(device)
     with joined(device) as ranks, shown(console, quiet=ranks.rank > 0) as progress:
         yield Machine(device, data, progress, ranks, runs_code)

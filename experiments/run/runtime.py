@@ -54,6 +54,21 @@ def code_allowed() -> bool:
     return os.environ.get("HTS_RUN_GENERATED_CODE", "0").lower() not in ("", "0", "false", "no")
 
 
+# Of the CPU, what a process takes beside its GPU. What runs there is little, and several processes on one machine with
+# torch's default, a thread for every core each, keep all cores busy waiting for one another and leave GPUs idle: that
+# made them three to ten times slower.
+THREADS_BESIDE_GPU = 4
+
+
+def leave_threads(device: str) -> None:
+    """Have this process compute in few threads if its device is a GPU; never in more than it was given.
+
+    ``OMP_NUM_THREADS`` says otherwise where it is set.
+    """
+    if device.startswith("cuda") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), THREADS_BESIDE_GPU))
+
+
 def product_rate(machine: Machine) -> float:
     """Operations a second that a large matrix product reaches here; takes a fraction of a second."""
     size, dtype = (1024, torch.float32) if machine.device == "cpu" else (4096, torch.bfloat16)
