@@ -125,8 +125,8 @@ def _one_sparsity(points: Sequence[Point]) -> bool:
 
 
 def _speed_drawings(frame: pd.DataFrame, points: Sequence[Point], width: Width) -> Iterator[Drawing]:
-    # One model alone has nothing that it is faster than.
-    if not workloads(frame) or frame[frame.stage.str.startswith("speed:")].trial.nunique() < 2:
+    # One model alone has nothing that it is faster than, and speed is drawn against perplexity.
+    if not workloads(frame) or not texts(points) or frame[frame.stage.str.startswith("speed:")].trial.nunique() < 2:
         return
     of = f"{about(frame)}, timed on one {gpus([timed_on(frame)])}"
     how = "The line is the Pareto front; what is far slower stands at the edge with its speed."

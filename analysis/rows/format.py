@@ -38,6 +38,9 @@ OUTCOMES = ("tile_map", "window_losses", "items")
 # Labels of facts about one layer or one step of learning, of which most rows are.
 PARTS = ("layer", "step")
 
+# The first word of the stages that measure a packed checkpoint.
+PACKED_STAGES = ("pack", "packed", "speed", "carried")
+
 # 1: whole rows. 2: a row leaves out what it shares with the one above. 3: a journal file ends with its digest.
 SCHEMA = 3
 

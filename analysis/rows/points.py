@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.names import PAPER_TASKS, TASKS, percent, rank
+from analysis.rows.format import PACKED_STAGES
 from analysis.rows.items import task_items, window_items
 from analysis.rows.load import records
-from analysis.rows.same_checkpoint import PACKED_STAGES, check_one_artefact
+from analysis.rows.same_checkpoint import check_one_artefact
 from analysis.rows.variants import canonical, variants_of
 from patch.errors import UserError
 from patch.learn.recipe import HOW_IT_RUNS

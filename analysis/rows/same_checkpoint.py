@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from analysis.rows.format import PACKED_STAGES
 from patch.errors import UserError
-
-# The first word of the stages that measure a packed checkpoint.
-PACKED_STAGES = ("pack", "packed", "speed", "carried")
 
 
 def check_one_artefact(rows: pd.DataFrame, trials: Sequence[str]) -> None:

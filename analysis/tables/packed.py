@@ -42,13 +42,14 @@ def speed_table(frame: pd.DataFrame, points: Sequence[Point] | None = None) -> T
         points: those of the rows (`analysis.rows.points.gather`), if they are at hand.
 
     Raises:
-        UserError: if nothing was packed, rows of one point are of different checkpoints, or speeds of different GPUs.
+        UserError: if nothing was packed or timed, or rows of one point are of different checkpoints or GPUs.
     """
     gathered = gather(frame) if points is None else points
-    points = [point for point in gathered if _any(frame, point, "pack")]
-    if not points:
-        raise UserError("nothing was packed: run a frontier study first")
     timed = workloads(frame)
+    stages = ["pack", *(f"speed:{work}" for work in timed)]
+    points = [point for point in gathered if any(_any(frame, point, stage) for stage in stages)]
+    if not points:
+        raise UserError("nothing was packed or timed: run a frontier study first")
     fields = identity_fields(points)
     for text in texts(gathered)[:1]:
         fields.append((Column(f"perplexity {text}", heading(text), "perplexity"), _perplexity(text)))

@@ -46,9 +46,9 @@ def study_tables(
         return warned(found, frame)
     points = gather(frame) if points is None else points
     found["accuracy"] = accuracy_table(frame, beside_published, points)
-    if (frame.stage == "pack").any():
+    if (frame.stage == "pack").any() or workloads(frame):
         found["speed"] = speed_table(frame, points)
-        if len({point.model for point in points}) == 1 and workloads(frame):
+        if len({point.model for point in points}) == 1 and workloads(frame) and texts(points):
             by_workload = {workload: placed(frame, workload, points=points) for workload in workloads(frame)}
             found["front"] = front_table(by_workload, texts(points)[0])
     for text in texts(points) if len({point.model for point in points}) == 1 else ():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from experiments.studies.trial import STAGE_KINDS
 from patch.errors import UserError, check_name, one_line
 from patch.quantise.precisions import PRECISIONS
 
@@ -57,6 +58,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GP
 Where = Annotated[
     list[str] | None,
     typer.Option(help="Only trials with KEY=VALUE: model, method, structure, target, tile or seed. Repeatable."),
+]
+Stages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stage",
+        help=f"Only stages of this kind now, the others later: {listed(STAGE_KINDS)}, of those that the study has. "
+        "A checkpoint that they need is made first. Repeatable.",
+    ),
 ]
 Model = Annotated[str, typer.Argument(help="A name of [bold]hts models[/bold], a path, or a Hugging Face hub id.")]
 Tile = Annotated[str, typer.Option(help="Tile shape, rows x columns.")]

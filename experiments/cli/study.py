@@ -13,6 +13,7 @@ from experiments.cli.options import (
     Device,
     Results,
     RunsCode,
+    Stages,
     Study,
     Track,
     Where,
@@ -36,6 +37,7 @@ TableFormat = Annotated[
 def run(
     study: Study,
     where: Where = None,
+    stage: Stages = None,
     results: Results = DEFAULT_RESULTS,
     data: Data = None,
     device: Device = None,
@@ -46,24 +48,27 @@ def run(
     """Run a study: every trial that is not complete, then its table and figures.
 
     Safe to kill at any moment and to start again: finished stages are kept, learning resumes from its last checkpoint.
-    Several processes may run the same study on one results directory and share the work.
+    Several processes may run the same study on one results directory and share the work;
+    take times (--stage speed, --stage carried) where nothing else runs on the GPU.
     """
     from experiments.run import pipeline
     from experiments.run.store import Store
 
     tracked(track)
+    kinds = stage or []
     trials = trials_of(study, where)
+    chosen = pipeline.with_stages(trials, kinds)
     store = Store(results)
     if dry_run:
         with machine_on(device, data) as machine:
             can_time = machine.can_time
-        for trial in trials:
-            missing = pipeline.missing_stages(trial, store, can_time)
+        for trial in chosen:
+            missing = pipeline.missing_stages(trial, store, can_time, kinds)
             console.print(f"{trial.label}: {', '.join(missing) if missing else 'complete'}")
         return
-    pipeline.validate(trials, data, runs_code)
+    pipeline.validate(chosen, data, runs_code, kinds)
     store.make()
-    console.print(f"{study}: {len(trials)} trials, results in {results}", soft_wrap=True)
+    console.print(f"{study}: {len(chosen)} trials, results in {results}", soft_wrap=True)
     ended: list[Exception | None] = []
     with machine_on(device, data, runs_code) as machine:
 
@@ -71,13 +76,19 @@ def run(
             ended.append(error)
             state = ("done  ", "green") if error is None else ("failed", "red")
             reason = "" if error is None else f": {one_line(error)}"
-            line = Text.assemble(state, f" {trial.label} ({len(ended)} of {len(trials)}){reason}")
+            line = Text.assemble(state, f" {trial.label} ({len(ended)} of {len(chosen)}){reason}")
             console.print(line, soft_wrap=True)
 
-        pipeline.run_trials(trials, store, machine, report)
+        pipeline.run_trials(chosen, store, machine, report, kinds)
+        can_time = machine.can_time
     _print_report(study, trials, store)
+    if kinds:
+        left = [len(missing) for trial in trials if (missing := pipeline.missing_stages(trial, store, can_time))]
+        if left:
+            told = f"{sum(left)} stages of {len(left)} trials"
+            console.print(f"left for the same command without --stage: {told}", soft_wrap=True)
     if failed := len(list(filter(None, ended))):
-        raise UserError(f"{failed} of {len(trials)} trials failed; run again to retry them")
+        raise UserError(f"{failed} of {len(chosen)} trials failed; run again to retry them")
 
 
 def studies() -> None:

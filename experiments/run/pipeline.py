@@ -10,7 +10,7 @@ that another process has are taken up last.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,8 @@ from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.sources import MODEL, TASK, Sources
 from experiments.run.store import Store
-from experiments.studies.trial import Perplexity, Trial, key, lineage
-from patch.errors import UserError
+from experiments.studies.trial import STAGE_KINDS, Perplexity, Trial, key, lineage
+from patch.errors import UserError, check_name
 from patch.learn.descent import Stopped
 from patch.positions import check_length
 from patch.tiles import tile_grid
@@ -39,31 +39,54 @@ if TYPE_CHECKING:
 Measurement = Callable[[nn.Module, "PreTrainedTokenizerBase", Machine], tuple[list[Fact], dict[str, str]]]
 
 
-def stages(trial: Trial) -> list[str]:
-    """The names of a trial's stages, in the order in which they run."""
+def stages(trial: Trial, kinds: Collection[str] = ()) -> list[str]:
+    """The names of a trial's stages, in the order in which they run.
+
+    Args:
+        kinds: of `STAGE_KINDS`, those that are wanted; if none is named, all.
+    """
     if trial.evaluation.grid:
-        return grids.stages(trial)
-    return ["prune", *_evaluations(trial), *packed.measurements(trial)]
+        named = grids.stages(trial)
+    else:
+        named = ["prune", *_evaluations(trial), *packed.measurements(trial)]
+    return [stage for stage in named if not kinds or stage.partition(":")[0] in kinds]
 
 
-def missing_stages(trial: Trial, store: Store, can_time: bool = False) -> list[str]:
+def missing_stages(trial: Trial, store: Store, can_time: bool = False, kinds: Collection[str] = ()) -> list[str]:
     """The stages of a trial without rows.
 
     Args:
         can_time: also those that a machine skipped because it could not time them.
+        kinds: as `stages`.
     """
     return [
         stage
-        for stage in stages(trial)
+        for stage in stages(trial, kinds)
         if not store.has_rows(trial, stage) or (can_time and store.was_skipped(trial, stage))
     ]
 
 
-def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False) -> None:
+def with_stages(trials: Iterable[Trial], kinds: Collection[str]) -> list[Trial]:
+    """The trials that have stages of some kinds; if none is named, all.
+
+    Raises:
+        UserError: if a kind is unknown, or is of no trial.
+    """
+    trials = list(trials)
+    for kind in kinds:
+        check_name("stage", kind, STAGE_KINDS)
+        if not any(stages(trial, [kind]) for trial in trials):
+            found = [each for each in STAGE_KINDS if any(stages(trial, [each]) for trial in trials)]
+            raise UserError(f"no trial has a stage '{kind}': there are {', '.join(found)}")
+    return [trial for trial in trials if stages(trial, kinds)]
+
+
+def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False, kinds: Collection[str] = ()) -> None:
     """Check what can be checked before work starts: models, tasks and local files.
 
     Args:
         runs_code: whether tasks may run programs that a model wrote.
+        kinds: as `stages`: what only others measure on need not be there.
 
     Raises:
         UserError: naming the first thing that is not there.
@@ -76,12 +99,13 @@ def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False
         for shape in models.linear_shapes(model):
             if tile:
                 tile_grid(shape, tile)
-    wanted = {task for trial in trials for task in trial.evaluation.tasks}
+    wanted = {task for trial in trials for task in _tasks_of(trial, stages(trial, kinds))}
     if HUMANEVAL in wanted:
         humaneval.check(data, runs_code)
     tasks.check_tasks(sorted(wanted), data)
-    _check_lengths(trials, data)
-    for source in {item.source for trial in trials for item in trial.evaluation.perplexity}:
+    windows = {trial: _texts_of(trial, stages(trial, kinds)) for trial in trials}
+    _check_lengths(windows, data)
+    for source in {item.source for items in windows.values() for item in items}:
         text.check_source(source, data)
     for pruning in {step for trial in trials for step in lineage(trial.pruning)}:
         for calibration in filter(None, pruning.texts):
@@ -92,12 +116,16 @@ def validate(trials: Iterable[Trial], data: Path | None, runs_code: bool = False
             text.check_source(pruning.recovery.source, data)
 
 
-def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
-    """No text may be longer than the model has positions for, as far as its configuration is at hand."""
+def _check_lengths(trials: Mapping[Trial, Iterable[Perplexity]], data: Path | None) -> None:
+    """No text may be longer than the model has positions for, as far as its configuration is at hand.
+
+    Args:
+        trials: each with the windows that its perplexity is measured on.
+    """
     wanted: dict[str, set[tuple[str, int]]] = {}
-    for trial in trials:
+    for trial, items in trials.items():
         lengths = wanted.setdefault(trial.pruning.model, set())
-        lengths |= {("perplexity windows", item.length) for item in trial.evaluation.perplexity}
+        lengths |= {("perplexity windows", item.length) for item in items}
         for pruning in lineage(trial.pruning):
             seen = filter(None, pruning.texts)
             lengths |= {("calibration windows", calibration.length) for calibration in seen}
@@ -112,12 +140,17 @@ def _check_lengths(trials: Iterable[Trial], data: Path | None) -> None:
 
 
 def run_trials(
-    trials: Iterable[Trial], store: Store, machine: Machine, on_done: Callable[[Trial, Exception | None], None]
+    trials: Iterable[Trial],
+    store: Store,
+    machine: Machine,
+    on_done: Callable[[Trial, Exception | None], None],
+    kinds: Collection[str] = (),
 ) -> None:
     """Bring every trial to completion, beside any other process that works on the same results directory.
 
     Args:
         on_done: called once per trial, with the error if it failed; a failed trial does not stop the others.
+        kinds: as `run_trial`.
 
     Raises:
         Stopped: if learning was told to stop (`experiments.run.signals`).
@@ -134,7 +167,7 @@ def run_trials(
                     held_elsewhere.append(trial)
                     continue
                 try:
-                    run_trial(trial, store, machine)
+                    run_trial(trial, store, machine, kinds)
                 except Stopped:
                     raise
                 except (UserError, OSError, RuntimeError) as error:
@@ -154,17 +187,25 @@ def record_failure(trial: Trial, during: str, error: BaseException, store: Store
         store.write_failure(trial, during, error, provenance(0.0))
 
 
-def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
+def run_trial(trial: Trial, store: Store, machine: Machine, kinds: Collection[str] = ()) -> None:
     """Run the stages of one trial that are not complete.
+
+    Whatever stages are wanted, the checkpoint that they are measured of is made first, and all that the trial has rows
+    of must be of that checkpoint and of the texts of now: they are shown together.
+
+    Args:
+        kinds: as `stages`.
 
     Raises:
         UserError: if something cannot be had or does not fit, or stages were measured of another checkpoint, or on
             texts that hold something else now.
         Stopped: if learning was told to stop (`experiments.run.signals`).
     """
-    missing = missing_stages(trial, store, machine.can_time)
+    missing = missing_stages(trial, store, machine.can_time, kinds)
     check_sources(trial, store, machine.sources)
-    store.clear_failure(trial)
+    if missing or not kinds:
+        # Where nothing is tried again, what failed of other kinds of stages has still failed.
+        store.clear_failure(trial)
     if not missing:
         return
     if trial.evaluation.grid:
@@ -176,7 +217,8 @@ def run_trial(trial: Trial, store: Store, machine: Machine) -> None:
     source = pruning.model if pruning.as_it_is else str(store.checkpoint_path(pruning))
     content = models.content(source, machine.data, machine.sources.commit(source))
     _check_content(trial, content, store)
-    if "prune" in missing:
+    if not store.has_rows(trial, "prune"):
+        # Also where other stages are wanted: tables say of each of them how sparse the checkpoint is.
         facts, origin = facts_of(pruning, store)
         store.write_rows(trial, "prune", facts, origin | {"checkpoint": content})
     missing = [stage for stage in missing if not _take_over(trial, stage, content, store, machine.sources)]
@@ -190,12 +232,20 @@ def _require(trial: Trial, missing: Collection[str], sources: Sources) -> None:
     Raises:
         UserError: naming the first text or task that cannot be had.
     """
-    for item in trial.evaluation.perplexity:
-        if f"perplexity:{item}" in missing:
-            sources.require(item.source)
-    for task in trial.evaluation.tasks:
-        if TASK + task in missing:
-            sources.require(TASK + task, trial.evaluation.limit)
+    for item in _texts_of(trial, missing):
+        sources.require(item.source)
+    for task in _tasks_of(trial, missing):
+        sources.require(TASK + task, trial.evaluation.limit)
+
+
+def _texts_of(trial: Trial, wanted: Collection[str]) -> list[Perplexity]:
+    """The windows that some of a trial's stages measure perplexity on, of the model unpacked or packed."""
+    return [item for item in trial.evaluation.perplexity if {f"perplexity:{item}", f"packed:{item}"} & set(wanted)]
+
+
+def _tasks_of(trial: Trial, wanted: Collection[str]) -> list[str]:
+    """The tasks that some of a trial's stages are about."""
+    return [task for task in trial.evaluation.tasks if TASK + task in wanted]
 
 
 def check_sources(trial: Trial, store: Store, sources: Sources) -> None:

@@ -144,6 +144,11 @@ def test_one_model_alone_has_no_figure_of_its_speed(frame: pd.DataFrame) -> None
     assert "speed" in names and "speed" not in alone
 
 
+def test_speed_without_perplexity_has_no_figure_yet(frame: pd.DataFrame) -> None:
+    timed = [drawing.name for drawing in study_drawings(frame[~frame.stage.str.startswith("perplexity:")])]
+    assert "speed" not in timed
+
+
 def test_a_title_without_tiles_says_so(frame: pd.DataFrame) -> None:
     figure = draw_speed_frontier(frame[frame.structure.ne("hybrid")].assign(gpu="NVIDIA H200"))
     assert " ".join(figure.get_suptitle().split()) == "m, no tiles, timed on one H200"

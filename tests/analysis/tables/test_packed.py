@@ -11,7 +11,7 @@ from rich.console import Console
 from analysis.figures.speed_frontier import draw_speed_frontier
 from analysis.page.origins import origins
 from analysis.tables.packed import projected_shapes, projected_table, speed_table, workloads
-from analysis.tables.render import Table, render, rich_table, shown_cells
+from analysis.tables.render import MISSING, Table, render, rich_table, shown_cells
 from analysis.tables.speed_frontier import placed
 from analysis.tables.study import study_tables, title
 from patch.errors import UserError
@@ -126,6 +126,25 @@ def test_a_study_has_the_tables_that_its_rows_allow(frame: pd.DataFrame) -> None
     assert list(study_tables(plain)) == ["accuracy"]
     with pytest.raises(UserError, match="nothing was packed"):
         speed_table(plain)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "names"),
+    [
+        (["prune"], ["accuracy"]),
+        (["prune", "speed"], ["accuracy", "speed"]),
+        (["prune", "pack", "speed"], ["accuracy", "speed"]),
+        (["prune", "perplexity", "speed"], ["accuracy", "speed", "front"]),
+        (["prune", "carried"], ["accuracy", "carried-llama-2-7b"]),
+    ],
+    ids="-".join,
+)
+def test_stages_that_were_run_alone_are_shown(frame: pd.DataFrame, kinds: list[str], names: list[str]) -> None:
+    tables = study_tables(frame[frame.stage.str.partition(":")[0].isin(kinds)])
+    assert list(tables) == names
+    if "speed" in names:
+        timed = [cell for cell in column(tables["speed"], "Decoding, batch 1 (x)") if cell != MISSING]
+        assert timed == ["1.00", "1.21", "1.21"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])

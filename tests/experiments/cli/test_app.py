@@ -47,6 +47,12 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["run", "dem"], "did you mean demo"),
         (["run", "demo", "--where", "methd=wanda"], "did you mean method"),
         (["run", "demo", "--where", "method=wand"], "no trial of demo has method=wand"),
+        (["run", "demo", "--stage", "perplexty"], "unknown stage 'perplexty': did you mean perplexity"),
+        (["run", "demo", "--stage", "task:piqa"], "did you mean task"),
+        (
+            ["run", "demo", "--stage", "task", "--stage", "speed"],
+            "has a stage 'speed': there are prune, perplexity, task",
+        ),
         (["run", "demo", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["eval", "embeded"], "did you mean embedded"),
         (["eval", "no/such/model"], "no such model directory"),
@@ -133,6 +139,24 @@ def test_a_study_runs_to_its_table_and_figures(hts, tiny: tuple, tmp_path: Path)
     assert_refused(hts("table", "tiny", "--about", "cost"), "for a table 'cost': there is accuracy")
     code, out, _ = hts("run", "tiny", "--dry-run")
     assert code == 0 and "complete" in out and "prune" in out
+
+
+def test_stages_of_one_kind_are_run_now_and_the_others_later(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def perplexities() -> list[str]:
+        return [path.name for path in (tmp_path / "runs").glob("rows/*/perplexity*")]
+
+    one_shot = ("--where", "method=magnitude")
+    code, out, err = hts("run", "tiny", "--stage", "prune", *one_shot)
+    assert code == 0, err
+    assert "done   " in out and "accuracy.md" in out and not perplexities()
+    assert "left for the same command without --stage: 1 stages of 1 trials" in out
+    code, out, _ = hts("run", "tiny", "--stage", "perplexity", "--dry-run")
+    assert code == 0 and out.count("perplexity:") == 3 and "prune" not in out
+    code, out, _ = hts("run", "tiny", "--stage", "prune", "--dry-run", *one_shot)
+    assert code == 0 and out.endswith(": complete\n")
+    code, out, err = hts("run", "tiny", "--stage", "perplexity", "--stage", "prune", *one_shot)
+    assert code == 0, err
+    assert len(perplexities()) == 1 and "left for" not in out
 
 
 def test_rows_of_a_newer_schema_are_refused(hts, tiny: tuple, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -73,6 +73,9 @@ def test_programs_are_run_only_where_that_is_said(data: Path, monkeypatch: pytes
     trial = Trial(build.dense("embedded"), Evaluation((), ("humaneval",), limit=3))
     with pytest.raises(UserError, match="say --run-generated-code to allow it"):
         pipeline.validate([trial], data)
+    pipeline.validate([trial], data, kinds=["prune", "perplexity"])
+    with pytest.raises(UserError, match="--run-generated-code"):
+        pipeline.validate([trial], data, kinds=["task"])
     pipeline.validate([trial], data, runs_code=True)
     with pytest.raises(UserError, match=r"has no file .*code/humaneval.jsonl"):
         pipeline.validate([trial], data / "code", runs_code=True)

@@ -124,3 +124,9 @@ def test_models_of_unknown_shapes_are_refused(tiny_model: Path) -> None:
     trial = Trial(build.dense(str(tiny_model)), Evaluation((), grid=ModelGrid()))
     with pytest.raises(UserError, match="models of the registry"):
         pipeline.validate([trial], None)
+
+
+def test_a_grid_has_its_stages_alone() -> None:
+    assert pipeline.stages(MODELS[0], ["model"]) == pipeline.stages(MODELS[0])
+    assert pipeline.stages(MODELS[0], ["perplexity", "prune", "kernels"]) == []
+    assert pipeline.with_stages([*KERNELS, *MODELS], ["kernels"]) == list(KERNELS)

@@ -245,6 +245,31 @@ def test_the_rows_of_a_timed_trial(
     assert len(gather(load_rows(moved.root))) == len(trials)
 
 
+def test_stages_may_be_run_by_kind_in_any_order(ran: tuple[list[Trial], Store], tmp_path: Path) -> None:
+    """Each brings the checkpoint with it that it is measured of, and what that one is."""
+    trial, store = ran[0][1], Store(tmp_path)
+    done = ["prune"]
+    for kinds in (["speed"], ["packed", "pack"], ["perplexity"], []):
+        assert pipeline.with_stages(ran[0], kinds)
+        pipeline.run_trial(trial, store, CPU, kinds)
+        done += [stage for stage in pipeline.stages(trial, kinds) if stage not in done]
+        assert set(pipeline.stages(trial)) - set(done) == set(pipeline.missing_stages(trial, store))
+        assert pipeline.missing_stages(trial, store, kinds=kinds) == []
+
+    def measured(store: Store) -> list[tuple[Any, ...]]:
+        lines = [line for stage in pipeline.stages(trial) for line in store.read_rows(trial, stage)]
+        return [(line["metric"], line["value"], line["labels"]) for line in lines if line["metric"] != "prune_seconds"]
+
+    assert measured(store) == measured(ran[1])
+
+
+def test_a_trial_without_stages_of_a_kind_is_left_out(ran: tuple[list[Trial], Store]) -> None:
+    trials = ran[0]
+    assert pipeline.with_stages(trials, []) == trials
+    assert pipeline.with_stages(trials, ["carried"]) == [trials[2]]
+    assert pipeline.with_stages(trials, ["carried", "packed"]) == trials[1:]
+
+
 def test_every_row_names_the_checkpoint(ran: tuple[list[Trial], Store]) -> None:
     trials, store = ran
     for trial in trials:

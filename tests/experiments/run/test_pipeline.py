@@ -26,7 +26,8 @@ from experiments.run.packed import Artefact
 from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
-from experiments.studies.trial import Calibration, Evaluation, Trial
+from experiments.studies.registry import STUDIES
+from experiments.studies.trial import STAGE_KINDS, Calibration, Evaluation, Packed, Perplexity, Trial
 from patch.audit import audit
 from patch.budget import cut_globally
 from patch.checkpoint import content_hash, load_info, load_masks
@@ -212,6 +213,44 @@ def test_a_trial_that_fails_does_not_stop_the_others(tiny_model: Path, tiny_text
     assert "absent.jsonl" in str(outcome["patch-joint"]) and outcome["dense"] is None
     assert pipeline.missing_stages(good, Store(tmp_path)) == []
     assert pipeline.missing_stages(broken, Store(tmp_path)) == pipeline.stages(broken)
+
+
+def test_stages_have_no_other_kinds_than_those_that_can_be_asked_for() -> None:
+    named = {stage for study in STUDIES.values() for trial in study.trials() for stage in pipeline.stages(trial)}
+    assert {name.partition(":")[0] for name in named} == set(STAGE_KINDS)
+
+
+def test_a_failure_is_forgotten_only_where_something_is_tried_again(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    store, machine = Store(tmp_path), Machine("cpu", None, lambda *_: None)
+    trial = tiny_trials(tiny_model, tiny_text)[0]
+    pipeline.run_trial(trial, store, machine, ["prune"])
+    pipeline.record_failure(trial, "perplexity", UserError("no"), store)
+    pipeline.run_trial(trial, store, machine, ["prune"])
+    assert store.failure(trial)
+    pipeline.run_trial(trial, store, machine, ["perplexity"])
+    assert not store.failure(trial)
+
+
+@pytest.mark.parametrize(
+    "kinds", [["perplexity"], ["packed"], ["task", "perplexity"], []], ids=lambda kinds: "-".join(kinds) or "all"
+)
+def test_a_text_must_be_there_for_the_stages_that_read_it(
+    kinds: list[str], tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    plain = tiny_trials(tiny_model, tiny_text)[1]
+    absent = (Perplexity(str(tmp_path / "absent.jsonl"), 32), Perplexity(str(tiny_text), 1000))
+    store, machine = Store(tmp_path / "runs"), Machine("cpu", None, lambda *_: None)
+    for item, problem in zip(absent, ("absent.jsonl", "perplexity windows"), strict=True):
+        trial = Trial(plain.pruning, Evaluation((item,), packed=Packed()))
+        pipeline.validate([trial], None, kinds=["prune", "pack", "speed"])
+        with pytest.raises(UserError, match=problem):
+            pipeline.validate([trial], None, kinds=kinds)
+    trial = Trial(plain.pruning, Evaluation(absent[:1], packed=Packed()))
+    with pytest.raises(UserError, match=r"absent\.jsonl"):
+        pipeline.run_trial(trial, store, machine, kinds)
+    assert not store.checkpoint_path(trial.pruning).exists()
 
 
 def test_stages_of_two_checkpoints_are_not_mixed(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
