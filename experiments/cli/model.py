@@ -31,7 +31,7 @@ from experiments.cli.options import (
 )
 from experiments.cli.recipe import RECOVERY_SETTINGS, SETTINGS, changes, forecast, forecast_recovery, settings
 from patch.errors import UserError, check_name
-from patch.learn.recipe import CHANGES, PUBLISHED
+from patch.learn.recipe import CHANGES, GUIDED_PATTERNS, PUBLISHED
 from patch.methods import METHODS, members, published_recipe
 from patch.quantise.precisions import PRECISIONS
 from patch.recover.recipe import RecoveryRecipe
@@ -177,9 +177,11 @@ def learn(
     if method in METHODS and method not in members("learned"):
         raise UserError(f"{method} is not learned but {METHODS[method].family}: take `hts prune --method {method}`")
     check_name("recipe", recipe, [*CHANGES, *PUBLISHED])
-    given = CHANGES.get(recipe, {}) | changes(set_ or [])
+    tiled = METHODS[check_name("method", method, members("learned"))].structure != "2:4"
+    usual = GUIDED_PATTERNS if recipe == "guided" and not tiled else CHANGES.get(recipe, {})
+    given = usual | changes(set_ or [])
     if sparsity is None:
-        sparsity = 0.5 if METHODS[check_name("method", method, members("learned"))].structure == "2:4" else 0.45
+        sparsity = 0.45 if tiled else 0.5
     pruning = build.learned(
         model, method, sparsity, tile_shape(tile), text, seen, seed, recipe=PUBLISHED.get(recipe), **given
     )

@@ -21,7 +21,7 @@ from experiments.studies.build import (
     trials,
 )
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
-from patch.learn.recipe import GUIDED, TileRanking
+from patch.learn.recipe import GUIDED, GUIDED_PATTERNS, TileRanking
 from patch.methods import members
 from patch.tiles import TileShape
 
@@ -357,11 +357,15 @@ def guided_further() -> Trials:
 
 
 def recipe_effects() -> Trials:
-    """The large effects of `recipe_ablation` from the right start, and tiles over SparseGPT's mask; validation text."""
+    """The large effects of `recipe_ablation` from the right start, and tiles over SparseGPT's mask; validation text.
+
+    MaskLLM too, guided as far as it can be: what guidance does without tiles.
+    """
     distilled = {"distillation": 1.0}
     joint = [_briefly(**change) for change in ({}, distilled, RANKED, GUIDED)]
     tile = [_briefly("patch-tile", start="sparsegpt", **change) for change in ({}, distilled, RANKED)]
-    return trials([dense("smollm2-135m"), *joint, *tile], _VALIDATION)
+    patterns = [_as_published("maskllm", 0.5, steps=400, **change) for change in ({}, distilled, GUIDED_PATTERNS)]
+    return trials([dense("smollm2-135m"), *joint, *tile, *patterns], _VALIDATION)
 
 
 def recipe_ablation() -> Trials:

@@ -391,5 +391,7 @@ GUIDED: dict[str, Any] = {
     "tile_ranking": "model",
     "tile_prior": 30.0,
 }
+# What of it is about patterns: all that MaskLLM can be guided by, which chooses no tiles.
+GUIDED_PATTERNS = {name: value for name, value in GUIDED.items() if not name.startswith("tile_")}
 # By name, what a recipe changes of the published one.
 CHANGES: dict[str, dict[str, Any]] = {"published": {}, "guided": GUIDED}

@@ -27,7 +27,7 @@ from experiments.studies.registry import STUDIES
 from experiments.studies.trial import describe, key
 from patch.audit import audit
 from patch.checkpoint import load_info
-from patch.learn.recipe import GUIDED
+from patch.learn.recipe import GUIDED, GUIDED_PATTERNS
 
 
 def files(folder: Path) -> list[str]:
@@ -71,7 +71,7 @@ def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
         (["learn", "embedded", "--sparsity", "-0.1"], "target sparsity -0.1"),
         (["learn", "embedded", "--tile", "128x512"], "larger than the weight"),
         (["learn", "embedded", "--recipe", "guide"], "did you mean guided"),
-        (["learn", "embedded", "--recipe", "guided", "--method", "maskllm"], "maskllm has no dense tiles"),
+        (["learn", "embedded", "--set", "tile_ranking=model", "--method", "maskllm"], "maskllm has no dense tiles"),
         (["learn", "embedded", "--set", "stpes=5"], "did you mean steps"),
         (["learn", "embedded", "--set", "steps"], "give NAME=VALUE, such as steps=2000"),
         (["learn", "embedded", "--set", "steps=2.5"], "steps '2.5': give a whole number"),
@@ -256,8 +256,9 @@ def test_a_model_is_pruned_and_audited(  # type: ignore[no-untyped-def]
         ("patch-tile", []),
         ("maskllm", []),
         ("maskllm", ["--refit"]),
+        ("maskllm", ["--recipe", "guided"]),
     ],
-    ids=["patch-joint", "patch-joint-guided", "patch-tile", "maskllm", "maskllm-refit"],
+    ids=["patch-joint", "patch-joint-guided", "patch-tile", "maskllm", "maskllm-refit", "maskllm-guided"],
 )
 def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def]
     hts, tiny_model: Path, tiny_text: Path, tmp_path: Path, method: str, options: list[object]
@@ -276,7 +277,10 @@ def test_masks_are_learned_evaluated_and_audited(  # type: ignore[no-untyped-def
     code, printed, _ = hts("audit", out)
     assert code == 0 and f"sparsity {sparsity:.6f}" in printed
     recipe = load_info(out)["definition"]["learning"]["recipe"]
-    if "guided" in options:
+    if "guided" in options and method == "maskllm":
+        assert {name: recipe[name] for name in GUIDED_PATTERNS} == GUIDED_PATTERNS
+        assert recipe.get("tile_ranking", "weight") == "weight", "there are no tiles to rank"
+    elif "guided" in options:
         assert {name: recipe[name] for name in GUIDED} == GUIDED | {"tile_prior": 10.0}, "options come first"
     code, printed, err = hts("eval", out, "--perplexity", f"{tiny_text}@32")
     assert code == 0 and "perplexity" in printed and "@32" in printed, err
