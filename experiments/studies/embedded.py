@@ -21,7 +21,7 @@ from experiments.studies.build import (
     trials,
 )
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning
-from patch.learn.recipe import TileRanking
+from patch.learn.recipe import GUIDED, GUIDED_PATTERNS, TileRanking
 from patch.methods import members
 from patch.tiles import TileShape
 
@@ -116,6 +116,24 @@ def distillation() -> Trials:
         RANKED,
         *(RANKED | {"block_distillation": factor} for factor in (1.0, 10.0, 100.0)),
     )
+
+
+def guidance() -> Trials:
+    """How much of what guided tiles gain 2:4 masks gain too: MaskLLM and PATCH joint at 45%, as published and guided.
+
+    Of the embedded model, two seeds, validation text.
+    """
+    recipes: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
+        "maskllm": (0.5, ({}, GUIDED_PATTERNS)),
+        "patch-joint": (0.45, ({}, GUIDED)),
+    }
+    prunings = [
+        _learned(method, target, seed=seed, **change)
+        for method, (target, changes) in recipes.items()
+        for change in changes
+        for seed in (0, 1)
+    ]
+    return trials([dense("embedded"), *prunings], Evaluation((Perplexity("embedded/validation", 256),)))
 
 
 def precisions() -> Trials:

@@ -15,6 +15,9 @@ STUDIES = {
     "embedded-distillation": Study(
         "what learning from the dense model adds on the embedded model, at 45%", embedded.distillation
     ),
+    "embedded-guidance": Study(
+        "how much of what guided tiles gain MaskLLM gains too, on the embedded model", embedded.guidance
+    ),
     "embedded-priors": Study("which tiles of the embedded model should start as dense, at 45%", embedded.priors),
     "embedded-rankings": Study(
         "which tiles of one-shot hybrid masks stay dense, on the embedded model", embedded.rankings
