@@ -55,6 +55,7 @@ _DTYPES = {
     "time": "object",
     "checkpoint": "object",
     "sources": "object",
+    "base": "object",
     "labels": "object",
     "definition": "object",
     "origin": "object",
@@ -102,7 +103,8 @@ def load_rows(
         those names. ``limit`` is how many items of a task were evaluated, where not all. ``dirty`` says whether the
         working tree had changes that are not in ``git``. ``checkpoint`` is the content hash of what was measured, None
         in rows that are older than it. ``sources`` maps the names of the texts and tasks that were read to the SHA-256
-        of what they held, None in older rows. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``,
+        of what they held, None in older rows. ``base`` is the content hash of the checkpoint whose mask this one has,
+        in the rows of making it alone. ``definition`` is the trial's, as JSON data. ``origin`` is ``file:line``,
         relative to ``root``. No rows give an empty table.
 
     Raises:
@@ -312,7 +314,7 @@ _Fact = tuple[Row, Mapping[str, Any], Mapping[str, Any], str]
 
 _MEASURED = ("trial", "stage", "metric", "value", "unit", "stderr", "p20", "p80", "runs", "labels")
 _ABOUT = ("model", "method", "structure", "sparsity", "seed", "tile", "limit", "definition")
-_WHERE = ("gpu", "git", "dirty", "time", "checkpoint", "sources", "software")
+_WHERE = ("gpu", "git", "dirty", "time", "checkpoint", "sources", "base", "software")
 
 
 def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def _about(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 def _where_measured(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint", "sources")},
+        **{name: provenance.get(name) for name in ("gpu", "git", "dirty", "time", "checkpoint", "sources", "base")},
         "software": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
     }
 

@@ -2,15 +2,21 @@
 
 Every row says by its content hash which weights and masks were measured. Rows from before there was one say nothing;
 they may stand together as they always did, but not with what was measured of a packed checkpoint, whose point is the
-promise that accuracy and speed are those of the same file.
+promise that accuracy and speed are those of the same file. What was rounded, trained or fitted within a mask stands
+beside that mask, of which it must have been made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from analysis.rows.format import PACKED_STAGES
+from analysis.rows.variants import canonical
 from patch.errors import UserError
+
+# What may be done within a mask, the last first.
+_WITHIN = ("quantisation", "recovery", "refit")
 
 
 def check_one_artefact(rows: pd.DataFrame, trials: Sequence[str]) -> None:
@@ -59,3 +65,30 @@ def timed_on(frame: pd.DataFrame) -> str | None:
             "rows of one and time these trials on the other"
         )
     return None if kinds.empty else str(kinds.iloc[0].gpu)
+
+
+def masked_as(pruning: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The definition of the pruning whose mask this one has (`experiments.studies.trial.Pruning.masked_as`), if any."""
+    for step in _WITHIN:
+        if pruning.get(step) and not (step == "quantisation" and pruning[step].get("joint")):
+            return {name: value for name, value in pruning.items() if name != step}
+    return None
+
+
+def of_other_masks(frame: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Trials that were made of another checkpoint of their mask than the frame has measured, each with one of that.
+
+    Args:
+        frame: as from `analysis.rows.load.load_rows`.
+    """
+    made = frame[frame.base.notna()].drop_duplicates("trial")
+    if made.empty:
+        return
+    measured: dict[str, dict[str, str]] = {}
+    known = frame[frame.checkpoint.notna()].drop_duplicates(["trial", "checkpoint"])
+    for trial, definition, content in zip(known.trial, known.definition, known.checkpoint, strict=True):
+        measured.setdefault(canonical(definition.get("pruning")), {})[content] = trial
+    for trial, definition, base in zip(made.trial, made.definition, made.base, strict=True):
+        contents = measured.get(canonical(masked_as(definition["pruning"])), {})
+        if contents and base not in contents:
+            yield trial, next(iter(contents.values()))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from analysis.rows.points import Point, gather, texts, trial_labels
+from analysis.rows.same_checkpoint import of_other_masks
 from analysis.rows.spent import spent
 from analysis.tables.accuracy import accuracy_table
 from analysis.tables.kernels import PRECISIONS, from_rows, kind_of, speed_tables
@@ -65,12 +66,14 @@ def study_tables(
 
 
 def warned(tables: dict[str, Table], frame: pd.DataFrame) -> dict[str, Table]:
-    """The tables with notes, if some of what they are made of cannot be traced to a revision, or read other texts.
+    """The tables with notes, if some of what they are made of cannot be traced, or is not what it stands beside.
+
+    Untraced is what no revision made; of other texts or another checkpoint of a mask is not what it is compared with.
 
     Of another text to learn or calibrate on a note tells, which the text of a page may take up; all else are warnings.
     """
     made = frame.stage == "prune"
-    notes = [f"{WARNING} {note}" for note in (*_untraced(frame), *_other_texts(frame[~made]))]
+    notes = [f"{WARNING} {note}" for note in (*_untraced(frame), *_other_masks(frame), *_other_texts(frame[~made]))]
     notes += [f"{note[0].upper()}{note[1:]}" for note in _other_texts(frame[made])]
     return {name: dataclasses.replace(table, notes=(*table.notes, *notes)) for name, table in tables.items()}
 
@@ -79,6 +82,15 @@ def _untraced(frame: pd.DataFrame) -> Iterator[str]:
     dirty = frame[frame.dirty.eq(True)]
     if len(dirty):
         yield f"measured with changes that no revision has: {_told(dirty, frame)}."
+
+
+def _other_masks(frame: pd.DataFrame) -> Iterator[str]:
+    others: dict[str, list[str]] = {}
+    for trial, plain in of_other_masks(frame):
+        others.setdefault(plain, []).append(trial)
+    for plain, trials in others.items():
+        of, stands = (_told(frame[frame.trial.isin(some)], frame) for some in (trials, [plain]))
+        yield f"made of another checkpoint than that of {stands} which stands beside: {of}."
 
 
 def _other_texts(frame: pd.DataFrame) -> Iterator[str]:

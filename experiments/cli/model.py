@@ -252,6 +252,7 @@ def recover(
     from experiments.data import models
     from experiments.data import text as texts
     from experiments.run import checkpoints, recovered
+    from experiments.run.origin import check_same_origin
     from experiments.run.store import Store
     from experiments.studies.trial import Recovery
     from patch.checkpoint import copy_checkpoint
@@ -279,7 +280,7 @@ def recover(
         checkpoints.made_once(path, make, store, machine, together=True)
         if machine.ranks.rank:
             return
-    recovered.check_same_origin(checkpoint, path)
+    check_same_origin(checkpoint, path)
     same = recovered.check_same_masks(checkpoint, path)
     if out is not None:
         path = copy_checkpoint(path, out)

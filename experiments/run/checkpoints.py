@@ -19,7 +19,7 @@ from analysis.rows.format import Fact
 from experiments.data import models, text
 from experiments.run import recovered
 from experiments.run.mask_facts import mask_facts
-from experiments.run.origin import dense_model, made_from
+from experiments.run.origin import check_same_origin, dense_model, made_from
 from experiments.run.provenance import command_line, provenance
 from experiments.run.runtime import Machine
 from experiments.run.signals import deferred_signals
@@ -27,7 +27,7 @@ from experiments.run.sources import of_checkpoint
 from experiments.run.spending import Spending, noted
 from experiments.run.store import Store
 from experiments.studies.trial import Calibration, Pruning, definition, describe, lineage
-from patch.checkpoint import INFO_FILE, load_info, load_masks, load_tile_scores, save_checkpoint
+from patch.checkpoint import INFO_FILE, content_hash, load_info, load_masks, load_tile_scores, save_checkpoint
 from patch.errors import UserError
 from patch.layers import check_coverage, coverage, decoder_blocks, prunable_linears, prunable_matrices, require_linears
 from patch.learn.distributed import ALONE
@@ -54,7 +54,8 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
 
     Raises:
         Stopped: if learning was told to stop (`experiments.run.signals`).
-        UserError: if it, or what it stands on, is there, but was made of texts that hold something else now.
+        UserError: if it, or what it stands on, is there, but was made of texts that hold something else now, or of
+            another checkpoint than the one that is there.
     """
     if pruning.as_it_is:
         return None
@@ -72,6 +73,9 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     for base in map(store.checkpoint_path, lineage(pruning)[:-1]):
         if machine.ranks.rank == 0 and base.exists():
             _check_same(base, machine)
+    before_it = store.checkpoint_path(pruning.masked_as) if pruning.masked_as else path
+    if machine.ranks.rank == 0 and before_it != path and before_it.exists():
+        check_same_origin(before_it, path)
     return path
 
 
@@ -224,6 +228,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
     # All but learning brings one block at a time to the device, whatever the depth of the model.
     device = machine.device if pruning.learns else "cpu"
     commit = machine.sources.commit(source, machine.ranks if pruning.learns else ALONE)
+    made_of = {"base": content_hash(store.checkpoint_path(pruning.masked_as))} if pruning.masked_as else {}
     model, tokenizer = models.load_model(source, device=device, dtype=machine.dtype, data=machine.data, commit=commit)
     covered = check_coverage(model, pruning.partial)
     job = _Job(pruning, tokenizer, store, machine, sources_of(pruning.bases, store) | machine.sources.of_model(source))
@@ -260,7 +265,7 @@ def _make_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> None:
         "command": command_line(),
         "zeros": made.zeros,
         "facts": [vars(fact) for fact in facts],
-        "provenance": provenance(spending.seconds, job.sources),
+        "provenance": provenance(spending.seconds, job.sources) | made_of,
     }
     if pruning.quantisation:
         info["precision"] = pruning.quantisation.precision

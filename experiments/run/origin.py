@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from patch.checkpoint import INFO_FILE, load_info
+from patch.checkpoint import INFO_FILE, content_hash, load_info
+from patch.errors import UserError
 
 # What a checkpoint that is made of another, not of a dense model, keeps of it.
 _TOLD = ("definition", "recovered_from", "imported", "command", "made_from")
@@ -37,3 +38,20 @@ def definition_of(info: Mapping[str, Any]) -> dict[str, Any]:
     for step in steps_of(info):
         found |= {name: value for name, value in (step.get("definition") or {}).items() if value is not None}
     return found
+
+
+def check_same_origin(before: Path, after: Path) -> None:
+    """Check that a checkpoint which is there was made of this one, not of another of its definition.
+
+    What is older than that is told says nothing, and is taken as it is.
+
+    Raises:
+        UserError: if it was made of another.
+    """
+    info, now = load_info(after), content_hash(before)
+    then = info.get("recovered_from", {}).get("checkpoint") or (info.get("provenance") or {}).get("base")
+    if then not in (None, now):
+        raise UserError(
+            f"{after} was made of checkpoint {then[:12]}, {before} is now {now[:12]}: bring that one back, name "
+            "another results directory, or remove the former to make it anew"
+        )

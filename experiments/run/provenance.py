@@ -101,6 +101,9 @@ def provenance(
 ) -> dict[str, Any]:
     """The provenance part of a row.
 
+    To that of making a checkpoint is added as ``base`` the content hash of the one whose mask it has, if there is one
+    (`experiments.studies.trial.Pruning.masked_as`).
+
     Args:
         wall_seconds: how long the measured stage took.
         sources: SHA-256 of each text that the stage read, or that a checkpoint was made of, by name; of tasks too.

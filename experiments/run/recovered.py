@@ -205,7 +205,7 @@ def recover_checkpoint(
             "command": command_line(),
             "zeros": zeros,
             "facts": [vars(fact) for fact in facts],
-            "provenance": provenance(spending.seconds, {**(sources or {}), **own}),
+            "provenance": provenance(spending.seconds, {**(sources or {}), **own}) | {"base": origin},
         },
         load_tile_scores(source.path),
         beside=models.processor_files(str(source.path)),
@@ -216,16 +216,6 @@ def recover_checkpoint(
 
 
 _PLACES = ("step", "block")
-
-
-def check_same_origin(before: Path, after: Path) -> None:
-    """Raise if a checkpoint that is there was not recovered from this one, but from another of its definition."""
-    then, now = load_info(after).get("recovered_from", {}).get("checkpoint"), content_hash(before)
-    if then not in (None, now):
-        raise UserError(
-            f"{after} was recovered from checkpoint {then[:12]}, {before} is now {now[:12]}: name another results "
-            "directory, or remove the former to recover anew"
-        )
 
 
 def check_same_masks(before: Path, after: Path) -> int:

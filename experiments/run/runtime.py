@@ -55,8 +55,7 @@ def code_allowed() -> bool:
 
 
 # Of the CPU, what a process takes beside its GPU. What runs there is little, and several processes on one machine with
-# torch's default, a thread for every core each, keep all cores busy waiting for one another and leave GPUs idle: that
-# made them three to ten times slower.
+# torch's default, a thread for every core each, keep all cores busy waiting for one another and leave GPUs idle.
 THREADS_BESIDE_GPU = 4
 
 

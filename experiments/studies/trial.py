@@ -233,11 +233,8 @@ class Pruning:
         return self.structure in ("dense", "shallow")
 
     @property
-    def base(self) -> "Pruning | None":
-        """The pruning that must be there before.
-
-        The same in more bits, without recovery, or without refit; the 2:4 mask that ranks tiles; the prior.
-        """
+    def masked_as(self) -> "Pruning | None":
+        """The pruning whose checkpoint's mask it has: the same in more bits, without recovery, or without refit."""
         if self.quantisation is not None and not self.quantisation.joint:
             unrounded = dataclasses.replace(self, quantisation=None)
             return None if unrounded.as_it_is else unrounded
@@ -245,6 +242,13 @@ class Pruning:
             return dataclasses.replace(self, recovery=None)
         if self.refit is not None:
             return dataclasses.replace(self, refit=None)
+        return None
+
+    @property
+    def base(self) -> "Pruning | None":
+        """The pruning that must be there before: `masked_as`; the 2:4 mask that ranks tiles; the prior."""
+        if masked_as := self.masked_as:
+            return masked_as
         if self.tile_ranking == "model":
             seen = self.calibration if needs_calibration(self.method) else None
             return dataclasses.replace(

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ from experiments.run.sources import TASK, Sources
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.trial import Calibration, Evaluation, Perplexity, Pruning, Recovery, Trial
-from patch.checkpoint import INFO_FILE
+from patch.checkpoint import INFO_FILE, content_hash
 from patch.errors import UserError
 from patch.learn.descent import Stopped
 from patch.recover.recipe import RecoveryRecipe
@@ -110,6 +111,23 @@ def test_what_older_checkpoints_stand_on_is_compared_where_it_is_there(
         checkpoints.ensure_checkpoint(pruning, store, machine())
     shutil.rmtree(store.checkpoint_path(pruning.base))
     assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path, "of before there were hashes"
+
+
+@pytest.mark.parametrize("kind", ["refitted", "quantised", "recovered"])
+def test_a_checkpoint_of_another_checkpoint_of_its_mask_is_refused(
+    kind: str, tiny_model: Path, words: Path, tmp_path: Path
+) -> None:
+    pruning, store = prunings(tiny_model, words)[kind], Store(tmp_path / "runs")
+    path = checkpoints.ensure_checkpoint(pruning, store, machine())
+    assert path is not None and pruning.masked_as is not None
+    base = store.checkpoint_path(pruning.masked_as)
+    assert checkpoints.facts_of(pruning, store)[1]["base"] == content_hash(base)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"^{path} was made of checkpoint .*, {base} is now .* or remove the former"):
+        checkpoints.ensure_checkpoint(pruning, store, machine())
+    shutil.rmtree(base)
+    assert checkpoints.ensure_checkpoint(pruning, store, machine()) == path, "nothing is there to compare with"
 
 
 def test_rows_of_a_text_that_changed_are_refused(tiny_model: Path, words: Path, tmp_path: Path) -> None:
@@ -290,7 +308,7 @@ def test_recovering_another_checkpoint_of_the_same_definition_is_refused(
         code, _, err = hts("recover", paths[0], *given)
         assert code == 0, err
     code, _, err = hts("recover", paths[1], *given)
-    assert code == 1 and "was recovered from checkpoint" in err.replace("\n", " ")
+    assert code == 1 and "was made of checkpoint" in err.replace("\n", " ")
 
 
 @pytest.fixture
