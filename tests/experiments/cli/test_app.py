@@ -150,6 +150,8 @@ def test_stages_of_one_kind_are_run_now_and_the_others_later(hts, tiny: tuple, t
     assert code == 0, err
     assert "done   " in out and "accuracy.md" in out and not perplexities()
     assert "left for the same command without --stage: 1 stages of 1 trials" in out
+    code, out, err = hts("plot", "tiny", *one_shot)
+    assert code == 0 and "no figure: the rows in" in out and "hts status tiny" in out, err
     code, out, _ = hts("run", "tiny", "--stage", "perplexity", "--dry-run")
     assert code == 0 and out.count("perplexity:") == 3 and "prune" not in out
     code, out, _ = hts("run", "tiny", "--stage", "prune", "--dry-run", *one_shot)

@@ -572,10 +572,20 @@ def test_python_source_is_collected_once_with_whole_packages_held_out(tmp_path: 
     learned, reported = (load_documents(name, tmp_path / "data").texts for name in ("python", "python/test"))
     assert learned == (code,) and reported == (files["rich/b.py"],)
     assert sizes == (len(code), len(files["rich/b.py"]))
-    with pytest.raises(UserError, match="packages that are held out"):
+    with pytest.raises(UserError, match="none of the packages held out, click, httpx"):
         python_source.collect(tmp_path / "root" / "one", tmp_path / "other")
     with pytest.raises(UserError, match="no such directory"):
         python_source.collect(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_python_source_says_that_it_cannot_be_written_before_packages_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_source, "unpack", lambda *args, **kwargs: pytest.fail("fetched"))
+    (tmp_path / "file").write_text("")
+    for collect in (lambda data: python_source.collect(tmp_path, data), python_source.collect_packages):
+        with pytest.raises(UserError, match=r"cannot write into .*file/train: Not a directory: name another .*--data"):
+            collect(tmp_path / "file")
 
 
 def test_packages_of_other_content_are_not_taken_for_those_of_fixed_versions(
