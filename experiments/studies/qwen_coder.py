@@ -18,7 +18,7 @@ from experiments.studies.build import (
     trials,
 )
 from experiments.studies.trial import WORKLOADS, Calibration, Evaluation, Perplexity, Pruning, Workload
-from patch.learn.recipe import GUIDED
+from patch.learn.recipe import GUIDED, GUIDED_PATTERNS
 from patch.tiles import TileShape
 
 # Shares of the windows, for calibration, learning and recovery alike.
@@ -64,6 +64,7 @@ def half_billion() -> Trials:
             *(_one_shot(model, "sparsegpt", "hybrid", target, "model") for target in TARGETS),
             *(_one_shot(model, "sparsegpt", "unstructured", target) for target in (0.5, *TARGETS)),
             *(_learned(model, "maskllm", 0.5, seed=seed) for seed in range(3)),
+            _learned(model, "maskllm", 0.5, **GUIDED_PATTERNS),
             *(_learned(model, "patch-joint", target) for target in TARGETS),
             *(_learned(model, "patch-joint", target, seed=seed, **GUIDED) for target in TARGETS for seed in range(3)),
         ],

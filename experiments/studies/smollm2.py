@@ -115,7 +115,7 @@ def _one_shot(method: str, structure: str, sparsity: float, ranking: str = "weig
 
 
 def published() -> Trials:
-    """Learned masks of SmolLM2-135M as published, and guided ones, which are ours; all tasks.
+    """Learned masks of SmolLM2-135M as published, and guided ones, which are ours, of MaskLLM too; all tasks.
 
     One mixture of text for calibration and learning. It supersedes ``smollm2-learned``, whose published recipes started
     from noise beside the prior, and ``smollm2-oneshot``, which saw fiction alone. Three seeds where two methods are
@@ -127,6 +127,7 @@ def published() -> Trials:
             mask("maskllm", 0.5),
             *(mask("patch-joint", 0.45, seed=seed, **recipe) for seed in range(3) for recipe in ({}, GUIDED)),
             *(mask("maskllm", 0.5, seed=seed) for seed in (1, 2)),
+            *(mask("maskllm", 0.5, seed=seed, **GUIDED_PATTERNS) for seed in range(3)),
             *(mask("patch-joint", target, **recipe) for target in (0.35, 0.25) for recipe in ({}, GUIDED)),
             *(mask("patch-tile", target) for target in TARGETS),
             dense("smollm2-135m"),

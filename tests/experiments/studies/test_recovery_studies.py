@@ -6,7 +6,6 @@ import pytest
 
 from experiments.studies import cost, qwen_coder, smollm2
 from experiments.studies.build import Trials
-from experiments.studies.trial import describe
 from patch.methods import METHODS
 
 
@@ -19,9 +18,12 @@ def test_seeds_and_tokens_of_the_larger_models() -> None:
     assert learned_tokens(half) == {65_536_000}
     # The smaller number is that of one mask.
     assert learned_tokens(larger) == {131_072_000, 32_768_000}
-    seeds = Counter((t.pruning.method, t.pruning.sparsity, "guided" in describe(t.pruning)) for t in half)
+    learned = [t.pruning for t in half if t.pruning.learning]
+    guided = [p.learning is not None and p.learning.recipe.block_distillation > 0 for p in learned]
+    seeds = Counter((p.method, p.sparsity, how) for p, how in zip(learned, guided, strict=True))
     for mask in (("maskllm", 0.5, False), *(("patch-joint", target, True) for target in (0.45, 0.35, 0.25))):
         assert seeds[mask] == 3
+    assert seeds["maskllm", 0.5, True] == 1
     # Microbatches that four GPUs share.
     assert all(t.pruning.passes.microbatch % 4 == 0 for t in (*half, *larger) if t.pruning.passes)
 
