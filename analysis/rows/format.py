@@ -40,6 +40,8 @@ PARTS = ("layer", "step")
 
 # The first word of the stages that measure a packed checkpoint.
 PACKED_STAGES = ("pack", "packed", "speed", "carried")
+# Those of all stages (`experiments.run.pipeline.stages`), in the order in which they run.
+STAGE_KINDS = ("prune", "perplexity", "task", *PACKED_STAGES, "kernels", "model")
 
 # 1: whole rows. 2: a row leaves out what it shares with the one above. 3: a journal file ends with its digest.
 SCHEMA = 3

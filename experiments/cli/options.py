@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from experiments.studies.trial import STAGE_KINDS
+from analysis.rows.format import STAGE_KINDS
 from patch.errors import UserError, check_name, one_line
 from patch.quantise.precisions import PRECISIONS
 

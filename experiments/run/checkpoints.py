@@ -73,9 +73,8 @@ def ensure_checkpoint(pruning: Pruning, store: Store, machine: Machine) -> Path 
     for base in map(store.checkpoint_path, lineage(pruning)[:-1]):
         if machine.ranks.rank == 0 and base.exists():
             _check_same(base, machine)
-    before_it = store.checkpoint_path(pruning.masked_as) if pruning.masked_as else path
-    if machine.ranks.rank == 0 and before_it != path and before_it.exists():
-        check_same_origin(before_it, path)
+    if machine.ranks.rank == 0 and pruning.masked_as and (masked := store.checkpoint_path(pruning.masked_as)).exists():
+        check_same_origin(masked, path)
     return path
 
 

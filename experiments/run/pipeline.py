@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from analysis.rows.format import Fact
+from analysis.rows.format import STAGE_KINDS, Fact
 from experiments.data import models, text
 from experiments.eval import humaneval, perplexity, tasks
 from experiments.eval.names import HUMANEVAL
@@ -27,7 +27,7 @@ from experiments.run.provenance import provenance
 from experiments.run.runtime import Machine
 from experiments.run.sources import MODEL, TASK, Sources
 from experiments.run.store import Store
-from experiments.studies.trial import STAGE_KINDS, Perplexity, Trial, key, lineage
+from experiments.studies.trial import Perplexity, Trial, key, lineage
 from patch.errors import UserError, check_name
 from patch.learn.descent import Stopped
 from patch.positions import check_length

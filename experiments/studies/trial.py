@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from analysis.rows.format import PACKED_STAGES, name_of
+from analysis.rows.format import name_of
 from analysis.rows.variants import RECIPE, differences, settings
 from experiments.data.registry import REGISTRY
 from patch.errors import UserError, check_name
@@ -349,9 +349,6 @@ class Packed:
     carried: tuple[str, ...] = ()
     carried_tile: TileShape | None = None
 
-
-# The first words of the names of stages (`experiments.run.pipeline.stages`), in the order in which they run.
-STAGE_KINDS = ("prune", "perplexity", "task", *PACKED_STAGES, "kernels", "model")
 
 # Linears of a decoder block, siblings fused: query, key and value, and gate and up.
 LINEARS = ("qkv", "o", "gate_up", "down")

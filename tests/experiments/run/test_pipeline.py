@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_study import tiny_trials
 from transformers import AutoTokenizer
 
+from analysis.rows.format import STAGE_KINDS
 from analysis.rows.jsonl import from_lines
 from experiments.data import text
 from experiments.data.models import load_model
@@ -27,7 +28,7 @@ from experiments.run.runtime import Machine
 from experiments.run.store import Store
 from experiments.studies import build
 from experiments.studies.registry import STUDIES
-from experiments.studies.trial import STAGE_KINDS, Calibration, Evaluation, Packed, Perplexity, Trial
+from experiments.studies.trial import Calibration, Evaluation, Packed, Perplexity, Trial
 from patch.audit import audit
 from patch.budget import cut_globally
 from patch.checkpoint import content_hash, load_info, load_masks
